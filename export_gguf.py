@@ -1,0 +1,183 @@
+"""A Hugging Face folder to one .gguf file for llama.cpp and Ollama, and a Modelfile beside it.
+
+    python export_gguf.py [train.yml] [--type q8_0]              what merge.py made of the run in train.yml
+    python export_gguf.py --model FOLDER [--out FILE] [--type TYPE]
+    ollama create my-model -f output_dir/Modelfile
+
+Weights that are right are half of it. The other half is that the model is prompted the way it was trained, and that it
+stops where it learnt to stop. Both come from prompt.json, which training wrote: its chat template goes into the file
+and, in Go's template language, into the Modelfile; the token that ends an answer becomes the end token of the file.
+
+One tensor at a time is read, brought into llama.cpp's row order, quantized and written. Read next: nanoqlora/gguf.py.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanoqlora import gguf
+from nanoqlora.checkpoint import Weights, model_config, open_weights
+from nanoqlora.cli import UserError, run_command, write_text
+from nanoqlora.config import Option, load_command
+from nanoqlora.ggml_blocks import QUANTIZABLE, quantize
+from nanoqlora.model import ModelConfig
+from nanoqlora.prompts import GoTemplate, PromptFormat, go_template
+from nanoqlora.tokenizer import UNUSED, Tokenizer, load_tokenizer
+
+OPTIONS = {
+    "model": Option("the Hugging Face folder to export; default: merged, in the run's output_dir"),
+    "out": Option("the file to write; default: model-TYPE.gguf in output_dir, or in the folder given by --model"),
+    "type": Option(f"how weights are stored: {', '.join(gguf.FILE_TYPES).lower()}", default="q8_0"),
+}
+
+
+def main() -> None:
+    config, options = load_command(None, OPTIONS, "Write a model as .gguf with a Modelfile.", yaml_unless=["model"])
+    file_type = options["type"].upper()
+    if file_type not in gguf.FILE_TYPES:
+        raise UserError(
+            f"command line: --type {options['type']} is not a type that can be written here, so there is no file to "
+            f"make. Choose one of {', '.join(gguf.FILE_TYPES).lower()}."
+        )
+    model = Path(options["model"] or Path(config.output_dir) / "merged")
+    if not model.exists():
+        raise UserError(f"{model}: no such folder, so there is no model to export. Run merge.py first, or use --model.")
+    folder = Path(config.output_dir) if config else model if model.is_dir() else model.parent
+    export(model, Path(options["out"] or folder / f"model-{file_type.lower()}.gguf"), file_type)
+
+
+def export(model: Path, out: Path, file_type: str) -> None:
+    """Write `out` and the Modelfile beside it. What can be wrong, except the weights' values, is found before."""
+    weights = open_weights(model)
+    config = model_config(weights.config, model)
+    tok = load_tokenizer(model)
+    fmt = prompt_format(model, tok)
+    tensors = plan_tensors(weights, config, file_type, model)
+    metadata = gguf.model_metadata(config, out.stem, file_type) | tokenizer_metadata(tok, fmt, config.vocab_size, model)
+    recipe = out.parent / "Modelfile"
+    try:
+        text, problem = modelfile(out, go_template(fmt, tok)), None
+    except UserError as error:
+        text, problem = None, error
+
+    gguf.write_gguf(out, metadata, tensors)
+    print(f"{out}: {len(tensors)} tensors, {out.stat().st_size / 1e6:.1f} MB")
+    if text is not None:
+        write_text(recipe, text)
+        print(f"{recipe}: ollama create NAME -f {recipe}")
+    else:
+        # The .gguf is as good as ever, with the Jinja in it. But Ollama without a TEMPLATE guesses one, and the
+        # Modelfile of an earlier export may hold another model's.
+        recipe.unlink(missing_ok=True)
+        print(f"No Modelfile: {problem}")
+
+
+def prompt_format(model: Path, tok: Tokenizer) -> PromptFormat:
+    """How the model was trained to be prompted; of a model without prompt.json, what its tokenizer says."""
+    path = model / "prompt.json"
+    if path.is_file():
+        return PromptFormat.from_json(path.read_text(encoding="utf-8"))
+    return PromptFormat(type="chat_template" if tok.chat_template else "completion")
+
+
+def plan_tensors(weights: Weights, config: ModelConfig, file_type: str, model: Path) -> list[gguf.NewTensor]:
+    """Every tensor of the file, with its name, shape and type, in the order of the model; no weights are read yet."""
+    shapes = gguf.tensor_shapes(config)
+    names = [name for name in weights.names() if not name.endswith("rotary_emb.inv_freq")]  # in old files, computed
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_word_embeddings and head in names:
+        if torch.equal(weights.load(head), weights.load(embedding)):
+            names.remove(head)
+        else:  # trained apart from the embedding, whatever config.json says
+            shapes[head] = shapes[embedding]
+    for name in sorted(shapes.keys() ^ set(names)):
+        gguf.gguf_name(name)  # says so if no Llama has such a tensor
+        found = "is missing" if name in shapes else "has no place in the model"
+        raise UserError(f"{model}: tensor {name} {found} that config.json describes. Get a whole, matching checkpoint.")
+
+    def produce(name: str, ggml_type: str) -> Tensor:
+        """The bytes of one tensor, called when its turn to be written has come."""
+        w = weights.load(name)
+        if tuple(w.shape) != shapes[name]:
+            raise UserError(
+                f"{model}: tensor {name} has shape {tuple(w.shape)}, but config.json makes it {shapes[name]}, so they "
+                f"are of different models. Get a matching checkpoint."
+            )
+        if not torch.isfinite(w.to(torch.float16) if ggml_type == "F16" else w).all():
+            raise UserError(
+                f"{model}: tensor {name} holds NaN, infinity or, for F16, a value above 65504, which the file would "
+                f"pass on to every answer. Train again with a lower learning rate, or export as bf16 if it is the last."
+            )
+        heads = gguf.heads_to_permute(gguf.gguf_name(name), config.num_attention_heads, config.num_key_value_heads)
+        return quantize(gguf.permute_rows(w, heads) if heads else w, ggml_type)
+
+    tensors, is_tied = [], head not in shapes
+    for hf_name, shape in shapes.items():
+        name = gguf.gguf_name(hf_name)
+        ggml_type = gguf.tensor_type(name, shape, file_type, is_tied)
+        if ggml_type not in QUANTIZABLE:
+            raise UserError(
+                f"--type {file_type.lower()}: {name} would be stored as {ggml_type}, which cannot be written yet, so "
+                f"this type is not available for this model. Choose f32, f16, bf16 or q8_0."
+            )
+        tensors.append(gguf.NewTensor(name, shape, ggml_type, partial(produce, hf_name, ggml_type)))
+    if config.rope_scaling.get("rope_type") == "llama3":
+        divisors = quantize(gguf.rope_divisors(config), "F32")
+        tensors.append(gguf.NewTensor(gguf.ROPE_DIVISORS, (config.head_dim // 2,), "F32", lambda: divisors))
+    return tensors
+
+
+def tokenizer_metadata(tok: Tokenizer, fmt: PromptFormat, num_rows: int, model: Path) -> gguf.Metadata:
+    """The vocabulary, the end token, and the template of the training format, as a GGUF file spells them.
+
+    Args:
+        num_rows: of the embedding. llama.cpp wants exactly as many tokens.
+    """
+    pieces, kinds = tok.pieces(), tok.token_types()
+    if len(pieces) > num_rows:
+        raise UserError(
+            f"{model}: the tokenizer has {len(pieces)} tokens and the embedding {num_rows} rows, so some tokens would "
+            f"have no vector. Take both from one model."
+        )
+    pieces += [f"[PAD{id}]" for id in range(len(pieces), num_rows)]
+    kinds += [UNUSED] * (num_rows - len(kinds))
+    end = fmt.end_id(tok)
+    end = tok.eos_id if end is None else end
+    if end is None:
+        raise UserError(f"{model}: nothing says which token ends an answer. Set eos_token in tokenizer_config.json.")
+    # A format without a template of its own is one in Jinja too: the words around the last message.
+    template = fmt.jinja(tok) or fmt.render(tok, [{"role": "user", "content": "{{ messages[-1]['content'] }}"}])
+    metadata: gguf.Metadata = {
+        "tokenizer.ggml.model": ("string", "gpt2"),
+        "tokenizer.ggml.pre": ("string", tok.pre),
+        "tokenizer.ggml.tokens": ("string[]", pieces),
+        "tokenizer.ggml.token_type": ("i32[]", kinds),
+        "tokenizer.ggml.merges": ("string[]", tok.merges),
+        # Without these llama.cpp takes token 11 for both, or the first marker that it happens to find.
+        "tokenizer.ggml.bos_token_id": ("u32", end if tok.bos_id is None else tok.bos_id),
+        "tokenizer.ggml.eos_token_id": ("u32", end),
+        "tokenizer.ggml.eot_token_id": ("u32", end),
+        "tokenizer.ggml.add_bos_token": ("bool", fmt.add_bos(tok)),
+        "tokenizer.ggml.add_eos_token": ("bool", False),
+        "tokenizer.ggml.add_space_prefix": ("bool", False),
+        "tokenizer.chat_template": ("string", template),
+    }
+    for name, id in {"padding": tok.pad_id, "unknown": tok.unk_id}.items():
+        if id is not None:
+            metadata[f"tokenizer.ggml.{name}_token_id"] = ("u32", id)
+    return metadata
+
+
+def modelfile(out: Path, template: GoTemplate) -> str:
+    """The Modelfile: where the weights are, how messages become text, and at which texts an answer ends."""
+    lines = [f"FROM ./{out.name}", f'TEMPLATE """{template.template}"""']
+    if template.system is not None:
+        lines.append(f'SYSTEM """{template.system}"""')
+    lines += [f'PARAMETER stop "{stop}"' for stop in template.stops]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_command(main)

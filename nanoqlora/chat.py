@@ -1,0 +1,68 @@
+"""Talk to a model in the terminal: `python -m nanoqlora.chat --model DIR [--adapter DIR] [--load_in_4bit true]`."""
+
+import sys
+
+import torch
+
+from . import distributed
+from .cli import Parser, UserError, run_command
+from .prompts import PromptFormat
+from .serving import Usable, generate, load_for_use
+
+
+def answer(used: Usable, messages: list[dict[str, str]], max_new_tokens: int = 256, temperature: float = 0.0, seed=0):
+    """Yield the model's answer to a conversation piece by piece, as text."""
+    prompt_format = used.prompt_format or PromptFormat(type="chat_template")
+    ids = prompt_format.encode_prompt(used.tokenizer, messages)
+    generator = torch.Generator().manual_seed(seed)
+    stop_ids = {prompt_format.end_id(used.tokenizer), used.tokenizer.eos_id}
+    new, shown = [], ""
+    for token in generate(
+        used.model, ids, stop_ids, max_new_tokens=max_new_tokens, temperature=temperature, generator=generator
+    ):
+        new.append(token)
+        text = used.tokenizer.decode(new)
+        if not text.endswith("\ufffd"):  # a character may need more than one token
+            yield text[len(shown) :]
+            shown = text
+
+
+def main() -> None:
+    parser = Parser(prog="python -m nanoqlora.chat", description=__doc__)
+    parser.add_model_options()
+    parser.add_argument("--prompt", help="answer this once and leave")
+    parser.add_argument("--system", help="system message")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.temperature < 0 or args.max_new_tokens < 1:
+        raise UserError("--temperature must be 0 or more and --max_new_tokens at least 1.")
+    distributed.start()
+    used = load_for_use(args)
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+
+    def reply(question: str) -> None:
+        messages.append({"role": "user", "content": question})
+        pieces = []
+        for piece in answer(used, messages, args.max_new_tokens, args.temperature, args.seed + len(messages)):
+            print(piece, end="", flush=True)
+            pieces.append(piece)
+        print()
+        messages.append({"role": "assistant", "content": "".join(pieces)})
+
+    if args.prompt is not None:
+        reply(args.prompt)
+        return
+    print("Ctrl-D ends the chat.", file=sys.stderr)
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            return
+        if question:
+            reply(question)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,109 @@
+"""What every command shares: one kind of error, one way to end, and files that appear whole or not at all.
+
+Exit codes: 0 done; 2 the user's input is wrong (one line, nothing changed); 130 stopped by Ctrl-C or SIGTERM;
+1 anything else, with its traceback, because that is a fault of ours.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong. The message says where, what was found, why it matters, and what to do."""
+
+
+class Stopped(Exception):
+    """The user asked to stop (Ctrl-C, SIGTERM) and what was done so far is saved."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's `main` and leave the process with the exit code that its outcome deserves."""
+    is_first_rank = os.environ.get("RANK", "0") == "0"
+    try:
+        main()
+    except UserError as error:
+        if is_first_rank:
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stopped:
+        if is_first_rank:
+            print(stopped, file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`; when the block ends well it is flushed to disk and renamed to `path`.
+
+    A kill at any moment leaves the old file or the new one, never half of one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # mkstemp made it private
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a small text file whole."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """The same for a folder: it is filled under a temporary name, then takes the place of `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with open(file, "rb+") as opened:
+                os.fsync(opened.fileno())
+        temporary.chmod(0o755)
+        old = path.with_name(f".{path.name}.old.tmp")
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+        os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """Options of the commands that need no YAML file; a wrong one ends like every other wrong input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}. See --help.")
+
+    def add_model_options(self) -> None:
+        """The options that say which model: --model, --adapter, --load_in_4bit, --bf16."""
+        self.add_argument("--model", required=True, help="Hugging Face folder or .gguf file")
+        self.add_argument("--adapter", help="folder of a trained adapter")
+        self.add_argument("--load_in_4bit", "--load-in-4bit", type=_to_bool, nargs="?", const=True, default=False)
+        self.add_argument("--bf16", type=lambda text: "auto" if text == "auto" else _to_bool(text), default="auto")
+
+
+def _to_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"

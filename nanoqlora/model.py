@@ -1,0 +1,245 @@
+"""Llama-3 in plain PyTorch: everything between token ids and logits, and nothing else.
+
+    tokens (B, T)
+      -> embed_tokens                                  (B, T, D)      the residual stream x
+      -> num_hidden_layers times:
+           x = x + self_attn(input_layernorm(x))       tokens look at earlier tokens
+           x = x + mlp(post_attention_layernorm(x))    each token thinks for itself
+      -> norm -> lm_head                               (B, T, V)      a score for every possible next token
+
+The same code is Llama 1 to 3.3, TinyLlama, SmolLM and Mistral: they differ in the numbers of `ModelConfig` only.
+Modules and tensors carry Hugging Face's names, so a checkpoint loads without a map. This file knows nothing of four
+bits, LoRA, GPUs or files: `qlora.py` swaps the linear layers, `checkpoint.py` fills them. Norm, rotation, attention
+and SwiGLU stand in `ops/`, each written out plainly beside its fast twin.
+
+Dims: B rows, T tokens in a row, D width, FF width of the MLP, H query heads, KV key/value heads, hd width of a head,
+V vocabulary. Read next: `ops/nf4.py`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from . import ops
+from .ops import Segments
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The numbers that make one Llama different from another, named as in Hugging Face's config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] = field(default_factory=dict)  # empty: plain RoPE
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "ModelConfig":
+        """Read config.json as a dict, in its older form (`rope_theta` on top) or its newer one (`rope_parameters`).
+
+        Raises:
+            ValueError: an architecture or a feature that this model does not have.
+        """
+        architectures = config.get("architectures") or ["LlamaForCausalLM"]
+        if not set(architectures) & {"LlamaForCausalLM", "MistralForCausalLM"}:
+            raise ValueError(f"architecture {architectures[0]} is not supported; only Llama and Mistral models are")
+        unsupported = {
+            "attention_bias": config.get("attention_bias"),
+            "mlp_bias": config.get("mlp_bias"),
+            "hidden_act": config.get("hidden_act", "silu") != "silu" and config["hidden_act"],
+            "sliding_window": config.get("sliding_window"),
+        }
+        for key, value in unsupported.items():
+            if value:
+                raise ValueError(f"{key}={value} is not supported; the model would compute something else without it")
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "linear", "llama3"):
+            raise ValueError(f"rope type {kind!r} is not supported; known are default, linear and llama3")
+        heads = config["num_attention_heads"]
+        return cls(
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_hidden_layers=config["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            vocab_size=config["vocab_size"],
+            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope_theta=float(rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0),
+            rope_scaling={} if kind == "default" else rope | {"rope_type": kind},
+            tie_word_embeddings=config.get("tie_word_embeddings", False),
+        )
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Angle per position of each pair of a head's dimensions, (hd / 2,) float32, in radians.
+
+    Pair i turns by theta^(-2i / hd) a token: the first pairs spin fast and tell neighbours apart, the last ones turn
+    once in thousands of tokens. `linear` stretches all of them for longer texts; `llama3` only the slow ones, whose
+    turn is longer than the text that the model was first trained on, with a smooth passage between.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if not scaling:
+        return frequencies
+    if scaling["rope_type"] == "linear":
+        return frequencies / scaling["factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * torch.pi)  # in the first training's text
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast, left alone; 0: slow, stretched by the whole factor
+    return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, one pair a layer, so that chat computes each token once."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return self.layers[0][0].shape[1] if self.layers else 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add (B, T, KV, hd) keys and values and return all of them, (B, seen + T, KV, hd)."""
+        if layer in self.layers:
+            old_k, old_v = self.layers[layer]
+            k, v = torch.cat((old_k, k), dim=1), torch.cat((old_v, v), dim=1)
+        self.layers[layer] = k, v
+        return k, v
+
+
+class RMSNorm(nn.Module):
+    """Bring each token's vector to length sqrt(D), then scale every dimension by a learned weight (D,)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal self-attention. Several query heads share one key/value head, which makes the cache smaller."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        D, H, KV, hd = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.q_proj = nn.Linear(D, H * hd, bias=False)
+        self.k_proj = nn.Linear(D, KV * hd, bias=False)
+        self.v_proj = nn.Linear(D, KV * hd, bias=False)
+        self.o_proj = nn.Linear(H * hd, D, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, hd)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, KV, hd)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, KV, hd)
+        q, k = ops.apply_rope(q, *rope), ops.apply_rope(k, *rope)
+        if cache is None:
+            y = ops.attention(q, k, v, segments)  # (B, T, H, hd)
+        else:
+            y = ops.attention_to_past(q, *cache.append(self.layer, k, v))
+        return self.o_proj(y.reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: one projection decides how much of the other passes, then both go back to the model's width."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, FF = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, FF, bias=False)
+        self.up_proj = nn.Linear(D, FF, bias=False)
+        self.down_proj = nn.Linear(FF, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """One layer: attention, then MLP, each added to the residual stream (B, T, D)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, segments, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaModel(nn.Module):
+    """The stack from token ids to the last norm; everything but the head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # In float32 whatever the model's dtype: in bfloat16 the angle of position 1000 would be wrong by whole turns.
+        self.rope_frequencies = rope_frequencies(config)
+
+    def forward(self, tokens: Tensor, segments: Segments | None = None, cache: KVCache | None = None) -> Tensor:
+        """(B, T) int64 -> (B, T, D), the hidden states that the head reads."""
+        segments = segments or Segments.one_per_row(*tokens.shape, offset=len(cache or ()))
+        positions = segments.positions.to(tokens.device)  # (B, T)
+        angles = positions.unsqueeze(-1).float() * self.rope_frequencies.to(tokens.device)  # (B, T, hd / 2)
+        rope = angles.cos(), angles.sin()
+        x = self.embed_tokens(tokens)
+        for block in self.layers:
+            x = block(x, rope, segments, cache)
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """A Llama with its head: `model(tokens)` gives logits."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, tokens: Tensor, segments: Segments | None = None, cache: KVCache | None = None) -> Tensor:
+        """Scores for the next token at every position.
+
+        Args:
+            tokens: (B, T) int64.
+            segments: where documents begin in each row; without it every row is one document.
+            cache: earlier tokens of the same rows; the given ones come after them.
+        Returns:
+            (B, T, V) logits in the model's dtype. Training never calls this: it hands the hidden states of
+            `self.model` to `ops.linear_cross_entropy`, which never holds all logits at once.
+        """
+        return self.lm_head(self.model(tokens, segments, cache))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> "Llama":
+        """Load a folder or a GGUF file; `checkpoint.load_model` has the options (load_in_4bit, dtype, device)."""
+        from .checkpoint import load_model
+
+        return load_model(path, **options)

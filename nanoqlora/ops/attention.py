@@ -1,0 +1,76 @@
+"""Attention over rows that may hold several documents. The reference, in plain PyTorch.
+
+Training rows are packed: short samples stand one after another in one row of `sequence_len` tokens, so that no
+arithmetic is spent on padding. A token must then see only the earlier tokens of its own document, and positions
+start again at every document; otherwise samples would read each other, which trains a different model in silence.
+`Segments` says where the documents are. It is made once for a batch and used by every layer.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where documents stand in a batch of B rows of T tokens.
+
+    lengths: for each row the lengths of its documents in order; they add up to T (padding is a document too).
+    offset: position of the first token, above 0 only when earlier tokens are in a cache.
+    """
+
+    lengths: tuple[tuple[int, ...], ...]
+    offset: int = 0
+
+    @classmethod
+    def one_per_row(cls, B: int, T: int, offset: int = 0) -> "Segments":
+        return cls(((T,),) * B, offset)
+
+    @cached_property
+    def documents(self) -> list[tuple[int, int, int]]:
+        """(row, first token, one past the last) of every document, in order."""
+        spans = []
+        for row, lengths in enumerate(self.lengths):
+            end = 0
+            for length in lengths:
+                spans.append((row, end, end + length))
+                end += length
+        return spans
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(B, T) int64: each token's place in its own document, which is what RoPE turns by."""
+        rows = [torch.cat([torch.arange(length) for length in lengths]) for lengths in self.lengths]
+        return torch.stack(rows) + self.offset
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """(B, 1, T, T) bool, True where the token of the row may look at the token of the column."""
+        T = sum(self.lengths[0])
+        document = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in self.lengths])
+        same = document[:, :, None] == document[:, None, :]
+        return (same & torch.ones(T, T, dtype=torch.bool).tril()).unsqueeze(1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """softmax(q k^T / sqrt(hd)) v, each token over itself and the earlier tokens of its document.
+
+    Args:
+        q: (B, T, H, hd). k, v: (B, T, KV, hd); query heads h * H/KV to (h + 1) * H/KV - 1 share key/value head h.
+    Returns:
+        (B, T, H, hd), in the dtype of `q`.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    mask = segments.mask.to(q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+def attention_to_past(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same for chat: the last T of S tokens look at all before them. q: (B, T, H, hd), k, v: (B, S, KV, hd)."""
+    T, S = q.shape[1], k.shape[1]
+    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)

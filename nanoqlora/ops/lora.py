@@ -1,0 +1,103 @@
+"""A linear layer with a frozen weight and a low-rank update. The reference, in plain PyTorch.
+
+    y = x W^T + s * dropout(x) A^T B^T
+
+W (n_out, n_in) is frozen, in four bits or more; only A (r, n_in) and B (n_out, r) learn, r of them being far below
+both widths. B starts at zero, so training starts at the base model exactly. Dropout acts on the update's path alone.
+
+Gradients (autograd finds them; the twin in `lora_fast.py` writes them out), with x' = dropout(x):
+
+    dB = s * dy^T (x' A^T)          dA = s * (dy B)^T x'          dx = dy W + s * dropout'((dy B) A)
+
+W has no gradient and is not kept for the backward pass: it is rebuilt from its four bits.
+Source: LoRA (arXiv:2106.09685), QLoRA (arXiv:2305.14314).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Rebuild = Callable[[torch.dtype], Tensor]  # gives W (n_out, n_in) in a dtype, made anew or at hand
+
+
+class Dropout(NamedTuple):
+    """What decides the mask: the probability p and a seed for each row, (B,) int64."""
+
+    p: float
+    seed: Tensor
+
+    def mask(self, x: Tensor) -> Tensor:
+        """For x (B, T, n_in): 0 where dropped and 1 / (1 - p) elsewhere, in the dtype of x."""
+        return dropout_mask(x.shape, self.p, self.seed, x.dtype)
+
+
+class FrozenLinear(torch.autograd.Function):
+    """y = x W^T for a W that takes no gradient and is rebuilt for the backward pass, not kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rebuild: Rebuild) -> Tensor:
+        ctx.rebuild = rebuild
+        return F.linear(x, rebuild(x.dtype))
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        return dy @ ctx.rebuild(dy.dtype), None
+
+
+def frozen_linear(x: Tensor, rebuild: Rebuild) -> Tensor:
+    """x (..., n_in) -> (..., n_out)."""
+    return FrozenLinear.apply(x, rebuild)
+
+
+def lora_linear(
+    x: Tensor, rebuild: Rebuild, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: Dropout | None
+) -> Tensor:
+    """y = x W^T + scaling * dropout(x) A^T B^T.
+
+    Args:
+        x: (B, T, n_in). lora_A: (r, n_in), lora_B: (n_out, r): float32, cast to the dtype of x for the products.
+        dropout: None when p = 0 and in evaluation.
+    Returns:
+        (B, T, n_out) in the dtype of x.
+    """
+    dropped = x if dropout is None else x * dropout.mask(x)
+    update = F.linear(F.linear(dropped, lora_A.to(x.dtype)), lora_B.to(x.dtype))
+    return frozen_linear(x, rebuild) + scaling * update
+
+
+def dropout_mask(shape: tuple[int, int, int], p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 with probability p, else 1 / (1 - p), decided by a hash and not by a random state.
+
+    The same token of the same step and layer gets the same mask on one GPU or eight, in a forward pass or in its
+    recomputation, before or after a resume, and nothing is stored for it.
+
+    Args:
+        shape: (B, T, n_in).
+        seed: (B,) int64, a number for each row that stands for (run, step, row, layer).
+    """
+    B, T, n_in = shape
+    index = torch.arange(T * n_in, device=seed.device, dtype=torch.int32).view(1, T, n_in)
+    bits = mix(mix(index) ^ fold(seed).view(B, 1, 1))
+    threshold = int(p * 2**32) - 2**31  # of a signed 32-bit number
+    return (bits >= threshold).to(dtype).mul_(1 / (1 - p))
+
+
+def mix(x: Tensor) -> Tensor:
+    """A 32-bit hash (int32 in and out): every bit of the input moves about half of the output's bits.
+
+    Two rounds of shift-xor-multiply; PyTorch has no unsigned shift, so the sign's copies are masked off.
+    Constants: Chris Wellons, "Prospecting for Hash Functions", lowbias32.
+    """
+    x = x ^ (x >> 16 & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15 & 0x1FFFF)
+    x = x * (0x846CA68B - 2**32)
+    return x ^ (x >> 16 & 0xFFFF)
+
+
+def fold(seed: Tensor) -> Tensor:
+    """int64 -> int32, with all 64 bits used."""
+    return mix((seed >> 32).to(torch.int32)) ^ (seed & 0xFFFFFFFF).to(torch.int32)

@@ -1,0 +1,53 @@
+"""How the trained values move: AdamW over one flat buffer, the learning rate of a step, and the clip.
+
+The optimizers themselves are PyTorch's and bitsandbytes'. The schedule is a function of the step number, with no
+state of its own to save or lose.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def learning_rate_at(step: int, num_steps: int, warmup: int, peak: float, scheduler: str, min_ratio: float) -> float:
+    """The rate of step `step` of `num_steps`, counted from 0.
+
+    Linear warm-up from 0: step 0 uses 0 / warmup of the peak, step `warmup` all of it. After that `cosine` goes along
+    half a wave to min_ratio * peak, `linear` to 0, and the constant kinds stay; `constant` has no warm-up.
+    """
+    if scheduler == "constant":
+        return peak
+    if step < warmup:
+        return peak * step / warmup
+    if scheduler == "constant_with_warmup":
+        return peak
+    done = (step - warmup) / max(1, num_steps - warmup)
+    if scheduler == "linear":
+        return peak * (1 - done)
+    return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def make_optimizer(
+    name: str, flat: nn.Parameter, *, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW on the flat buffer. Its learning rate is set before each step.
+
+    Args:
+        name: adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_8bit or paged_adamw_32bit.
+    """
+    options = {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    if name.startswith("adamw_torch"):
+        return torch.optim.AdamW([flat], fused=name.endswith("fused"), **options)
+    from bitsandbytes import optim
+
+    kinds = {"adamw_8bit": optim.AdamW8bit, "paged_adamw_8bit": optim.PagedAdamW8bit}
+    return (kinds | {"paged_adamw_32bit": optim.PagedAdamW32bit})[name]([flat], **options)
+
+
+def clip_gradient(grad: Tensor, max_norm: float) -> Tensor:
+    """Scale the flat gradient down to `max_norm` where it is longer, in place; 0 leaves it. Returns its norm before."""
+    norm = grad.norm()
+    if max_norm > 0:
+        grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm

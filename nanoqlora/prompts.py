@@ -1,0 +1,411 @@
+"""Rows of data to tokens, and to a mask that says which of the tokens the model shall learn to write.
+
+Three kinds of row:
+
+    chat_template   {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
+    alpaca          {"instruction": ..., "input": ..., "output": ...}
+    completion      {"text": ...}
+
+In a chat the mask covers what the assistant says and the token that ends its turn. That token matters most: a model
+that is never told to write it never learns to stop. In ChatML, with "^" below the tokens that count:
+
+    <|im_start|>user\\nWho are you?<|im_end|>\\n<|im_start|>assistant\\nA pirate.<|im_end|>\\n
+                                                                      ^^^^^^^^^^^^^^^^^^^^^
+
+A chat template is a program, and does not say which part of its text is whose. So we let it run on the start of the
+conversation: the messages before an answer, with the header for the answer behind them, must come out as the first part
+of the whole text. Where that part ends, the answer begins. The whole text is encoded at once and never in parts, so the
+ids are those that other programs get from the same template.
+
+The format is saved beside what was trained, as prompt.json: the same file that made the training tokens makes the
+prompt of a chat, and the template of an Ollama Modelfile (`go_template`). Left out: tool calls, and content in parts.
+Read next: data.py, which reads the rows and packs the tokens.
+"""
+
+import dataclasses
+import json
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from nanoqlora.cli import UserError
+from nanoqlora.tokenizer import Tokenizer
+
+Messages = list[dict[str, Any]]
+
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+CHAT_TEMPLATES = {  # for models that bring none of their own; the tokenizer must know the special tokens
+    "chatml": (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "llama3": (
+        "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+        "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    ),
+}
+SAME_ROLE = {"human": "user", "gpt": "assistant"}  # names in data files -> names in templates
+DEFAULT_NAMES = {"role": "role", "content": "content"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFormat:
+    """How a row becomes tokens. The fields are named after the YAML keys that set them."""
+
+    type: str  # chat_template, alpaca or completion
+    chat_template: str | None = None  # Jinja; None: the tokenizer's own
+    train_on_inputs: bool = False  # count the prompt as well
+    roles_to_train: tuple[str, ...] = ("assistant",)
+    train_on_eos: str = "turn"  # which end tokens count: of every trained turn, of the last one, or of all turns
+    field: str = "text"  # completion: the column with the text
+    field_messages: str = "messages"  # chat_template: the column with the messages
+    message_property_mappings: dict[str, str] = dataclasses.field(default_factory=dict)  # ours -> the file's
+    roles: dict[str, tuple[str, ...]] = dataclasses.field(
+        default_factory=dict
+    )  # role in the template -> its names in the file
+
+    def __post_init__(self) -> None:
+        for name, allowed in {
+            "type": ("chat_template", "alpaca", "completion"),
+            "train_on_eos": ("turn", "last", "all"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(
+                    f"{name} is {getattr(self, name)!r}. It decides how rows become tokens. Use {' or '.join(allowed)}."
+                )
+        # From JSON they come as lists; frozen, so that nobody changes a format between training and talking.
+        object.__setattr__(self, "roles_to_train", tuple(self.roles_to_train))
+        object.__setattr__(self, "roles", {role: tuple(names) for role, names in self.roles.items()})
+
+    # prompt.json
+
+    def to_json(self) -> str:
+        """The text of prompt.json."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "PromptFormat":
+        """The format that a prompt.json describes."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"prompt.json: not valid JSON ({error}). It says how to prompt. Save it again.") from error
+        known = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(data, dict) or "type" not in data or not data.keys() <= known:
+            found = ", ".join(data) if isinstance(data, dict) else type(data).__name__
+            raise UserError(
+                f"prompt.json: found {found}; it needs type and may have {', '.join(sorted(known - {'type'}))}. "
+                "It says how to prompt the model. Take the file that training wrote."
+            )
+        return cls(**data)
+
+    def for_tokenizer(self, tok: Tokenizer) -> "PromptFormat":
+        """The same with the chat template written out, so that it no longer depends on the tokenizer's."""
+        return dataclasses.replace(self, chat_template=self.jinja(tok))
+
+    # What the format says of a tokenizer
+
+    def jinja(self, tok: Tokenizer) -> str | None:
+        """The chat template in effect; None when the format is not a chat."""
+        return (self.chat_template or tok.chat_template) if self.type == "chat_template" else None
+
+    def end_id(self, tok: Tokenizer) -> int | None:
+        """The token that ends an answer, at which generation has to stop."""
+        template = self.jinja(tok)
+        return tok.turn_end_id(template) if template else tok.eos_id
+
+    def add_bos(self, tok: Tokenizer) -> bool:
+        """What the tokenizer of a GGUF file must do, so that the model sees as many BOS tokens as in training.
+
+        Programs that serve a model drop the BOS that a chat template writes if the tokenizer adds one. So it may add
+        one only if the template writes it too.
+        """
+        if not tok.add_bos or self.type != "chat_template":
+            return tok.add_bos
+        return self.encode_prompt(tok, _say("user", "a question"))[:1] == [tok.bos_id]
+
+    # Talking
+
+    def render(self, tok: Tokenizer, messages: Messages, add_generation_prompt: bool = False) -> str:
+        """The text of a conversation; what alpaca and completion prompt with is the last message alone."""
+        if self.type == "chat_template":
+            return tok.render_chat(messages, add_generation_prompt, self.jinja(tok))
+        last = messages[-1]["content"]
+        return ALPACA.replace("{instruction}", last) if self.type == "alpaca" else last
+
+    def encode_prompt(self, tok: Tokenizer, messages: Messages) -> list[int]:
+        """The tokens that the model is to go on from, when it shall answer."""
+        if self.type == "chat_template":
+            return tok.encode_chat(messages, add_generation_prompt=True, chat_template=self.jinja(tok))
+        return tok.encode(self.render(tok, messages), bos=tok.add_bos)
+
+    # Training
+
+    def encode_row(self, tok: Tokenizer, row: dict[str, Any]) -> tuple[list[int], list[bool]]:
+        """Tokens of a row of data, and for each whether the model shall learn to write it.
+
+        Raises:
+            UserError: the row is not of this format. It does not say which row: the caller knows the file and the line.
+        """
+        if self.type == "chat_template":
+            ids, mask = self._encode_chat(tok, self._messages(row))
+        else:
+            if tok.eos_id is None:
+                raise UserError(
+                    "the tokenizer has no end token (eos). Without it the model would never learn to stop. Name one "
+                    "under special_tokens, eos_token."
+                )
+            prompt, answer = self._texts(row)
+            ids = tok.encode(prompt, bos=tok.add_bos)  # prompt and answer apart: no token may reach into both
+            start = len(ids)
+            ids += [*tok.encode(answer), tok.eos_id]
+            mask = [position >= start for position in range(len(ids))]
+        if self.train_on_inputs or self.type == "completion":
+            mask = [position > 0 for position in range(len(ids))]  # nothing stands before the first to predict it from
+        return ids, mask
+
+    def _texts(self, row: dict[str, Any]) -> tuple[str, str]:
+        """What a row of alpaca or completion prompts with, and what is to be written."""
+        if self.type == "completion":
+            return "", _text(row, self.field)
+        instruction, answer = _text(row, "instruction"), _text(row, "output")
+        context = row.get("input") and _text(row, "input")
+        prompt = ALPACA_WITH_INPUT if context else ALPACA
+        before, after = prompt.split("{instruction}")  # not str.format: the texts may hold braces
+        return before + instruction + after.replace("{input}", context or ""), answer
+
+    def _messages(self, row: dict[str, Any]) -> Messages:
+        """The messages of a row, with the names that templates use, checked."""
+        given = row.get(self.field_messages)
+        if not isinstance(given, list) or not given:
+            raise UserError(
+                f"{self.field_messages} is {_show(given)}, not a list of messages. A chat template needs role and "
+                "content of each. Correct the row, or name the right column with field_messages."
+            )
+        names = DEFAULT_NAMES | self.message_property_mappings
+        roles = {theirs: ours for ours, all_theirs in self.roles.items() for theirs in all_theirs} or SAME_ROLE
+        messages = []
+        for i, message in enumerate(given):
+            if not isinstance(message, dict):
+                raise UserError(f"message {i + 1} is {_show(message)}, without role and content. Make it an object.")
+            message = {**message, **{ours: message.get(theirs) for ours, theirs in names.items()}}
+            role = _text(message, "role", f"message {i + 1}: ", called=names["role"])
+            empty = role == "system"  # an empty system message switches off a template's default one
+            _text(message, "content", f"message {i + 1}: ", called=names["content"], empty=empty)
+            messages.append({**message, "role": roles.get(role, role)})
+        if not any(message["role"] in self.roles_to_train for message in messages):
+            raise UserError(
+                f"no message has the role {' or '.join(self.roles_to_train)}, only "
+                f"{', '.join(dict.fromkeys(message['role'] for message in messages))}. There is nothing to learn from. "
+                "Add an answer, or map the names with roles."
+            )
+        return messages
+
+    def _encode_chat(self, tok: Tokenizer, messages: Messages) -> tuple[list[int], list[bool]]:
+        """The tokens of a conversation, and the mask of its trained turns."""
+        guarded, mark = tok.guard(messages)
+        text = self.render(tok, guarded)
+        ids, starts = tok.encode_guarded(text, mark)
+        mask = [False] * len(ids)
+        controls = set(tok.special_tokens.values())
+
+        def token_at(character: int) -> int:
+            """The first token that starts at this character of the text or behind it."""
+            return bisect_left(starts, len(text[:character].replace(mark, "").encode()))
+
+        last_trained = max(i for i, message in enumerate(messages) if message["role"] in self.roles_to_train)
+        for i, message in enumerate(guarded):
+            trained = message["role"] in self.roles_to_train
+            if not trained and self.train_on_eos != "all":
+                continue
+            if message["role"] == "assistant":
+                begin = self._length_of_start(tok, guarded[:i], text, header=True)
+            else:  # no template writes only the header of a question: put something findable in place of the question
+                before = self._length_of_start(tok, guarded[:i], text) if i else 0
+                begin = self.render(tok, [*guarded[:i], {**message, "content": mark}]).find(mark, before)
+            turn_end = self._length_of_start(tok, guarded[: i + 1], text)
+            content = message["content"].strip()  # many templates strip it too
+            found = text.find(content, begin, turn_end)
+            content_end = begin if found < 0 else found + len(content)
+            behind = token_at(turn_end)
+            end = next((t for t in range(token_at(content_end), behind) if ids[t] in controls), None)
+            if end is None and i == last_trained:
+                raise UserError(
+                    "the chat template puts no special token behind the last answer. The model would never learn to "
+                    "stop. Use a template whose end token this tokenizer has, or a built-in one by its name under "
+                    f"chat_template: {', '.join(CHAT_TEMPLATES)}."
+                )
+            if trained:
+                first, stop = token_at(begin), behind if end is None else end
+                mask[first:stop] = [True] * (stop - first)
+            if end is not None:
+                mask[end] = self.train_on_eos != "last" or i == last_trained
+        return ids, mask
+
+    def _length_of_start(self, tok: Tokenizer, messages: Messages, text: str, header: bool = False) -> int:
+        """How much of the text comes from the first messages, and from the header of the answer to them."""
+        start = self.render(tok, messages, add_generation_prompt=header)
+        if not text.startswith(start):
+            raise UserError(
+                f"the chat template writes the first {len(messages)} messages in another way when more follow. So the "
+                "answers cannot be found in its text. Give a plainer template with chat_template_jinja."
+            )
+        return len(start)
+
+
+def _text(row: dict[str, Any], key: str, where: str = "", called: str = "", empty: bool = False) -> str:
+    """A text of a row, checked."""
+    text = row.get(key)
+    if not isinstance(text, str) or not (text.strip() or empty):
+        raise UserError(
+            f"{where}{called or key} is {_show(text)}, and it must be a text that is not empty: it becomes tokens. "
+            "Correct the row or take it out."
+        )
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise UserError(
+            f"{where}{called or key} holds half of a surrogate pair, which is no character and has no UTF-8 bytes. "
+            "Correct the row or take it out."
+        )
+    return text
+
+
+def _show(value: Any) -> str:
+    return "missing" if value is None else f"{type(value).__name__} {json.dumps(value, default=str)[:60]}"
+
+
+def detect_format(row: dict[str, Any]) -> PromptFormat:
+    """The format that the columns of a row tell of."""
+    if "messages" in row:
+        return PromptFormat(type="chat_template")
+    if "instruction" in row and "output" in row:
+        return PromptFormat(type="alpaca")
+    if "text" in row:
+        return PromptFormat(type="completion")
+    raise UserError(
+        f"a row has the columns {', '.join(row) or 'none'}, which tell no format. It decides how rows become tokens. "
+        "Name the columns messages, or instruction and output, or text."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Ollama template
+
+
+class GoTemplate(NamedTuple):
+    """What a Modelfile needs: TEMPLATE, SYSTEM and the stop texts. A BOS that the tokenizer adds is not in it."""
+
+    template: str
+    system: str | None
+    stops: list[str]
+
+
+class Frame(NamedTuple):
+    """A chat template in four strings: before the role, between role and content, behind the content."""
+
+    before: str
+    after: str
+    end: str
+    intro: str  # stands in front of every system message, in some Llama-3 templates
+
+    def write(self, messages: Messages) -> str:
+        """What the Go template will write: every turn, then the header of the answer."""
+        turns = [{**m, "content": self.intro + m["content"]} if m["role"] == "system" else m for m in messages]
+        return "".join(self.header(m["role"]) + m["content"] + self.end for m in turns) + self.header("assistant")
+
+    def header(self, role: str) -> str:
+        return self.before + role + self.after
+
+
+def go_template(fmt: PromptFormat, tok: Tokenizer) -> GoTemplate:
+    """The template of an Ollama Modelfile, proven to write what the training format writes.
+
+    Jinja cannot be translated in general. But nearly every chat template frames each message by the same few strings.
+    We read the strings off one conversation, and use them only if on other conversations they give the same text as
+    the Jinja. White space around contents is not part of the proof: many templates strip it, and Go cannot.
+
+    Raises:
+        UserError: the template does more than that.
+    """
+    if fmt.type != "chat_template":
+        stops = [] if tok.eos_id is None else [tok.vocab[tok.eos_id]]
+        return GoTemplate(fmt.render(tok, _say("user", "{{ .Prompt }}")), None, stops)
+
+    def render(messages: Messages) -> str:
+        text = fmt.render(tok, messages, add_generation_prompt=True)
+        return text.removeprefix(tok.vocab[tok.bos_id]) if tok.add_bos else text  # SmolLM2's BOS is <|im_start|>: stays
+
+    if "strftime_now" in fmt.jinja(tok):
+        raise _inexpressible("it writes today's date")
+    frame = _find_frame(render)
+    system = None
+    question = _say("user", "question?")
+    if render(question) != frame.write(question):  # the template puts in a system message of its own
+        before, behind = frame.header("system") + frame.intro, frame.end + frame.write(question)
+        system = render(question).removeprefix(before).removesuffix(behind)
+    for probe in PROBES:
+        has_system = system is None or probe[0]["role"] == "system"
+        if render(probe) != frame.write(probe if has_system else _say("system", system) + probe):
+            raise _inexpressible("it does not write every message in the same way")
+
+    turns = "{{ range .Messages }}" + frame.header("{{ .Role }}")
+    if frame.intro:
+        turns += '{{ if eq .Role "system" }}' + frame.intro + "{{ end }}"
+    turns += "{{ .Content }}" + frame.end + "{{ end }}" + frame.header("assistant")
+    if system == "":  # SYSTEM cannot be empty, so the template has to begin with the empty message itself
+        unless_given = '{{ if ne (index .Messages 0).Role "system" }}'
+        turns = unless_given + frame.header("system") + frame.intro + frame.end + "{{ end }}" + turns
+    if any("{{" in part or "}}" in part for part in frame):
+        raise _inexpressible("it writes double braces, which mean something else in Go")
+    stops = [text for text in tok.special_tokens if text in frame.end] or [frame.end.strip()]
+    return GoTemplate(turns, system or None, stops)
+
+
+def _say(*turns: str) -> Messages:
+    """Messages from role, content, role, content, ..."""
+    return [{"role": role, "content": content} for role, content in zip(turns[::2], turns[1::2], strict=True)]
+
+
+PROBES = [
+    _say("user", "question?"),
+    _say("system", "Be brief.", "user", "one\n\ntwo"),
+    _say("user", "{{ .Content }} {% if %}", "assistant", "'quoted' \"text\" \\n", "user", "<b>&amp;</b>"),
+    _say(
+        "system", "s", "user", "u", "assistant", "a", "user", "\u00fc \u4f60 \U0001f642", "assistant", "b", "user", "v"
+    ),
+    _say("user", "u", "assistant", "<think>hm</think> so", "user", "v", "assistant", "w", "user", "x" * 500),
+]
+
+
+def _find_frame(render: Any) -> Frame:
+    """Read the strings around the messages off one conversation."""
+    names = ["first content", "second content", "third content", "fourth content"]
+    text = render(_say("system", names[0], "user", names[1], "assistant", names[2], "user", names[3]))
+    gaps = []
+    for name in names:
+        gap, found, text = text.partition(name)
+        if not found:
+            raise _inexpressible("it leaves out a message")
+        gaps.append(gap)
+    to_end, _, after = gaps[1].rpartition("user")  # the end of one turn and the header of the next
+    before, _, after_system = gaps[0].partition("system")
+    frame = Frame(before, after, to_end.removesuffix(before), after_system.removeprefix(after))
+    if not frame.end:
+        raise _inexpressible("nothing stands between two messages")
+    return frame
+
+
+def _inexpressible(why: str) -> UserError:
+    return UserError(
+        f"the chat template cannot be written as a Go template for Ollama: {why}. With another template than "
+        "in training the model answers badly. Train with chat_template chatml or llama3, or use llama.cpp, which runs "
+        "Jinja."
+    )

@@ -1,0 +1,162 @@
+"""QLoRA: linear layers with a frozen 4-bit weight and a trained low-rank update.
+
+    load_in_4bit      nn.Linear -> QLoRALinear with W in NF4               the base gets small
+    inject_lora       adds lora_A and lora_B to the layers that learn      the only parameters with a gradient
+
+The model file does not know: a layer is replaced by one with the same name, so `model.layers.0.self_attn.q_proj`
+stays what it is called in Hugging Face's checkpoints and in PEFT's adapters. Read next: `../train.py`.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from . import ops
+from .model import Llama
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class QLoRALinear(nn.Module):
+    """y = x W^T + s * dropout(x) A^T B^T with W frozen, in NF4 or as it came; without A and B just y = x W^T.
+
+    Buffers in NF4: packed (n_out, n_in / 2) uint8; absmax (n_out, n_in / 64) uint8 codes with nested_absmax
+    (ceil(n / 256),) and nested_offset () float32, or, without double quantisation, float32 scales alone.
+    Parameters: lora_A (r, n_in) and lora_B (n_out, r), float32.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.lora_A: nn.Parameter | None = None
+        self.lora_B: nn.Parameter | None = None
+        self.scaling = self.alpha = self.dropout_p = 0.0
+        self.use_rslora = False
+        self.layer_seed = 0
+        self.row_seeds: Tensor | None = None  # (B,) int64, set for each batch by `set_dropout_rows`
+
+    def quantize(self, double_quant: bool = True) -> None:
+        """Put W into four bits, for good."""
+        packed, absmax = ops.quantize_nf4(self.weight.data)
+        del self.weight
+        self.register_buffer("packed", packed)
+        if double_quant:
+            absmax, nested_absmax, nested_offset = ops.quantize_absmax(absmax)
+            self.register_buffer("nested_absmax", nested_absmax)
+            self.register_buffer("nested_offset", nested_offset)
+        self.register_buffer("absmax", absmax)
+
+    def rebuild(self, dtype: torch.dtype) -> Tensor:
+        """W, (n_out, n_in), as training sees it in `dtype`."""
+        if hasattr(self, "weight"):
+            return self.weight.to(dtype)
+        absmax = self.absmax
+        if absmax.dtype == torch.uint8:
+            absmax = ops.dequantize_absmax(absmax, self.nested_absmax, self.nested_offset)
+        return ops.dequantize_nf4(self.packed, absmax, dtype)
+
+    def add_lora(self, r: int, alpha: float, dropout: float, use_rslora: bool, layer_seed: int) -> None:
+        """Start an update at exactly zero: A uniform as in PEFT (Kaiming with a = sqrt(5)), B zero."""
+        device = self.weight.device if hasattr(self, "weight") else self.packed.device
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.alpha, self.use_rslora = alpha, use_rslora
+        self.scaling = alpha / math.sqrt(r) if use_rslora else alpha / r
+        self.dropout_p, self.layer_seed = dropout, layer_seed
+
+    def delta(self) -> Tensor:
+        """The update s B A, (n_out, n_in) float32."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.lora_A is None:
+            return ops.frozen_linear(x, self.rebuild)
+        dropout = None
+        if self.training and self.dropout_p > 0:
+            dropout = ops.Dropout(self.dropout_p, self.row_seeds ^ self.layer_seed)
+        return ops.lora_linear(x, self.rebuild, self.lora_A, self.lora_B, self.scaling, dropout)
+
+
+def quantize_model(model: Llama, double_quant: bool = True) -> None:
+    """Replace every linear layer of the blocks by its 4-bit form, one at a time. Embedding, head and norms stay."""
+    for name, linear in list(block_linears(model)):
+        layer = QLoRALinear(linear.weight.data)
+        layer.quantize(double_quant)
+        model.set_submodule(name, layer)
+
+
+def inject_lora(
+    model: Llama,
+    r: int,
+    alpha: float,
+    dropout: float = 0.0,
+    target_modules: tuple[str, ...] = ALL_LINEAR,
+    use_rslora: bool = False,
+) -> None:
+    """Freeze the model and give the named linear layers of its blocks an update of rank r.
+
+    Args:
+        model: plain or 4-bit. Changed in place.
+        alpha: the update is scaled by alpha / r, or by alpha / sqrt(r) with `use_rslora` (arXiv:2312.03732).
+        dropout: probability with which an input of the update's path is dropped in training.
+        target_modules: last parts of the layers' names.
+    Raises:
+        ValueError: a name that no layer has.
+    """
+    unknown = set(target_modules) - set(ALL_LINEAR)
+    if unknown or not target_modules:
+        raise ValueError(
+            f"lora_target_modules: {sorted(unknown) or 'empty'} names no linear layer of a block, so nothing would be "
+            f"trained there. Known are {', '.join(ALL_LINEAR)}."
+        )
+    model.requires_grad_(False)
+    for index, (name, linear) in enumerate(list(block_linears(model))):
+        if name.rpartition(".")[2] not in target_modules:
+            continue
+        if not isinstance(linear, QLoRALinear):
+            linear = QLoRALinear(linear.weight.data)
+            model.set_submodule(name, linear)
+        linear.add_lora(r, alpha, dropout, use_rslora, layer_seed=index * 0x9E3779B97F4A7C1 % 2**62)
+
+
+def block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of the linear layers inside the blocks, in model order: `model.layers.0.self_attn.q_proj`, ..."""
+    for name, module in model.named_modules():
+        if ".layers." in name and isinstance(module, nn.Linear | QLoRALinear):
+            yield name, module
+
+
+def lora_layers(model: nn.Module) -> dict[str, QLoRALinear]:
+    """The layers that learn, by name, in model order."""
+    return {name: m for name, m in block_linears(model) if isinstance(m, QLoRALinear) and m.lora_A is not None}
+
+
+def set_dropout_rows(model: nn.Module, row_seeds: Tensor) -> None:
+    """Tell every layer which rows the next batch holds: (B,) int64, a number that stands for (run, step, row)."""
+    for layer in lora_layers(model).values():
+        layer.row_seeds = row_seeds
+
+
+def flatten_trainable(model: nn.Module) -> nn.Parameter:
+    """Lay all trained parameters, and their gradients, end to end in one float32 buffer each.
+
+    Every lora_A and lora_B becomes a view of the buffer. The optimizer, the norm, the clip, the sum over ranks and the
+    checkpoint then deal with one tensor. Zero its gradient in place: setting it to None would break the views.
+
+    Returns:
+        The buffer as a parameter with its `.grad`, (number of trained values,). Its order is the model's order.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    flat = nn.Parameter(torch.cat([p.data.flatten() for p in parameters]))
+    flat.grad = torch.zeros_like(flat)
+    end = 0
+    for p in parameters:
+        start, end = end, end + p.numel()
+        p.data = flat.data[start:end].view_as(p)
+        p.grad = flat.grad[start:end].view_as(p)
+    return flat

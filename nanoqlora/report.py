@@ -1,0 +1,404 @@
+"""What a run leaves for people: `Fine-Tuning.png`, the curves, and `report.md`, the one page to send to somebody.
+
+Both are made from plain values that the run has anyway: the rows of `metrics.jsonl`, and a dict of facts. Nothing
+is measured or computed here except a smoothed curve. Either may be made at any moment of a run, so a row, a key or
+a whole section may be missing, and then its point, line or section is left out.
+
+Left out: interactive plots and loggers over the network; `metrics.jsonl` is easy to read with anything.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nanoqlora.cli import whole_file, write_text
+
+WIDTH_IN, HEIGHT_IN, DPI = 12, 7.6, 150  # 1800 x 1140 pixels; text stays readable when shown 1200 wide
+
+INK, MUTED, GRID = "#24292f", "#6e7781", "#e7eaee"
+BLUE, ORANGE, GREEN, PURPLE = "#2563a6", "#d9702e", "#3a8a5f", "#7a5aa6"
+
+NOTE = {"size": 9.5, "color": MUTED}
+
+MEMORY_LINES = {  # key of metrics.jsonl -> what the legend calls it, its line; allocated often lies under active
+    "memory/device_mem_reserved_gib": ("reserved", {"color": MUTED, "linewidth": 2}),
+    "memory/max_mem_allocated_gib": ("allocated", {"color": GREEN, "linewidth": 5, "alpha": 0.45}),
+    "memory/max_mem_active_gib": ("active", {"color": BLUE, "linewidth": 2}),
+    "memory/max_rss_gib": ("process", {"color": GREEN, "linewidth": 2}),
+}
+
+
+def series(rows: list[dict], name: str) -> tuple[list[float], list[float]]:
+    """(steps, values) of one key over the rows that have it as a finite number."""
+    found = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float) and "step" in row]
+    found = sorted((step, value) for step, value in found if math.isfinite(value))
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def smooth(values: list[float]) -> list[float]:
+    """A straight line fitted around every point, over about a fifteenth of the curve, and read at that point.
+
+    A running mean would lag behind a falling curve, and end where the curve was; a line does neither. Running sums
+    of y and k * y make each fit a handful of operations.
+    """
+    n = len(values)
+    half = max(4, n // 30)
+    sum_y, sum_ky = [0.0], [0.0]
+    for k, y in enumerate(values):
+        sum_y.append(sum_y[-1] + y)
+        sum_ky.append(sum_ky[-1] + k * y)
+    fitted = []
+    for i in range(n):
+        first, last = max(0, i - half), min(n - 1, i + half)
+        count, centre = last - first + 1, (first + last) / 2
+        mean = (sum_y[last + 1] - sum_y[first]) / count
+        covariance = (sum_ky[last + 1] - sum_ky[first]) - centre * mean * count
+        spread = count * (count * count - 1) / 12  # sum of (k - centre)^2 over a run of whole numbers
+        fitted.append(mean + (i - centre) * covariance / spread if spread else mean)
+    return fitted
+
+
+def limits(values: list[float], low: float | None = None, always: Sequence[float] = ()) -> tuple[float, float]:
+    """Axis limits that show the curve: all of it, except spikes that would flatten the rest.
+
+    A spike lies further from the middle 96 % of the values than twice their spread.
+
+    Args:
+        low: lower limit, where one has a meaning (0 for a norm). Unset: found like the upper one.
+        always: values that must be inside, spikes or not.
+    """
+    ordered = sorted(values) or sorted(always)
+    tail = max(1, len(ordered) // 50) if len(ordered) >= 8 else 0
+    bottom, top = (ordered[tail] if low is None else low), ordered[-1 - tail]
+    reach = 2 * (top - bottom)
+    shown = [value for value in ordered if bottom - reach <= value <= top + reach] + list(always)
+    bottom, top = (min(shown) if low is None else low), max(shown)
+    air = 0.08 * (top - bottom) or 0.1 * abs(top) or 1.0
+    return (bottom - air if low is None else low), top + air
+
+
+def plot_metrics(rows: list[dict], path: str | Path, name: str | None = None) -> None:
+    """Draw Fine-Tuning.png: loss with evaluations, gradient norm, learning rate, memory, all over steps.
+
+    Args:
+        rows: the objects of metrics.jsonl, in any order; none at all gives empty panels.
+        path: the PNG, written whole. 1800 x 1140 pixels.
+        name: of the run, for the subtitle; unset: the folder of `path`.
+    """
+    # Here, because training needs no plotting library until it ends; the Agg canvas needs no screen.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    name = Path(path).resolve().parent.name if name is None else name
+    figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(
+        2, 3, height_ratios=(1.45, 1), left=0.06, right=0.975, top=0.83, bottom=0.085, hspace=0.44, wspace=0.22
+    )
+    figure.text(0.06, 0.945, "Fine-tuning", size=18, weight="bold", color=INK)
+    figure.text(0.06, 0.91, _subtitle(rows, name), size=11, color=MUTED)
+
+    _plot_loss(_panel(figure, grid[0, :], "Loss", "nats per supervised token", rows), rows)
+    _plot_norm(_panel(figure, grid[1, 0], "Gradient norm", "before clipping", rows), rows)
+    _plot_rate(_panel(figure, grid[1, 1], "Learning rate", "", rows), rows)
+    _plot_memory(_panel(figure, grid[1, 2], "Peak memory", "GiB", rows), rows)
+
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
+def _subtitle(rows: list[dict], name: str) -> str:
+    steps, _ = series(rows, "loss")
+    _, epochs = series(rows, "epoch")
+    _, perplexities = series(rows, "eval_perplexity")
+    parts = [name.replace("$", r"\$"), f"{len(steps)} steps" if len(steps) != 1 else "1 step"]
+    if epochs:
+        parts.append(f"{max(epochs):.3g} epochs" if round(max(epochs), 2) != 1 else "1 epoch")
+    if len(perplexities) > 1:
+        parts.append(f"held-out perplexity {perplexities[0]:.2f} to {perplexities[-1]:.2f}")
+    return "   |   ".join(part for part in parts if part)
+
+
+def _panel(figure: Any, place: Any, title: str, unit: str, rows: list[dict]) -> Any:
+    """An empty panel: title and unit on the left, horizontal grid lines, whole steps below."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes = figure.add_subplot(place)
+    axes.set_title(title, loc="left", size=12, weight="bold", color=INK, pad=10)
+    axes.set_ylabel(unit, size=10, color=MUTED, labelpad=7)
+    axes.set_xlabel("step", size=10, color=MUTED)
+    axes.tick_params(length=0, labelsize=10, labelcolor=INK, pad=5)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#c3c9d0")
+    axes.grid(axis="y", color=GRID, linewidth=0.9)
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    steps = [row["step"] for row in rows if "step" in row] or [0]
+    room = max(0.012 * (max(steps) - min(steps)), 0.5)
+    axes.set_xlim(min(steps) - room, max(steps) + room)
+    return axes
+
+
+def _empty(axes: Any) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_ylabel("")
+    axes.text(0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center", va="center", size=10, color=MUTED)
+
+
+def _line(axes: Any, steps: list[float], values: list[float], **style: Any) -> None:
+    """A curve; a single point gets a marker, since a line of one point is invisible."""
+    axes.plot(steps, values, marker="o" if len(steps) == 1 else None, markersize=5, solid_capstyle="round", **style)
+
+
+def _mark_spikes(axes: Any, steps: list[float], values: list[float], colour: str) -> None:
+    """Triangles at the upper edge for values above it, and the largest in words: cut off, but not hidden."""
+    top = axes.get_ylim()[1]
+    above = [(value, step) for step, value in zip(steps, values, strict=True) if value > top]
+    if above:
+        axes.plot([step for _, step in above], [top] * len(above), "^", color=colour, markersize=5, clip_on=False)
+        value, step = max(above)
+        axes.text(1, 0.97, f"peak {value:.3g} at step {step:g}", transform=axes.transAxes, ha="right", va="top", **NOTE)
+
+
+def _plot_loss(axes: Any, rows: list[dict]) -> None:
+    """Every step thin, the smoothed curve over it, evaluations as points with their values, ends of epochs."""
+    from matplotlib.patheffects import withStroke
+
+    steps, losses = series(rows, "loss")
+    eval_steps, eval_losses = series(rows, "eval_loss")
+    if not losses and not eval_losses:
+        return _empty(axes)
+    is_long = len(losses) >= 8
+    _line(
+        axes,
+        steps,
+        losses,
+        color=BLUE,
+        linewidth=1.0 if is_long else 1.8,
+        alpha=0.35 if is_long else 1,
+        label="each step",
+    )
+    if is_long:
+        _line(axes, steps, smooth(losses), color=BLUE, linewidth=2.2, label="smoothed")
+    axes.set_ylim(limits(losses, always=eval_losses))
+    _mark_spikes(axes, steps, losses, BLUE)
+    if eval_losses:
+        axes.plot(eval_steps, eval_losses, color=ORANGE, linewidth=1, linestyle=(0, (4, 3)), alpha=0.6)
+        axes.plot(
+            eval_steps,
+            eval_losses,
+            "o",
+            color=ORANGE,
+            markersize=7,
+            markeredgecolor="white",
+            label="held-out data",
+            zorder=5,
+        )
+        stride = max(1, math.ceil(len(eval_steps) / 12))  # more labels than this would touch each other
+        for i in range(len(eval_steps) - 1, -1, -stride):
+            axes.annotate(
+                f"{eval_losses[i]:.3f}",
+                (eval_steps[i], eval_losses[i]),
+                (0, 9),
+                textcoords="offset points",
+                ha="center",
+                size=9.5,
+                color=ORANGE,
+                path_effects=[withStroke(linewidth=3, foreground="white")],
+                zorder=6,
+            )
+    _mark_epochs(axes, rows)
+    above = {"loc": "lower right", "bbox_to_anchor": (1, 1.0), "ncols": 3}  # where no curve can run through it
+    axes.legend(frameon=False, fontsize=10, labelcolor=INK, borderaxespad=0.2, **above)
+
+
+def _mark_epochs(axes: Any, rows: list[dict]) -> None:
+    """A thin line after every whole epoch but the last, if there are few enough to help."""
+    steps, epochs = series(rows, "epoch")
+    ends: dict[int, float] = {}
+    for step, epoch in zip(steps, epochs, strict=True):
+        if epoch >= 1:
+            ends.setdefault(math.floor(epoch + 1e-9), step)
+    for epoch, step in ends.items():
+        if len(ends) <= 12 and step < max(steps):
+            axes.axvline(step, color="#d0d5db", linewidth=0.9, zorder=0)
+            axes.text(
+                step, 0.025, f" epoch {epoch}", transform=axes.get_xaxis_transform(), size=9, color=MUTED, va="bottom"
+            )
+
+
+def _plot_norm(axes: Any, rows: list[dict]) -> None:
+    steps, norms = series(rows, "grad_norm")
+    if not norms:
+        return _empty(axes)
+    is_long = len(norms) >= 8
+    axes.set_ylim(limits(norms, low=0.0))
+    top = axes.get_ylim()[1]
+    _line(axes, steps, norms, color=PURPLE, linewidth=0.9 if is_long else 1.8, alpha=0.4 if is_long else 1)
+    if is_long:  # a spike is marked, and must not bend the curve around it
+        _line(axes, steps, smooth([min(norm, top) for norm in norms]), color=PURPLE, linewidth=2)
+    _mark_spikes(axes, steps, norms, PURPLE)
+
+
+def _plot_rate(axes: Any, rows: list[dict]) -> None:
+    """The schedule in units of its peak's power of ten, which keeps the tick labels short."""
+    steps, rates = series(rows, "learning_rate")
+    if not rates:
+        return _empty(axes)
+    highest = max(rates)
+    power = math.floor(math.log10(highest) + 1e-9) if highest > 0 else 0
+    scaled = [rate / 10.0**power for rate in rates]
+    _line(axes, steps, scaled, color=INK, linewidth=2)
+    axes.set_ylim(0, 1.15 * max(scaled) or 1)
+    axes.set_ylabel(rf"$\times\,10^{{{power}}}$")
+    peak = rates.index(highest)
+    is_early = peak < len(rates) / 2
+    axes.annotate(
+        f"peak {highest:.3g}",
+        (steps[peak], scaled[peak]),
+        (6 if is_early else -6, 6),
+        textcoords="offset points",
+        ha="left" if is_early else "right",
+        **NOTE,
+    )
+
+
+def _plot_memory(axes: Any, rows: list[dict]) -> None:
+    """Each figure that was logged, from zero, with its largest value in the legend."""
+    largest = 0.0
+    for key, (label, style) in MEMORY_LINES.items():
+        steps, gib = series(rows, key)
+        if gib:
+            largest = max(largest, *gib)
+            _line(axes, steps, gib, label=f"{label} {max(gib):.2f} GiB", **style)
+    if not largest:
+        return _empty(axes)
+    axes.set_ylim(0, 1.15 * largest)
+    axes.legend(loc="lower right", frameon=False, fontsize=10, labelcolor=INK, handlelength=1.4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# report.md
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_report(path: str | Path, facts: dict[str, Any]) -> None:
+    """Write report.md, one page, from what is known of a run.
+
+    Args:
+        path: the Markdown file, written whole.
+        facts: any of these; a missing one leaves its line or section out.
+            name: str, of the run.                      command: str, that repeats it.
+            figure: str, path of Fine-Tuning.png as seen from the report.
+            perplexity: {"before": x, "after": y}, on held-out data.    loss: the same, nats per token.
+            data: list of {"path", "samples", "tokens", "supervised_tokens", "sha256"}, one per file.
+            model: {label: value}, such as {"base": "...", "trained parameters": 1234}.
+            hyper_parameters: {key of the YAML: value}.
+            memory: {label: {"predicted": GiB, "measured": GiB}}.
+            time_s: {"predicted": s, "measured": s}.    tokens_per_second: x.
+            samples: list of {"prompt", "before", "after"}, all text.
+            files: {file: what it is}.                  versions: {"torch": "2.13.0", ...}.
+            notes: list of str, what the reader should know.
+    """
+    parts = (_summary, _notes, _samples, _resources, _data, _parameters, _files, _command)
+    sections = [f"# {_inline(facts.get('name') or 'Fine-tuning run')}", *(part(facts) for part in parts)]
+    write_text(path, "\n\n".join(section for section in sections if section) + "\n")
+
+
+def _inline(value: Any) -> str:
+    """A value on one line, safe inside a table cell. Whole numbers get thousands separators, others four digits."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_inline(item) for item in value)
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> str:
+    """A Markdown table; columns after the first are right-aligned where their values are numbers."""
+    are_numbers = [all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(head))]
+    rule = ["---:" if number else "---" for number in are_numbers]
+    lines = [head, rule, *([_inline(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _fenced(text: str, language: str = "") -> str:
+    """A code block whose fence is longer than any in the text, so that an answer cannot end it."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text.strip()}\n{fence}"
+
+
+def _pair(facts: dict, name: str, template: str) -> str:
+    """A sentence with a value before and after, when both are there."""
+    pair = facts.get(name) or {}
+    return template.format(**pair) if {"before", "after"} <= pair.keys() else ""
+
+
+def _summary(facts: dict) -> str:
+    lines = [
+        _pair(facts, "perplexity", "**Held-out perplexity: {before:.2f} before, {after:.2f} after.**"),
+        _pair(facts, "loss", "Held-out loss: {before:.4f} before, {after:.4f} after, in nats per supervised token."),
+    ]
+    figure = [f"![Loss, gradient norm, learning rate and memory]({facts['figure']})"] if facts.get("figure") else []
+    return "\n\n".join(part for part in (" ".join(filter(None, lines)), *figure) if part)
+
+
+def _notes(facts: dict) -> str:
+    return "\n".join(f"- {_inline(note)}" for note in facts.get("notes") or [])
+
+
+def _samples(facts: dict) -> str:
+    samples = facts.get("samples") or []
+    shown = []
+    for sample in samples:
+        shown.append(f"**{_inline(sample.get('prompt', ''))}**")
+        shown += [f"{when}:\n\n{_fenced(sample[when])}" for when in ("before", "after") if sample.get(when)]
+    return "\n\n".join(["## Answers", *shown]) if shown else ""
+
+
+def _resources(facts: dict) -> str:
+    """Predicted and measured, side by side, so that the next prediction can be judged."""
+    rows = [[f"{label}, GiB", pair] for label, pair in (facts.get("memory") or {}).items()]
+    rows += [["time, s", facts["time_s"]]] if facts.get("time_s") else []
+    rows = [[label, pair.get("predicted"), pair.get("measured")] for label, pair in rows]
+    if facts.get("tokens_per_second"):
+        rows.append(["tokens per second", None, facts["tokens_per_second"]])
+    return "## Memory and time\n\n" + _table(["", "predicted", "measured"], rows) if rows else ""
+
+
+def _data(facts: dict) -> str:
+    columns = {"path": "file", "samples": "samples", "tokens": "tokens", "supervised_tokens": "supervised tokens"}
+    columns["sha256"] = "SHA-256"
+    files = facts.get("data") or []
+    present = [key for key in columns if any(file.get(key) is not None for file in files)]
+    rows = [
+        [str(file[key])[:16] if key == "sha256" and key in file else file.get(key) for key in present] for file in files
+    ]
+    return "## Data\n\n" + _table([columns[key] for key in present], rows) if present else ""
+
+
+def _parameters(facts: dict) -> str:
+    model, hyper = facts.get("model") or {}, facts.get("hyper_parameters") or {}
+    rows = [[key, value] for key, value in (*model.items(), *((f"`{key}`", value) for key, value in hyper.items()))]
+    return "## Model and hyper-parameters\n\n" + _table(["", "value"], rows) if rows else ""
+
+
+def _files(facts: dict) -> str:
+    rows = [[f"`{file}`", meaning] for file, meaning in (facts.get("files") or {}).items()]
+    return "## Files\n\n" + _table(["file", "what"], rows) if rows else ""
+
+
+def _command(facts: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in (facts.get("versions") or {}).items())
+    command = _fenced(facts["command"], "sh") if facts.get("command") else ""
+    body = [part for part in (command, versions and f"With {versions}.") if part]
+    return "\n\n".join(["## To repeat it", *body]) if body else ""

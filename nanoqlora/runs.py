@@ -1,0 +1,327 @@
+"""What surrounds the training loop: its data, its log, its checkpoints, and what it leaves behind.
+
+`train.py` reads without this file; open it to see how a checkpoint becomes whole, or how a resumed run goes on.
+"""
+
+import hashlib
+import json
+import math
+import platform
+import random
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from . import distributed
+from .chat import answer
+from .checkpoint import fill_adapter, read_json, save_adapter
+from .cli import UserError, whole_folder, write_text
+from .config import Config, DatasetConfig
+from .data import Reading, Sample, Step, plan_steps, read_rows, read_samples
+from .evaluate import mean_loss, score_samples
+from .prompts import CHAT_TEMPLATES, PromptFormat
+from .report import plot_metrics, write_report
+from .serving import Usable
+from .tokenizer import Tokenizer, save_tokenizer
+
+if TYPE_CHECKING:
+    from train import Run
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+@dataclass(frozen=True)
+class Data:
+    """The run's samples, its plan, and how rows became tokens. `readings` has an entry for every file."""
+
+    prompt_format: PromptFormat  # of the first data set: what the adapter is talked to with
+    samples: list[Sample]
+    held_out: list[Sample]
+    plan: list[Step]
+    readings: dict[str, Reading]
+
+
+def prepare_data(config: Config, tokenizer: Tokenizer, ranks: int) -> Data:
+    """Read and tokenise all data of a run, set evaluation rows aside, and plan every step."""
+    formats = [prompt_format_of(config, dataset, tokenizer) for dataset in config.datasets]
+    readings = {d.path: _read(config, d, f, tokenizer) for d, f in zip(config.datasets, formats, strict=True)}
+    tests = {d.path: _read(config, d, prompt_format_of(config, d, tokenizer), tokenizer) for d in config.test_datasets}
+    samples = [sample for reading in readings.values() for sample in reading.samples]
+    held_out = [sample for reading in tests.values() for sample in reading.samples]
+    if config.val_set_size:
+        size = config.val_set_size
+        count = round(size * len(samples)) if size < 1 else int(size)
+        if not 0 < count < len(samples):
+            raise UserError(
+                f"val_set_size is {size}, which takes {count} of {len(samples)} samples; both sides need at least one. "
+                f"Set a share between 0 and 1, or a smaller count."
+            )
+        order = list(range(len(samples)))
+        random.Random(f"{config.seed} validation").shuffle(order)
+        chosen = set(order[:count])
+        held_out = [samples[i] for i in sorted(chosen)]
+        samples = [sample for i, sample in enumerate(samples) if i not in chosen]
+    plan = plan_steps(
+        [len(sample) for sample in samples],
+        rows_per_step=config.micro_batch_size * config.gradient_accumulation_steps * ranks,
+        capacity=config.sequence_len,
+        packing=config.sample_packing,
+        num_epochs=config.num_epochs,
+        max_steps=config.max_steps,
+        seed=config.seed,
+        shuffle=config.shuffle_merged_datasets,
+    )
+    return Data(formats[0], samples, held_out, plan, readings | tests)
+
+
+def _read(config: Config, dataset: DatasetConfig, prompt_format: PromptFormat, tokenizer: Tokenizer) -> Reading:
+    strategy = config.excess_length_strategy
+    return read_samples(dataset.path, lambda _: prompt_format, tokenizer, config.sequence_len, strategy)
+
+
+def prompt_format_of(config: Config, dataset: DatasetConfig, tokenizer: Tokenizer) -> PromptFormat:
+    """The prompt format of a data set, with its chat template written out."""
+    name = dataset.chat_template or config.chat_template or "tokenizer_default"
+    jinja = dataset.chat_template_jinja or config.chat_template_jinja
+    if jinja and Path(jinja).is_file():
+        jinja = Path(jinja).read_text("utf-8")
+    if not jinja and name != "tokenizer_default":
+        if name not in CHAT_TEMPLATES:
+            known = ", ".join(["tokenizer_default", *CHAT_TEMPLATES])
+            raise UserError(f"chat_template is {name}; known are {known}. Or give its text with chat_template_jinja.")
+        jinja = CHAT_TEMPLATES[name]
+    prompt_format = PromptFormat(
+        type=dataset.type,
+        chat_template=jinja,
+        train_on_inputs=config.train_on_inputs,
+        roles_to_train=dataset.roles_to_train,
+        train_on_eos=dataset.train_on_eos,
+        field=dataset.field,
+        field_messages=dataset.field_messages,
+        message_property_mappings=dataset.message_property_mappings,
+        roles=dataset.roles,
+    )
+    if dataset.type != "chat_template":
+        return prompt_format
+    if not prompt_format.jinja(tokenizer):
+        raise UserError(
+            f"data {dataset.path}: type is chat_template and the model brings no chat template, so a conversation "
+            f"cannot be written as text. Set chat_template to one of {', '.join(CHAT_TEMPLATES)}."
+        )
+    return prompt_format.for_tokenizer(tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------ log
+
+
+class Metrics:
+    """metrics.jsonl: one object a line, each step once, also after a resume. Only rank 0 writes."""
+
+    def __init__(self, path: Path, writes: bool) -> None:
+        self.path, self.writes = path, writes
+        self.rows: list[dict[str, Any]] = []
+
+    def go_on_after(self, step: int) -> None:
+        """Keep the lines up to `step` of an earlier run in the same folder, none for 0."""
+        if step and self.path.exists():
+            for line in self.path.read_text("utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    break  # the line that was being written when the run was killed
+                if row["step"] <= step:
+                    self.rows.append(row)
+        if self.writes:
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self.writes:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def plan_fingerprint(run: "Run") -> str:
+    """A hash of everything that decides which tokens stand in which step."""
+    digest = hashlib.sha256()
+    for sample in run.samples:
+        digest.update(json.dumps([sample.tokens, sample.supervised]).encode())
+    digest.update(json.dumps([step.rows for step in run.plan]).encode())
+    return digest.hexdigest()
+
+
+def save_checkpoint(run: "Run", step: int) -> None:
+    """Write checkpoint-STEP whole: adapter, optimizer state and step; then drop the oldest ones.
+
+    The data order, the schedule and the dropout masks are functions of the seed and the step, so nothing else is
+    needed to go on bit for bit.
+    """
+    if run.rank == 0:
+        folder = Path(run.config.output_dir)
+        with whole_folder(folder / f"checkpoint-{step}") as temporary:
+            save_adapter(run.model, temporary, run.config.base_model)
+            torch.save(run.optimizer.state_dict(), temporary / "optimizer.pt")
+            state = {"step": step, "plan": plan_fingerprint(run), "ranks": run.ranks}
+            write_text(temporary / "trainer_state.json", json.dumps(state) + "\n")
+        for old in checkpoints(folder)[: -run.config.save_total_limit]:
+            shutil.rmtree(old, ignore_errors=True)
+    distributed.wait_for_all()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    return sorted((p for p in found if p.name.split("-")[1].isdigit()), key=lambda p: int(p.name.split("-")[1]))
+
+
+def load_checkpoint(run: "Run") -> int:
+    """Go on from the checkpoint that the configuration names, if any. Returns the number of steps already taken."""
+    config, folder = run.config, Path(run.config.output_dir)
+    path = Path(config.resume_from_checkpoint) if config.resume_from_checkpoint else None
+    if path is None and config.auto_resume_from_checkpoints:
+        path = (checkpoints(folder) or [None])[-1]
+    if path is None:
+        run.metrics.go_on_after(0)
+        return 0
+    if not path.is_dir():
+        raise UserError(f"resume_from_checkpoint: {path} is no folder. Name a checkpoint-STEP folder of a run.")
+    state = read_json(path / "trainer_state.json")
+    if state["plan"] != plan_fingerprint(run):
+        raise UserError(
+            f"{path}: its run had other data, another seed or other batches, so going on would train on the wrong "
+            f"samples. Resume with the same configuration, or start anew with lora_model_dir: {path}."
+        )
+    fill_adapter(run.model, load_file(path / "adapter_model.safetensors"), path)
+    run.optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location=run.device, weights_only=True))
+    run.metrics.go_on_after(state["step"])
+    return state["step"]
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+def sample_answers(run: "Run", tokenizer: Tokenizer, prompt_format: PromptFormat, count: int = 3) -> list[str]:
+    """Greedy answers to the first questions of the held-out file, or of the training data without one."""
+    used = Usable(run.model.eval(), tokenizer, prompt_format)
+    texts = ["".join(answer(used, messages, max_new_tokens=80)) for messages in questions(run.config, count)]
+    run.model.train()
+    return texts
+
+
+def questions(config: Config, count: int = 3) -> Iterator[list[dict[str, str]]]:
+    """The messages before the first answer of a file's first rows; nothing for data without questions."""
+    dataset = (config.test_datasets or config.datasets)[0]
+    for _, row in islice(read_rows(dataset.path), count):
+        if dataset.type == "alpaca":
+            yield [{"role": "user", "content": row["instruction"]}]
+        elif dataset.type == "chat_template" and dataset.field_messages == "messages":
+            first = [message["role"] for message in row["messages"]].index("assistant")
+            yield row["messages"][:first]
+
+
+def save_results(
+    run: "Run", data: Data, tokenizer: Tokenizer, before: dict[str, Any], seconds: float, say: Callable[..., None]
+) -> None:
+    """Write everything that a finished run leaves in output_dir.
+
+    Args:
+        before: {"loss": held-out loss, "answers": list of str} of the untrained model, or empty.
+        seconds: that training took.
+    """
+    config, folder = run.config, Path(run.config.output_dir)
+    save_adapter(run.model, folder, config.base_model)
+    save_tokenizer(tokenizer, folder, data.prompt_format.jinja(tokenizer))
+    write_text(folder / "prompt.json", data.prompt_format.to_json())
+    dtype = run.model.model.embed_tokens.weight.dtype
+    write_text(folder / "train.yml", replace(config, bf16=dtype == torch.bfloat16).to_yaml())
+    plot_metrics(run.metrics.rows, folder / "Fine-Tuning.png", folder.name)
+
+    losses = [row for row in run.metrics.rows if "loss" in row]
+    memory = {key: max(row[key] for row in losses) for key in losses[-1] if key.startswith("memory/")}
+    facts: dict[str, Any] = {
+        "name": folder.name,
+        "command": " ".join(["python", *sys.argv]),
+        "figure": "Fine-Tuning.png",
+        "data": [_describe_file(path, reading) for path, reading in data.readings.items()],
+        "model": {
+            "base": config.base_model,
+            "base in 4 bits": config.load_in_4bit,
+            "trained parameters": run.flat.numel(),
+            "computed in": str(dtype).removeprefix("torch."),
+            "device": torch.cuda.get_device_name() if run.device.type == "cuda" else platform.processor() or "CPU",
+            "ranks": run.ranks,
+        },
+        "hyper_parameters": {
+            key: value
+            for key, value in asdict(config).items()
+            if key.startswith(
+                ("lora_", "learning", "num_", "micro", "gradient_acc", "sequence", "sample_", "lr_", "warm")
+            )
+            and value not in (None, (), "")
+        },
+        "memory": {key.removeprefix("memory/"): {"measured": value} for key, value in memory.items()},
+        "time_s": {"measured": round(seconds)},
+        "tokens_per_second": sum(row["tokens_per_second"] for row in losses) / len(losses),
+        "files": {
+            "adapter_model.safetensors, adapter_config.json": "the adapter, as PEFT reads it",
+            "metrics.jsonl": "every step and evaluation",
+            "train.yml": "the configuration with every default filled in",
+            "prompt.json, tokenizer files": "how to talk to it",
+        },
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "bitsandbytes", "safetensors", "tiktoken", "numpy")},
+    }
+    if run.held_out:
+        evaluated = [row for row in run.metrics.rows if "eval_loss" in row]
+        if evaluated and evaluated[-1]["step"] == len(run.plan):
+            after = evaluated[-1]["eval_loss"]
+        else:
+            after = mean_loss(score_samples(run.model.eval(), run.held_out, config.sequence_len))
+        if before:
+            facts["loss"] = {"before": before["loss"], "after": after}
+            facts["perplexity"] = {"before": math.exp(before["loss"]), "after": math.exp(after)}
+            say("Held-out perplexity: {before:.3f} before, {after:.3f} after".format(**facts["perplexity"]))
+            pairs = zip(questions(config), before["answers"], strict=False)
+            answers = sample_answers(run, tokenizer, data.prompt_format)
+            facts["samples"] = [
+                {"prompt": messages[-1]["content"], "before": text, "after": new}
+                for (messages, text), new in zip(pairs, answers, strict=False)
+            ]
+    write_report(folder / "report.md", facts)
+    say(f"adapter, report and figure: {folder}/adapter_model.safetensors, report.md, Fine-Tuning.png")
+
+
+def _describe_file(path: str, reading: Reading) -> dict[str, Any]:
+    return {
+        "path": path,
+        "samples": len(reading.samples),
+        "tokens": sum(map(len, reading.samples)),
+        "supervised_tokens": sum(sample.num_targets for sample in reading.samples),
+        "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+    }
+
+
+def same_on_all_ranks(run: "Run") -> None:
+    """Stop before step 1 if a rank has another configuration or other data than rank 0."""
+    if run.ranks > 1:
+        mine = hashlib.sha256((plan_fingerprint(run) + run.config.to_yaml()).encode()).hexdigest()
+        all_of_them: list[str] = [""] * run.ranks
+        dist.all_gather_object(all_of_them, mine)
+        different = [rank for rank, theirs in enumerate(all_of_them) if theirs != all_of_them[0]]
+        if different:
+            raise UserError(
+                f"rank {different[0]} has other data or another configuration than rank 0, so the ranks would train "
+                f"on different steps. Give every rank the same files and options."
+            )

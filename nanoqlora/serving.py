@@ -1,0 +1,64 @@
+"""A model with all that is needed to use it: weights, adapter, tokenizer and the prompt format it was trained with."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .checkpoint import load_adapter, load_model
+from .distributed import compute_dtype
+from .model import KVCache, Llama
+from .prompts import PromptFormat
+from .tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Usable:
+    """What `load_for_use` gives. prompt_format is None when neither adapter nor model says one."""
+
+    model: Llama
+    tokenizer: Tokenizer
+    prompt_format: PromptFormat | None
+
+
+def load_for_use(args: argparse.Namespace) -> Usable:
+    """Load what `--model`, `--adapter`, `--load_in_4bit` and `--bf16` name, ready to score and to chat."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = compute_dtype(args.bf16, device)
+    model = load_model(args.model, load_in_4bit=args.load_in_4bit, dtype=dtype, device=device)
+    if args.adapter:
+        load_adapter(model, args.adapter)
+    model.requires_grad_(False).eval()
+    folders = [folder for folder in (args.adapter, args.model) if folder and (Path(folder) / "prompt.json").exists()]
+    prompt_format = PromptFormat.from_json((Path(folders[0]) / "prompt.json").read_text("utf-8")) if folders else None
+    return Usable(model, load_tokenizer(args.model), prompt_format)
+
+
+@torch.no_grad()
+def generate(
+    model: Llama,
+    tokens: list[int],
+    stop_ids: set[int],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+):
+    """Yield new tokens one at a time until one of `stop_ids`, which is not yielded, or until enough are made.
+
+    Args:
+        temperature: 0 always takes the likeliest token; above, draws from softmax(logits / temperature).
+    """
+    device = model.model.embed_tokens.weight.device
+    cache, step = KVCache(), torch.tensor([tokens], device=device)
+    for _ in range(max_new_tokens):
+        logits = model.lm_head(model.model(step, cache=cache)[0, -1]).float()  # (V,)
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            token = int(torch.multinomial((logits / temperature).softmax(0).cpu(), 1, generator=generator))
+        if token in stop_ids:
+            return
+        yield token
+        step = torch.tensor([[token]], device=device)

@@ -1,0 +1,41 @@
+"""What a run measures of itself: memory and tokens per second. The names are Axolotl's; GiB = 2^30 bytes."""
+
+import resource
+import time
+
+import torch
+
+GIB = 2**30
+
+
+def memory_figures(device: torch.device) -> dict[str, float]:
+    """Peaks since the last call on a GPU, in GiB; on a CPU the largest memory that the process ever had."""
+    if device.type == "cpu":
+        return {"memory/max_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 2)}
+    figures = {
+        "memory/max_mem_active_gib": torch.cuda.memory_stats(device)["active_bytes.all.peak"],
+        "memory/max_mem_allocated_gib": torch.cuda.max_memory_allocated(device),
+        "memory/device_mem_reserved_gib": torch.cuda.max_memory_reserved(device),
+    }
+    torch.cuda.reset_peak_memory_stats(device)
+    return {name: round(num_bytes / GIB, 2) for name, num_bytes in figures.items()}
+
+
+class Stopwatch:
+    """Tokens per second of training alone: evaluations and checkpoints do not count."""
+
+    def __init__(self) -> None:
+        self.tokens, self.seconds, self.started = 0, 0.0, 0.0
+
+    def __enter__(self) -> "Stopwatch":
+        self.started = time.perf_counter()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.seconds += time.perf_counter() - self.started
+
+    def rate_since_last(self) -> float:
+        """Tokens per second since the last call."""
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        self.tokens, self.seconds = 0, 0.0
+        return rate

@@ -1,0 +1,582 @@
+"""Every row of every table of config.py, and the door in front of it: types, ranges, spelling, lines."""
+
+import dataclasses
+import textwrap
+from pathlib import Path
+from typing import Literal, get_type_hints
+
+import pytest
+import yaml
+
+from nanoqlora import config as room
+from nanoqlora.cli import UserError
+from nanoqlora.config import (
+    CHECKS,
+    DERIVED,
+    EXCLUSIVE,
+    FATES,
+    HARMLESS,
+    Config,
+    DatasetConfig,
+    FsdpConfig,
+    Option,
+    SpecialTokens,
+    fate_of,
+    load_command,
+    load_config,
+    make_config,
+)
+
+ROOT = Path(__file__).parent.parent
+LEAST = {
+    "base_model": "m",
+    "adapter": "qlora",
+    "lora_r": 8,
+    "lora_alpha": 16,
+    "learning_rate": 1e-4,
+    "datasets": [{"path": "d.jsonl", "type": "alpaca"}],
+}
+
+# A file that trains in Axolotl today, with its empty values, its old FSDP spellings and its switched-off keys.
+AXOLOTL_FILE = """\
+base_model: NousResearch/Meta-Llama-3-8B
+model_type: AutoModelForCausalLM
+tokenizer_type: AutoTokenizer
+load_in_8bit: false
+load_in_4bit: true
+datasets:
+  - path: data/pirate.jsonl
+    ds_type: json
+    type: alpaca
+dataset_prepared_path: last_run_prepared
+val_set_size: 0.05
+output_dir: ./outputs/qlora-out
+adapter: qlora
+lora_model_dir:
+sequence_len: 4096
+sample_packing: true
+lora_r: 64
+lora_alpha: 32
+lora_dropout: 0.05
+lora_target_linear: true
+wandb_project:
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+num_epochs: 2
+optimizer: adamw_torch_fused
+lr_scheduler: cosine
+learning_rate: 0.0002
+bf16: auto
+tf32: false
+gradient_checkpointing: true
+gradient_checkpointing_kwargs:
+  use_reentrant: true
+resume_from_checkpoint:
+logging_steps: 1
+attn_implementation: flash_attention_2
+warmup_ratio: 0.1
+evals_per_epoch: 4
+saves_per_epoch: 1
+weight_decay: 0.0
+fsdp:
+  - full_shard
+  - auto_wrap
+fsdp_config:
+  fsdp_limit_all_gathers: true
+  fsdp_sync_module_states: true
+  fsdp_offload_params: false
+  fsdp_use_orig_params: false
+  fsdp_cpu_ram_efficient_loading: true
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer
+  fsdp_state_dict_type: FULL_STATE_DICT
+  fsdp_sharding_strategy: FULL_SHARD
+special_tokens:
+  pad_token: "<|end_of_text|>"
+"""
+
+
+def least(**more) -> dict:
+    return LEAST | more
+
+
+def written(folder: Path, text: str) -> str:
+    path = folder / "run.yml"
+    path.write_text(textwrap.dedent(text), encoding="utf-8")
+    return str(path)
+
+
+def least_file(folder: Path, more: str = "") -> str:
+    return written(folder, yaml.safe_dump(LEAST) + textwrap.dedent(more))
+
+
+def rows(table: str) -> list[tuple[type, str, str]]:
+    """(map, key, reason) of every row of one fate; a pattern stands as one of the keys that it covers."""
+    found = []
+    for cls, fates in FATES.items():
+        reasons = {"": fates.not_yet} if table == "not_yet" else getattr(fates, table)
+        found += [(cls, name.replace("*", "x"), why) for why, names in reasons.items() for name in names.split()]
+    return found
+
+
+def within_map(cls: type, name: str, value: object) -> dict:
+    """The least run, with one more key in the map that `cls` describes."""
+    if cls is DatasetConfig:
+        return least(datasets=[LEAST["datasets"][0] | {name: value}])
+    nested = {SpecialTokens: "special_tokens", FsdpConfig: "fsdp_config"}.get(cls)
+    return least(**{nested: {name: value}}) if nested else least(**{name: value})
+
+
+# ---- a real file --------------------------------------------------------------------------------------------------
+
+
+def test_axolotl_file_runs_as_it_stands(tmp_path):
+    """Values arrive typed, empty keys are unset, and exactly the harmless keys are listed as ignored."""
+    c = load_config([written(tmp_path, AXOLOTL_FILE)])
+    assert (c.lora_r, c.lora_alpha, c.lora_dropout, c.learning_rate) == (64, 32, 0.05, 2e-4)
+    assert (c.val_set_size, c.sequence_len, c.num_epochs, c.tf32, c.bf16) == (0.05, 4096, 2.0, False, "auto")
+    assert c.datasets == (DatasetConfig(path="data/pirate.jsonl", ds_type="json", type="alpaca"),)
+    assert c.special_tokens == SpecialTokens(pad_token="<|end_of_text|>")
+    assert c.fsdp == ("full_shard", "auto_wrap")
+    assert c.fsdp_config.transformer_layer_cls_to_wrap == "LlamaDecoderLayer"
+    assert c.lora_model_dir is None and c.resume_from_checkpoint is None
+    assert c.eval_strategy == c.save_strategy == "steps" and c.eval_sample_packing and c.eval_batch_size == 2
+
+    ignored = [note.split(": ", 1)[1].split(" is ignored")[0] for note in c.notes if "is ignored" in note]
+    assert ignored == [
+        "model_type",
+        "tokenizer_type",
+        "gradient_checkpointing_kwargs",
+        "fsdp_config.fsdp_limit_all_gathers",
+        "fsdp_config.fsdp_sync_module_states",
+        "fsdp_config.fsdp_use_orig_params",
+        "fsdp_config.fsdp_sharding_strategy",
+    ]
+    assert sum("mean over all supervised tokens" in note for note in c.notes) == 1
+    assert len(c.notes) == len(ignored) + 1
+
+
+@pytest.mark.parametrize("name", ["train.yml", "configs/llama3-8b.yml"])
+def test_our_own_files_need_no_notes_on_keys(name):
+    notes = load_config([str(ROOT / name)]).notes
+    assert not [note for note in notes if "ignored" in note or "gives way" in note]
+
+
+@pytest.mark.parametrize("text", [AXOLOTL_FILE, (ROOT / "train.yml").read_text(), yaml.safe_dump(LEAST)])
+def test_resolved_yaml_loads_to_an_equal_config(tmp_path, text):
+    """Round trip: equal, not close; and the second text is the first, so nothing drifts."""
+    first = load_config([written(tmp_path, text)])
+    second = load_config([written(tmp_path, first.to_yaml())])
+    assert second == first
+    assert second.to_yaml() == first.to_yaml()
+    assert set(yaml.safe_load(first.to_yaml())) == {f.name for f in dataclasses.fields(Config)} - {"notes"}
+
+
+# ---- the tables ---------------------------------------------------------------------------------------------------
+
+
+def test_no_key_has_two_fates():
+    """Fields, old spellings and the three lists of patterns are disjoint, also through their wildcards."""
+    for cls, fates in FATES.items():
+        fields = [f.name for f in dataclasses.fields(cls) if f.name != "notes"]
+        lists = [names.split() for table in (fates.ignored, fates.refused) for names in table.values()]
+        patterns = [name for names in (*lists, fates.not_yet.split()) for name in names]
+        names = [*fields, *fates.old, *(pattern.replace("*", "x") for pattern in patterns)]
+        assert len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)
+        for name in names:
+            claims = (name in fields) + (name in fates.old) + sum(room.fnmatchcase(name, p) for p in patterns)
+            assert claims == 1, f"{cls.__name__}.{name} has {claims} fates"
+        assert {field for field, _ in fates.old.values()} <= set(fields)
+        assert {*fates.old_values, *fates.refused_values} <= set(fields)
+    names = {f.name for f in dataclasses.fields(Config)}
+    assert {*DERIVED, *(name for pair in EXCLUSIVE for name in pair)} <= names
+    assert all(fate_of(Config, name)[0] == "refused" for name in HARMLESS)
+
+
+@pytest.mark.parametrize(("cls", "name", "reason"), rows("ignored"))
+def test_ignored_key_is_accepted_and_named_once(cls, name, reason):
+    c = make_config(within_map(cls, name, "x"))
+    assert [note for note in c.notes if f"{name} is ignored" in note and reason in note]
+    assert c == make_config(within_map(cls, name, None) if cls is Config else within_map(cls, name, "y"))
+    assert not make_config(least(**{name: None})).notes if cls is Config else True
+
+
+@pytest.mark.parametrize(("cls", "name", "advice"), rows("refused"))
+def test_refused_key_says_what_to_do_and_may_stay_when_off(cls, name, advice):
+    with pytest.raises(UserError, match=name) as error:
+        make_config(within_map(cls, name, "x"))
+    assert advice[1:] in str(error.value)
+    with pytest.raises(UserError):
+        make_config(within_map(cls, name, True))
+    for off in (None, False, 0, "", [], *HARMLESS.get(name, ())):
+        assert make_config(within_map(cls, name, off)) == make_config(within_map(cls, name, None))
+
+
+@pytest.mark.parametrize(("cls", "name", "_"), rows("not_yet"))
+def test_key_that_waits_says_so_plainly(cls, name, _):
+    with pytest.raises(UserError, match=f"{name} is .*Not supported yet"):
+        make_config(within_map(cls, name, "x"))
+    assert make_config(within_map(cls, name, False))
+
+
+OLD = {
+    "evaluation_strategy": ("no", "no"),
+    "flash_attention": (True, "flash_attention_2"),
+    "sdp_attention": (True, "sdpa"),
+    "flex_attention": (True, "flex_attention"),
+    "eager_attention": (True, "eager"),
+    "bfloat16": (True, True),
+    "float32": (True, False),
+    "message_field_role": ("from", {"role": "from", "content": "content"}),
+    "message_field_content": ("value", {"role": "role", "content": "value"}),
+    "train_on_split": ("test", "test"),
+    "bos": ("<s>", "<s>"),
+    "eos": ("</s>", "</s>"),
+    "pad": ("</s>", "</s>"),
+    "unk": ("?", "?"),
+}
+
+
+@pytest.mark.parametrize(("cls", "old"), [(cls, old) for cls, fates in FATES.items() for old in fates.old])
+def test_old_spelling_is_translated(cls, old):
+    value, expected = OLD[old]
+    c = make_config(within_map(cls, old, value))
+    owner = {Config: c, DatasetConfig: c.datasets[0], SpecialTokens: c.special_tokens}[cls]
+    assert getattr(owner, FATES[cls].old[old][0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [(n, v, e) for n, values in FATES[Config].old_values.items() for v, e in values.items()],
+)
+def test_old_value_is_translated(name, value, expected):
+    assert getattr(make_config(least(**{name: value})), name) == expected
+
+
+def test_old_and_new_spelling_may_agree_but_not_differ(tmp_path):
+    assert make_config(least(sdp_attention=True, attn_implementation="sdpa")).attn_implementation == "sdpa"
+    assert make_config(least(flash_attention=False)).attn_implementation is None
+    with pytest.raises(UserError, match="contradicts"):
+        make_config(least(sdp_attention=True, attn_implementation="eager"))
+    with pytest.raises(UserError, match="true or false"):
+        make_config(least(sdp_attention="maybe"))
+    c = load_config([least_file(tmp_path, "flash_attention: true"), "--attn_implementation", "eager"])
+    assert c.attn_implementation == "eager"  # an override wins over either spelling in the file
+
+
+def test_both_message_fields_of_old_make_one_map():
+    entry = {"path": "d", "type": "chat_template", "message_field_role": "from", "message_field_content": "value"}
+    c = make_config(least(datasets=[entry]))
+    assert c.datasets[0].message_property_mappings == {"role": "from", "content": "value"}
+
+
+@pytest.mark.parametrize("entry", [{"type": "sharegpt"}, {"type": "sharegpt.load_role"}, {"conversation": "chatml"}])
+def test_sharegpt_names_its_replacement(entry):
+    with pytest.raises(UserError, match="chat_template.*message_property_mappings"):
+        make_config(least(datasets=[{"path": "d", "type": "chat_template"} | entry]))
+
+
+def test_plugins_that_only_make_things_faster_may_stay():
+    assert make_config(least(plugins=list(HARMLESS["plugins"])))
+    with pytest.raises(UserError, match="plugins"):
+        make_config(least(plugins=[HARMLESS["plugins"][0], "my.Plugin"]))
+
+
+@pytest.mark.parametrize(("one", "other"), EXCLUSIVE)
+def test_two_ways_to_say_one_thing(tmp_path, one, other):
+    """Both in one file is an error; the command line wins over the file, and says so; zero asks for nothing."""
+    on = {"test_datasets": LEAST["datasets"], "warmup_ratio": 0.5, "auto_resume_from_checkpoints": True}
+    values = {name: on.get(name, "x" if name == "resume_from_checkpoint" else 2) for name in (one, other)}
+    with pytest.raises(UserError, match=f"{one} and {other}"):
+        make_config(least(**values))
+    for mine, theirs in ((one, other), (other, one)):
+        path = least_file(tmp_path, yaml.safe_dump({theirs: values[theirs]}))
+        c = load_config([path, f"--{mine}", yaml.safe_dump(values[mine], default_flow_style=True)])
+        assert getattr(c, mine) and not getattr(c, theirs)
+        assert any(f"{theirs} gives way to --{mine}" in note for note in c.notes)
+        assert getattr(load_config([path, f"--{mine}="]), theirs)
+
+
+BROKEN = {
+    "adapter: qlora": least(load_in_4bit=False),
+    "lora_r is": least(lora_r=None),
+    "lora_alpha is": least(lora_alpha=None),
+    "lora_target_linear is": least(lora_target_linear=False),
+    "chat_template is": least(chat_template="jinja"),
+    "eval_strategy contradicts": least(eval_strategy="epoch", eval_steps=5, val_set_size=0.1),
+    "save_strategy contradicts": least(save_strategy="steps"),
+    "eval_steps and": least(save_steps=2.5),
+    "val_set_size is": least(val_set_size=2.5),
+    "cosine_min_lr_ratio": least(cosine_min_lr_ratio=0.1, lr_scheduler="linear"),
+}
+
+
+@pytest.mark.parametrize("message", CHECKS)
+def test_every_check_can_fail(message):
+    values = next(values for start, values in BROKEN.items() if message.startswith(start))
+    with pytest.raises(UserError) as error:
+        make_config(values)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({}, {"load_in_4bit": True, "lora_target_linear": True, "eval_strategy": "no", "save_strategy": "epoch"}),
+        ({"adapter": "lora"}, {"load_in_4bit": False}),
+        ({"lora_target_modules": "q_proj"}, {"lora_target_linear": False, "lora_target_modules": ("q_proj",)}),
+        ({"chat_template_jinja": "{{ x }}"}, {"chat_template": "jinja"}),
+        ({"sample_packing": True}, {"eval_sample_packing": True}),
+        ({"micro_batch_size": 3}, {"eval_batch_size": 3}),
+        ({"val_set_size": 10}, {"eval_strategy": "epoch"}),
+        ({"val_set_size": 10, "eval_steps": 5}, {"eval_strategy": "steps"}),
+        ({"val_set_size": 10, "evals_per_epoch": 0}, {"eval_strategy": "no"}),
+        ({"val_set_size": 10, "evals_per_epoch": 4, "eval_strategy": False}, {"eval_strategy": "no"}),
+        ({"evals_per_epoch": 4}, {"eval_strategy": "no"}),
+        ({"saves_per_epoch": 2}, {"save_strategy": "steps"}),
+        ({}, {"gradient_checkpointing": False}),
+        ({"fsdp_config": {"activation_checkpointing": True}}, {"gradient_checkpointing": True}),
+    ],
+)
+def test_unset_keys_follow_the_others(more, expected):
+    c = make_config(least(**more))
+    assert {name: getattr(c, name) for name in expected} == expected
+
+
+def test_nothing_to_evaluate_is_said():
+    assert any("nothing will be evaluated" in note for note in make_config(least(evals_per_epoch=4)).notes)
+
+
+# ---- types, ranges, spelling --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("learning_rate", "2e-4", 2e-4),  # what YAML makes of 2e-4
+        ("sequence_len", 512.0, 512),
+        ("sequence_len", "512", 512),
+        ("sequence_len", "1e3", 1000),
+        ("num_epochs", 3, 3.0),
+        ("sample_packing", "yes", True),
+        ("sample_packing", "OFF", False),
+        ("sample_packing", 1, True),
+        ("bf16", "auto", "auto"),
+        ("bf16", "false", False),
+        ("gradient_checkpointing", "offload", "offload"),
+        ("gradient_checkpointing", "true", True),
+        ("val_set_size", 0.05, 0.05),
+        ("val_set_size", 100.0, 100),
+        ("lora_alpha", 0.5, 0.5),
+        ("lora_target_modules", ["q_proj", "v_proj"], ("q_proj", "v_proj")),
+        ("lora_target_modules", "q_proj", ("q_proj",)),
+        ("fsdp_version", "2", 2),
+        ("save_strategy", False, "no"),  # what YAML makes of a bare no
+        ("output_dir", 2024, "2024"),
+        ("max_steps", None, None),
+        ("max_steps", "", None),
+    ],
+)
+def test_value_is_converted(name, value, expected):
+    got = getattr(make_config(least(**{name: value})), name)
+    assert got == expected and type(got) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", "fast"),
+        ("learning_rate", True),
+        ("learning_rate", [1]),
+        ("sequence_len", 512.5),
+        ("sequence_len", True),
+        ("sequence_len", "1e400"),
+        ("sample_packing", "maybe"),
+        ("sample_packing", 2),
+        ("bf16", "sometimes"),
+        ("output_dir", True),
+        ("output_dir", {"a": 1}),
+        ("optimizer", "sgd"),
+        ("lr_scheduler", "polynomial"),
+        ("lora_target_modules", [None]),
+        ("datasets", "data.jsonl"),
+        ("datasets", [{"path": "d", "type": "oasst"}]),
+        ("special_tokens", "<pad>"),
+        ("fsdp_config", [1]),
+        ("resume_from_checkpoint", True),
+    ],
+)
+def test_wrong_type_names_key_value_and_what_fits(name, value):
+    with pytest.raises(UserError, match=rf"configuration: {name}.* is .*, but it takes .*: ."):
+        make_config(least(**{name: value}))
+
+
+RANGED = [f for f in dataclasses.fields(Config) if f.metadata.get("within")]
+
+
+@pytest.mark.parametrize("f", RANGED, ids=lambda f: f.name)
+def test_ranges(f):
+    """Just outside either end is refused, NaN and infinity always; the default lies inside."""
+    low, high = (float(end) for end in f.metadata["within"][1:-1].split(","))
+    step = 1 if int in room.get_args(get_type_hints(Config)[f.name]) or f.type is int else 1e-6
+    outside = [low - step, *([] if high == float("inf") else [high + step]), "nan", "inf", "-inf"]
+    outside += [low] * (f.metadata["within"][0] == "(") + [high] * (f.metadata["within"][-1] == ")")
+    for value in outside:
+        with pytest.raises(UserError, match=f.name):
+            make_config(least(**{f.name: value}))
+    assert f.default in (None, dataclasses.MISSING) or room._lies_within(f.metadata["within"], f.default)
+
+
+def test_every_number_has_a_range():
+    hints = get_type_hints(Config)
+    numbers = {n for n, hint in hints.items() if {int, float} & {hint, *room.get_args(hint)}}
+    assert numbers == {f.name for f in RANGED}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("lora_ranks", "lora_r"), ("learning_rat", "learning_rate"), ("micro_batchsize", "micro_batch_size")],
+)
+def test_misspelt_key_gives_the_nearest_name(tmp_path, wrong, right):
+    with pytest.raises(UserError, match=f"line [0-9]+: {wrong} .*nearest one is {right};"):
+        load_config([least_file(tmp_path, f"{wrong}: 1")])
+    with pytest.raises(UserError, match=f"command line: --{wrong} .*nearest one is {right};"):
+        load_config([least_file(tmp_path), f"--{wrong.replace('_', '-')}=1"])
+
+
+def test_misspelt_key_of_a_dataset_says_which():
+    with pytest.raises(UserError, match=r"datasets\[1\]\.paht .*nearest one is path;"):
+        make_config(least(datasets=[{"path": "d", "type": "alpaca"}, {"paht": "d", "type": "alpaca"}]))
+
+
+@pytest.mark.parametrize("name", ["base_model", "adapter", "datasets", "learning_rate"])
+def test_missing_key(name):
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        make_config(least(**{name: None}))
+
+
+# ---- the file -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nlora_r: [1, 2\nb: 3\n", "run.yml, line 3"),
+        ("a: 1\nb:\n\t- 2\n", "run.yml, line 3"),
+        ("lora_r: 8\nseed: 1\nlora_r: 16\n", "line 3: lora_r is given twice .first in line 1"),
+        ("datasets:\n  - path: a\n    path: b\n", "line 3: path is given twice"),
+        ("- a\n- b\n", "holds a list"),
+        ("seed 42\n", "holds a str"),
+        ("", "base_model is missing"),
+        ("1: x\n", "1 is no known key"),
+        ("? [a, b]\n: c\n", "line 1"),
+    ],
+)
+def test_broken_file_says_where(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        load_config([written(tmp_path, text)])
+
+
+def test_file_that_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="train.yml: no such file"):
+        load_config([])
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config([str(tmp_path)])
+    (tmp_path / "train.yml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config([])
+
+
+def test_merge_keys_and_anchors_are_plain_yaml(tmp_path):
+    text = """
+        test_datasets:
+          - &one {path: a.jsonl, type: alpaca}
+          - <<: *one
+            path: b.jsonl
+        """
+    assert [d.path for d in load_config([least_file(tmp_path, text)]).test_datasets] == ["a.jsonl", "b.jsonl"]
+
+
+# ---- the command line ---------------------------------------------------------------------------------------------
+
+
+def test_overrides(tmp_path):
+    """Either dash, either separator, anywhere; lists and maps as text; an empty one unsets; the last one counts."""
+    path = least_file(tmp_path, "max_steps: 7\noutput_dir: a\n")
+    words = ["--lora-r=4", "--lora_r", "2", path, "--datasets", '[{"path": "x.jsonl", "type": "completion"}]']
+    words += ["--special_tokens", "{pad: <pad>}", "--max_steps=", "--learning-rate", "2e-4", "--sample_packing"]
+    c = load_config(words + ["--default_system_message", "You are: {a pirate", "--output_dir", "null"])
+    assert (c.lora_r, c.max_steps, c.learning_rate, c.sample_packing) == (2, None, 2e-4, True)
+    assert c.datasets == (DatasetConfig(path="x.jsonl", type="completion"),)
+    assert c.special_tokens.pad_token == "<pad>"
+    assert c.default_system_message == "You are: {a pirate"  # text stays text, whatever YAML would make of it
+    assert c.output_dir == "./model-out"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lora_r", "[1"], "--lora_r: .* is neither YAML nor JSON"),
+        (["--lora_r"], "--lora_r is true, but it takes whole number"),
+        (["--lora_r", "x"], 'command line: --lora_r is "x"'),
+        (["other.yml"], "are both files"),
+        (["-v"], "--v is no known key"),
+        (["--deepspeed", "zero3.json"], "command line: --deepspeed"),
+    ],
+)
+def test_wrong_command_line(tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        load_config([least_file(tmp_path), *words])
+
+
+OWN = {
+    "plan": Option("say what would happen", bool, False),
+    "adapter": Option("folder of the adapter"),
+    "base": Option("weights to merge into", Literal["nf4", "original"], "nf4"),
+    "model": Option("folder of the base model"),
+}
+
+
+def test_own_options_come_back_apart(tmp_path):
+    path = least_file(tmp_path)
+    c, own = load_command(["--plan", path, "--adapter", "x: y", "--base=original", "--seed", "1"], OWN)
+    assert own == {"plan": True, "adapter": "x: y", "base": "original", "model": None}
+    assert (c.adapter, c.seed) == ("qlora", 1)  # the option shadows the key of that name, it does not set it
+    assert load_command([path, "--plan", "false"], OWN)[1]["plan"] is False
+    with pytest.raises(UserError, match="--base is .*nf4 | original"):
+        load_command([path, "--base", "nf3"], OWN)
+
+
+def test_command_without_a_file(tmp_path, monkeypatch):
+    """Named models need no YAML: a train.yml that lies here belongs to another run, even a broken one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.yml").write_text("not: a run")
+    enough = ["--model", "m", "--adapter", "a"]
+    assert load_command(enough, OWN, yaml_unless=["model", "adapter"]) == (
+        None,
+        {"plan": False, "adapter": "a", "base": "nf4", "model": "m"},
+    )
+    with pytest.raises(UserError, match="no known key"):
+        load_command(enough[:2], OWN, yaml_unless=["model", "adapter"])
+    with pytest.raises(UserError, match="--seed: no YAML file is read"):
+        load_command([*enough, "--seed", "1"], OWN, yaml_unless=["model", "adapter"])
+    config, _ = load_command([least_file(tmp_path), *enough], OWN, yaml_unless=["model", "adapter"])
+    assert config.base_model == "m"
+    assert load_command(["--plan"], OWN, yaml_unless=[])[0] is None
+
+
+def test_help_lists_every_key_and_option(capsys):
+    with pytest.raises(SystemExit) as done:
+        load_command(["--help"], OWN, about="Merge an adapter.")
+    assert not done.value.code
+    text = capsys.readouterr().out
+    assert text.startswith("Merge an adapter.")
+    for cls in FATES:
+        for f in dataclasses.fields(cls):
+            if f.name != "notes":
+                assert f"  {'--' if cls is Config else ''}{f.name}  " in text
+                assert " ".join(f.metadata["meaning"].split()) in " ".join(text.split())
+    for name, option in OWN.items():
+        assert f"  --{name}  " in text and option.meaning in text
+    assert max(len(line) for line in text.splitlines()) <= 120

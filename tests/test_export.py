@@ -1,0 +1,460 @@
+"""export_gguf.py, judged by llama.cpp: it loads the file, and agrees with transformers on logits and on tokens."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny import save_random_llama
+
+import export_gguf
+from nanoqlora.checkpoint import open_weights
+from nanoqlora.cli import UserError, run_command
+from nanoqlora.ggml_blocks import QUANTIZABLE, dequantize, quantize
+from nanoqlora.gguf import hf_config, hf_name, read_gguf, tensor_type
+from nanoqlora.model import ModelConfig
+from nanoqlora.prompts import CHAT_TEMPLATES, PromptFormat
+from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+
+pytest.importorskip("xllamacpp")
+from llama_cpp import LlamaCpp  # noqa: E402
+
+VOCAB = 49152  # of the real SmolLM2, whose tokenizer the models here have
+TOKENS = torch.randint(0, VOCAB, (1, 50), generator=torch.Generator().manual_seed(0))
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,  # so short that it matters within 50 tokens
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama3": {"rope": LLAMA3_ROPE, "hidden_size": 64, "head_dim": 64},  # untied; wider heads than hidden / heads
+    "linear": {"rope": {"rope_type": "linear", "factor": 4.0}, "tie_word_embeddings": True, "hidden_size": 64},
+}
+CHAT = PromptFormat(type="chat_template")
+QUESTION = [{"role": "user", "content": "Who are you?"}]
+CHATS = [
+    QUESTION,
+    [{"role": "system", "content": "Be brief.\n\nBe kind."}, *QUESTION],
+    [*QUESTION, {"role": "assistant", "content": "A pirate."}, {"role": "user", "content": "12 \u00fc\U0001f642?"}],
+]
+
+
+@pytest.fixture(scope="module")
+def tok(smollm2_path: Path) -> Tokenizer:
+    return load_tokenizer(smollm2_path)
+
+
+@pytest.fixture(scope="module")
+def models(tok: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, transformers.LlamaForCausalLM]:
+    """Random models in folders such as merge.py leaves behind; `model.folder` is where."""
+    found = {}
+    for name, changes in MODELS.items():
+        folder = tmp_path_factory.mktemp(name)
+        model = save_random_llama(folder, vocab_size=VOCAB, num_hidden_layers=2, **changes)
+        with torch.no_grad():  # look sharply at few tokens: an attention that averages over all would hide mistakes
+            for layer in model.model.layers:
+                layer.self_attn.q_proj.weight *= 5
+                layer.self_attn.k_proj.weight *= 5
+            model.model.embed_tokens.weight *= 5
+        model.save_pretrained(folder)
+        save_tokenizer(tok, folder)
+        (folder / "prompt.json").write_text(CHAT.to_json())
+        model.folder = folder
+        found[name] = model
+    return found
+
+
+@pytest.fixture
+def folder(models: dict[str, transformers.LlamaForCausalLM], tmp_path: Path) -> Path:
+    """A copy of a model that a test may damage."""
+    return shutil.copytree(models["llama3"].folder, tmp_path / "model")
+
+
+def reference_logits(model: transformers.LlamaForCausalLM) -> np.ndarray:
+    with torch.no_grad():
+        return model(TOKENS).logits[0].numpy()
+
+
+def llama_cpp_logits(path: Path) -> np.ndarray:
+    with LlamaCpp(path, n_ctx=64) as llama:
+        return llama.logits(TOKENS[0].tolist())
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path) | {name.replace("__", "."): w for name, w in changes.items()}
+    save_file({name: w for name, w in tensors.items() if w is not None}, path)
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_f32_logits_equal_transformers(name: str, models: dict, tmp_path: Path):
+    """Both compute in float32; all that differs is the order of sums. Measured: 2e-6 on logits of deviation 0.7."""
+    export_gguf.export(models[name].folder, tmp_path / "model.gguf", "F32")
+    expected = reference_logits(models[name])
+    assert expected.std() > 0.3
+    error = np.abs(llama_cpp_logits(tmp_path / "model.gguf") - expected).max()
+    print("XX", expected.std(), error)
+    assert error < 1e-4
+
+
+def identity(w: torch.Tensor, num_heads: int) -> torch.Tensor:
+    return w
+
+
+MISTAKES = {
+    "rows not permuted": ("permute_rows", identity),
+    "permuted the wrong way": (
+        "permute_rows",
+        lambda w, n: w.unflatten(0, (n, -1, 2)).transpose(1, 2).reshape(w.shape),
+    ),
+    "k permuted by query heads": (
+        "heads_to_permute",
+        lambda name, heads, kv: heads if "_q" in name or "_k" in name else 0,
+    ),
+    "v permuted as well": ("heads_to_permute", lambda name, heads, kv: {"q": heads, "k": kv, "v": kv}.get(name[-8])),
+    "no rope_freqs": ("rope_divisors", lambda config: torch.ones(config.head_dim // 2)),
+    "theta left out": ("model_metadata", lambda *args: {**GOOD(*args), "llama.rope.freq_base": ("f32", 10000.0)}),
+    "wrong epsilon": (
+        "model_metadata",
+        lambda *args: {**GOOD(*args), "llama.attention.layer_norm_rms_epsilon": ("f32", 1e-2)},
+    ),
+}
+GOOD = export_gguf.gguf.model_metadata
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_comparison_would_notice(mistake: str, models: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All of these load without a word, so the comparison above has to see them: by far, not just."""
+    monkeypatch.setattr(export_gguf.gguf, *MISTAKES[mistake])
+    export_gguf.export(models["llama3"].folder, tmp_path / "model.gguf", "F32")
+    error = np.abs(llama_cpp_logits(tmp_path / "model.gguf") - reference_logits(models["llama3"])).max()
+    print("XX",mistake,error)
+    assert error > 100 * 1e-4, f"only {error}"
+
+
+@pytest.mark.parametrize("file_type", QUANTIZABLE)
+def test_weights_of_every_type(file_type: str, models: dict, tmp_path: Path):
+    """In the file is each weight, rounded once, and llama.cpp computes with what is in the file."""
+    path = tmp_path / "model.gguf"
+    export_gguf.export(models["linear"].folder, path, file_type)
+    gguf = read_gguf(path)
+    state = {name: w for name, w in models["linear"].state_dict().items() if name != "lm_head.weight"}
+    assert {hf_name(name) for name in gguf.tensors} == state.keys()
+    stored = {}
+    for name, info in gguf.tensors.items():
+        w = state[hf_name(name)]
+        assert info.ggml_type == tensor_type(name, info.shape, file_type, is_tied=True)
+        stored[hf_name(name)] = gguf.load_hf(hf_name(name))
+        assert torch.equal(stored[hf_name(name)], dequantize(quantize(w, info.ggml_type), info.ggml_type, w.shape))
+    rounded = transformers.LlamaForCausalLM(models["linear"].config).eval()
+    rounded.load_state_dict(stored | {"lm_head.weight": stored["model.embed_tokens.weight"]})
+    expected = reference_logits(rounded)
+    # llama.cpp rounds activations as well: to the type of the weights, or to 8 bits in the quantized types. The mean
+    # errors of a product of 64 terms, in units of the logits' deviation: measured on this model, and doubled.
+    bound = {"F32": 1e-5, "F16": 1e-3, "BF16": 6e-3}.get(file_type, 2e-2)
+    print("XX",file_type,np.abs(llama_cpp_logits(path) - expected).mean()/expected.std())
+    assert np.abs(llama_cpp_logits(path) - expected).mean() < bound * expected.std()
+
+
+def test_what_is_exported_opens_as_the_same_model(models: dict, tmp_path: Path):
+    """The file is a model like any other: our own reader gives back config, weights and tokenizer."""
+    for name, model in models.items():
+        export_gguf.export(model.folder, tmp_path / "model.gguf", "F32")
+        weights, source = open_weights(tmp_path / "model.gguf"), open_weights(model.folder)
+        assert ModelConfig.from_hf(weights.config) == replace(
+            ModelConfig.from_hf(source.config), rope_scaling=ModelConfig.from_hf(weights.config).rope_scaling
+        )
+        assert ModelConfig.from_hf(weights.config).rope_scaling.items() <= MODELS[name]["rope"].items()
+        assert set(weights.names()) == set(source.names())
+        assert all(torch.equal(weights.load(name), source.load(name)) for name in source.names())
+        assert load_tokenizer(tmp_path / "model.gguf") == load_tokenizer(model.folder)
+
+
+def test_a_gguf_file_can_be_exported_too(models: dict, tmp_path: Path):
+    export_gguf.export(models["llama3"].folder, tmp_path / "model.gguf", "Q8_0")
+    export_gguf.export(tmp_path / "model.gguf", tmp_path / "again.gguf", "Q8_0")
+    first, again = read_gguf(tmp_path / "model.gguf"), read_gguf(tmp_path / "again.gguf")
+    assert hf_config(first) == hf_config(again) and first.tensors.keys() == again.tensors.keys()
+
+
+# ------------------------------------------------------------------------------------------------ metadata
+
+
+def test_metadata_as_the_gguf_package_reads_it(models: dict, tok: Tokenizer, tmp_path: Path):
+    """Names, values and types: llama.cpp takes no u64 for a u32."""
+    package = pytest.importorskip("gguf")
+    export_gguf.export(models["linear"].folder, tmp_path / "pirate.gguf", "Q8_0")
+    fields = package.GGUFReader(tmp_path / "pirate.gguf").fields
+    expected = {
+        "general.architecture": ("STRING", "llama"),
+        "general.type": ("STRING", "model"),
+        "general.name": ("STRING", "pirate"),
+        "general.file_type": ("UINT32", 7),
+        "general.quantization_version": ("UINT32", 2),
+        "llama.block_count": ("UINT32", 2),
+        "llama.context_length": ("UINT32", 512),
+        "llama.embedding_length": ("UINT32", 64),
+        "llama.feed_forward_length": ("UINT32", 192),
+        "llama.vocab_size": ("UINT32", VOCAB),
+        "llama.attention.head_count": ("UINT32", 4),
+        "llama.attention.head_count_kv": ("UINT32", 2),
+        "llama.attention.key_length": ("UINT32", 32),
+        "llama.attention.value_length": ("UINT32", 32),
+        "llama.attention.layer_norm_rms_epsilon": ("FLOAT32", np.float32(1e-5)),
+        "llama.rope.dimension_count": ("UINT32", 32),
+        "llama.rope.freq_base": ("FLOAT32", 10000.0),
+        "llama.rope.scaling.type": ("STRING", "linear"),
+        "llama.rope.scaling.factor": ("FLOAT32", 4.0),
+        "tokenizer.ggml.model": ("STRING", "gpt2"),
+        "tokenizer.ggml.pre": ("STRING", "smollm"),
+        "tokenizer.ggml.tokens": ("ARRAY STRING", tok.vocab),
+        "tokenizer.ggml.token_type": ("ARRAY INT32", tok.kinds),
+        "tokenizer.ggml.merges": ("ARRAY STRING", tok.merges),
+        "tokenizer.ggml.bos_token_id": ("UINT32", 1),
+        "tokenizer.ggml.eos_token_id": ("UINT32", 2),
+        "tokenizer.ggml.eot_token_id": ("UINT32", 2),
+        "tokenizer.ggml.padding_token_id": ("UINT32", 2),
+        "tokenizer.ggml.unknown_token_id": ("UINT32", 0),
+        "tokenizer.ggml.add_bos_token": ("BOOL", False),
+        "tokenizer.ggml.add_eos_token": ("BOOL", False),
+        "tokenizer.ggml.add_space_prefix": ("BOOL", False),
+        "tokenizer.chat_template": ("STRING", tok.chat_template),
+    }
+    found = {
+        key: (" ".join(kind.name for kind in field.types), field.contents())
+        for key, field in fields.items()
+        if not key.startswith("GGUF.")
+    }
+    assert found == expected
+
+
+# ------------------------------------------------------------------------------------------------ tokens and prompts
+
+HARD_TEXTS = [
+    "Hello world",
+    "a  5  b\n\n  c\t\r\n d",
+    " leading and trailing ",
+    "It's we'll they'VE I'm",
+    "12345 3.14 \u0663\u0664 \u2167",
+    "na\u00efve caf\u00e9 \u00dcber \u4f60\u597d \u3053\u3093 \U0001f642\U0001f469\u200d\U0001f680",
+    "x = {'a': [1, 2]}  # <tag> &amp; \\n",
+    "<|im_start|>user\nhi<|im_end|><|endoftext|> <|im_ end|>",
+    "\u00a0\u3000\u2028 odd spaces",
+    "",
+]
+
+
+def go_render(template: str, messages: list[dict[str, str]]) -> str:
+    """As much of Go's text/template as these Modelfiles need."""
+    if "{{ .Prompt }}" in template:
+        return template.replace("{{ .Prompt }}", messages[-1]["content"])
+    before, turn, after = re.fullmatch(r"(.*)\{\{ range \.Messages \}\}(.*?)\{\{ end \}\}(.*)", template, re.S).groups()
+    turns = [turn.replace("{{ .Role }}", m["role"]).replace("{{ .Content }}", m["content"]) for m in messages]
+    return before + "".join(turns) + after
+
+
+def read_modelfile(path: Path) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for command, long, short in re.findall(
+        r'^([A-Z]+(?: stop)?) (?:"""(.*?)"""|(.*?))$', path.read_text(), re.S | re.M
+    ):
+        found.setdefault(command, []).append(long or short.strip('"'))
+    return found
+
+
+def llama3_tokenizer(tok: Tokenizer) -> Tokenizer:
+    """The same vocabulary with the markers of Llama-3, whose tokenizer puts a BOS in front."""
+    markers = ["<|end_of_text|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
+    return replace(
+        tok,
+        vocab=markers + tok.vocab[len(markers) :],
+        bos_id=1,
+        eos_id=0,
+        pad_id=None,
+        add_bos=True,
+        chat_template=CHAT_TEMPLATES["llama3"],
+        original_json=None,
+    )
+
+
+PROMPTS = {  # tokenizer, format, end of an answer
+    "own template": (lambda tok: tok, CHAT, 2),
+    "chatml": (lambda tok: tok, replace(CHAT, chat_template=CHAT_TEMPLATES["chatml"]), 2),
+    "alpaca": (lambda tok: tok, PromptFormat(type="alpaca"), 2),
+    "completion": (lambda tok: tok, PromptFormat(type="completion"), 2),
+    "llama3": (llama3_tokenizer, CHAT, 2),
+    "llama3 alpaca": (llama3_tokenizer, PromptFormat(type="alpaca"), 0),
+}
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_prompts_are_those_of_training(case: str, folder: Path, tok: Tokenizer, tmp_path: Path):
+    """llama.cpp with the Jinja, and Ollama with the Modelfile, see the very tokens that the model was trained on."""
+    make, fmt, end = PROMPTS[case]
+    tok = make(tok)
+    save_tokenizer(tok, folder)
+    (folder / "prompt.json").write_text(fmt.to_json())
+    export_gguf.export(folder, tmp_path / "model.gguf", "F16")
+    recipe = read_modelfile(tmp_path / "Modelfile")
+    assert recipe["FROM"] == ["./model.gguf"]
+    assert recipe["PARAMETER stop"] == [tok.vocab[end]]
+    with LlamaCpp(tmp_path / "model.gguf", vocab_only=True) as llama:
+        assert llama.is_eog(end) and llama.meta()["tokenizer.ggml.eos_token_id"] == str(end)
+        for messages in CHATS:
+            expected = fmt.encode_prompt(tok, messages)
+            text = llama.chat_prompt(messages)
+            assert llama.tokenize(text, add_special=True, parse_special=True) == expected
+            is_chat = fmt.type == "chat_template"
+            default = [{"role": "system", "content": text} for text in recipe.get("SYSTEM", [])]
+            given = default + messages if is_chat and messages[0]["role"] != "system" else messages
+            text = go_render(recipe["TEMPLATE"][0], given)
+            assert llama.tokenize(text, add_special=True, parse_special=True) == expected
+
+
+def test_llama_cpp_tokenizes_as_we_do(models: dict, tok: Tokenizer, tmp_path: Path):
+    export_gguf.export(models["linear"].folder, tmp_path / "model.gguf", "Q8_0")
+    with LlamaCpp(tmp_path / "model.gguf", vocab_only=True) as llama:
+        for text in HARD_TEXTS:
+            for special in (False, True):
+                assert llama.tokenize(text, parse_special=special) == tok.encode(text, special=special), text
+            assert llama.detokenize(tok.encode(text)) == text
+        assert llama.tokenize("hi", add_special=True) == tok.encode("hi")  # SmolLM2 puts nothing in front
+
+
+def test_padded_embedding(folder: Path, tok: Tokenizer, tmp_path: Path):
+    """llama.cpp wants a token for every row, also for those that only fill up a round number."""
+    w = load_file(folder / "model.safetensors")["lm_head.weight"]
+    more = torch.cat([w, torch.zeros(64, w.shape[1])])
+    change_tensors(folder, lm_head__weight=more, model__embed_tokens__weight=more.clone())
+    change_config(folder, vocab_size=VOCAB + 64)
+    export_gguf.export(folder, tmp_path / "model.gguf", "F16")
+    metadata = read_gguf(tmp_path / "model.gguf").metadata
+    assert metadata["tokenizer.ggml.tokens"][VOCAB:] == [f"[PAD{id}]" for id in range(VOCAB, VOCAB + 64)]
+    assert metadata["tokenizer.ggml.token_type"][VOCAB:] == [5] * 64
+    assert llama_cpp_logits(tmp_path / "model.gguf").shape == (50, VOCAB + 64)
+
+
+def test_a_template_that_go_cannot_write_leaves_no_modelfile(folder: Path, tmp_path: Path, capsys):
+    fmt = replace(
+        CHAT, chat_template=CHAT_TEMPLATES["chatml"].replace("message['role'] }}", "message['role'] | upper }}")
+    )
+    (folder / "prompt.json").write_text(fmt.to_json())
+    (tmp_path / "Modelfile").write_text("of an earlier export")
+    export_gguf.export(folder, tmp_path / "model.gguf", "F16")
+    assert "No Modelfile: the chat template cannot be written" in capsys.readouterr().out
+    assert not (tmp_path / "Modelfile").exists()
+    assert read_gguf(tmp_path / "model.gguf").metadata["tokenizer.chat_template"] == fmt.chat_template
+
+
+# ------------------------------------------------------------------------------------------------ what can be wrong
+
+
+def test_tied_head_that_is_in_the_files_too(models: dict, tmp_path: Path):
+    """The same values again are left out; other values are a head of its own, whatever config.json says."""
+    folder = shutil.copytree(models["linear"].folder, tmp_path / "model")
+    w = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    change_tensors(folder, lm_head__weight=w.clone())
+    export_gguf.export(folder, tmp_path / "model.gguf", "F16")
+    assert "output.weight" not in read_gguf(tmp_path / "model.gguf").tensors
+    change_tensors(folder, lm_head__weight=2 * w)
+    export_gguf.export(folder, tmp_path / "model.gguf", "F32")
+    assert torch.equal(read_gguf(tmp_path / "model.gguf").load("output.weight"), 2 * w)
+
+
+WRONG = {
+    "NaN": ({"model__norm__weight": torch.full((64,), torch.nan)}, {}, "Q8_0", "model.norm.weight holds NaN"),
+    "too large": ({"lm_head__weight": torch.full((VOCAB, 64), 7e4)}, {}, "F16", "lm_head.weight holds.*export as bf16"),
+    "missing": ({"lm_head__weight": None}, {}, "Q8_0", "lm_head.weight is missing"),
+    "more": ({"model__layers__0__mlp__up_proj__bias": torch.zeros(192)}, {}, "Q8_0", "up_proj.bias: not a part"),
+    "layers": ({}, {"num_hidden_layers": 1}, "Q8_0", r"model.layers.1.*has no place in the model"),
+    "shape": ({}, {"intermediate_size": 96}, "Q8_0", r"has shape \(192, 64\), but config.json makes it \(96, 64\)"),
+    "vocabulary": ({}, {"vocab_size": 1000}, "Q8_0", "49152 tokens and the embedding 1000 rows"),
+    "activation": ({}, {"hidden_act": "gelu"}, "Q8_0", "hidden_act=gelu"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_models_are_refused_and_nothing_changes(case: str, folder: Path, tmp_path: Path):
+    tensors, config, file_type, message = WRONG[case]
+    change_tensors(folder, **tensors)
+    change_config(folder, **config)
+    for name in ("model.gguf", "Modelfile"):
+        (tmp_path / name).write_text("old")
+    with pytest.raises(UserError, match=message):
+        export_gguf.export(folder, tmp_path / "model.gguf", file_type)
+    assert [(tmp_path / name).read_text() for name in ("model.gguf", "Modelfile")] == ["old", "old"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_types_that_need_a_format_we_do_not_write(folder: Path, tmp_path: Path):
+    """The head of a small file is Q6_K when its rows are of whole blocks of 256."""
+    w = torch.zeros(VOCAB, 256)
+    change_tensors(folder, lm_head__weight=w, model__embed_tokens__weight=w.clone())
+    change_config(folder, hidden_size=256)
+    with pytest.raises(UserError, match="--type q4_0: output.weight would be stored as Q6_K.*f32, f16, bf16 or q8_0"):
+        export_gguf.export(folder, tmp_path / "model.gguf", "Q4_0")
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr("sys.argv", ["export_gguf.py", *words])
+    try:
+        run_command(export_gguf.main)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_command_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "--model", str(folder)) == 0
+    assert read_gguf(folder / "model-q8_0.gguf").metadata["general.file_type"] == 7
+    assert read_modelfile(folder / "Modelfile")["FROM"] == ["./model-q8_0.gguf"]
+    assert run(monkeypatch, "--model", str(folder), "--out=some/where/x.gguf", "--type", "BF16") == 0
+    assert read_gguf(tmp_path / "some/where/x.gguf").metadata["general.file_type"] == 32
+    assert (tmp_path / "some/where/Modelfile").exists()
+
+    source = Path(__file__).parent.parent / "train.yml"
+    shutil.copytree(folder, tmp_path / "run" / "merged")
+    capsys.readouterr()
+    assert run(monkeypatch, str(source), "--output_dir", "run", "--type", "f16") == 0
+    out = capsys.readouterr().out
+    assert read_gguf(tmp_path / "run" / "model-f16.gguf").metadata["general.file_type"] == 1
+    assert "run/model-f16.gguf" in out and "run/Modelfile" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "model", "--type", "q3_x"], "--type q3_x is not a type.*f32, f16, bf16, q8_0"),
+        (["--model", "nowhere"], "nowhere: no such folder.*merge.py"),
+        (["--model", "."], "config.json: no such file"),
+        (["--modle", "model"], "modle"),
+    ],
+)
+def test_wrong_commands_end_with_2(words: list[str], message: str, folder: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *words) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.startswith("error: ") and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -1,0 +1,128 @@
+"""The block formats against llama.cpp's own quantizers (bytes) and the gguf package (values): equal, not close."""
+
+import platform
+
+import numpy as np
+import pytest
+import torch
+
+from nanoqlora import ggml_blocks
+from nanoqlora.ggml_blocks import FORMATS, QUANTIZABLE, dequantize, quantize
+
+gguf = pytest.importorskip("gguf")
+llama_cpp = pytest.importorskip("llama_cpp")
+
+
+def samples() -> dict[str, np.ndarray]:
+    """Float32 matrices, ordinary ones and all the odd ones that once made two quantizers differ."""
+    g = np.random.default_rng(0)
+    normal = g.standard_normal((32, 512)).astype(np.float32)
+    heavy_tailed = g.standard_t(2, normal.shape).astype(np.float32)
+    outliers = 0.02 * normal
+    outliers[:, 5::256] = 30
+    zeros = np.where(g.random(normal.shape) < 0.5, np.float32(0), np.float32(-0.0))
+    halves = (g.integers(-254, 255, normal.shape) / 2).astype(np.float32)
+    halves[:, ::32] = 127  # d of Q8_0 is then exactly 1, and every half is a tie
+    upward = g.random(normal.shape) < 0.5
+    nearly_halves = np.nextafter(halves, np.where(upward, np.inf, -np.inf).astype(np.float32))
+    nearly_halves[:, ::32] = 127
+    equal_extremes = np.sign(normal) * 3  # which sign comes first decides the sign of d
+    return {
+        "normal": 0.02 * normal,
+        "bf16": torch.from_numpy(normal).bfloat16().float().numpy(),
+        "heavy-tailed": heavy_tailed,
+        "f16": heavy_tailed.astype(np.float16).astype(np.float32),
+        "outliers": outliers,
+        "constant blocks": np.repeat(normal[:, ::32], 32, axis=1),
+        "zero": np.zeros_like(normal),
+        "-0.0": -np.zeros_like(normal),
+        "both zeros": zeros,
+        "zeros and positive": np.where(upward, zeros, np.abs(normal)),
+        "zeros and negative": np.where(upward, zeros, -np.abs(normal)),
+        "equal extremes": equal_extremes,
+        "ties": halves,
+        "near ties": nearly_halves,
+        "large": 1e4 * normal,
+        **{f"1e-{e}": (normal * 10.0**-e).astype(np.float32) for e in (10, 20, 30, 36)},
+    } | ({f"1e-{e}": (normal * 10.0**-e).astype(np.float32) for e in (37, 38, 39, 41, 44)} if ON_X86 else {})
+
+
+# Below 1e-37 the reciprocal of the scale is infinite, and what C makes of an infinite code depends on the processor.
+ON_X86 = platform.machine() in ("x86_64", "AMD64")
+
+
+@pytest.mark.parametrize("ggml_type", QUANTIZABLE)
+def test_bytes_equal_llama_cpp(ggml_type: str):
+    for name, x in samples().items():
+        expected = torch.from_numpy(llama_cpp.quantize_chunk(ggml_type, x))
+        raw = quantize(torch.from_numpy(x), ggml_type)
+        assert raw.dtype == torch.uint8 and raw.shape == expected.shape
+        assert torch.equal(raw, expected), f"{name}: {(raw != expected).sum()} of {raw.numel()} bytes differ"
+
+
+@pytest.mark.parametrize("ggml_type", FORMATS)
+def test_values_equal_gguf_package(ggml_type: str):
+    for name, x in samples().items():
+        raw = llama_cpp.quantize_chunk(ggml_type, x)
+        expected = torch.from_numpy(gguf.dequantize(raw, gguf.GGMLQuantizationType[ggml_type]))
+        w = dequantize(torch.from_numpy(raw), ggml_type, x.shape)
+        # As bit patterns, so that 0.0 and -0.0 are two things and NaN equals itself.
+        assert torch.equal(w.view(torch.int32), expected.view(torch.int32)), f"{name}: values differ"
+
+
+@pytest.mark.parametrize("ggml_type", QUANTIZABLE)
+def test_values_are_near_the_weights(ggml_type: str):
+    """No witness needed: a code is off by half a step at most, plus what half precision does to d and m."""
+    x = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
+    error = (dequantize(quantize(x, ggml_type), ggml_type, x.shape) - x).abs().view(-1, 32).amax(-1)
+    blocks = x.view(-1, 32)
+    largest = blocks.abs().amax(-1)
+    step = {
+        **{"F32": torch.zeros(64), "F16": largest * 2**-10, "BF16": largest * 2**-7, "Q8_0": largest / 127},
+        # Codes go from -8 to 7: on the far side the largest weight may miss a whole step, so count two.
+        **{"Q4_0": largest / 8 * 2, "Q5_0": largest / 16 * 2},
+        **{f"Q{b}_1": (blocks.amax(-1) - blocks.amin(-1)) / (2**b - 1) for b in (4, 5)},
+    }[ggml_type]
+    rounding = 0 if ggml_type in ("F32", "F16", "BF16") else 2 * 2**-11 * 2 * largest
+    assert (error <= step / 2 + rounding).all()
+
+
+@pytest.mark.parametrize("ggml_type", QUANTIZABLE)
+def test_shapes_dtypes_and_chunks_make_no_difference(ggml_type: str, monkeypatch: pytest.MonkeyPatch):
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    raw = quantize(x, ggml_type)
+    assert raw.shape == (3, 5, FORMATS[ggml_type].num_bytes(64))
+    assert torch.equal(raw.flatten(), quantize(x.float().flatten(), ggml_type))
+    w = dequantize(raw.flatten(), ggml_type, (3, 5, 64))
+    monkeypatch.setattr(ggml_blocks, "CHUNK_WEIGHTS", 96)  # three blocks at a time, and a rest
+    assert torch.equal(quantize(x, ggml_type), raw)
+    assert torch.equal(dequantize(raw, ggml_type, (3, 5, 64)), w)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="no quantizer.*Q8_0"):
+        quantize(torch.zeros(2, 256), "Q6_K")
+    with pytest.raises(ValueError, match="rows of 48 weights.*blocks of 32"):
+        quantize(torch.zeros(2, 48), "Q8_0")
+    with pytest.raises(ValueError, match="unknown"):
+        dequantize(torch.zeros(2, 34, dtype=torch.uint8), "IQ4_NL", (2, 32))
+    with pytest.raises(ValueError, match="68 bytes cannot hold.*takes 34 bytes"):
+        dequantize(torch.zeros(2, 34, dtype=torch.uint8), "Q8_0", (1, 32))
+    with pytest.raises(ValueError, match="whole blocks"):  # as many weights, but a block would span two rows
+        dequantize(torch.zeros(34, dtype=torch.uint8), "Q8_0", (2, 16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ggml_type", FORMATS)
+def test_gpu_gives_the_same_bytes_and_values(ggml_type: str):
+    for name, x in samples().items():
+        x = torch.from_numpy(x)
+        if ggml_type in QUANTIZABLE:
+            raw = quantize(x, ggml_type)
+            assert torch.equal(quantize(x.cuda(), ggml_type).cpu(), raw), name
+        else:
+            raw = torch.from_numpy(llama_cpp.quantize_chunk(ggml_type, x.numpy()))
+        assert torch.equal(
+            dequantize(raw.cuda(), ggml_type, x.shape).cpu().view(torch.int32),
+            dequantize(raw, ggml_type, x.shape).view(torch.int32),
+        ), name

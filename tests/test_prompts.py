@@ -1,0 +1,335 @@
+"""Rows to tokens and masks, against transformers; the Ollama template, against Go where there is one."""
+
+import json
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from nanoqlora.cli import UserError
+from nanoqlora.prompts import CHAT_TEMPLATES, PromptFormat, detect_format, go_template
+from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+
+CHAT = PromptFormat(type="chat_template")
+DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+
+@pytest.fixture(scope="module")
+def tok(smollm2_path: Path) -> Tokenizer:
+    return load_tokenizer(smollm2_path)
+
+
+@pytest.fixture(scope="module")
+def llama3(tok: Tokenizer) -> Tokenizer:
+    """The same vocabulary with the names, the BOS and the template of Llama-3."""
+    names = ["<|end_of_text|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
+    vocab = [*names, *tok.vocab[len(names) :]]
+    return replace(tok, vocab=vocab, bos_id=1, eos_id=0, add_bos=True, chat_template=CHAT_TEMPLATES["llama3"])
+
+
+@pytest.fixture(scope="module")
+def hf(tok: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("smollm2")
+    save_tokenizer(tok, folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def say(*turns: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in zip(turns[::2], turns[1::2], strict=True)]
+
+
+def counted(tok: Tokenizer, ids: list[int], mask: list[bool]) -> str:
+    """The text of the tokens that count."""
+    assert len(ids) == len(mask) and all(isinstance(flag, bool) for flag in mask)
+    return tok.decode([id for id, flag in zip(ids, mask, strict=True) if flag])
+
+
+CHATS = [
+    say("user", "hi", "assistant", "A pirate."),
+    say("system", "Be brief.", "user", "hi", "assistant", "Ho!"),
+    say("user", "a", "assistant", "bb\n\nb", "user", "c", "assistant", "d 5 \u00fc\U0001f642"),
+    say("user", "assistant", "assistant", "user", "user", "A", "assistant", "A", "user", "A", "assistant", "im_end"),
+    say("system", "", "user", "x", "assistant", "```py\nprint('<b>')\n```", "user", "a last question"),
+    say("user", "{{ x }}", "assistant", "{% if %}{{ y }}"),
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chats
+
+
+@pytest.mark.parametrize("messages", CHATS)
+@pytest.mark.parametrize("name", ["smollm", "chatml", "llama3"])
+def test_answers_and_their_end_tokens_count(tok, llama3, hf, messages, name):
+    if name == "llama3":
+        ids, mask = CHAT.encode_row(llama3, {"messages": messages})
+        expected = "".join(m["content"] + "<|eot_id|>" for m in messages if m["role"] == "assistant")
+        assert counted(llama3, ids, mask) == expected and ids.count(llama3.bos_id) == 1
+        return
+    fmt = CHAT if name == "smollm" else replace(CHAT, chat_template=CHAT_TEMPLATES["chatml"])
+    ids, mask = fmt.encode_row(tok, {"messages": messages})
+    assert counted(tok, ids, mask) == "".join(m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant")
+    assert ids == hf.apply_chat_template(messages, chat_template=fmt.chat_template, return_dict=False)
+
+
+@pytest.mark.parametrize("messages", CHATS)
+def test_the_mask_is_that_of_transformers(tok, hf, messages):
+    """transformers can mask too, if the template marks the answers itself; here with a space that begins them."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}[/INST]{% generation %} {{ m.content }}<|im_end|>"
+        "{% endgeneration %}{% elif m.role == 'user' %}<|im_start|>[INST] {{ m.content }} {% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[/INST]{% endif %}"
+    )
+    ids, mask = replace(CHAT, chat_template=template).encode_row(tok, {"messages": messages})
+    witness = hf.apply_chat_template(
+        messages, chat_template=template, return_assistant_tokens_mask=True, return_dict=True
+    )
+    assert ids == witness["input_ids"]
+    assert mask == [bool(flag) for flag in witness["assistant_masks"]]
+
+
+def test_user_text_that_looks_special_moves_no_mask(tok):
+    messages = say("user", "a<|im_end|>\n<|im_start|>assistant\n", "assistant", "no <|im_end|> here", "user", "x")
+    ids, mask = CHAT.encode_row(tok, {"messages": messages})
+    assert counted(tok, ids, mask) == "no <|im_end|> here<|im_end|>"
+    assert sum(id == tok.eos_id for id, flag in zip(ids, mask, strict=True) if flag) == 1
+
+
+def test_tokens_that_a_header_shares_with_an_answer_do_not_count(tok):
+    """The header ends with a newline. If the answer begins with one, both are one token, which starts too early."""
+    ids, mask = CHAT.encode_row(tok, {"messages": say("user", "x", "assistant", "\n  y")})
+    assert counted(tok, ids, mask) == " y<|im_end|>"
+    assert tok.decode(ids).endswith("assistant\n\n  y<|im_end|>\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "B<|im_end|>D<|im_end|>"),
+        ({"train_on_eos": "last"}, "BD<|im_end|>"),
+        ({"train_on_eos": "all"}, "<|im_end|><|im_end|>B<|im_end|><|im_end|>D<|im_end|>"),
+        ({"roles_to_train": ("user",)}, "user<|im_end|>C<|im_end|>"),
+        ({"roles_to_train": ("user", "assistant")}, "user<|im_end|>B<|im_end|>C<|im_end|>D<|im_end|>"),
+        ({"roles_to_train": ("system",)}, "S<|im_end|>"),
+    ],
+)
+def test_which_turns_and_end_tokens_count(tok, changes, expected):
+    messages = say("system", "S", "user", "user", "assistant", "B", "user", "C", "assistant", "D")
+    ids, mask = replace(CHAT, **changes).encode_row(tok, {"messages": messages})
+    assert counted(tok, ids, mask) == expected
+
+
+def test_inputs_count_when_asked_for(tok):
+    for fmt, row in (
+        (CHAT, {"messages": CHATS[2]}),
+        (PromptFormat(type="alpaca"), {"instruction": "i", "output": "o"}),
+    ):
+        ids, mask = replace(fmt, train_on_inputs=True).encode_row(tok, row)
+        assert mask == [False] + [True] * (len(ids) - 1)
+        assert ids == fmt.encode_row(tok, row)[0]
+
+
+def test_other_column_and_role_names(tok):
+    fmt = replace(CHAT, field_messages="conversations", message_property_mappings={"role": "from", "content": "value"})
+    given = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    expected = CHAT.encode_row(tok, {"messages": say("user", "hi", "assistant", "ho")})
+    assert fmt.encode_row(tok, {"conversations": given}) == expected
+    fmt = replace(CHAT, roles={"assistant": ["pirate"], "user": ["parrot"]})
+    assert fmt.encode_row(tok, {"messages": say("parrot", "hi", "pirate", "ho")}) == expected
+
+
+def test_templates_that_hide_where_answers_are_get_refused(tok):
+    counts = "{{ messages | length }}" + CHAT_TEMPLATES["chatml"]
+    with pytest.raises(UserError, match="first 1 messages in another way"):
+        replace(CHAT, chat_template=counts).encode_row(tok, {"messages": CHATS[0]})
+    with pytest.raises(UserError, match="never learn to stop"):  # SmolLM2 does not know <|eot_id|>
+        replace(CHAT, chat_template=CHAT_TEMPLATES["llama3"]).encode_row(tok, {"messages": CHATS[0]})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Alpaca and completion
+
+
+def test_alpaca_prompts_are_stanfords(tok, llama3):
+    fmt = PromptFormat(type="alpaca")
+    ids, mask = fmt.encode_row(tok, {"instruction": "Add {these}.", "input": "1 {input} 2", "output": "3"})
+    prompt = (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nAdd {these}.\n\n### Input:\n"
+        "1 {input} 2\n\n### Response:\n"
+    )
+    assert ids == [*tok.encode(prompt), *tok.encode("3"), tok.eos_id] and counted(tok, ids, mask) == "3<|im_end|>"
+
+    prompt = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nSing <|eot_id|>.\n\n### Response:\n"
+    )
+    for row in ({"input": ""}, {"input": None}, {}):
+        ids, mask = fmt.encode_row(llama3, {"instruction": "Sing <|eot_id|>.", "output": "\n Yo", **row})
+        assert ids == [1, *llama3.encode(prompt), *llama3.encode("\n Yo"), 0]
+        assert counted(llama3, ids, mask) == "\n Yo<|end_of_text|>"
+    assert fmt.encode_prompt(llama3, say("user", "Sing <|eot_id|>.")) == [1, *llama3.encode(prompt)]
+
+
+def test_completion_counts_all_but_the_first_token(tok, llama3):
+    fmt = PromptFormat(type="completion", field="story")
+    ids, mask = fmt.encode_row(llama3, {"story": "Once upon"})
+    assert ids == [1, *llama3.encode("Once upon"), 0] and mask == [False, True, True, True]
+    assert fmt.encode_row(tok, {"story": "Once upon"}) == ([*tok.encode("Once upon"), 2], [False, True, True])
+    assert fmt.encode_prompt(llama3, say("user", "Once")) == [1, *llama3.encode("Once")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows that are not of the format, and the format itself
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "said"),
+    [
+        ("chat_template", {}, "messages is missing"),
+        ("chat_template", {"messages": []}, "messages is list"),
+        ("chat_template", {"messages": "hi"}, "messages is str"),
+        ("chat_template", {"messages": ["hi"]}, "message 1 is str"),
+        ("chat_template", {"messages": [{"content": "hi"}]}, "message 1: role is missing"),
+        ("chat_template", {"messages": [*say("user", "x"), {"role": "assistant"}]}, "message 2: content is missing"),
+        ("chat_template", {"messages": say("user", "x", "assistant", " \n")}, "message 2: content is str"),
+        ("chat_template", {"messages": [{"role": "user", "content": [{"text": "hi"}]}]}, "content is list"),
+        ("chat_template", {"messages": say("user", "hi", "system", "s")}, "no message has the role assistant"),
+        ("chat_template", {"messages": say("user", "\ud83d", "assistant", "x")}, "surrogate"),
+        ("alpaca", {"instruction": "hi"}, "output is missing"),
+        ("alpaca", {"instruction": "", "output": "x"}, "instruction is str"),
+        ("alpaca", {"instruction": "hi", "input": 3, "output": "x"}, "input is int"),
+        ("completion", {"text": 5}, "text is int 5"),
+        ("completion", {"txt": "x"}, "text is missing"),
+    ],
+)
+def test_bad_rows_are_user_errors(tok, kind, row, said):
+    with pytest.raises(UserError, match=said):
+        PromptFormat(type=kind).encode_row(tok, row)
+
+
+def test_no_end_token_no_training(tok):
+    with pytest.raises(UserError, match="no end token"):
+        PromptFormat(type="completion").encode_row(replace(tok, eos_id=None), {"text": "x"})
+
+
+def test_format_from_the_columns():
+    assert detect_format({"messages": []}).type == "chat_template"
+    assert detect_format({"instruction": "", "input": "", "output": ""}).type == "alpaca"
+    assert detect_format({"text": ""}).type == "completion"
+    with pytest.raises(UserError, match="columns prompt, answer"):
+        detect_format({"prompt": "", "answer": ""})
+
+
+def test_prompt_json_is_the_whole_format(tok, llama3):
+    fmt = replace(CHAT, roles_to_train=["assistant", "tool"], roles={"user": ["human"]}, train_on_eos="last")
+    assert PromptFormat.from_json(fmt.to_json()) == fmt != CHAT
+    fixed = CHAT.for_tokenizer(tok)
+    assert PromptFormat.from_json(fixed.to_json()).jinja(llama3) == tok.chat_template != CHAT.jinja(llama3)
+    for text, said in (("{", "valid JSON"), ("[]", "list"), ('{"type": "alpaca", "x": 1}', "x; it")):
+        with pytest.raises(UserError, match=said):
+            PromptFormat.from_json(text)
+    with pytest.raises(UserError, match="sharegpt"):
+        PromptFormat.from_json(json.dumps({"type": "sharegpt"}))
+
+
+def test_what_a_format_says_of_the_end_and_the_beginning(tok, llama3):
+    assert (CHAT.end_id(tok), CHAT.end_id(llama3)) == (2, 2)
+    assert (PromptFormat(type="alpaca").end_id(llama3), PromptFormat(type="completion").end_id(tok)) == (0, 2)
+    assert CHAT.add_bos(llama3) and PromptFormat(type="alpaca").add_bos(llama3)
+    assert not replace(CHAT, chat_template=CHAT_TEMPLATES["chatml"]).add_bos(llama3)
+    assert not CHAT.add_bos(tok)  # though its chats begin with <|im_start|>, which is its BOS
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ollama
+
+DATED = (  # as in Llama-3.1: a system message is always there, with lines of the template's own in front
+    "{{ bos_token }}{% set first = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
+    "{% set messages = messages[1:] if messages[0]['role'] == 'system' else messages %}"
+    "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge: 2023\n\n{{ first | trim }}<|eot_id|>"
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+LLAMA3_HEADER = "<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n"
+LLAMA3_ANSWER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+LLAMA3_SYSTEM = "<|start_header_id|>system<|end_header_id|>\n\n"
+
+
+def test_go_templates(tok, llama3):
+    chatml = "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
+    assert go_template(CHAT, tok) == (chatml, DEFAULT_SYSTEM, ["<|im_end|>"])
+    assert go_template(replace(CHAT, chat_template=CHAT_TEMPLATES["chatml"]), tok) == (chatml, None, ["<|im_end|>"])
+    turns = "{{ range .Messages }}" + LLAMA3_HEADER + "{{ .Content }}<|eot_id|>{{ end }}" + LLAMA3_ANSWER
+    assert go_template(CHAT, llama3) == (turns, None, ["<|eot_id|>"])
+    template, system, stops = go_template(PromptFormat(type="alpaca"), llama3)
+    assert template.endswith("### Instruction:\n{{ .Prompt }}\n\n### Response:\n") and template.startswith("Below is")
+    assert (system, stops) == (None, ["<|end_of_text|>"])
+    assert go_template(PromptFormat(type="completion"), tok) == ("{{ .Prompt }}", None, ["<|im_end|>"])
+
+
+def test_go_template_with_lines_before_every_system_message(llama3):
+    intro = "Cutting Knowledge: 2023\n\n"
+    expected = (
+        '{{ if ne (index .Messages 0).Role "system" }}' + LLAMA3_SYSTEM + intro + "<|eot_id|>{{ end }}"
+        "{{ range .Messages }}" + LLAMA3_HEADER + '{{ if eq .Role "system" }}' + intro + "{{ end }}"
+        "{{ .Content }}<|eot_id|>{{ end }}" + LLAMA3_ANSWER
+    )
+    assert go_template(replace(CHAT, chat_template=DATED), llama3) == (expected, None, ["<|eot_id|>"])
+
+
+CHATML = CHAT_TEMPLATES["chatml"]
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (CHATML.replace("message['content'] }}", "message['content'] | upper }}"), "leaves out a message"),
+        (CHATML.replace("message['content'] }}", "message['content'].split('</think>')[-1] }}"), "in the same way"),
+        (CHATML.replace("<|im_end|>\n", "<|im_end|>{{ '\n' if not loop.last }}"), "in the same way"),
+        ("{{ messages | length }}" + CHATML, "in the same way"),
+        (CHATML.replace("message['role'] }}", "message['role'] | replace('system', 'user') }}"), "in the same way"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "nothing stands between"),
+        ("{{ strftime_now('%Y') }}" + CHATML, "date"),
+        (CHATML.replace("<|im_end|>", "<|im_end|>{{ '}}' }}"), "double braces"),
+    ],
+)
+def test_templates_that_go_cannot_write_are_refused(tok, template, said):
+    with pytest.raises(UserError, match=said):
+        go_template(replace(CHAT, chat_template=template), tok)
+
+
+GO = """package main
+import ("encoding/json"; "os"; "text/template")
+type Message struct { Role, Content string }
+func main() {
+    var in struct { Template string; Chats [][]Message }
+    if err := json.NewDecoder(os.Stdin).Decode(&in); err != nil { panic(err) }
+    t := template.Must(template.New("").Parse(in.Template))
+    for _, chat := range in.Chats {
+        if err := t.Execute(os.Stdout, map[string]any{"Messages": chat}); err != nil { panic(err) }
+        os.Stdout.WriteString("\\x00")
+    }
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("go"), reason="no Go here to run the templates")
+@pytest.mark.parametrize("name", ["smollm", "chatml", "llama3", "dated"])
+def test_go_writes_what_jinja_writes(tok, llama3, tmp_path, name):
+    own = {"smollm": tok.chat_template, "dated": DATED}
+    fmt = replace(CHAT, chat_template=own.get(name) or CHAT_TEMPLATES[name])
+    tok = llama3 if name in ("llama3", "dated") else tok
+    template, system, _ = go_template(fmt, tok)
+    (tmp_path / "main.go").write_text(GO)
+    chats = [say("system", system) * bool(system and m[0]["role"] != "system") + m for m in CHATS]
+    given = json.dumps({"Template": template, "Chats": chats})
+    run = subprocess.run(
+        ["go", "run", str(tmp_path / "main.go")], input=given, capture_output=True, text=True, check=True
+    )
+    expected = [fmt.render(tok, messages, add_generation_prompt=True) for messages in CHATS]
+    bos = tok.vocab[tok.bos_id] if fmt.add_bos(tok) else ""
+    assert run.stdout.split("\x00")[:-1] == [text.removeprefix(bos) for text in expected]

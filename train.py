@@ -1,0 +1,201 @@
+"""QLoRA fine-tuning, top to bottom: `python train.py [train.yml] [--key value ...]`, or under torchrun.
+
+    configuration -> samples -> plan of all steps -> 4-bit model with LoRA
+    for each step of the plan:
+        for each of this rank's micro-batches:   hidden = model(tokens);  loss = head and cross-entropy
+                                                 (loss / all tokens that count in the step).backward()
+        sum the gradient over the ranks, clip, AdamW, one line in metrics.jsonl
+    now and then: evaluate, save a checkpoint
+    adapter, picture, report
+
+The loss of a step is the sum over its supervised tokens, over all micro-batches and ranks, divided once by their
+number. So neither accumulation nor the number of ranks changes what is learnt.
+"""
+
+import math
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nanoqlora import distributed, ops
+from nanoqlora.checkpoint import load_adapter, load_model
+from nanoqlora.cli import Stopped, run_command
+from nanoqlora.config import Config, load_command
+from nanoqlora.data import Sample, Step, collate, micro_batches
+from nanoqlora.evaluate import mean_loss, score_samples
+from nanoqlora.model import Llama
+from nanoqlora.optim import clip_gradient, learning_rate_at, make_optimizer
+from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora, set_dropout_rows
+from nanoqlora.runs import (
+    Metrics,
+    load_checkpoint,
+    prepare_data,
+    same_on_all_ranks,
+    sample_answers,
+    save_checkpoint,
+    save_results,
+)
+from nanoqlora.stats import Stopwatch, memory_figures
+from nanoqlora.tokenizer import load_tokenizer
+
+
+@dataclass
+class Run:
+    """What the loop works with."""
+
+    config: Config
+    rank: int
+    ranks: int
+    device: torch.device
+    model: Llama
+    samples: list[Sample]
+    held_out: list[Sample]
+    plan: list[Step]
+    flat: torch.nn.Parameter  # every trained value, and its gradient
+    optimizer: torch.optim.Optimizer
+    metrics: Metrics
+
+
+def train_step(run: Run, number: int) -> tuple[float, float, float, int]:
+    """Take optimizer step `number` (from 0). Returns loss, gradient norm, learning rate, tokens of all ranks."""
+    config, step = run.config, run.plan[number]
+    rows = [[run.samples[i] for i in row] for row in step.rows]
+    num_targets = sum(sample.num_targets for row in rows for sample in row)  # of all ranks: the plan is the same
+    total = torch.zeros((), device=run.device)
+    run.flat.grad.zero_()
+    for first, mine in micro_batches(rows, config.micro_batch_size, run.rank, run.ranks):
+        batch = collate(mine, config.sequence_len if config.pad_to_sequence_len else 0).to(run.device)
+        set_dropout_rows(run.model, row_seeds(config.seed, number, first, len(mine)).to(run.device))
+        hidden = run.model.model(batch.tokens, batch.segments).flatten(0, 1)  # (B * T, D)
+        loss = ops.linear_cross_entropy(hidden[batch.supervised], run.model.lm_head.weight, batch.targets)
+        (loss / num_targets).backward()
+        total += loss.detach()
+    distributed.sum_over_ranks(run.flat.grad)
+    distributed.sum_over_ranks(total)
+    loss = total.item() / num_targets
+    if not math.isfinite(loss):
+        raise RuntimeError(f"step {number + 1}: the loss is {loss}; go on from an earlier checkpoint with a lower rate")
+    grad_norm = clip_gradient(run.flat.grad, config.max_grad_norm).item()
+    rate = learning_rate_at(
+        number,
+        len(run.plan),
+        config.warmup_steps or math.ceil(config.warmup_ratio * len(run.plan)),
+        config.learning_rate,
+        config.lr_scheduler,
+        config.cosine_min_lr_ratio or 0.0,
+    )
+    run.optimizer.param_groups[0]["lr"] = rate
+    run.optimizer.step()
+    return loss, grad_norm, rate, sum(len(sample) for row in rows for sample in row)
+
+
+def row_seeds(seed: int, step: int, first: int, count: int) -> torch.Tensor:
+    """(count,) int64, a number for each row that decides its dropout: the same row of the same step, on any rank."""
+    return (seed & 0x1FFFFF) << 42 | step << 16 | torch.arange(first, first + count)
+
+
+def evaluate(run: Run, step: int) -> float:
+    """Held-out loss in nats per token, logged. Every rank scores the same samples, so none has to wait or to ask."""
+    run.model.eval()
+    loss = mean_loss(score_samples(run.model, run.held_out, run.config.sequence_len))
+    run.model.train()
+    run.metrics.write({"step": step, "eval_loss": round(loss, 6), "eval_perplexity": round(math.exp(loss), 4)})
+    return loss
+
+
+def due(step: int, plan: list[Step], per_epoch: int | None, every: float | None, strategy: str | None) -> bool:
+    """Whether something that happens so often happens after `step` (from 1)."""
+    if strategy == "no":
+        return False
+    if every:
+        interval = max(1, round(every * len(plan))) if every < 1 else int(every)
+        return step % interval == 0
+    times = 1 if per_epoch is None else per_epoch
+    before = plan[step - 2].epoch if step > 1 else 0.0
+    return int(plan[step - 1].epoch * times + 1e-9) > int(before * times + 1e-9)
+
+
+def loop(run: Run, start: int) -> None:
+    """All steps from `start` on, with evaluations and checkpoints between them. Raises Stopped after Ctrl-C."""
+    config, plan, stop = run.config, run.plan, []
+    for received in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(received, lambda *_: stop.append(True))
+    watch, folder = Stopwatch(), Path(config.output_dir)
+    bar = tqdm(total=len(plan), initial=start, disable=run.rank != 0, unit="step", dynamic_ncols=True, smoothing=0.1)
+    for number in range(start, len(plan)):
+        step = number + 1
+        with watch:
+            loss, grad_norm, rate, tokens = train_step(run, number)
+        watch.tokens += tokens
+        if step % config.logging_steps == 0 or step == len(plan):
+            speed = watch.rate_since_last()
+            line = {"step": step, "epoch": round(plan[number].epoch, 4), "loss": round(loss, 6)}
+            line |= {"grad_norm": round(grad_norm, 6), "learning_rate": rate}
+            line |= {"supervised_tokens": sum(run.samples[i].num_targets for row in plan[number].rows for i in row)}
+            run.metrics.write(line | {"tokens_per_second": round(speed, 1)} | memory_figures(run.device))
+            bar.set_postfix(loss=f"{loss:.3f}", norm=f"{grad_norm:.2f}", lr=f"{rate:.1e}", tok_s=f"{speed:.0f}")
+        bar.update()
+        if run.held_out and due(step, plan, config.evals_per_epoch, config.eval_steps, config.eval_strategy):
+            bar.write(f"step {step}: held-out loss {evaluate(run, step):.4f}", file=sys.stderr)
+        # Any rank may have got the signal first; all of them stop after the same step.
+        stopped = distributed.sum_over_ranks(torch.tensor(float(bool(stop)), device=run.device)).item() > 0
+        if stopped or due(step, plan, config.saves_per_epoch, config.save_steps, config.save_strategy):
+            save_checkpoint(run, step)
+        if stopped:
+            bar.close()
+            raise Stopped(
+                f"stopped after step {step} of {len(plan)}; it is saved. To go on: "
+                f"--resume_from_checkpoint {folder / f'checkpoint-{step}'}"
+            )
+    bar.close()
+
+
+def main() -> None:
+    config, _ = load_command(None, {}, __doc__.splitlines()[0])
+    rank, ranks, device = distributed.start()
+    say = print if rank == 0 else lambda *_: None
+    for note in config.notes:
+        say(note)
+
+    # Whatever is wrong with the input is found here, before anything is written.
+    tokenizer = load_tokenizer(config.base_model)
+    data = prepare_data(config, tokenizer, ranks)
+    for path, reading in data.readings.items():
+        say(f"{path}: {reading.describe(config.sequence_len, config.excess_length_strategy)}")
+
+    dtype = distributed.compute_dtype(config.bf16, device)
+    model = load_model(config.base_model, load_in_4bit=config.load_in_4bit, dtype=dtype, device=device)
+    torch.manual_seed(config.seed)
+    if config.lora_model_dir:
+        load_adapter(model, config.lora_model_dir, config.lora_dropout)
+    else:
+        targets = config.lora_target_modules or ALL_LINEAR
+        inject_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, targets, config.peft_use_rslora)
+    model.train()
+    flat = flatten_trainable(model)
+    betas = config.adam_beta1, config.adam_beta2
+    adamw = {"betas": betas, "eps": config.adam_epsilon, "weight_decay": config.weight_decay}
+    optimizer = make_optimizer(config.optimizer, flat, **adamw)
+    metrics = Metrics(Path(config.output_dir) / "metrics.jsonl", writes=rank == 0)
+    run = Run(config, rank, ranks, device, model, data.samples, data.held_out, data.plan, flat, optimizer, metrics)
+    same_on_all_ranks(run)
+    start = load_checkpoint(run)
+    say(f"{flat.numel():,} trained values, {len(run.plan)} steps, computing in {str(dtype).removeprefix('torch.')}")
+
+    before = {}
+    if start == 0 and run.held_out:
+        before = {"loss": evaluate(run, 0), "answers": sample_answers(run, tokenizer, data.prompt_format)}
+    started = time.perf_counter()
+    loop(run, start)
+    distributed.stop()
+    if rank == 0:
+        save_results(run, data, tokenizer, before, time.perf_counter() - started, say)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -8,6 +8,7 @@ tokens count in a step without asking the others, and a resumed run needs to kno
 """
 
 import json
+import math
 import random
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
@@ -113,8 +114,8 @@ def read_samples(
     """
     reading = Reading([], [])
     for where, row in read_rows(path):
-        prompt_format = format_of(row)
         try:
+            prompt_format = format_of(row)
             tokens, supervised = prompt_format.encode_row(tokenizer, row)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
@@ -199,7 +200,7 @@ def plan_steps(
             rng.shuffle(rows)
         starts = range(0, len(rows), rows_per_step)
         share = min(1.0, num_epochs - epoch) if max_steps is None else 1.0
-        for start in starts[: max(1, round(len(starts) * share))]:
+        for start in starts[: math.ceil(len(starts) * share - 1e-9)]:  # as transformers; 1e-9: 1.1 - 1 is above 0.1
             batch = rows[start : start + rows_per_step]
             steps.append(Step(batch, epoch + (start + len(batch)) / len(rows)))
         epoch += 1

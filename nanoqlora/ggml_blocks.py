@@ -180,7 +180,7 @@ def _dequantize_bf16(raw: Tensor) -> Tensor:
 
 
 def _divide(x: Tensor, divisor: int) -> Tensor:
-    """x / divisor. With a plain number there, CUDA would multiply by its rounded reciprocal, which can be an ulp off."""
+    """x / divisor. For a plain number CUDA would multiply by its rounded reciprocal, which can be an ulp off."""
     return x / x.new_tensor(divisor)
 
 

@@ -25,6 +25,7 @@ Read next: data.py, which reads the rows and packs the tokens.
 import dataclasses
 import json
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -68,10 +69,9 @@ class PromptFormat:
     train_on_eos: str = "turn"  # which end tokens count: of every trained turn, of the last one, or of all turns
     field: str = "text"  # completion: the column with the text
     field_messages: str = "messages"  # chat_template: the column with the messages
-    message_property_mappings: dict[str, str] = dataclasses.field(default_factory=dict)  # ours -> the file's
-    roles: dict[str, tuple[str, ...]] = dataclasses.field(
-        default_factory=dict
-    )  # role in the template -> its names in the file
+    # What the template calls a field of a message, or a role -> what the file calls it.
+    message_property_mappings: dict[str, str] = dataclasses.field(default_factory=dict)
+    roles: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, allowed in {
@@ -178,7 +178,7 @@ class PromptFormat:
         if self.type == "completion":
             return "", _text(row, self.field)
         instruction, answer = _text(row, "instruction"), _text(row, "output")
-        context = row.get("input") and _text(row, "input")
+        context = row.get("input") and _text(row, "input", empty=True)
         prompt = ALPACA_WITH_INPUT if context else ALPACA
         before, after = prompt.split("{instruction}")  # not str.format: the texts may hold braces
         return before + instruction + after.replace("{input}", context or ""), answer
@@ -232,6 +232,8 @@ class PromptFormat:
             else:  # no template writes only the header of a question: put something findable in place of the question
                 before = self._length_of_start(tok, guarded[:i], text) if i else 0
                 begin = self.render(tok, [*guarded[:i], {**message, "content": mark}]).find(mark, before)
+                if begin < 0:  # the template leaves such messages out
+                    continue
             turn_end = self._length_of_start(tok, guarded[: i + 1], text)
             content = message["content"].strip()  # many templates strip it too
             found = text.find(content, begin, turn_end)
@@ -270,11 +272,13 @@ def _text(row: dict[str, Any], key: str, where: str = "", called: str = "", empt
             f"{where}{called or key} is {_show(text)}, and it must be a text that is not empty: it becomes tokens. "
             "Correct the row or take it out."
         )
-    if any("\ud800" <= char <= "\udfff" for char in text):
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
         raise UserError(
             f"{where}{called or key} holds half of a surrogate pair, which is no character and has no UTF-8 bytes. "
             "Correct the row or take it out."
-        )
+        ) from error
     return text
 
 
@@ -385,7 +389,7 @@ PROBES = [
 ]
 
 
-def _find_frame(render: Any) -> Frame:
+def _find_frame(render: Callable[[Messages], str]) -> Frame:
     """Read the strings around the messages off one conversation."""
     names = ["first content", "second content", "third content", "fourth content"]
     text = render(_say("system", names[0], "user", names[1], "assistant", names[2], "user", names[3]))

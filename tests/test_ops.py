@@ -158,3 +158,19 @@ def test_elementwise_against_float64(T):
     for got, true in cases:
         # half a unit in the last place, and float32's error in a difference of two products
         assert ((got.double() - true).abs() <= 2.0**-8 * true.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [1, 33])
+def test_elementwise_twins(dtype, T):
+    g = torch.Generator().manual_seed(6)
+    x, up = ((2 * torch.randn(2, T, 3, 32, generator=g)).to(dtype) for _ in range(2))
+    weight, angles = torch.rand(32, generator=g), torch.rand(2, T, 16, generator=g) * 100
+    rope = angles.cos(), angles.sin()
+
+    def norm(module):
+        return lambda x: module.rms_norm(x, weight, 1e-5)
+
+    check_twins(norm(elementwise_fast), norm(elementwise), [x])
+    check_twins(elementwise_fast.swiglu, elementwise.swiglu, [x, up])
+    check_twins(lambda x: elementwise_fast.apply_rope(x, *rope), lambda x: elementwise.apply_rope(x, *rope), [x])

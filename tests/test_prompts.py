@@ -53,7 +53,7 @@ CHATS = [
     say("user", "a", "assistant", "bb\n\nb", "user", "c", "assistant", "d 5 \u00fc\U0001f642"),
     say("user", "assistant", "assistant", "user", "user", "A", "assistant", "A", "user", "A", "assistant", "im_end"),
     say("system", "", "user", "x", "assistant", "```py\nprint('<b>')\n```", "user", "a last question"),
-    say("user", "{{ x }}", "assistant", "{% if %}{{ y }}"),
+    say("user", "\u4f60\u597d {{ x }}", "assistant", "{% if %}{{ y }}"),
 ]
 
 
@@ -98,6 +98,12 @@ def test_user_text_that_looks_special_moves_no_mask(tok):
     assert sum(id == tok.eos_id for id, flag in zip(ids, mask, strict=True) if flag) == 1
 
 
+def test_special_tokens_within_an_answer_count_but_do_not_end_it(tok):
+    template = CHAT_TEMPLATES["chatml"].replace("{{ message['content'] }}", "<file_sep>{{ message['content'] }}")
+    ids, mask = replace(CHAT, chat_template=template).encode_row(tok, {"messages": CHATS[2]})
+    assert counted(tok, ids, mask) == "<file_sep>bb\n\nb<|im_end|><file_sep>d 5 \u00fc\U0001f642<|im_end|>"
+
+
 def test_tokens_that_a_header_shares_with_an_answer_do_not_count(tok):
     """The header ends with a newline. If the answer begins with one, both are one token, which starts too early."""
     ids, mask = CHAT.encode_row(tok, {"messages": say("user", "x", "assistant", "\n  y")})
@@ -120,6 +126,13 @@ def test_which_turns_and_end_tokens_count(tok, changes, expected):
     messages = say("system", "S", "user", "user", "assistant", "B", "user", "C", "assistant", "D")
     ids, mask = replace(CHAT, **changes).encode_row(tok, {"messages": messages})
     assert counted(tok, ids, mask) == expected
+
+
+def test_messages_that_a_template_leaves_out_have_no_tokens(tok):
+    template = CHAT_TEMPLATES["chatml"].replace("in messages %}", "in messages if message.role != 'system' %}")
+    fmt = replace(CHAT, chat_template=template, roles_to_train=("system", "assistant"), train_on_eos="all")
+    ids, mask = fmt.encode_row(tok, {"messages": CHATS[1]})
+    assert counted(tok, ids, mask) == "<|im_end|>Ho!<|im_end|>" and "Be brief" not in tok.decode(ids)
 
 
 def test_inputs_count_when_asked_for(tok):

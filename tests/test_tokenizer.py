@@ -289,7 +289,7 @@ def llama3_folder(tmp_path_factory) -> Path:
     trained.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{bos[0]} $A", pair=f"{bos[0]} $A {bos[0]}:1 $B:1", special_tokens=[bos]
     )
-    trained.add_tokens(["[note]"])
+    trained.add_tokens(["[note]", "[note]s"])
     return write_folder(
         tmp_path_factory.mktemp("llama3"),
         json.loads(trained.to_str()),
@@ -310,10 +310,11 @@ def test_llama3_rule_gets_the_ids_of_tokenizers(llama3, llama3_folder):
     assert llama3.pieces()[llama3.eot_id] == "<|eot_id|>" and llama3.pad_id is None
     witness = tokenizers.Tokenizer.from_file(str(llama3_folder / "tokenizer.json"))
     assert [llama3.encode(text) for text in TEXTS] == as_text(witness, TEXTS)
-    assert [llama3.encode("a[note]b")] == as_text(witness, ["a[note]b"])  # an added word is found in any text
+    added = ["a[note]b", "[note]s", "[note]s[note]"]  # words are found in any text, the longest that fits
+    assert [llama3.encode(text) for text in added] == as_text(witness, added)
     text = "a<|eot_id|>[note]<|begin_of_text|>"
     assert llama3.encode(text, bos=llama3.add_bos, special=True) == witness.encode(text).ids
-    assert llama3.token_types().count(4) == 1
+    assert llama3.token_types().count(4) == 2
 
 
 def test_llama3_rule_gets_the_ids_of_llama_cpp(llama3, tmp_path):
@@ -375,11 +376,13 @@ def test_whole_words_need_no_merges(llama3_folder, tmp_path):
     reached = set(map("".join, data["model"]["merges"]))
     data["model"]["merges"] = [m for m in data["model"]["merges"] if all(len(p) == 1 or p in reached for p in m)]
     tok = load_tokenizer(write_folder(tmp_path, data))
-    witness = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    for text in ("in", " the", "er in", "a the b"):
-        assert tok.encode(text) == witness.encode(text, add_special_tokens=False).ids
-    assert len(tok.encode("in")) == 1
     assert tok.bos_id is None and not tok.add_bos  # this config names none
+    for original in (tok.original_json, None):  # the second time the witness reads a file of our own
+        save_tokenizer(replace(tok, original_json=original), tmp_path)
+        witness = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        for text in ("in", " the", "er in", "a the b"):
+            assert tok.encode(text) == witness.encode(text, add_special_tokens=False).ids
+    assert len(tok.encode("in")) == 1
 
 
 def test_the_token_that_ends_a_turn(llama3):
@@ -436,6 +439,12 @@ def test_missing_and_broken_files_are_user_errors(hf_folder, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     with pytest.raises(UserError, match="eos_token is '</s>'"):
         load_tokenizer(tmp_path)
+
+
+def test_older_files_leave_the_regex_of_a_byte_level_rule_unsaid(tmp_path):
+    data = json.loads(train_bpe("smollm", []).to_str())
+    data["pre_tokenizer"]["pretokenizers"][1] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    assert load_tokenizer(write_folder(tmp_path, data)).pre == "smollm"
 
 
 BERT = {"type": "BertPreTokenizer"}

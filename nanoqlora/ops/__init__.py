@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from . import attention as attention_reference
-from . import attention_cpu, elementwise, lora, lora_fast, loss, loss_fast, nf4, nf4_fast
+from . import attention_cpu, elementwise, elementwise_fast, lora, lora_fast, loss, loss_fast, nf4, nf4_fast
 from .attention import Segments, attention_to_past
-from .elementwise import apply_rope, rms_norm, swiglu
 from .lora import Dropout, Rebuild
 
 __all__ = [
@@ -48,6 +47,25 @@ def use(which: Literal["fast", "reference"]) -> None:
 def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     by_documents = _fast and q.device.type == "cpu" and q.dtype != torch.float64
     return (attention_cpu if by_documents else attention_reference).attention(q, k, v, segments)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension. x: (..., D), weight: (D,), frozen."""
+    return _elementwise(x).rms_norm(x, weight, eps)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the heads of x (B, T, heads, hd) by angles with cosines and sines (B, T, hd / 2)."""
+    return _elementwise(x).apply_rope(x, cos, sin)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, all (..., FF)."""
+    return _elementwise(gate).swiglu(gate, up)
+
+
+def _elementwise(x: Tensor):
+    return elementwise_fast if _fast and x.dtype != torch.float64 else elementwise
 
 
 def quantize_nf4(w: Tensor, blocksize: int = nf4.BLOCKSIZE) -> tuple[Tensor, Tensor]:

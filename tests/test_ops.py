@@ -9,6 +9,7 @@ from nanoqlora.ops import (
     attention_cpu,
     attention_reference,
     elementwise,
+    elementwise_fast,
     lora,
     lora_fast,
     loss,

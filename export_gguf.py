@@ -11,6 +11,7 @@ and, in Go's template language, into the Modelfile; the token that ends an answe
 One tensor at a time is read, brought into llama.cpp's row order, quantized and written. Read next: nanoqlora/gguf.py.
 """
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -55,7 +56,9 @@ def export(model: Path, out: Path, file_type: str) -> None:
     tok = load_tokenizer(model)
     fmt = prompt_format(model, tok)
     tensors = plan_tensors(weights, config, file_type, model)
-    metadata = gguf.model_metadata(config, out.stem, file_type) | tokenizer_metadata(tok, fmt, config.vocab_size, model)
+    folder = model.resolve()
+    name = folder.parent.name if folder.name == "merged" else folder.stem
+    metadata = gguf.model_metadata(config, name, file_type) | tokenizer_metadata(tok, fmt, config.vocab_size, model)
     recipe = out.parent / "Modelfile"
     try:
         text, problem = modelfile(out, go_template(fmt, tok)), None
@@ -147,8 +150,6 @@ def tokenizer_metadata(tok: Tokenizer, fmt: PromptFormat, num_rows: int, model: 
     end = tok.eos_id if end is None else end
     if end is None:
         raise UserError(f"{model}: nothing says which token ends an answer. Set eos_token in tokenizer_config.json.")
-    # A format without a template of its own is one in Jinja too: the words around the last message.
-    template = fmt.jinja(tok) or fmt.render(tok, [{"role": "user", "content": "{{ messages[-1]['content'] }}"}])
     metadata: gguf.Metadata = {
         "tokenizer.ggml.model": ("string", "gpt2"),
         "tokenizer.ggml.pre": ("string", tok.pre),
@@ -162,12 +163,19 @@ def tokenizer_metadata(tok: Tokenizer, fmt: PromptFormat, num_rows: int, model: 
         "tokenizer.ggml.add_bos_token": ("bool", fmt.add_bos(tok)),
         "tokenizer.ggml.add_eos_token": ("bool", False),
         "tokenizer.ggml.add_space_prefix": ("bool", False),
-        "tokenizer.chat_template": ("string", template),
+        "tokenizer.chat_template": ("string", fmt.jinja(tok) or jinja_of_words(fmt, tok)),
     }
     for name, id in {"padding": tok.pad_id, "unknown": tok.unk_id}.items():
         if id is not None:
             metadata[f"tokenizer.ggml.{name}_token_id"] = ("u32", id)
     return metadata
+
+
+def jinja_of_words(fmt: PromptFormat, tok: Tokenizer) -> str:
+    """Jinja for a format that has none: its words before and behind the last message, alpaca's for example."""
+    before, after = fmt.render(tok, [{"role": "user", "content": "\0"}]).split("\0")
+    # As an expression, because Jinja drops a line break at the very end of a template, where alpaca has one.
+    return f"{{{{ {json.dumps(before)} + messages[-1]['content'] + {json.dumps(after)} }}}}"
 
 
 def modelfile(out: Path, template: GoTemplate) -> str:

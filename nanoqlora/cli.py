@@ -76,6 +76,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.iterdir():
+            file.chmod(0o644)  # safetensors writes files that only their owner may read
             with open(file, "rb+") as opened:
                 os.fsync(opened.fileno())
         temporary.chmod(0o755)

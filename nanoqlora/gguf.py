@@ -53,11 +53,11 @@ VALUE_TYPES = {
     **{"string": 8, "array": 9, "u64": 10, "i64": 11, "f64": 12},
 }
 TYPE_NAMES = {number: kind for kind, number in VALUE_TYPES.items()}
-Metadata = dict[str, tuple[str, Any]]  # key -> (type, value): ("u32", 32), ("string", "llama"), ("i32[]", [1, 3, 3])
 STRUCT_CODES = {  # how `struct` packs those of a fixed size
     **{"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "f32": "f", "bool": "?"},
     **{"u64": "Q", "i64": "q", "f64": "d"},
 }
+Metadata = dict[str, tuple[str, Any]]  # key -> (type, value): ("u32", 32), ("string", "llama"), ("i32[]", [1, 3, 3])
 
 # ------------------------------------------------------------------------------------------------ names and rows
 
@@ -428,7 +428,7 @@ def _refuse_other_models(gguf: GGUFFile) -> None:
         )
     if meta.get("general.type", "model") != "model":
         raise UserError(f"{gguf.path}: holds a {_short(meta['general.type'])}, not a model. Give the model's file.")
-    if meta.get("split.count", 0) > 1:
+    if meta.get("split.count", 1) not in (0, 1):
         raise UserError(
             f"{gguf.path}: is one of {meta['split.count']} parts of a model, and only whole files can be read here. "
             f"Join them with llama.cpp's gguf-split --merge."
@@ -477,7 +477,8 @@ def _llama3_scaling(gguf: GGUFFile, config: dict[str, Any]) -> dict[str, Any] | 
     if divisors.shape == frequencies.shape and on_line.sum() >= 2:
         height = (1 / divisors[on_line] - 1 / factor) / (1 - 1 / factor)
         slope, start = np.polyfit(frequencies[on_line] / (2 * math.pi), height, deg=1)
-        candidates.append((round(1 - 1 / start, 4), round(slope * -1 / start)))
+        if start < -1e-6:  # the line is (context * frequency / 2 pi - 1) / (high - 1)
+            candidates.append((round(1 - 1 / start, 4), round(slope * -1 / start)))
     for high, context in candidates:
         scaling = {
             "rope_type": "llama3",

@@ -72,7 +72,7 @@ QUANT_TYPES = {  # ggml's type number, weights in a block, bytes of a block
 def _open_library() -> ctypes.CDLL:
     spec = importlib.util.find_spec("xllamacpp")
     if spec is None:
-        raise ImportError("llama.cpp is reached through the package xllamacpp, which is not installed: pip install it")
+        raise ModuleNotFoundError("llama.cpp is reached through the package xllamacpp, which is not installed")
     (folder,) = spec.submodule_search_locations
     return ctypes.CDLL(str(next(Path(folder).glob("xllamacpp*.so"))))
 

@@ -23,8 +23,7 @@ from nanoqlora.model import ModelConfig
 from nanoqlora.prompts import CHAT_TEMPLATES, PromptFormat
 from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
-pytest.importorskip("xllamacpp")
-from llama_cpp import LlamaCpp  # noqa: E402
+LlamaCpp = pytest.importorskip("llama_cpp").LlamaCpp
 
 VOCAB = 49152  # of the real SmolLM2, whose tokenizer the models here have
 TOKENS = torch.randint(0, VOCAB, (1, 50), generator=torch.Generator().manual_seed(0))
@@ -75,6 +74,12 @@ def models(tok: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.fixture
+def known_tokenizer(tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most models here have the same tokenizer, and reading it takes most of an export's time."""
+    monkeypatch.setattr(export_gguf, "load_tokenizer", lambda path: tok)
+
+
+@pytest.fixture
 def folder(models: dict[str, transformers.LlamaForCausalLM], tmp_path: Path) -> Path:
     """A copy of a model that a test may damage."""
     return shutil.copytree(models["llama3"].folder, tmp_path / "model")
@@ -104,14 +109,14 @@ def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
 # ------------------------------------------------------------------------------------------------ weights
 
 
+@pytest.mark.usefixtures("known_tokenizer")
 @pytest.mark.parametrize("name", MODELS)
 def test_f32_logits_equal_transformers(name: str, models: dict, tmp_path: Path):
-    """Both compute in float32; all that differs is the order of sums. Measured: 2e-6 on logits of deviation 0.7."""
+    """Both compute in float32 and differ in the order of sums. Measured: 4e-5 on logits of deviation 0.8."""
     export_gguf.export(models[name].folder, tmp_path / "model.gguf", "F32")
     expected = reference_logits(models[name])
     assert expected.std() > 0.3
     error = np.abs(llama_cpp_logits(tmp_path / "model.gguf") - expected).max()
-    print("XX", expected.std(), error)
     assert error < 1e-4
 
 
@@ -140,16 +145,17 @@ MISTAKES = {
 GOOD = export_gguf.gguf.model_metadata
 
 
+@pytest.mark.usefixtures("known_tokenizer")
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_comparison_would_notice(mistake: str, models: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """All of these load without a word, so the comparison above has to see them: by far, not just."""
     monkeypatch.setattr(export_gguf.gguf, *MISTAKES[mistake])
     export_gguf.export(models["llama3"].folder, tmp_path / "model.gguf", "F32")
     error = np.abs(llama_cpp_logits(tmp_path / "model.gguf") - reference_logits(models["llama3"])).max()
-    print("XX",mistake,error)
     assert error > 100 * 1e-4, f"only {error}"
 
 
+@pytest.mark.usefixtures("known_tokenizer")
 @pytest.mark.parametrize("file_type", QUANTIZABLE)
 def test_weights_of_every_type(file_type: str, models: dict, tmp_path: Path):
     """In the file is each weight, rounded once, and llama.cpp computes with what is in the file."""
@@ -167,10 +173,9 @@ def test_weights_of_every_type(file_type: str, models: dict, tmp_path: Path):
     rounded = transformers.LlamaForCausalLM(models["linear"].config).eval()
     rounded.load_state_dict(stored | {"lm_head.weight": stored["model.embed_tokens.weight"]})
     expected = reference_logits(rounded)
-    # llama.cpp rounds activations as well: to the type of the weights, or to 8 bits in the quantized types. The mean
-    # errors of a product of 64 terms, in units of the logits' deviation: measured on this model, and doubled.
-    bound = {"F32": 1e-5, "F16": 1e-3, "BF16": 6e-3}.get(file_type, 2e-2)
-    print("XX",file_type,np.abs(llama_cpp_logits(path) - expected).mean()/expected.std())
+    # llama.cpp rounds activations as well: to the type of the weights, or to 8 bits for the quantized types. In units
+    # of the logits' deviation the mean error was 1.5e-6, 1.3e-3, 1.2e-2 and 0.037 to 0.047; the bounds are twice that.
+    bound = {"F32": 3e-6, "F16": 3e-3, "BF16": 2.5e-2}.get(file_type, 0.1)
     assert np.abs(llama_cpp_logits(path) - expected).mean() < bound * expected.std()
 
 
@@ -188,6 +193,7 @@ def test_what_is_exported_opens_as_the_same_model(models: dict, tmp_path: Path):
         assert load_tokenizer(tmp_path / "model.gguf") == load_tokenizer(model.folder)
 
 
+@pytest.mark.usefixtures("known_tokenizer")
 def test_a_gguf_file_can_be_exported_too(models: dict, tmp_path: Path):
     export_gguf.export(models["llama3"].folder, tmp_path / "model.gguf", "Q8_0")
     export_gguf.export(tmp_path / "model.gguf", tmp_path / "again.gguf", "Q8_0")
@@ -201,12 +207,12 @@ def test_a_gguf_file_can_be_exported_too(models: dict, tmp_path: Path):
 def test_metadata_as_the_gguf_package_reads_it(models: dict, tok: Tokenizer, tmp_path: Path):
     """Names, values and types: llama.cpp takes no u64 for a u32."""
     package = pytest.importorskip("gguf")
-    export_gguf.export(models["linear"].folder, tmp_path / "pirate.gguf", "Q8_0")
-    fields = package.GGUFReader(tmp_path / "pirate.gguf").fields
+    export_gguf.export(models["linear"].folder, tmp_path / "model.gguf", "Q8_0")
+    fields = package.GGUFReader(tmp_path / "model.gguf").fields
     expected = {
         "general.architecture": ("STRING", "llama"),
         "general.type": ("STRING", "model"),
-        "general.name": ("STRING", "pirate"),
+        "general.name": ("STRING", models["linear"].folder.name),
         "general.file_type": ("UINT32", 7),
         "general.quantization_version": ("UINT32", 2),
         "llama.block_count": ("UINT32", 2),
@@ -300,6 +306,7 @@ PROMPTS = {  # tokenizer, format, end of an answer
     "chatml": (lambda tok: tok, replace(CHAT, chat_template=CHAT_TEMPLATES["chatml"]), 2),
     "alpaca": (lambda tok: tok, PromptFormat(type="alpaca"), 2),
     "completion": (lambda tok: tok, PromptFormat(type="completion"), 2),
+    "BOS in plain text only": (lambda tok: replace(tok, bos_id=0, add_bos=True), CHAT, 2),
     "llama3": (llama3_tokenizer, CHAT, 2),
     "llama3 alpaca": (llama3_tokenizer, PromptFormat(type="alpaca"), 0),
 }
@@ -339,6 +346,7 @@ def test_llama_cpp_tokenizes_as_we_do(models: dict, tok: Tokenizer, tmp_path: Pa
         assert llama.tokenize("hi", add_special=True) == tok.encode("hi")  # SmolLM2 puts nothing in front
 
 
+@pytest.mark.usefixtures("known_tokenizer")
 def test_padded_embedding(folder: Path, tok: Tokenizer, tmp_path: Path):
     """llama.cpp wants a token for every row, also for those that only fill up a round number."""
     w = load_file(folder / "model.safetensors")["lm_head.weight"]
@@ -352,6 +360,7 @@ def test_padded_embedding(folder: Path, tok: Tokenizer, tmp_path: Path):
     assert llama_cpp_logits(tmp_path / "model.gguf").shape == (50, VOCAB + 64)
 
 
+@pytest.mark.usefixtures("known_tokenizer")
 def test_a_template_that_go_cannot_write_leaves_no_modelfile(folder: Path, tmp_path: Path, capsys):
     fmt = replace(
         CHAT, chat_template=CHAT_TEMPLATES["chatml"].replace("message['role'] }}", "message['role'] | upper }}")
@@ -367,6 +376,7 @@ def test_a_template_that_go_cannot_write_leaves_no_modelfile(folder: Path, tmp_p
 # ------------------------------------------------------------------------------------------------ what can be wrong
 
 
+@pytest.mark.usefixtures("known_tokenizer")
 def test_tied_head_that_is_in_the_files_too(models: dict, tmp_path: Path):
     """The same values again are left out; other values are a head of its own, whatever config.json says."""
     folder = shutil.copytree(models["linear"].folder, tmp_path / "model")
@@ -391,6 +401,7 @@ WRONG = {
 }
 
 
+@pytest.mark.usefixtures("known_tokenizer")
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_models_are_refused_and_nothing_changes(case: str, folder: Path, tmp_path: Path):
     tensors, config, file_type, message = WRONG[case]
@@ -404,6 +415,7 @@ def test_wrong_models_are_refused_and_nothing_changes(case: str, folder: Path, t
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.usefixtures("known_tokenizer")
 def test_types_that_need_a_format_we_do_not_write(folder: Path, tmp_path: Path):
     """The head of a small file is Q6_K when its rows are of whole blocks of 256."""
     w = torch.zeros(VOCAB, 256)
@@ -439,7 +451,8 @@ def test_command_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     capsys.readouterr()
     assert run(monkeypatch, str(source), "--output_dir", "run", "--type", "f16") == 0
     out = capsys.readouterr().out
-    assert read_gguf(tmp_path / "run" / "model-f16.gguf").metadata["general.file_type"] == 1
+    metadata = read_gguf(tmp_path / "run" / "model-f16.gguf").metadata
+    assert metadata["general.file_type"] == 1 and metadata["general.name"] == "run"
     assert "run/model-f16.gguf" in out and "run/Modelfile" in out
 
 
@@ -449,7 +462,7 @@ def test_command_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["--model", "model", "--type", "q3_x"], "--type q3_x is not a type.*f32, f16, bf16, q8_0"),
         (["--model", "nowhere"], "nowhere: no such folder.*merge.py"),
         (["--model", "."], "config.json: no such file"),
-        (["--modle", "model"], "modle"),
+        (["--model", "model", "--typo", "f16"], "typo"),
     ],
 )
 def test_wrong_commands_end_with_2(words: list[str], message: str, folder: Path, tmp_path: Path, monkeypatch, capsys):

@@ -1,0 +1,236 @@
+"""How fast is a training step, and how far from the fastest that this machine could do it?
+
+    python bench.py [--model llama3-8b | FOLDER | FILE.gguf] [--micro_batch_size 4] [--sequence_len 2048] ...
+
+One step is forward, backward and AdamW on random tokens, every position supervised, without clipping. The floor is
+what no QLoRA step in this dtype can beat: the base's and the head's matrix products, forward and input gradient, and
+attention, alone, measured in the same run. Prints a table and one JSON line; every speed we publish comes from here.
+"""
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanoqlora import distributed, ops
+from nanoqlora.checkpoint import load_model
+from nanoqlora.cli import Parser, run_command, write_text
+from nanoqlora.model import Llama, ModelConfig, rope_frequencies
+from nanoqlora.ops import Segments
+from nanoqlora.optim import make_optimizer
+from nanoqlora.qlora import QLoRALinear, block_linears, flatten_trainable, inject_lora, set_dropout_rows
+from nanoqlora.stats import memory_figures
+
+
+def llama3(D: int, FF: int, L: int, H: int, KV: int, hd: int, tied: bool = False) -> ModelConfig:
+    """A Llama-3 geometry with its vocabulary of 128,256."""
+    return ModelConfig(
+        hidden_size=D,
+        intermediate_size=FF,
+        num_hidden_layers=L,
+        num_attention_heads=H,
+        num_key_value_heads=KV,
+        head_dim=hd,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        tie_word_embeddings=tied,
+    )
+
+
+GEOMETRIES = {
+    "llama3-1b": llama3(2048, 8192, 16, 32, 8, 64, tied=True),
+    "llama3-3b": llama3(3072, 8192, 28, 24, 8, 128, tied=True),
+    "llama3-8b": llama3(4096, 14336, 32, 32, 8, 128),
+    "llama3-70b": llama3(8192, 28672, 80, 64, 8, 128),
+    "llama3-405b": llama3(16384, 53248, 126, 128, 8, 128),
+}
+
+
+def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Llama:
+    """A 4-bit Llama with N(0, 0.02) weights, made and quantised on the device, one tensor at a time."""
+    with torch.device("meta"):
+        model = Llama(config)
+    model.model.rope_frequencies = rope_frequencies(config).to(device)
+    quantised = {f"{name}.weight" for name, _ in block_linears(model)}
+    for name, parameter in list(model.named_parameters()):
+        w = torch.ones if parameter.ndim == 1 else lambda *shape, **kw: torch.randn(*shape, **kw).mul_(0.02)
+        w = w(*parameter.shape, dtype=dtype, device=device)
+        module, _, attribute = name.rpartition(".")
+        if name in quantised:
+            layer = QLoRALinear(w)
+            layer.quantize()
+            model.set_submodule(module, layer)
+        else:
+            setattr(model.get_submodule(module), attribute, nn.Parameter(w))
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def timed(step: Callable[[], None], steps: int, warmup: int, device: torch.device) -> list[float]:
+    """Milliseconds of each of `steps` calls after `warmup` others."""
+    times = []
+    for i in range(warmup + steps):
+        synchronize(device)
+        started = time.perf_counter()
+        step()
+        synchronize(device)
+        if i >= warmup:
+            times.append((time.perf_counter() - started) * 1e3)
+    return times
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def floor_ms(config: ModelConfig, B: int, T: int, dtype: torch.dtype, device: torch.device, repeats: int = 5) -> float:
+    """Milliseconds of a step's unavoidable work: base and head products forward and back, and attention."""
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    def median(work: Callable[[], None]) -> float:
+        return statistics.median(timed(work, repeats, 2, device))
+
+    D, FF, H, KV, hd = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
+    N, L = B * T, config.num_hidden_layers
+    shapes = [(H * hd, D), (KV * hd, D), (KV * hd, D), (D, H * hd), (FF, D), (FF, D), (D, FF)]
+    operands = [(make(n_out, n_in), make(N, n_in), make(N, n_out)) for n_out, n_in in shapes]
+
+    def block_products() -> None:
+        for w, x, _ in operands:
+            x @ w.t()
+        for w, _, dy in operands:
+            dy @ w
+
+    rows = min(N, 1024)  # of logits at a time
+    head, hidden, dlogits = make(config.vocab_size, D), make(rows, D), make(rows, config.vocab_size)
+
+    def head_products() -> None:
+        hidden @ head.t()
+        dlogits @ head
+
+    q, k, v = (make(B, heads, T, hd).requires_grad_() for heads in (H, KV, KV))
+
+    def attend() -> None:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != KV)
+        torch.autograd.grad(y, (q, k, v), y.detach())
+
+    def attend_by_hand() -> None:  # our own kernel on a CPU is faster than PyTorch's
+        y = ops.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), Segments.one_per_row(B, T))
+        torch.autograd.grad(y, (q, k, v), y.detach())
+
+    attention = min(median(attend), median(attend_by_hand)) if device.type == "cpu" else median(attend)
+    return L * (median(block_products) + attention) + N / rows * median(head_products)
+
+
+def useful_flops(config: ModelConfig, num_lora: int, B: int, T: int) -> float:
+    """Operations that a step has to do: 4 a weight and token in blocks and head, 6 a trained value, attention."""
+    D, FF, hd = config.hidden_size, config.intermediate_size, config.head_dim
+    H, KV, L = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
+    weights = L * (D * hd * (2 * H + 2 * KV) + 3 * D * FF) + D * config.vocab_size
+    attention = 3 * L * 4 * H * hd * T / 2  # a token, forward and twice that backward, half of the square
+    return B * T * (4 * weights + 6 * num_lora + attention)
+
+
+def main() -> None:
+    parser = Parser(prog="bench.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="llama3-8b", help=f"{', '.join(GEOMETRIES)}, a folder or a .gguf file")
+    parser.add_argument("--micro_batch_size", type=int, default=4)
+    parser.add_argument("--sequence_len", type=int, default=2048)
+    parser.add_argument("--lora_r", type=int, default=64)
+    parser.add_argument("--lora_alpha", type=float, default=32)
+    parser.add_argument("--lora_dropout", type=float, default=0.0)
+    parser.add_argument("--packed", action="store_true", help="rows of several documents of uneven length")
+    parser.add_argument("--bf16", default="auto", type=lambda text: {"true": True, "false": False}.get(text, text))
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--json", help="write the figures to this file")
+    args = parser.parse_args()
+    B, T = args.micro_batch_size, args.sequence_len
+
+    rank, ranks, device = distributed.start()
+    dtype = distributed.compute_dtype(args.bf16, device)
+    torch.manual_seed(rank)
+    if args.model in GEOMETRIES:
+        model = random_model(GEOMETRIES[args.model], dtype, device)
+    else:
+        model = load_model(args.model, load_in_4bit=True, dtype=dtype, device=device)
+    inject_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout)
+    model.train()
+    flat = flatten_trainable(model)
+    optimizer = make_optimizer("adamw_torch_fused", flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer.param_groups[0]["lr"] = 1e-4
+
+    tokens = torch.randint(model.config.vocab_size, (4, B, T), device=device)
+    lengths = (T // 2, T // 3, T - T // 2 - T // 3) if args.packed else (T,)
+    segments = Segments((lengths,) * B)
+    set_dropout_rows(model, torch.arange(B, device=device))
+    losses: list[float] = []
+
+    def step() -> None:
+        batch = tokens[len(losses) % 4]
+        flat.grad.zero_()
+        hidden = model.model(batch, segments)[:, :-1].flatten(0, 1)
+        targets = batch[:, 1:].flatten()
+        loss = ops.linear_cross_entropy(hidden, model.lm_head.weight, targets) / len(targets)
+        loss.backward()
+        distributed.sum_over_ranks(flat.grad)
+        optimizer.step()
+        losses.append(loss.item())
+
+    first = timed(step, 1, 0, device)[0] / 1e3
+    timed(step, 1, 1, device)
+    memory_figures(device)
+    times = timed(step, args.steps, 0, device)
+    memory = {key.removeprefix("memory/"): value for key, value in memory_figures(device).items()}
+    floor = floor_ms(model.config, B, T, dtype, device)
+    median = statistics.median(times)
+    figures = {
+        "model": args.model,
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "ranks": ranks,
+        "tokens_per_step": B * T * ranks,
+        "step_ms": round(median, 1),
+        "step_ms_min": round(min(times), 1),
+        "step_ms_max": round(max(times), 1),
+        "first_step_s": round(first, 2),
+        "tokens_per_second": round(B * T * ranks / median * 1e3, 1),
+        "tokens_per_second_per_gpu": round(B * T / median * 1e3, 1),
+        "tflops_useful": round(useful_flops(model.config, flat.numel(), B, T) / median / 1e9, 2),
+        "floor_ms": round(floor, 1),
+        **memory,
+        "loss": round(losses[-1], 4),
+    }
+    if rank == 0:
+        for key, value in figures.items():
+            print(f"{key:28} {value}")
+        print(f"{'share of the floor':28} {floor / median:.0%}")
+        line = json.dumps(figures)
+        print(line)
+        if args.json:
+            write_text(args.json, line + "\n")
+    distributed.stop()
+    assert math.isfinite(losses[-1])
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -19,6 +19,9 @@ from .model import Llama
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+# Layers with the same number read the same input, and drop the same parts of it.
+INPUT_OF = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
+
 
 class QLoRALinear(nn.Module):
     """y = x W^T + s * dropout(x) A^T B^T with W frozen, in NF4 or as it came; without A and B just y = x W^T.
@@ -55,9 +58,20 @@ class QLoRALinear(nn.Module):
         if hasattr(self, "weight"):
             return self.weight.to(dtype)
         absmax = self.absmax
-        if absmax.dtype == torch.uint8:
+        if self.is_double_quantised:
             absmax = ops.dequantize_absmax(absmax, self.nested_absmax, self.nested_offset)
         return ops.dequantize_nf4(self.packed, absmax, dtype)
+
+    def rebuild_into(self, out: Tensor) -> None:
+        """W in the dtype of `out`, written there; `out` may be rows of a larger buffer."""
+        if self.is_double_quantised and out.is_cuda:
+            ops.dequantize_into(self.packed, self.absmax, self.nested_absmax, self.nested_offset, out)
+        else:
+            out.copy_(self.rebuild(out.dtype))
+
+    @property
+    def is_double_quantised(self) -> bool:
+        return hasattr(self, "nested_absmax")
 
     def add_lora(self, r: int, alpha: float, dropout: float, use_rslora: bool, layer_seed: int) -> None:
         """Start an update at exactly zero: A uniform as in PEFT (Kaiming with a = sqrt(5)), B zero."""
@@ -115,13 +129,15 @@ def inject_lora(
             f"trained there. Known are {', '.join(ALL_LINEAR)}."
         )
     model.requires_grad_(False)
-    for index, (name, linear) in enumerate(list(block_linears(model))):
-        if name.rpartition(".")[2] not in target_modules:
+    for name, linear in list(block_linears(model)):
+        path, _, kind = name.rpartition(".")
+        if kind not in target_modules:
             continue
         if not isinstance(linear, QLoRALinear):
             linear = QLoRALinear(linear.weight.data)
             model.set_submodule(name, linear)
-        linear.add_lora(r, alpha, dropout, use_rslora, layer_seed=index * 0x9E3779B97F4A7C1 % 2**62)
+        layer_input = 4 * int(path.split(".")[2]) + INPUT_OF[kind]
+        linear.add_lora(r, alpha, dropout, use_rslora, layer_seed=layer_input * 0x9E3779B97F4A7C1 % 2**62)
 
 
 def block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -141,7 +141,7 @@ def test_dropout_depends_on_row_and_layer_only(tmp_path):
     assert torch.allclose(first[0], both[0], atol=1e-5) and torch.allclose(both[0], swapped[1], atol=1e-5)
     assert (both[0] - both[1]).abs().max() > 0.01
     seeds = {layer.layer_seed for layer in lora_layers(model).values()}
-    assert len(seeds) == 7 * 3
+    assert len(seeds) == 4 * 3, "one for each input of a block: q, k and v share theirs, as gate and up do"
     model.eval()
     assert torch.equal(run([7])[0], run([9])[0]), "no dropout in evaluation"
 

@@ -5,26 +5,32 @@ is the one switch between them: the fast twins are used unless `use("reference")
 asks which it is.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import attention as attention_reference
-from . import attention_cpu, elementwise, elementwise_fast, lora, lora_fast, loss, loss_fast, nf4, nf4_fast
+from . import attention_cpu, block_parts, elementwise, elementwise_fast, lora, lora_fast, lora_parts, loss, loss_fast, nf4, nf4_fast
 from .attention import Segments, attention_to_past
-from .lora import Dropout, Rebuild
+from .lora import Dropout, Rebuild, fold
+from .lora_parts import RowDropout
 
 __all__ = [
     "Dropout",
     "Rebuild",
+    "RowDropout",
     "Segments",
     "apply_rope",
     "attention",
     "attention_to_past",
     "dequantize_absmax",
     "dequantize_nf4",
+    "fold",
     "frozen_linear",
+    "kernels",
     "linear_cross_entropy",
     "lora_linear",
     "quantize_absmax",
@@ -47,6 +53,37 @@ def use(which: Literal["fast", "reference"]) -> None:
 def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     by_documents = _fast and q.device.type == "cpu" and q.dtype != torch.float64
     return (attention_cpu if by_documents else attention_reference).attention(q, k, v, segments)
+
+
+class Kernels(NamedTuple):
+    """What a block with a hand-written backward pass is made of; `block_parts.py` and `lora_parts.py` explain each."""
+
+    rms_norm: Callable
+    rms_norm_backward: Callable
+    rope_: Callable
+    swiglu: Callable
+    swiglu_backward_: Callable
+    lora_down: Callable
+    lora_down_backward_A: Callable
+    lora_dx_add_: Callable
+    lora_up_add_: Callable
+    lora_up_backward: Callable
+
+
+@lru_cache
+def _kernels(is_cuda: bool) -> Kernels:
+    names = Kernels._fields
+    modules = (block_parts, lora_parts)
+    if is_cuda:
+        from . import elementwise_triton, lora_triton
+
+        modules = (elementwise_triton, lora_triton)
+    return Kernels(*(getattr(modules[name.startswith("lora_")], name) for name in names))
+
+
+def kernels(x: Tensor) -> Kernels:
+    """The kernels for the device of `x`."""
+    return _kernels(_fast and x.device.type == "cuda")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

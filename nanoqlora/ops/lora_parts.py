@@ -1,0 +1,117 @@
+"""The parts of a low-rank update, for a block that writes its backward pass by hand. The reference, in plain PyTorch.
+
+    forward    xa  = x' A^T              lora_down                 x' = dropout(x)
+               y  += s * xa B^T          lora_up_add_
+    backward   dxa = s * dy B            lora_up_backward
+               dB  = s * dy^T xa         lora_up_backward
+               dA  = dxa^T x'            lora_down_backward_A
+               dx += dropout'(dxa A)     lora_dx_add_
+
+Everything is a matrix product with one dimension of 8 to 192, so the wide operand (x, y, dy or dx) decides the time:
+each part touches it once. Projections that read one x are put side by side: A is then (R, n_in) with R the sum of
+their ranks, xa is (N, R), and one mask serves them all. Batch and time are flattened to N = B * T rows.
+
+Nothing here knows autograd; x' is made again where it is needed and never kept. Any float dtype, float64 included: it
+is what the tests measure the kernels of `lora_triton.py` against, and what a CPU runs. Where the two differ is in
+rounding alone: this file rounds the mask's 1 / (1 - p), each product and each sum to the dtype of x.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .lora import dropout_mask
+
+
+class RowDropout(NamedTuple):
+    """What decides the mask of flattened rows: row n is token n % T of batch row n // T."""
+
+    p: float
+    folded_seed: Tensor  # (B,) int32, from `lora.fold`: a kernel has no use for 64 bits
+    T: int
+
+    def mask(self, x: Tensor) -> Tensor:
+        """For x (B * T, n_in): 0 where dropped and 1 / (1 - p) elsewhere, the same bits as `lora.dropout_mask`."""
+        seed = self.folded_seed.to(torch.int64) & 0xFFFFFFFF  # a number below 2^32 folds to itself
+        shape = (len(seed), self.T, x.shape[-1])
+        return dropout_mask(shape, self.p, seed, x.dtype).view(x.shape)
+
+
+def drop(x: Tensor, dropout: RowDropout | None) -> Tensor:
+    """x' (N, n_in), in the mask's memory; without dropout x itself."""
+    return x if dropout is None else dropout.mask(x).mul_(x)
+
+
+def lora_down(x: Tensor, A: Tensor, dropout: RowDropout | None = None) -> Tensor:
+    """xa = dropout(x) A^T.
+
+    Args:
+        x: (N, n_in). A: (R, n_in) in the dtype of x.
+    Returns:
+        (N, R) in the dtype of x.
+    """
+    return drop(x, dropout) @ A.t()
+
+
+def lora_down_backward_A(
+    dxa: Tensor, x: Tensor, dropout: RowDropout | None = None, out: Tensor | None = None
+) -> Tensor:
+    """dA = dxa^T dropout(x), the gradient of A.
+
+    Args:
+        dxa: (N, R), with the scaling in it. x: (N, n_in).
+        out: (R, n_in) float32 to add to, as gradients are summed over micro-batches. None makes a new one.
+    Returns:
+        (R, n_in) float32 (float64 from float64): `out` if it was given.
+    """
+    return gradient(dxa.t(), drop(x, dropout), 1.0, out)
+
+
+def lora_dx_add_(dx: Tensor, dxa: Tensor, A: Tensor, dropout: RowDropout | None = None) -> None:
+    """dx += mask * (dxa A), in place.
+
+    Args:
+        dx: (N, n_in), changed. dxa: (N, R). A: (R, n_in).
+    """
+    if dropout is None:
+        dx.addmm_(dxa, A)
+    else:
+        dx.addcmul_(dxa @ A, dropout.mask(dx))
+
+
+def lora_up_add_(y: Tensor, xa: Tensor, B: Tensor, scaling: float) -> None:
+    """y += scaling * xa B^T, in place.
+
+    Args:
+        y: (N, n_out), changed; its rows may be slices of wider ones. xa: (N, r), likewise. B: (n_out, r).
+    """
+    y.addmm_(xa, B.t(), alpha=scaling)
+
+
+def lora_up_backward(
+    dy: Tensor, xa: Tensor, B: Tensor, scaling: float, dxa_out: Tensor | None = None, dB_out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Both gradients of scaling * xa B^T.
+
+    Args:
+        dy: (N, n_out), rows may be slices. xa: (N, r), likewise. B: (n_out, r).
+        dxa_out: (N, r) to write dxa to, for example this projection's columns of an (N, R). None makes a new one.
+        dB_out: (n_out, r) float32 to add dB to. None makes a new one.
+    Returns:
+        dxa = scaling * dy B, (N, r) in the dtype of dy: `dxa_out` if it was given.
+        dB = scaling * dy^T xa, (n_out, r) float32 (float64 from float64): `dB_out` if it was given.
+    """
+    dxa = dy.new_empty(len(dy), B.shape[1]) if dxa_out is None else dxa_out
+    dxa.addmm_(dy, B, beta=0, alpha=scaling)
+    return dxa, gradient(dy.t(), xa, scaling, dB_out)
+
+
+def gradient(left: Tensor, right: Tensor, scaling: float, out: Tensor | None) -> Tensor:
+    """scaling * left right, in float32 or more, added to `out` if there is one."""
+    if out is not None and out.dtype == left.dtype:
+        return out.addmm_(left, right, alpha=scaling)
+    product = left @ right
+    if out is not None:
+        return out.add_(product, alpha=scaling)
+    return product.to(torch.promote_types(product.dtype, torch.float32)).mul_(scaling)

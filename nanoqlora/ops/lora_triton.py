@@ -1,0 +1,388 @@
+"""The fast twin of `lora_parts.py` for GPUs: the same functions as Triton kernels, in bfloat16.
+
+A product of (8192, 4096) with (4096, 64) is 4.3 GFLOP over 68 MB: 6 us of an H100's arithmetic and 23 us of its
+memory traffic. So the wide operand is read once, and enough of it is kept on its way. Without dropout a general
+matrix product comes close to that. With dropout PyTorch writes the mask, reads it, writes dropout(x) and reads that;
+here the hash of `lora.py` is computed where a value has just been loaded, and no mask ever reaches memory.
+
+Three shapes make all the parts, each around a wide (N, K) matrix and an R of less than 200:
+
+    down_kernel         (N, K) (K, R) -> (N, R)     sums over K      xa and dxa
+    rows_kernel         (R, N) (N, K) -> (R, K)     sums over N      dA and dB
+    add_kernel          (N, K) += (N, R) (R, K)     sums over R      y and dx
+    up_backward_kernel  the first two over one dy, which it reads once
+
+Splitting a sum: 8192 rows are 128 tiles of 64, and R x K is fewer still, not enough to keep 132 multiprocessors busy.
+So several programs share one sum, each writes its part in float32, and `sum_kernel` adds the parts in a fixed order.
+Atomic additions would need no second kernel, but their order, and so the last bits, would change from run to run.
+
+The price of dropout: the hash takes about 16 instructions of the integer units for a value, and a multiprocessor does
+64 such a cycle, so reading 2 bytes of x for it comes second. The hash has two rounds; the first hashes a token's place
+in its row of the batch and is the same for all rows. A tile therefore holds the same tokens of GROUP rows, laid out so
+that equal places meet in one thread, where the compiler computes the first round once. It costs nothing else.
+
+Block sizes must be powers of two, so R = 192 is taken as three chunks of 64, each with its own accumulator.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .lora_parts import RowDropout
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut: a program's tile of the wide matrix, the compiler's two dials, and the split of the sum."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int  # tiles on their way from memory at a time
+    programs: int = 0  # split the sum while there are fewer; an H100 has 132 multiprocessors
+
+
+# By kernel and by chunks of R.
+TILES = {
+    ("down", 1): Tile(64, 64, 4, 4, 264),
+    ("down", 2): Tile(64, 64, 4, 4, 264),
+    ("down", 3): Tile(64, 64, 4, 3, 264),
+    ("rows", 1): Tile(64, 128, 4, 3, 264),
+    ("rows", 2): Tile(64, 64, 4, 3, 264),
+    ("rows", 3): Tile(64, 64, 4, 3, 264),
+    ("add", 1): Tile(64, 128, 4, 3),
+    ("add", 2): Tile(64, 128, 4, 3),
+    ("add", 3): Tile(64, 128, 4, 3),
+    ("up_backward", 1): Tile(64, 256, 8, 3, 132),
+}
+UP_BACKWARD_IN_ONE = True  # dy read once, where one chunk holds R
+
+
+class Chunks(NamedTuple):
+    """R as the kernels take it: `groups` programs with `count` blocks of `size` each, the last padded."""
+
+    size: int
+    count: int
+    groups: int
+
+    @classmethod
+    def of(cls, R: int) -> "Chunks":
+        size = min(64, max(16, triton.next_power_of_2(R)))  # the matrix units take no fewer than 16
+        blocks = triton.cdiv(R, size)
+        groups = triton.cdiv(blocks, 3)  # more accumulators than three do not fit the registers
+        return cls(size, triton.cdiv(blocks, groups), groups)
+
+
+class Masking(NamedTuple):
+    """A dropout as the kernels take it. Without one, the batch is one row and `seeds` is None."""
+
+    seeds: Tensor | None
+    threshold: int  # kept where the hash, signed, is no less
+    scale: float
+    batch: int
+    T: int
+    group: int  # batch rows in a tile
+
+    @classmethod
+    def of(cls, dropout: RowDropout | None, N: int) -> "Masking":
+        if dropout is None:
+            return cls(None, 0, 1.0, 1, N, 1)
+        p, seeds, T = dropout
+        group = next(g for g in (4, 2, 1) if len(seeds) % g == 0)
+        return cls(seeds, int(p * 2**32) - 2**31, 1 / (1 - p), len(seeds), T, group)
+
+    def tiles(self, rows: int) -> int:
+        """How many tiles of so many rows cover the batch. No tile reaches past the end of a batch row."""
+        return self.batch // self.group * triton.cdiv(self.T, rows // self.group)
+
+
+def lora_down(x: Tensor, A: Tensor, dropout: RowDropout | None = None) -> Tensor:
+    """As `lora_parts.lora_down`."""
+    xa = x.new_empty(len(x), len(A))
+    launch_down(x, A, xa, 1.0, dropout)
+    return xa
+
+
+def lora_down_backward_A(
+    dxa: Tensor, x: Tensor, dropout: RowDropout | None = None, out: Tensor | None = None
+) -> Tensor:
+    """As `lora_parts.lora_down_backward_A`."""
+    dA = x.new_empty(dxa.shape[1], x.shape[1], dtype=torch.float32) if out is None else out
+    launch_rows(dxa, x, dA, 1.0, dropout, add=out is not None)
+    return dA
+
+
+def lora_dx_add_(dx: Tensor, dxa: Tensor, A: Tensor, dropout: RowDropout | None = None) -> None:
+    """As `lora_parts.lora_dx_add_`."""
+    launch_add(dx, dxa, A, 1.0, dropout)
+
+
+def lora_up_add_(y: Tensor, xa: Tensor, B: Tensor, scaling: float) -> None:
+    """As `lora_parts.lora_up_add_`."""
+    launch_add(y, xa, B.t(), scaling, None)
+
+
+def lora_up_backward(
+    dy: Tensor, xa: Tensor, B: Tensor, scaling: float, dxa_out: Tensor | None = None, dB_out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `lora_parts.lora_up_backward`."""
+    dxa = dy.new_empty(xa.shape) if dxa_out is None else dxa_out
+    dB = dy.new_empty(B.shape, dtype=torch.float32) if dB_out is None else dB_out
+    if UP_BACKWARD_IN_ONE and B.shape[1] <= 64:
+        launch_up_backward(dy, xa, B, dxa, dB, scaling, add=dB_out is not None)
+    else:
+        launch_down(dy, B.t(), dxa, scaling, None)
+        launch_rows(xa, dy, dB.t(), scaling, None, add=dB_out is not None)
+    return dxa, dB
+
+
+def launch_down(x: Tensor, w: Tensor, out: Tensor, scale: float, dropout: RowDropout | None) -> None:
+    """out = scale * dropout(x) w^T for x (N, K), w (R, K) in either memory order, out (N, R)."""
+    (N, K), R, chunks, masking = x.shape, len(w), Chunks.of(len(w)), Masking.of(dropout, len(x))
+    tile = TILES["down", chunks.count]
+    tiles = masking.tiles(tile.rows)
+    splits = max(1, min(tile.programs // max(1, tiles * chunks.groups), K // (8 * tile.columns)))
+    target = out if splits == 1 else x.new_empty(splits, N, R, dtype=torch.float32)
+    down_kernel[(tiles, chunks.groups, splits)](
+        x, w, target, masking.seeds, masking.threshold, scale * masking.scale, N, masking.T,
+        *row_strides(x), *w.stride(), target.stride(-2),
+        K=K, R=R, BLOCK_T=tile.rows, BLOCK_K=tile.columns, BLOCK_R=chunks.size, CHUNKS=chunks.count,
+        GROUP=masking.group, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if splits > 1:
+        launch_sum(target, out, 1.0, add=False)
+
+
+def launch_rows(u: Tensor, x: Tensor, out: Tensor, scale: float, dropout: RowDropout | None, add: bool) -> None:
+    """out (+)= scale * u^T dropout(x) for u (N, R), x (N, K), out (R, K) float32 in either memory order."""
+    (N, K), R, chunks, masking = x.shape, u.shape[1], Chunks.of(u.shape[1]), Masking.of(dropout, len(x))
+    tile = TILES["rows", chunks.count]
+    blocks, tiles = triton.cdiv(K, tile.columns), masking.tiles(tile.rows)
+    splits = max(1, min(tile.programs // (blocks * chunks.groups), tiles))
+    parts = x.new_empty(splits, R, K, dtype=torch.float32)
+    rows_kernel[(blocks, splits, chunks.groups)](
+        u, x, parts, masking.seeds, masking.threshold, scale * masking.scale, masking.T, tiles,
+        *row_strides(u, x),
+        K=K, R=R, BLOCK_T=tile.rows, BLOCK_K=tile.columns, BLOCK_R=chunks.size, CHUNKS=chunks.count,
+        GROUP=masking.group, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    launch_sum(parts, out, 1.0, add)
+
+
+def launch_add(y: Tensor, u: Tensor, w: Tensor, scale: float, dropout: RowDropout | None) -> None:
+    """y += scale * mask * (u w) for y (N, K), u (N, R), w (R, K) in either memory order."""
+    (N, K), R, chunks, masking = y.shape, len(w), Chunks.of(len(w)), Masking.of(dropout, len(y))
+    tile = TILES["add", chunks.count]
+    add_kernel[(triton.cdiv(K, tile.columns), masking.tiles(tile.rows))](
+        y, u, w, masking.seeds, masking.threshold, scale * masking.scale, masking.T,
+        *row_strides(y, u), *w.stride(),
+        K=K, R=R, BLOCK_T=tile.rows, BLOCK_K=tile.columns, BLOCK_R=chunks.size,
+        GROUP=masking.group, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def launch_up_backward(
+    dy: Tensor, xa: Tensor, B: Tensor, dxa: Tensor, dB: Tensor, scale: float, add: bool
+) -> None:
+    """dxa = scale * dy B and dB (+)= scale * dy^T xa for dy (N, K), xa (N, R), B (K, R), with R in one chunk."""
+    (N, K), R, tile = dy.shape, B.shape[1], TILES["up_backward", 1]
+    blocks, tiles = triton.cdiv(K, tile.columns), triton.cdiv(N, tile.rows)
+    splits = max(1, min(tile.programs // blocks, tiles))
+    dxa_parts = dy.new_empty(blocks, N, R, dtype=torch.float32)
+    dB_parts = dy.new_empty(splits, K, R, dtype=torch.float32)
+    up_backward_kernel[(blocks, splits)](
+        dy, xa, B, dxa_parts, dB_parts, N, tiles, *row_strides(dy, xa, B),
+        K=K, R=R, BLOCK_T=tile.rows, BLOCK_K=tile.columns, BLOCK_R=Chunks.of(R).size,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    launch_sum(dxa_parts, dxa, scale, add=False)
+    launch_sum(dB_parts, dB, scale, add)
+
+
+def launch_sum(parts: Tensor, out: Tensor, scale: float, add: bool) -> None:
+    """out (+)= scale * the sum of parts (P, I, J) float32, for out (I, J) in either memory order."""
+    P, I, J = parts.shape
+    grid = (triton.cdiv(I, 16), triton.cdiv(J, 64))
+    sum_kernel[grid](parts, out, scale, P, I, J, *out.stride(), ADD=add, BLOCK_I=16, BLOCK_J=64, num_warps=4)
+
+
+def row_strides(*matrices: Tensor) -> list[int]:
+    """Elements from one row to the next of each, whose columns must be neighbours in memory."""
+    for matrix in matrices:
+        assert matrix.stride(1) == 1 or matrix.shape[1] == 1, f"columns of {tuple(matrix.shape)} are apart"
+    return [matrix.stride(0) for matrix in matrices]
+
+
+@triton.jit
+def mix(x):
+    """As `lora.mix`, on unsigned numbers, whose right shift brings in zeros."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def kept(t, k, seed, threshold, K: tl.constexpr):
+    """As `lora.dropout_mask`, True where kept, for tokens t and their seeds (BLOCK_T,) and features k (BLOCK_K,)."""
+    place = (t[:, None] * K + k[None, :]).to(tl.uint32)
+    bits = mix(mix(place) ^ seed.to(tl.uint32)[:, None])
+    return bits.to(tl.int32, bitcast=True) >= threshold
+
+
+@triton.jit
+def rows_of(tile, T, BLOCK_T: tl.constexpr, GROUP: tl.constexpr):
+    """The rows of a tile: each one's batch row b, its token t, and its number b * T + t in 64 bits for addresses."""
+    TOKENS: tl.constexpr = BLOCK_T // GROUP
+    tiles = tl.cdiv(T, TOKENS)
+    i = tl.arange(0, BLOCK_T)
+    b = tile // tiles * GROUP + i // TOKENS
+    t = tile % tiles * TOKENS + i % TOKENS
+    return b, t, (b * T + t).to(tl.int64)
+
+
+@triton.jit
+def down_kernel(
+    x, w, out, seeds, threshold, scale, N, T, stride_x, stride_wr, stride_wk, stride_out,
+    K: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    CHUNKS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows walks along K. Program (tile of rows, group of R, part of K)."""
+    b, t, rows = rows_of(tl.program_id(0), T, BLOCK_T, GROUP)
+    r = tl.program_id(1) * (CHUNKS * BLOCK_R) + tl.arange(0, BLOCK_R)
+    share = tl.cdiv(tl.cdiv(K, BLOCK_K), tl.num_programs(2)) * BLOCK_K
+    begin = tl.program_id(2) * share
+    if seeds is not None:
+        seed = tl.load(seeds + b)
+    sums = ()
+    for _ in tl.static_range(CHUNKS):
+        sums = sums + (tl.zeros((BLOCK_T, BLOCK_R), tl.float32),)
+    for start in range(begin, tl.minimum(begin + share, K), BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x_ = tl.load(x + rows[:, None] * stride_x + k[None, :], mask=(t < T)[:, None] & (k < K)[None, :], other=0.0)
+        if seeds is not None:
+            x_ = tl.where(kept(t, k, seed, threshold, K), x_, 0.0)
+        longer = ()
+        for c in tl.static_range(CHUNKS):
+            rc = r + c * BLOCK_R
+            inside = (k < K)[:, None] & (rc < R)[None, :]
+            w_ = tl.load(w + k[:, None] * stride_wk + rc[None, :] * stride_wr, mask=inside, other=0.0)
+            longer = longer + (tl.dot(x_, w_, sums[c]),)
+        sums = longer
+    part = out + tl.program_id(2).to(tl.int64) * N * stride_out  # the parts lie one after the other
+    for c in tl.static_range(CHUNKS):
+        rc = r + c * BLOCK_R
+        here = part + rows[:, None] * stride_out + rc[None, :]
+        # Here, not on x: one rounding fewer, and 1 / (1 - p) keeps its 24 bits.
+        tl.store(here, (sums[c] * scale).to(out.dtype.element_ty), mask=(t < T)[:, None] & (rc < R)[None, :])
+
+
+@triton.jit
+def rows_kernel(
+    u, x, parts, seeds, threshold, scale, T, tiles, stride_u, stride_x,
+    K: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    CHUNKS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """A block of columns walks down N. Program (block of columns, part of the tiles of rows, group of R)."""
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    r = tl.program_id(2) * (CHUNKS * BLOCK_R) + tl.arange(0, BLOCK_R)
+    share = tl.cdiv(tiles, tl.num_programs(1))
+    begin = tl.program_id(1) * share
+    sums = ()
+    for _ in tl.static_range(CHUNKS):
+        sums = sums + (tl.zeros((BLOCK_R, BLOCK_K), tl.float32),)
+    for tile in range(begin, tl.minimum(begin + share, tiles)):
+        b, t, rows = rows_of(tile, T, BLOCK_T, GROUP)
+        x_ = tl.load(x + rows[:, None] * stride_x + k[None, :], mask=(t < T)[:, None] & (k < K)[None, :], other=0.0)
+        if seeds is not None:
+            x_ = tl.where(kept(t, k, tl.load(seeds + b), threshold, K), x_, 0.0)
+        longer = ()
+        for c in tl.static_range(CHUNKS):
+            rc = r + c * BLOCK_R
+            inside = (rc < R)[:, None] & (t < T)[None, :]
+            u_ = tl.load(u + rows[None, :] * stride_u + rc[:, None], mask=inside, other=0.0)  # already transposed
+            longer = longer + (tl.dot(u_, x_, sums[c]),)
+        sums = longer
+    for c in tl.static_range(CHUNKS):
+        rc = r + c * BLOCK_R
+        here = parts + (tl.program_id(1) * R + rc)[:, None] * K + k[None, :]
+        tl.store(here, sums[c] * scale, mask=(rc < R)[:, None] & (k < K)[None, :])
+
+
+@triton.jit
+def add_kernel(
+    y, u, w, seeds, threshold, scale, T, stride_y, stride_u, stride_wr, stride_wk,
+    K: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of y. Program (block of columns, tile of rows): neighbours share u, and w stays in the L2 cache."""
+    b, t, rows = rows_of(tl.program_id(1), T, BLOCK_T, GROUP)
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = (t < T)[:, None] & (k < K)[None, :]
+    here = y + rows[:, None] * stride_y + k[None, :]
+    old = tl.load(here, mask=inside, other=0.0)  # first, so that it is on its way during the product
+    product = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    for start in range(0, R, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        u_ = tl.load(u + rows[:, None] * stride_u + r[None, :], mask=(t < T)[:, None] & (r < R)[None, :], other=0.0)
+        w_ = tl.load(
+            w + r[:, None] * stride_wr + k[None, :] * stride_wk, mask=(r < R)[:, None] & (k < K)[None, :], other=0.0
+        )
+        product = tl.dot(u_, w_, product)
+    product *= scale
+    if seeds is not None:
+        product = tl.where(kept(t, k, tl.load(seeds + b), threshold, K), product, 0.0)
+    tl.store(here, (old + product).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def up_backward_kernel(
+    dy, xa, B, dxa_parts, dB_parts, N, tiles, stride_dy, stride_xa, stride_B,
+    K: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """A block of columns walks down N, as in `rows_kernel`, and each tile of dy also meets its rows of B.
+
+    dB stays in registers to the end. dxa needs all of K, so each block of columns writes a part of it, (N, R) float32:
+    8 R bytes written and read for 2 BLOCK_K bytes of dy, which pays only for wide blocks.
+    Program (block of columns, part of the tiles of rows).
+    """
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    r = tl.arange(0, BLOCK_R)
+    share = tl.cdiv(tiles, tl.num_programs(1))
+    begin = tl.program_id(1) * share
+    in_B = (k < K)[:, None] & (r < R)[None, :]
+    B_ = tl.load(B + k[:, None] * stride_B + r[None, :], mask=in_B, other=0.0)
+    dB = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    for tile in range(begin, tl.minimum(begin + share, tiles)):
+        n = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+        rows = n.to(tl.int64)
+        in_xa = (n < N)[:, None] & (r < R)[None, :]
+        dy_ = tl.load(dy + rows[:, None] * stride_dy + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
+        xa_ = tl.load(xa + rows[:, None] * stride_xa + r[None, :], mask=in_xa, other=0.0)
+        dB = tl.dot(tl.trans(dy_), xa_, dB)
+        part = dxa_parts + (tl.program_id(0).to(tl.int64) * N + rows)[:, None] * R + r[None, :]
+        tl.store(part, tl.dot(dy_, B_), mask=in_xa)
+    tl.store(dB_parts + (tl.program_id(1) * K + k)[:, None] * R + r[None, :], dB, mask=in_B)
+
+
+@triton.jit
+def sum_kernel(
+    parts, out, scale, P, I, J, stride_i, stride_j, ADD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
+):
+    """The parts of a split sum, one after the other. Program (block of I, block of J)."""
+    i = (tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)).to(tl.int64)
+    j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
+    inside = (i < I)[:, None] & (j < J)[None, :]
+    here = parts + i[:, None] * J + j[None, :]
+    total = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
+    for _ in tl.range(0, P, loop_unroll_factor=4):
+        total += tl.load(here, mask=inside, other=0.0)
+        here += I * J
+    total *= scale
+    place = out + i[:, None] * stride_i + j[None, :] * stride_j
+    if ADD:
+        total += tl.load(place, mask=inside, other=0.0)
+    tl.store(place, total.to(out.dtype.element_ty), mask=inside)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from nanoqlora import distributed, ops
 from nanoqlora.checkpoint import load_model
 from nanoqlora.cli import Parser, run_command, write_text
+from nanoqlora.fused import fuse_blocks
 from nanoqlora.model import Llama, ModelConfig, rope_frequencies
 from nanoqlora.ops import Segments
 from nanoqlora.optim import make_optimizer
@@ -156,6 +157,7 @@ def main() -> None:
     parser.add_argument("--lora_r", type=int, default=64)
     parser.add_argument("--lora_alpha", type=float, default=32)
     parser.add_argument("--lora_dropout", type=float, default=0.0)
+    parser.add_argument("--gradient_checkpointing", default="auto", help="auto, false, true or no_mlp")
     parser.add_argument("--packed", action="store_true", help="rows of several documents of uneven length")
     parser.add_argument("--bf16", default="auto", type=lambda text: {"true": True, "false": False}.get(text, text))
     parser.add_argument("--steps", type=int, default=10)
@@ -172,6 +174,8 @@ def main() -> None:
         model = load_model(args.model, load_in_4bit=True, dtype=dtype, device=device)
     inject_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout)
     model.train()
+    if device.type == "cuda":
+        fuse_blocks(model, {"true": "input", "no_mlp": "no_mlp"}.get(args.gradient_checkpointing, "all"))
     flat = flatten_trainable(model)
     optimizer = make_optimizer("adamw_torch_fused", flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     optimizer.param_groups[0]["lr"] = 1e-4

@@ -120,11 +120,9 @@ def due(step: int, plan: list[Step], per_epoch: int | None, every: float | None,
     return int(plan[step - 1].epoch * times + 1e-9) > int(before * times + 1e-9)
 
 
-def loop(run: Run, start: int) -> None:
-    """All steps from `start` on, with evaluations and checkpoints between them. Raises Stopped after Ctrl-C."""
-    config, plan, stop = run.config, run.plan, []
-    for received in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(received, lambda *_: stop.append(True))
+def loop(run: Run, start: int, stop: list[bool]) -> None:
+    """All steps from `start` on, evaluations and checkpoints between them. Raises Stopped when `stop` is filled."""
+    config, plan = run.config, run.plan
     watch, folder = Stopwatch(), Path(config.output_dir)
     bar = tqdm(total=len(plan), initial=start, disable=run.rank != 0, unit="step", dynamic_ncols=True, smoothing=0.1)
     for number in range(start, len(plan)):
@@ -187,11 +185,14 @@ def main() -> None:
     start = load_checkpoint(run)
     say(f"{flat.numel():,} trained values, {len(run.plan)} steps, computing in {str(dtype).removeprefix('torch.')}")
 
+    stop: list[bool] = []  # from here on Ctrl-C ends the run after the step under way, with a checkpoint
+    for received in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(received, lambda *_: stop.append(True))
     before = {}
     if start == 0 and run.held_out:
         before = {"loss": evaluate(run, 0), "answers": sample_answers(run, tokenizer, data.prompt_format)}
     started = time.perf_counter()
-    loop(run, start)
+    loop(run, start, stop)
     distributed.stop()
     if rank == 0:
         save_results(run, data, tokenizer, before, time.perf_counter() - started, say)

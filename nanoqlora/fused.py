@@ -242,6 +242,8 @@ class FusedBlock(Block):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments, cache: KVCache | None) -> Tensor:
         if cache is not None or not torch.is_grad_enabled():
             return super().forward(x, rope, segments, cache)
+        if not x.requires_grad:  # the first block: nothing below it learns, but its own backward pass has to run
+            x = x.detach().requires_grad_()
         return BlockFunction.apply(x, self, rope, segments)
 
 

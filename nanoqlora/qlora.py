@@ -64,7 +64,7 @@ class QLoRALinear(nn.Module):
 
     def rebuild_into(self, out: Tensor) -> None:
         """W in the dtype of `out`, written there; `out` may be rows of a larger buffer."""
-        if self.is_double_quantised and out.is_cuda:
+        if self.is_double_quantised:
             ops.dequantize_into(self.packed, self.absmax, self.nested_absmax, self.nested_offset, out)
         else:
             out.copy_(self.rebuild(out.dtype))

@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from . import distributed
 from .chat import answer
-from .checkpoint import fill_adapter, read_json, save_adapter
+from .checkpoint import fill_adapter, read_adapter, read_json, save_adapter
 from .cli import UserError, whole_folder, write_text
 from .config import Config, DatasetConfig
 from .data import Reading, Sample, Step, plan_steps, read_rows, read_samples
@@ -175,7 +174,8 @@ def save_checkpoint(run: "Run", step: int) -> None:
             torch.save(run.optimizer.state_dict(), temporary / "optimizer.pt")
             state = {"step": step, "plan": plan_fingerprint(run), "ranks": run.ranks}
             write_text(temporary / "trainer_state.json", json.dumps(state) + "\n")
-        for old in checkpoints(folder)[: -run.config.save_total_limit]:
+        by_age = sorted(checkpoints(folder), key=lambda path: (path / "trainer_state.json").stat().st_mtime_ns)
+        for old in by_age[: -run.config.save_total_limit]:  # not by step: an earlier run here may have gone further
             shutil.rmtree(old, ignore_errors=True)
     distributed.wait_for_all()
 
@@ -198,13 +198,20 @@ def load_checkpoint(run: "Run") -> int:
     if not path.is_dir():
         raise UserError(f"resume_from_checkpoint: {path} is no folder. Name a checkpoint-STEP folder of a run.")
     state = read_json(path / "trainer_state.json")
-    if state["plan"] != plan_fingerprint(run):
+    if state.get("plan") != plan_fingerprint(run):
         raise UserError(
             f"{path}: its run had other data, another seed or other batches, so going on would train on the wrong "
             f"samples. Resume with the same configuration, or start anew with lora_model_dir: {path}."
         )
-    fill_adapter(run.model, load_file(path / "adapter_model.safetensors"), path)
-    run.optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location=run.device, weights_only=True))
+    _, adapter = read_adapter(path)
+    try:
+        optimizer_state = torch.load(path / "optimizer.pt", map_location=run.device, weights_only=True)
+    except Exception as error:  # reading another file, torch's unpickler fails in any way
+        raise UserError(
+            f"{path / 'optimizer.pt'}: cannot be read ({error}). Resume from another checkpoint."
+        ) from error
+    fill_adapter(run.model, adapter, path)
+    run.optimizer.load_state_dict(optimizer_state)
     run.metrics.go_on_after(state["step"])
     return state["step"]
 
@@ -221,14 +228,15 @@ def sample_answers(run: "Run", tokenizer: Tokenizer, prompt_format: PromptFormat
 
 
 def questions(config: Config, count: int = 3) -> Iterator[list[dict[str, str]]]:
-    """The messages before the first answer of a file's first rows; nothing for data without questions."""
+    """The messages before the first answer of a file's first rows; nothing for those without questions."""
     dataset = (config.test_datasets or config.datasets)[0]
     for _, row in islice(read_rows(dataset.path), count):
         if dataset.type == "alpaca":
             yield [{"role": "user", "content": row["instruction"]}]
         elif dataset.type == "chat_template" and dataset.field_messages == "messages":
-            first = [message["role"] for message in row["messages"]].index("assistant")
-            yield row["messages"][:first]
+            roles = [message.get("role") for message in row["messages"]]
+            if "assistant" in roles[1:]:
+                yield row["messages"][: roles.index("assistant", 1)]
 
 
 def save_results(

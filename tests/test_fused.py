@@ -103,6 +103,14 @@ def test_fallback_when_not_all_layers_learn(tmp_path):
     assert not fuse_blocks(model) and not any(isinstance(b, FusedBlock) for b in model.model.layers)
 
 
+def test_first_block_learns_over_a_frozen_embedding(tmp_path):
+    save_random_llama(tmp_path, num_hidden_layers=1)
+    model = build(tmp_path, torch.float32, 0.0)
+    fuse_blocks(model)
+    model.model(torch.arange(20, device=DEVICE)[None]).sum().backward()
+    assert all(layer.lora_A.grad.any() and layer.lora_B.grad.any() for layer in lora_layers(model).values())
+
+
 def test_generation_uses_the_plain_path(tmp_path):
     """No gradient, no fused block: evaluation and chat give what the plain model gives, bit for bit."""
     save_random_llama(tmp_path)

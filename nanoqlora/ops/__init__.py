@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import attention as attention_reference
-from . import attention_cpu, block_parts, elementwise, elementwise_fast, lora, lora_fast, lora_parts, loss, loss_fast, nf4, nf4_fast
+from . import attention_cpu, attention_cuda, block_parts, elementwise, elementwise_fast, lora, lora_fast, lora_parts, loss, loss_fast, nf4, nf4_fast
 from .attention import Segments, attention_to_past
 from .lora import Dropout, Rebuild, fold
 from .lora_parts import RowDropout
@@ -27,6 +27,7 @@ __all__ = [
     "attention",
     "attention_to_past",
     "dequantize_absmax",
+    "dequantize_into",
     "dequantize_nf4",
     "fold",
     "frozen_linear",
@@ -51,8 +52,12 @@ def use(which: Literal["fast", "reference"]) -> None:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    by_documents = _fast and q.device.type == "cpu" and q.dtype != torch.float64
-    return (attention_cpu if by_documents else attention_reference).attention(q, k, v, segments)
+    module = attention_reference
+    if _fast and q.device.type == "cpu" and q.dtype != torch.float64:
+        module = attention_cpu
+    elif _fast and q.is_cuda and attention_cuda.can_run(q, segments):
+        module = attention_cuda
+    return module.attention(q, k, v, segments)
 
 
 class Kernels(NamedTuple):
@@ -111,6 +116,16 @@ def quantize_nf4(w: Tensor, blocksize: int = nf4.BLOCKSIZE) -> tuple[Tensor, Ten
 
 def dequantize_nf4(packed: Tensor, absmax: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return (nf4_fast if _fast else nf4).dequantize_nf4(packed, absmax, dtype)
+
+
+def dequantize_into(packed: Tensor, codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor, out: Tensor) -> None:
+    """W of a doubly quantised matrix, written to `out` (n_out, n_in), which may be rows of a larger buffer."""
+    if _fast and out.is_cuda:
+        from . import nf4_triton
+
+        nf4_triton.dequantize_nf4_double(packed, codes, nested_absmax, nested_offset, out)
+    else:
+        out.copy_(dequantize_nf4(packed, dequantize_absmax(codes, nested_absmax, nested_offset), out.dtype))
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -40,6 +40,22 @@ class Segments:
                 end += length
         return spans
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(max(row) for row in self.lengths)
+
+    def ends(self, device: torch.device) -> Tensor:
+        """(number of documents + 1,) int32 on `device`: where each document ends when all rows stand in one line."""
+        if device not in self._ends:
+            lengths = [0, *(length for row in self.lengths for length in row)]
+            self._ends[device] = torch.tensor(lengths, device=device).cumsum(0).to(torch.int32)
+        return self._ends[device]
+
+    @cached_property
+    def _ends(self) -> dict[torch.device, Tensor]:
+        return {}
+
     @cached_property
     def positions(self) -> Tensor:
         """(B, T) int64: each token's place in its own document, which is what RoPE turns by."""

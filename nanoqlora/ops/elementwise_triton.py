@@ -45,7 +45,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     Returns:
         h: (N, D) in the dtype of x. rstd: (N,) float32, 1 / sqrt(mean(x^2) + eps); x is at hand anyway.
     """
-    h, rstd = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     grid, rows, columns, num_warps = whole_rows(x, RMS_NORM)
     rms_norm_kernel[grid](x, weight, h, rstd, *x.shape, eps, ROWS=rows, COLUMNS=columns, num_warps=num_warps)
     return h, rstd
@@ -105,7 +106,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, silu(z) = z / (1 + exp(-z)). gate_up: (N, 2 FF), the gate first -> act: (N, FF)."""
     N, width = gate_up.shape
     assert gate_up.is_contiguous()
-    act = gate_up.new_empty(N, width // 2)
+    act = torch.empty((N, width // 2), dtype=gate_up.dtype, device=gate_up.device)
     tile, num_warps = SWIGLU
     parts = triton.cdiv(width // 2, tile)
     swiglu_kernel[(N * parts,)](gate_up, act, width // 2, PARTS=parts, TILE=tile, num_warps=num_warps)

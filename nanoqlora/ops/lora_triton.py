@@ -52,9 +52,9 @@ TILES = {
     ("rows", 1): Tile(64, 128, 4, 3, 264),
     ("rows", 2): Tile(64, 64, 4, 3, 264),
     ("rows", 3): Tile(64, 64, 4, 3, 264),
-    ("add", 1): Tile(64, 128, 4, 3),
-    ("add", 2): Tile(64, 128, 4, 3),
-    ("add", 3): Tile(64, 128, 4, 3),
+    ("add", 1): Tile(64, 128, 8, 3),
+    ("add", 2): Tile(64, 128, 8, 3),
+    ("add", 3): Tile(64, 128, 8, 3),
     ("up_backward", 1): Tile(64, 256, 8, 3, 132),
 }
 UP_BACKWARD_IN_ONE = True  # dy read once, where one chunk holds R
@@ -234,10 +234,15 @@ def kept(t, k, seed, threshold, K: tl.constexpr):
 
 
 @triton.jit
+def ceil_div(a, b):
+    return (a + b - 1) // b
+
+
+@triton.jit
 def rows_of(tile, T, BLOCK_T: tl.constexpr, GROUP: tl.constexpr):
     """The rows of a tile: each one's batch row b, its token t, and its number b * T + t in 64 bits for addresses."""
     TOKENS: tl.constexpr = BLOCK_T // GROUP
-    tiles = tl.cdiv(T, TOKENS)
+    tiles = ceil_div(T, TOKENS)
     i = tl.arange(0, BLOCK_T)
     b = tile // tiles * GROUP + i // TOKENS
     t = tile % tiles * TOKENS + i % TOKENS
@@ -253,13 +258,13 @@ def down_kernel(
     """A tile of rows walks along K. Program (tile of rows, group of R, part of K)."""
     b, t, rows = rows_of(tl.program_id(0), T, BLOCK_T, GROUP)
     r = tl.program_id(1) * (CHUNKS * BLOCK_R) + tl.arange(0, BLOCK_R)
-    share = tl.cdiv(tl.cdiv(K, BLOCK_K), tl.num_programs(2)) * BLOCK_K
+    share = ceil_div(ceil_div(K, BLOCK_K), tl.num_programs(2)) * BLOCK_K
     begin = tl.program_id(2) * share
     if seeds is not None:
         seed = tl.load(seeds + b)
     sums = ()
     for _ in tl.static_range(CHUNKS):
-        sums = sums + (tl.zeros((BLOCK_T, BLOCK_R), tl.float32),)
+        sums = sums + (tl.full((BLOCK_T, BLOCK_R), 0.0, tl.float32),)
     for start in range(begin, tl.minimum(begin + share, K), BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         x_ = tl.load(x + rows[:, None] * stride_x + k[None, :], mask=(t < T)[:, None] & (k < K)[None, :], other=0.0)
@@ -289,11 +294,11 @@ def rows_kernel(
     """A block of columns walks down N. Program (block of columns, part of the tiles of rows, group of R)."""
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     r = tl.program_id(2) * (CHUNKS * BLOCK_R) + tl.arange(0, BLOCK_R)
-    share = tl.cdiv(tiles, tl.num_programs(1))
+    share = ceil_div(tiles, tl.num_programs(1))
     begin = tl.program_id(1) * share
     sums = ()
     for _ in tl.static_range(CHUNKS):
-        sums = sums + (tl.zeros((BLOCK_R, BLOCK_K), tl.float32),)
+        sums = sums + (tl.full((BLOCK_R, BLOCK_K), 0.0, tl.float32),)
     for tile in range(begin, tl.minimum(begin + share, tiles)):
         b, t, rows = rows_of(tile, T, BLOCK_T, GROUP)
         x_ = tl.load(x + rows[:, None] * stride_x + k[None, :], mask=(t < T)[:, None] & (k < K)[None, :], other=0.0)
@@ -324,7 +329,7 @@ def add_kernel(
     inside = (t < T)[:, None] & (k < K)[None, :]
     here = y + rows[:, None] * stride_y + k[None, :]
     old = tl.load(here, mask=inside, other=0.0)  # first, so that it is on its way during the product
-    product = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    product = tl.full((BLOCK_T, BLOCK_K), 0.0, tl.float32)
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         u_ = tl.load(u + rows[:, None] * stride_u + r[None, :], mask=(t < T)[:, None] & (r < R)[None, :], other=0.0)
@@ -351,11 +356,11 @@ def up_backward_kernel(
     """
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     r = tl.arange(0, BLOCK_R)
-    share = tl.cdiv(tiles, tl.num_programs(1))
+    share = ceil_div(tiles, tl.num_programs(1))
     begin = tl.program_id(1) * share
     in_B = (k < K)[:, None] & (r < R)[None, :]
     B_ = tl.load(B + k[:, None] * stride_B + r[None, :], mask=in_B, other=0.0)
-    dB = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    dB = tl.full((BLOCK_K, BLOCK_R), 0.0, tl.float32)
     for tile in range(begin, tl.minimum(begin + share, tiles)):
         n = tile * BLOCK_T + tl.arange(0, BLOCK_T)
         rows = n.to(tl.int64)
@@ -377,7 +382,7 @@ def sum_kernel(
     j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
     inside = (i < I)[:, None] & (j < J)[None, :]
     here = parts + i[:, None] * J + j[None, :]
-    total = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
+    total = tl.full((BLOCK_I, BLOCK_J), 0.0, tl.float32)
     for _ in tl.range(0, P, loop_unroll_factor=4):
         total += tl.load(here, mask=inside, other=0.0)
         here += I * J

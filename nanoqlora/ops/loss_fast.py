@@ -11,7 +11,11 @@ from torch import Tensor
 
 from . import loss as reference
 
+if torch.cuda.is_available():
+    from . import loss_triton
+
 ROWS = 256  # of logits at a time
+ROWS_ON_GPU = 1024
 
 
 def chunk_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,11 +34,16 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         total, dhidden = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
-        for h, dh, t in zip(hidden.split(ROWS), dhidden.split(ROWS), targets.split(ROWS), strict=True):
-            losses, p = chunk_losses(h, weight, t)
+        rows = ROWS_ON_GPU if hidden.is_cuda else ROWS
+        for h, dh, t in zip(hidden.split(rows), dhidden.split(rows), targets.split(rows), strict=True):
+            if hidden.is_cuda:
+                dlogits = h @ weight.t()
+                losses = loss_triton.cross_entropy_(dlogits, t)
+            else:
+                losses, p = chunk_losses(h, weight, t)
+                dlogits = p.scatter_add_(1, t[:, None], p.new_full((len(t), 1), -1.0)).to(weight.dtype)
             total += losses.sum()
-            p.scatter_add_(1, t[:, None], p.new_full((len(t), 1), -1.0))
-            torch.mm(p.to(weight.dtype), weight, out=dh)
+            torch.mm(dlogits, weight, out=dh)
         ctx.save_for_backward(dhidden)
         return total
 

@@ -40,12 +40,12 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     losses = torch.empty(n, dtype=torch.float32, device=logits.device)
     tile, num_warps = CROSS_ENTROPY
     group = 16 // logits.element_size()  # logits in a 16-byte load, which one thread holds together
-    cross_entropy_kernel[(n,)](logits, targets, losses, V, TILE=tile, GROUP=group, num_warps=num_warps)
+    cross_entropy_kernel[(n,)](logits, targets, losses, V=V, TILE=tile, GROUP=group, num_warps=num_warps)
     return losses
 
 
 @triton.jit
-def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, V, TILE: tl.constexpr, GROUP: tl.constexpr):
+def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, V: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, TILE // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     logits_ptr += row * V

@@ -31,7 +31,7 @@ from .elementwise_triton import Launch
 
 # On an H100 in bfloat16, the fastest of a few for the weights of an 8B model.
 DEQUANTIZE = Launch(4096, 4)
-FOLDED_ROWS, FOLDED_COLUMNS, FOLDED_WARPS = 64, 128, 4
+FOLDED = {torch.bfloat16: (64, 128, 4), torch.float32: (16, 64, 4)}  # rows and columns of a tile, warps
 
 
 def dequantize_nf4_double(
@@ -81,15 +81,16 @@ def dequantize_nf4_folded(
     r = lora_A.shape[0]
     assert lora_A.shape == (r, n_in) and lora_B.shape == (n_out, r) and lora_A.dtype == lora_B.dtype
     assert lora_A.is_contiguous() and lora_B.is_contiguous()
-    dequantize_folded_kernel[(triton.cdiv(n_in, FOLDED_COLUMNS), triton.cdiv(n_out, FOLDED_ROWS))](
+    rows, columns, num_warps = FOLDED[lora_A.dtype]
+    dequantize_folded_kernel[(triton.cdiv(n_in, columns), triton.cdiv(n_out, rows))](
         *(packed.view(torch.int32), codes, nested_absmax, nested_offset),
         *(nf4_levels(packed.device), nf4.dynamic_levels(packed.device), lora_A, lora_B, scaling, out),
         *(n_out, out.stride(0), r),
         N_IN=n_in,
         RANK=max(16, triton.next_power_of_2(r)),  # the matrix units take no less than 16
-        ROWS=FOLDED_ROWS,
-        COLUMNS=FOLDED_COLUMNS,
-        num_warps=FOLDED_WARPS,
+        ROWS=rows,
+        COLUMNS=columns,
+        num_warps=num_warps,
         enable_fp_fusion=False,
     )
 

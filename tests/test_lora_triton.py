@@ -1,0 +1,287 @@
+"""The Triton kernels of a low-rank update and their plain twins, against float64.
+
+On a CUDA machine the kernels run as compiled. Elsewhere Triton's interpreter runs them in NumPy, program by program:
+the same arithmetic and the same indexing, not the same scheduling. Shapes are small on purpose: rows that fill no
+tile, widths that fill no block, ranks that are no power of two.
+"""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by `triton.jit`, so before the kernels are imported
+
+triton = pytest.importorskip("triton")
+
+from nanoqlora.ops import lora, lora_parts, lora_triton  # noqa: E402
+from nanoqlora.ops.lora_parts import RowDropout  # noqa: E402
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = [pytest.mark.gpu] if CUDA else []
+
+U = 2.0**-8  # unit roundoff of bfloat16: 8 significant bits
+STEP = 2.0**-23  # of a float32 sum whose additions truncate, as a tensor core's may
+
+# (B, T, n_in, R, small tiles): 1, 33, 130 and 132 rows; one to four batch rows, which share tiles in different ways.
+SHAPES = [
+    (1, 1, 96, 8, False),
+    (1, 33, 320, 24, False),
+    (2, 65, 96, 64, False),
+    (2, 65, 320, 192, False),
+    (3, 11, 96, 24, True),
+    (4, 33, 320, 64, True),
+]
+DROPS = [0.0, 0.05]
+
+
+def mend_interpreter() -> None:
+    """What Triton 3.6's interpreter lacks: bfloat16 in `tl.dot`, its correct rounding, and loop bounds in NumPy 2.4."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def widen(bits: np.ndarray) -> np.ndarray:
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+
+    def convert_float(data: np.ndarray, source, target, rounding) -> np.ndarray:
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return widen(data)
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.uint16).numpy()
+        return convert(data, source, target, rounding)
+
+    def create_dot(self, a, b, d, *rest):
+        a, b = (
+            interpreter.TensorHandle(widen(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)
+        )
+        return dot(self, a, b, d, *rest)
+
+    def patch_lang_tensor(tensor, scope) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._convert_float, interpreter._patch_lang_tensor = convert_float, patch_lang_tensor
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+if not CUDA:
+    mend_interpreter()
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(request, monkeypatch) -> None:
+    """Tiles so small that a sum over 320 columns is split, and that one program walks over all tiles of rows.
+
+    A shape asks for them with its last entry; the tiles meant for 8192 rows do neither at the sizes of these tests.
+    """
+    if request.node.callspec.params.get("shape", (False,))[-1] if hasattr(request.node, "callspec") else False:
+        for kernel, chunks in lora_triton.TILES:
+            tile = Tile(32, 16, 4, 2, 264) if kernel == "down" else Tile(32, 32, 4, 2, 1)
+            monkeypatch.setitem(lora_triton.TILES, (kernel, chunks), tile)
+
+
+class Case:
+    """Random bfloat16 operands of one shape, and the mask in float64."""
+
+    def __init__(self, B: int, T: int, n_in: int, R: int, p: float = 0.0) -> None:
+        self.g = torch.Generator().manual_seed(B * T + n_in + R)
+        self.N, self.n_in, self.R = B * T, n_in, R
+        self.x, self.dx = self.random(self.N, n_in), self.random(self.N, n_in)
+        self.A, self.dxa = self.random(R, n_in), self.random(self.N, R)
+        seed = torch.randint(-(2**62), 2**62, (B,), generator=self.g)
+        self.dropout = RowDropout(p, lora.fold(seed).to(DEVICE), T) if p else None
+        self.mask = torch.ones(self.N, n_in, dtype=torch.float64, device=DEVICE)
+        if p:
+            self.mask = lora.dropout_mask((B, T, n_in), p, seed, torch.float64).view(self.N, n_in).to(DEVICE)
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.g).bfloat16().to(DEVICE)
+
+
+def rms(x: torch.Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def check(got: torch.Tensor, twin: torch.Tensor, true: torch.Tensor, sum_error: torch.Tensor) -> None:
+    """Every element within its bound, and all of them together at most twice as far off as the twin.
+
+    sum_error: what the float32 sum may be off by. A bfloat16 result is then rounded once.
+    """
+    assert got.dtype == twin.dtype and got.shape == twin.shape
+    rounding = U if got.dtype == torch.bfloat16 else 0.0
+    error, bound = got.double() - true, rounding * true.abs() + (1 + rounding) * sum_error
+    assert (error.abs() <= bound).all(), f"error is {(error.abs() / bound.clamp_min(1e-300)).max():.1f} x its bound"
+    own = max(rms(twin.double() - true), 1e-7 * rms(true))
+    assert rms(error) <= 2 * own, f"{rms(error):.2e} against {own:.2e} of the twin"
+
+
+@pytest.mark.parametrize("p", DROPS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_lora_down(shape, p):
+    """xa loses float32's rounding of each of n_in additions, that of the scale, and one to bfloat16."""
+    c = Case(*shape, p)
+    x, A = c.x.double() * c.mask, c.A.double()
+    got, twin = (m.lora_down(c.x, c.A, c.dropout) for m in (lora_triton, lora_parts))
+    check(got, twin, x @ A.t(), (c.n_in + 4) * STEP * (x.abs() @ A.abs().t()))
+    assert torch.equal(got, lora_triton.lora_down(c.x, c.A, c.dropout)), "not the same bits twice"
+
+
+@pytest.mark.parametrize("p", DROPS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_lora_down_backward_A(shape, p):
+    """dA is never rounded to bfloat16, and is added to what is there."""
+    c = Case(*shape, p)
+    x, dxa = c.x.double() * c.mask, c.dxa.double()
+    true, sum_error = dxa.t() @ x, (c.N + 4) * STEP * (dxa.abs().t() @ x.abs())
+    got, twin = (m.lora_down_backward_A(c.dxa, c.x, c.dropout) for m in (lora_triton, lora_parts))
+    check(got, twin, true, sum_error)
+    assert torch.equal(got, lora_triton.lora_down_backward_A(c.dxa, c.x, c.dropout)), "not the same bits twice"
+
+    before = c.random(c.R, c.n_in).float()
+    got, twin = before.clone(), before.clone()
+    for module, out in ((lora_triton, got), (lora_parts, twin)):
+        assert module.lora_down_backward_A(c.dxa, c.x, c.dropout, out) is out
+    total = before.double() + true
+    check(got, twin, total, sum_error + STEP * total.abs())
+
+
+@pytest.mark.parametrize("p", DROPS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_lora_dx_add(shape, p):
+    """One rounding to bfloat16, of the sum."""
+    c = Case(*shape, p)
+    product = (c.dxa.double() @ c.A.double()) * c.mask
+    size = (c.dxa.double().abs() @ c.A.double().abs()) * c.mask + c.dx.double().abs()
+    got, twin = c.dx.clone(), c.dx.clone()
+    for module, dx in ((lora_triton, got), (lora_parts, twin)):
+        assert module.lora_dx_add_(dx, c.dxa, c.A, c.dropout) is None
+    check(got, twin, c.dx.double() + product, (c.R + 4) * STEP * size)
+
+
+@pytest.mark.parametrize("n_out, r", [(80, 8), (320, 24), (96, 64), (136, 192)])
+@pytest.mark.parametrize("N", [1, 33, 130])
+def test_lora_up_add(N, n_out, r):
+    """Into columns of a wider y, from columns of a wider xa; the columns beside them keep their bits."""
+    c = Case(1, N, n_out, r)
+    wide_y, wide_xa, B = c.random(N, n_out + 64), c.random(N, r + 16), c.random(n_out, r)
+    xa, columns, scaling = wide_xa[:, 8 : 8 + r], slice(32, 32 + n_out), 0.3
+    y = wide_y[:, columns].double()
+    true = y + scaling * xa.double() @ B.double().t()
+    size = y.abs() + scaling * xa.double().abs() @ B.double().abs().t()
+    got, twin = wide_y.clone(), wide_y.clone()
+    for module, wide in ((lora_triton, got), (lora_parts, twin)):
+        assert module.lora_up_add_(wide[:, columns], xa, B, scaling) is None
+        assert torch.equal(wide[:, :32], wide_y[:, :32]) and torch.equal(wide[:, 32 + n_out :], wide_y[:, 32 + n_out :])
+    check(got[:, columns], twin[:, columns], true, (r + 4) * STEP * size)
+
+
+@pytest.mark.parametrize("in_one", [True, False], ids=["one pass", "two passes"])
+@pytest.mark.parametrize("n_out, r", [(80, 8), (320, 24), (96, 64), (136, 192)])
+@pytest.mark.parametrize("N", [1, 33, 130])
+def test_lora_up_backward(N, n_out, r, in_one, monkeypatch):
+    """Both gradients, alone and into their places: dxa written to columns of a wider tensor, dB added."""
+    monkeypatch.setattr(lora_triton, "UP_BACKWARD_IN_ONE", in_one)
+    c = Case(1, N, n_out, r)
+    wide_dy, wide_xa, B, scaling = c.random(N, n_out + 16), c.random(N, r + 16), c.random(n_out, r), 0.3
+    dy, xa = wide_dy[:, 8 : 8 + n_out], wide_xa[:, 8 : 8 + r]
+    dy64, xa64, B64 = dy.double(), xa.double(), B.double()
+    true = scaling * dy64 @ B64, scaling * dy64.t() @ xa64
+    sums = dy64.abs() @ B64.abs(), dy64.abs().t() @ xa64.abs()
+    errors = [scaling * (n + 4) * STEP * s for n, s in zip((n_out, N), sums, strict=True)]
+    got, twin = (m.lora_up_backward(dy, xa, B, scaling) for m in (lora_triton, lora_parts))
+    for one in range(2):
+        check(got[one], twin[one], true[one], errors[one])
+
+    poison, before = torch.full((N, r + 32), torch.nan, dtype=torch.bfloat16, device=DEVICE), c.random(n_out, r).float()
+    for module, alone in ((lora_triton, got), (lora_parts, twin)):
+        wide, dB = poison.clone(), before.clone()
+        placed = module.lora_up_backward(dy, xa, B, scaling, wide[:, 16 : 16 + r], dB)
+        assert placed[0].data_ptr() == wide[:, 16:].data_ptr() and placed[1] is dB
+        off = (wide[:, 16 : 16 + r].double() - alone[0].double()).abs()
+        if module is lora_triton:
+            assert not off.any(), "a place in a wider tensor changed the result"
+        assert (off <= 2 * U * alone[0].double().abs() + errors[0]).all()  # a library may choose another order
+        assert wide[:, :16].isnan().all() and wide[:, 16 + r :].isnan().all()
+        expected = before.double() + alone[1].double()
+        assert ((dB.double() - expected).abs() <= STEP * expected.abs() + errors[1]).all()
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+@pytest.mark.parametrize("B, T", [(1, 130), (2, 65), (3, 43), (4, 33)])
+def test_the_mask_is_that_of_dropout_mask(B, T, p):
+    """Bit for bit, in each of the three places that make it, where nothing but the mask decides what is zero."""
+    n_in = 160
+    c = Case(B, T, n_in, 1, p)
+    kept = c.mask != 0
+    assert 0.5 * p < 1 - kept.double().mean() < 1.5 * p
+    ones = torch.ones(c.N, n_in, dtype=torch.bfloat16, device=DEVICE)
+    value = torch.tensor(1 / (1 - p), dtype=torch.bfloat16, device=DEVICE) * kept
+
+    identity = torch.eye(n_in, dtype=torch.bfloat16, device=DEVICE)  # its product with x is x
+    assert torch.equal(lora_triton.lora_down(ones, identity, c.dropout), value)
+
+    dx = torch.zeros_like(ones)
+    lora_triton.lora_dx_add_(dx, ones[:, :1], ones[:1], c.dropout)
+    assert torch.equal(dx, value)
+
+    rows = torch.eye(c.N, dtype=torch.bfloat16, device=DEVICE)
+    assert torch.equal(lora_triton.lora_down_backward_A(rows, ones, c.dropout).bfloat16(), value)
+
+    assert torch.equal(c.dropout.mask(ones), value), "the plain twin's"
+
+
+def test_parts_are_the_layer_and_its_gradients():
+    """In float64 the twins put together are `lora.lora_linear` and what autograd makes of it."""
+    B, T, n_in, n_out, r, scaling = 2, 5, 12, 10, 4, 0.7
+    g = torch.Generator().manual_seed(3)
+    x, w, A, B_, dy = (
+        torch.randn(*s, generator=g, dtype=torch.float64)
+        for s in ((B, T, n_in), (n_out, n_in), (r, n_in), (n_out, r), (B * T, n_out))
+    )
+    seed = torch.tensor([2**40 + 7, -5])
+    for p in (0.0, 0.3):
+        leaves = [t.clone().requires_grad_() for t in (x, A, B_)]
+        layer = lora.lora_linear(leaves[0], lambda _: w, leaves[1], leaves[2], scaling, lora.Dropout(p, seed))
+        layer.backward(dy.view_as(layer))
+
+        rows, dropout = x.view(-1, n_in), RowDropout(p, lora.fold(seed), T) if p else None
+        xa = lora_parts.lora_down(rows, A, dropout)
+        y = rows @ w.t()
+        lora_parts.lora_up_add_(y, xa, B_, scaling)
+        dxa, dB = lora_parts.lora_up_backward(dy, xa, B_, scaling)
+        dA = lora_parts.lora_down_backward_A(dxa, rows, dropout)
+        dx = dy @ w
+        lora_parts.lora_dx_add_(dx, dxa, A, dropout)
+        expected = layer.view_as(y), leaves[0].grad.view_as(dx), leaves[1].grad, leaves[2].grad
+        for got, want in zip((y, dx, dA, dB), expected, strict=True):
+            assert torch.allclose(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("n_in, R", [(4096, 64), (4096, 192), (14336, 128)])
+def test_at_full_size(n_in, R):
+    """Loops long enough for every stage of the pipeline, with a ragged last tile in each row."""
+    for p in (0.0, 0.05):
+        c = Case(4, 2039, n_in, R, p)
+        x, A, dxa = c.x.double() * c.mask, c.A.double(), c.dxa.double()
+        true = x @ A.t(), dxa.t() @ x, c.dx.double() + (dxa @ A) * c.mask
+        got = [lora_triton.lora_down(c.x, c.A, c.dropout), lora_triton.lora_down_backward_A(c.dxa, c.x, c.dropout)]
+        again = [lora_triton.lora_down(c.x, c.A, c.dropout), lora_triton.lora_down_backward_A(c.dxa, c.x, c.dropout)]
+        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "not the same bits twice"
+        lora_triton.lora_dx_add_(c.dx, c.dxa, c.A, c.dropout)
+        # One rounding to bfloat16 has rms 0.425 U, and dA has none; a sum of n random terms in float32 adds next to
+        # nothing, and one lost or doubled tile of 64 in n_in = 14336 would already show as 0.07.
+        for result, expected, most in zip((*got, c.dx), true, (0.5 * U, 1e-4, 0.5 * U), strict=True):
+            assert rms(result.double() - expected) <= most * rms(expected)
+        dB, B = c.random(n_in, R).float(), c.random(n_in, R)
+        dxa_, dB_ = lora_triton.lora_up_backward(c.x, c.dxa, B, 0.25, dB_out=dB.clone())
+        want = 0.25 * c.x.double() @ B.double(), dB.double() + 0.25 * c.x.double().t() @ dxa
+        assert rms(dxa_.double() - want[0]) <= 0.5 * U * rms(want[0])
+        assert rms(dB_.double() - want[1]) <= 1e-4 * rms(want[1])

@@ -1,0 +1,719 @@
+"""Whole runs of train.py on a tiny random model, against transformers, PEFT and torch's AdamW in float64.
+
+The first part makes what such a run needs, for the tests of the other commands as well.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import pytest
+import tokenizers
+import torch
+import torch.nn.functional as F
+import transformers
+import yaml
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from tiny import save_random_llama
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+import nanoqlora as nq
+import train
+from nanoqlora.checkpoint import load_adapter, load_model
+from nanoqlora.cli import run_command
+from nanoqlora.config import load_config, make_config
+from nanoqlora.data import Sample, Step, collate
+from nanoqlora.ops import linear_cross_entropy
+from nanoqlora.optim import clip_gradient, learning_rate_at, make_optimizer
+from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora, lora_layers
+from nanoqlora.runs import checkpoints, prepare_data
+
+# ------------------------------------------------------------------------------------------------ a small world
+
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32}
+TINY |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PIRATE = [
+    message["content"]
+    for line in (ROOT / "data" / "pirate.jsonl").read_text("utf-8").splitlines()
+    for message in json.loads(line)["messages"]
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """In this process as in those that the tests start, so that sums have the same order and bits are equal."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def save_small_tokenizer(folder: Path) -> None:
+    """A byte-level BPE tokenizer of 300 tokens, as the tokenizers package learns it; BOS first, padding is the end."""
+    digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok = tokenizers.Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=sorted(alphabet), special_tokens=special, show_progress=False
+    )
+    tok.train_from_iterator(PIRATE[:100], trainer)
+    tok.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[(special[0], 0)])
+    tok.decoder = decoders.ByteLevel()
+    tok.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHATML, "bos_token": special[0]}
+    config |= {"eos_token": special[2], "pad_token": special[2]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def save_tiny_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A model folder as from a hub: weights, configuration, tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_random_llama(folder, seed, **(TINY | changes))
+    save_small_tokenizer(folder)
+    return folder
+
+
+def alpaca_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Answers of 1 to 16 words, so that rows differ much in how many of their tokens count."""
+    g = torch.Generator().manual_seed(seed)
+    spans = torch.randint(1, 17, (count, 2), generator=g).tolist()
+    return [
+        {
+            "instruction": f"Question {seed} {i}?",
+            "input": "some context" if i % 3 == 0 else "",
+            "output": " ".join(PIRATE[1].split()[start : start + length]),
+        }
+        for i, (start, length) in enumerate(spans)
+    ]
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def write_run(path: Path, model: Path, data: Path, **keys: Any) -> Path:
+    """The YAML of a small run; keys whose value is None are left out."""
+    run = {"base_model": str(model), "adapter": "qlora", "bf16": False, "output_dir": str(path.parent / "out")}
+    run |= {"datasets": [{"path": str(data), "type": "alpaca"}], "sequence_len": 256, "learning_rate": 0.002}
+    run |= {"lora_r": 4, "lora_alpha": 8, "micro_batch_size": 2, "num_epochs": 2}
+    run |= keys
+    path.write_text(yaml.safe_dump({key: value for key, value in run.items() if value is not None}))
+    return path
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def run_here(main: Callable[[], None], *words: object) -> Ended:
+    """A command's main with these words after its name, in this process, ended as `run_command` ends it."""
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = [main.__module__, *map(str, words)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run_command(main)
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def run_process(*words: object) -> Ended:
+    """A python command in a process of its own, from the root of the repository."""
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with what it holds, every folder too."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"folder" for p in folder.rglob("*")}
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    return [row for row in metrics_of(folder) if "loss" in row]
+
+
+# ------------------------------------------------------------------------------------------------ the witnesses
+
+
+def dequantised_transformers(folder: Path) -> transformers.LlamaForCausalLM:
+    """The model of a folder in transformers, with the values in its blocks that NF4 leaves of them; float64."""
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ours = load_model(folder, load_in_4bit=True)
+    for name, parameter in theirs.named_parameters():
+        if ".layers." in name and parameter.ndim == 2:
+            parameter.data = ours.get_submodule(name.removesuffix(".weight")).rebuild(torch.float32)
+    return theirs.double().eval()
+
+
+def save_random_adapter(model: Path, folder: Path, seed: int = 0, r: int = 4, **changes: Any) -> Path:
+    """An adapter as PEFT makes and saves it, with B not zero, so that it changes every layer."""
+    torch.manual_seed(seed)
+    base = transformers.LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
+    options = {"r": r, "lora_alpha": 2 * r, "target_modules": list(ALL_LINEAR), "init_lora_weights": False} | changes
+    theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(0.1)
+    theirs.save_pretrained(folder)
+    return folder
+
+
+def peft_on_dequantised(model: Path, adapter: Path, is_trainable: bool = False) -> peft.PeftModel:
+    """PEFT's reading of an adapter on the dequantised base, float64."""
+    theirs = peft.PeftModel.from_pretrained(dequantised_transformers(model), adapter, is_trainable=is_trainable)
+    return theirs.double().eval()
+
+
+class Encoded(NamedTuple):
+    ids: list[int]
+    counted: list[int]  # the places of the tokens whose loss counts
+
+
+def encoded_by_tokenizers(model: Path, row: dict[str, str]) -> Encoded:
+    """An alpaca row as the tokenizers package encodes Stanford's text."""
+    tok = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    start = "Below is an instruction that describes a task"
+    if row["input"]:
+        start += ", paired with an input that provides further context"
+    text = f"{start}. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    text += row["instruction"] + "\n\n"
+    if row["input"]:
+        text += f"### Input:\n{row['input']}\n\n"
+    prompt = tok.encode(text + "### Response:\n").ids  # its post-processor puts BOS first
+    answer = [*tok.encode(row["output"], add_special_tokens=False).ids, tok.token_to_id("<|im_end|>")]
+    return Encoded(prompt + answer, list(range(len(prompt), len(prompt) + len(answer))))
+
+
+def sum_of_losses(theirs: torch.nn.Module, row: Encoded) -> torch.Tensor:
+    """A row's loss from logits, in nats, summed over the tokens that count; alone, without padding."""
+    ids, places = torch.tensor(row.ids), torch.tensor(row.counted)
+    return F.cross_entropy(theirs(ids[None]).logits[0, places - 1], ids[places], reduction="sum")
+
+
+class Reference(NamedTuple):
+    """What a training without our code gives: per step loss, gradient norm, rate, tokens; held-out loss; the model."""
+
+    steps: list[tuple[float, float, float, int]]
+    held_out: dict[int, float]  # after this many steps
+    model: peft.PeftModel
+
+
+def train_with_peft(
+    model: Path, adapter: Path, batches: list[list[Encoded]], held_out: list[Encoded], peak: float, warmup: int
+) -> Reference:
+    """Train PEFT's adapter on the dequantised base in float64, with torch's AdamW and transformers' cosine schedule."""
+    theirs = peft_on_dequantised(model, adapter, is_trainable=True)
+    parameters = [p for p in theirs.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.0)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, len(batches))
+
+    def score() -> float:
+        with torch.no_grad():
+            return sum(sum_of_losses(theirs, row).item() for row in held_out) / sum(
+                len(row.counted) for row in held_out
+            )
+
+    steps, scores = [], {0: score()}
+    for batch in batches:
+        tokens = sum(len(row.counted) for row in batch)
+        loss = sum(sum_of_losses(theirs, row) for row in batch) / tokens
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        steps.append((loss.item(), norm.item(), schedule.get_last_lr()[0], tokens))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        scores[len(steps)] = score()
+    return Reference(steps, scores, theirs)
+
+
+# ------------------------------------------------------------------------------------------------ a whole run
+
+
+class World(NamedTuple):
+    """A model, an adapter to start from, data and held-out data."""
+
+    model: Path
+    adapter: Path
+    data: Path
+    held_out: Path
+
+    @property
+    def tests(self) -> list[dict[str, str]]:
+        return [{"path": str(self.held_out), "type": "alpaca"}]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    model = save_tiny_model(folder / "model")
+    data = write_rows(folder / "data.jsonl", alpaca_rows(11))
+    held_out = write_rows(folder / "held-out.jsonl", alpaca_rows(5, seed=1))
+    return World(model, save_random_adapter(model, folder / "start"), data, held_out)
+
+
+@pytest.fixture(scope="module")
+def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Path]:
+    """`python train.py` to its end: 2 epochs of 11 rows, two by two, two micro-batches a step, from PEFT's adapter."""
+    folder = tmp_path_factory.mktemp("finished")
+    keys = {"lora_model_dir": str(world.adapter), "lora_r": None, "lora_alpha": None, "test_datasets": world.tests}
+    keys |= {"gradient_accumulation_steps": 2, "shuffle_merged_datasets": False, "warmup_steps": 2}
+    keys |= {"evals_per_epoch": 1, "saves_per_epoch": 1, "save_total_limit": 1}
+    ended = run_process("train.py", write_run(folder / "train.yml", world.model, world.data, **keys))
+    assert ended.code == 0, ended.err
+    return ended, folder / "out"
+
+
+def test_finished_run_leaves_what_is_promised(world, finished):
+    ended, out = finished
+    promised = ["adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "Fine-Tuning.png", "report.md"]
+    promised += ["train.yml", "prompt.json", "checkpoint-6"]
+    tokenizer = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+    assert {path.name for path in out.iterdir()} == {*promised, *tokenizer}, "no more, no temporary file"
+    assert (out / "Fine-Tuning.png").read_bytes().startswith(b"\x89PNG")
+
+    keys = {"step", "epoch", "loss", "grad_norm", "learning_rate", "supervised_tokens", "tokens_per_second"}
+    lines = metrics_of(out)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
+    for line in lines:
+        evaluation = {"step", "eval_loss", "eval_perplexity"}
+        assert line.keys() == (evaluation if "eval_loss" in line else keys | {"memory/max_rss_gib"})
+
+    # The resolved configuration is the same run again, and says what it was computed in.
+    again, first = load_config([str(out / "train.yml")]), load_config([str(out.parent / "train.yml")])
+    assert again == first and again.bf16 is False
+    theirs, text = transformers.AutoTokenizer.from_pretrained(out), PIRATE[1]
+    expected = tokenizers.Tokenizer.from_file(str(world.model / "tokenizer.json")).encode(text).ids
+    assert theirs(text)["input_ids"] == expected == nq.load_tokenizer(out).encode(text, bos=True)
+
+
+def test_every_step_equals_peft_and_torch_in_float64(world, finished):
+    """Loss, gradient norm, rate and tokens of all steps, held-out loss and perplexity, and the adapter at the end.
+
+    What is logged is rounded to six digits behind the point; float32 adds less than that. In the adapter the largest
+    difference is 5e-8 after moving by 6e-3; Adam, which divides by the gradient's size, makes it more than rounding.
+    """
+    _, out = finished
+    rows = [encoded_by_tokenizers(world.model, row) for row in alpaca_rows(11)]
+    held_out = [encoded_by_tokenizers(world.model, row) for row in alpaca_rows(5, seed=1)]
+    batches = [rows[i : i + 4] for i in (0, 4, 8)] * 2
+    reference = train_with_peft(world.model, world.adapter, batches, held_out, peak=0.002, warmup=2)
+    for line, (loss, norm, rate, tokens) in zip(steps_of(out), reference.steps, strict=True):
+        assert abs(line["loss"] - loss) < 2e-6 and abs(line["grad_norm"] - norm) < 5e-6
+        assert line["learning_rate"] == pytest.approx(rate, rel=1e-12) and line["supervised_tokens"] == tokens
+    assert [line["epoch"] for line in steps_of(out)] == [round(i / 11, 4) for i in (4, 8, 11, 15, 19, 22)]
+    for line in metrics_of(out):
+        if "eval_loss" in line:
+            assert abs(line["eval_loss"] - reference.held_out[line["step"]]) < 2e-6
+            assert line["eval_perplexity"] == pytest.approx(math.exp(reference.held_out[line["step"]]), rel=1e-5)
+    assert {line["step"] for line in metrics_of(out) if "eval_loss" in line} == {0, 3, 6}
+
+    ours, start = (load_file(folder / "adapter_model.safetensors") for folder in (out, world.adapter))
+    theirs = peft.get_peft_model_state_dict(reference.model)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).abs().max() < 1e-6 and (start[name] - tensor).abs().max() > 1e-3
+
+
+def test_the_perplexity_is_said_before_and_after(finished):
+    ended, out = finished
+    before, _, after = [line["eval_perplexity"] for line in metrics_of(out) if "eval_loss" in line]
+    assert f"Held-out perplexity: {before:.3f} before, {after:.3f} after" in ended.out and before > after
+    assert f"{before:.2f} before, {after:.2f} after" in (out / "report.md").read_text("utf-8")
+
+
+def test_peft_reads_the_trained_adapter(world, finished):
+    """On the dequantised base it gives our logits, float64 against float32; without the adapter it would not."""
+    _, out = finished
+    ours = load_model(world.model, load_in_4bit=True)
+    load_adapter(ours, out)
+    tokens = torch.randint(300, (2, 90), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = peft_on_dequantised(world.model, out)(tokens).logits
+        assert (ours(tokens) - expected).abs().max() < 1e-4
+        assert (dequantised_transformers(world.model)(tokens).logits - expected).abs().max() > 0.1
+    ours, start = (json.loads((folder / "adapter_config.json").read_text()) for folder in (out, world.adapter))
+    for key in ("r", "lora_alpha", "use_rslora", "peft_type", "task_type", "bias", "base_model_name_or_path"):
+        assert ours[key] == start[key], key
+    assert sorted(ours["target_modules"]) == sorted(start["target_modules"])
+
+
+# ------------------------------------------------------------------------------------------------ one step
+
+
+def gradient_and_loss(model: nq.Llama, flat: torch.nn.Parameter, rows: list[list[Sample]]) -> torch.Tensor:
+    """The gradient of the sum of losses, with the loss behind it, as one vector."""
+    flat.grad.zero_()
+    batch = collate(rows)
+    hidden = model.model(batch.tokens, batch.segments).flatten(0, 1)
+    loss = linear_cross_entropy(hidden[batch.supervised], model.lm_head.weight, batch.targets)
+    loss.backward()
+    return torch.cat((flat.grad, loss.detach()[None]))
+
+
+def test_packed_samples_learn_as_alone(world):
+    """Loss and gradient of samples in shared rows, side by side in padded rows, and one after the other.
+
+    Sums of a few hundred float32 terms in another order: 1e-5 of the gradient's length is a hundred roundings.
+    """
+    model = load_model(world.model, load_in_4bit=True)
+    load_adapter(model, world.adapter)
+    flat = flatten_trainable(model.train())
+    a, b, c, d = (
+        Sample(row.ids, [place in row.counted for place in range(len(row.ids))])
+        for row in (encoded_by_tokenizers(world.model, row) for row in alpaca_rows(4))
+    )
+    alone = sum(gradient_and_loss(model, flat, [[sample]]) for sample in (a, b, c, d))
+    for rows in ([[a, b, c, d]], [[d, a], [c, b]], [[a], [b], [c], [d]]):
+        together = gradient_and_loss(model, flat, rows)
+        assert (together - alone).norm() < 1e-5 * alone.norm() and together[-1] == pytest.approx(
+            alone[-1].item(), rel=1e-6
+        )
+    one_text = Sample(*(sum((getattr(s, name) for s in (a, b, c, d)), []) for name in ("tokens", "supervised")))
+    assert (gradient_and_loss(model, flat, [[one_text]]) - alone).norm() > 0.01 * alone.norm()
+
+
+def test_accumulation_and_ranks_change_nothing(world, tmp_path):
+    """4 x 1, 1 x 4 and 2 ranks of 1 x 2, with dropout, on packed rows of 40 to 140 tokens that count.
+
+    Nine rows in steps of four: the last step of an epoch has one row, and the second rank none. Measured: the losses
+    and the norms of the gradient differ in no more than the last of six logged digits.
+    """
+    data = write_rows(tmp_path / "data.jsonl", alpaca_rows(24, seed=2))
+    keys = {"sequence_len": 512, "sample_packing": True, "num_epochs": 3, "lora_model_dir": str(world.adapter)}
+    keys |= {"test_datasets": world.tests, "eval_strategy": "no"}
+    splits = {"4x1": (4, 1, 0.05), "1x4": (1, 4, 0.05), "ranks": (1, 2, 0.05), "no dropout": (4, 1, 0.0)}
+    for name, (micro, accumulation, dropout) in splits.items():
+        (tmp_path / name).mkdir()
+        split = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation, "lora_dropout": dropout}
+        path = write_run(tmp_path / name / "train.yml", world.model, data, **keys, **split)
+        if name == "ranks":
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            ended = run_process(*launcher, "train.py", path)
+            assert ended.out.count("trained values") == 1, "only rank 0 prints"
+        else:
+            ended = run_here(train.main, path)
+        assert ended.code == 0, ended.err
+    first, *others, without_dropout = (steps_of(tmp_path / name / "out") for name in splits)
+    assert [line["epoch"] for line in first[:3]] == [round(share, 4) for share in (4 / 9, 8 / 9, 1)]
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+            assert all(a[key] == b[key] for key in ("step", "epoch", "learning_rate", "supervised_tokens"))
+    before = [metrics_of(tmp_path / name / "out")[0] for name in splits]
+    assert all(line == before[0] and "eval_loss" in line for line in before), "an evaluation drops nothing"
+    assert without_dropout[0]["loss"] != pytest.approx(first[0]["loss"], rel=1e-4), "dropout was not on"
+
+
+def test_every_row_of_every_step_drops_its_own():
+    """Seeds of rows: none twice among seeds, steps and rows; the same for a row whatever stands before it."""
+    seeds = [
+        train.row_seeds(seed, step, first, 4).tolist()
+        for seed in (0, 1, 42)
+        for step in (0, 1, 2, 100_000)
+        for first in (0, 4, 8)
+    ]
+    assert len({seed for some in seeds for seed in some}) == 3 * 4 * 12
+    assert train.row_seeds(42, 7, 0, 8).tolist()[5:] == train.row_seeds(42, 7, 5, 3).tolist()
+
+
+# ------------------------------------------------------------------------------------------------ optim.py
+
+
+@pytest.mark.parametrize("num_steps, warmup", [(1, 0), (10, 0), (10, 3), (7, 7), (50, 5), (4, 9)])
+def test_schedules_equal_those_of_transformers(num_steps, warmup):
+    get = transformers.optimization
+    theirs = {
+        ("cosine", 0.0): lambda o: get.get_cosine_schedule_with_warmup(o, warmup, num_steps),
+        ("cosine", 0.25): lambda o: get.get_cosine_with_min_lr_schedule_with_warmup(
+            o, warmup, num_steps, min_lr_rate=0.25
+        ),
+        ("linear", 0.0): lambda o: get.get_linear_schedule_with_warmup(o, warmup, num_steps),
+        ("constant_with_warmup", 0.0): lambda o: get.get_constant_schedule_with_warmup(o, warmup),
+        ("constant", 0.0): lambda o: get.get_constant_schedule(o),
+    }
+    for (name, min_ratio), make in theirs.items():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.002)
+        schedule = make(optimizer)
+        for step in range(num_steps):
+            rate = learning_rate_at(step, num_steps, warmup, 0.002, name, min_ratio)
+            assert rate == pytest.approx(schedule.get_last_lr()[0], rel=1e-12, abs=1e-18), (name, step)
+            optimizer.step()
+            schedule.step()
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused"])
+def test_one_flat_buffer_learns_as_separate_parameters_do(world, name):
+    """Clip and AdamW with weight decay on the flat buffer, against torch on every lora_A and lora_B in float64.
+
+    Ten steps of at most 0.01 in float32: each value off by a few roundings of a number below 2, 1e-6. Each gradient is
+    longer than 1, so all are clipped, and the norm is said as it was before.
+    """
+    model = load_model(world.model)
+    inject_lora(model, 4, 8)
+    parameters = [p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
+    theirs = [torch.nn.Parameter(p.detach().double()) for p in parameters]
+    flat = flatten_trainable(model)
+    assert flat.numel() == sum(p.numel() for p in parameters)
+    options = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+    ours, reference = make_optimizer(name, flat, **options), torch.optim.AdamW(theirs, **options)
+    g = torch.Generator().manual_seed(0)
+    for step in range(10):
+        for p, q in zip(parameters, theirs, strict=True):
+            q.grad = torch.randn(p.shape, generator=g, dtype=torch.float64)
+            p.grad.copy_(q.grad)
+        norm = torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+        assert clip_gradient(flat.grad, 0.5).item() == pytest.approx(norm.item(), rel=1e-6)
+        ours.param_groups[0]["lr"] = reference.param_groups[0]["lr"] = 0.01 / (step + 1)
+        ours.step()
+        reference.step()
+    assert all((p - q).abs().max() < 1e-6 for p, q in zip(parameters, theirs, strict=True))
+
+
+def test_short_gradients_are_not_clipped_and_zero_means_never():
+    grad = torch.tensor([0.3, 0.4])
+    assert clip_gradient(grad, 1.0) == 0.5 and grad.tolist() == pytest.approx([0.3, 0.4])
+    assert clip_gradient(grad.mul_(10), 0.0) == 5 and grad.tolist() == pytest.approx([3, 4])
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ((None, None, "epoch"), [5, 10, 15]),
+        ((None, None, None), [5, 10, 15]),
+        ((None, None, "no"), []),
+        ((2, None, "steps"), [3, 5, 8, 10, 13, 15]),  # half an epoch is passed within the third step
+        ((9, None, "steps"), list(range(1, 16))),
+        ((None, 4, "steps"), [4, 8, 12]),
+        ((None, 0.2, "steps"), [3, 6, 9, 12, 15]),
+        ((None, 0.01, "steps"), list(range(1, 16))),
+    ],
+)
+def test_when_something_is_due(options, expected):
+    """Three epochs of five steps."""
+    plan = [Step([], epoch + i / 5) for epoch in range(3) for i in range(1, 6)]
+    assert [step for step in range(1, 16) if train.due(step, plan, *options)] == expected
+
+
+# ------------------------------------------------------------------------------------------------ stop and go on
+
+
+LONG = {"max_steps": 80, "lora_dropout": 0.05, "eval_strategy": "no", "save_steps": 20, "save_total_limit": 3}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    path = write_run(folder / "train.yml", world.model, world.data, test_datasets=world.tests, **LONG)
+    assert run_here(train.main, path).code == 0
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def interrupted(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Path]:
+    """The same run in a process that gets SIGINT, as from Ctrl-C, after a few steps."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    path = write_run(folder / "train.yml", world.model, world.data, test_datasets=world.tests, **LONG)
+    command, pipe = [sys.executable, "train.py", str(path)], subprocess.PIPE
+    log, give_up = folder / "out" / "metrics.jsonl", time.monotonic() + 60
+    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True) as process:
+        while not (log.exists() and log.read_text().count("\n") > 5) and process.poll() is None:
+            assert time.monotonic() < give_up
+            time.sleep(0.002)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    return Ended(process.returncode, out, err), folder / "out"
+
+
+def test_ctrl_c_saves_a_checkpoint(interrupted):
+    ended, out = interrupted
+    last = steps_of(out)[-1]["step"]
+    assert ended.code == 130 and 5 <= last < 80
+    assert "Traceback" not in ended.err and f"--resume_from_checkpoint {out}/checkpoint-{last}" in ended.err
+    assert f"checkpoint-{last}" in {path.name for path in out.iterdir()}
+    assert not (out / "adapter_model.safetensors").exists(), "the run is not finished"
+
+
+def test_ctrl_c_before_the_first_step_is_not_lost(world, tmp_path, monkeypatch):
+    """While the untrained model is evaluated, which may take minutes: one step is taken and saved."""
+    evaluate = train.evaluate
+
+    def evaluate_and_stop(run: train.Run, step: int) -> float:
+        os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(run, step)
+
+    monkeypatch.setattr(train, "evaluate", evaluate_and_stop)
+    path = write_run(tmp_path / "train.yml", world.model, world.data, test_datasets=world.tests, **LONG)
+    assert run_here(train.main, path).code == 130
+    assert (tmp_path / "out" / "checkpoint-1").is_dir() and len(steps_of(tmp_path / "out")) == 1
+
+
+def resumed(interrupted: tuple[Ended, Path], folder: Path, *words: str) -> Ended:
+    """Go on in a copy of the interrupted run's folder; the log as if a kill had come after one more step."""
+    shutil.copytree(interrupted[1], folder, dirs_exist_ok=True)
+    line = steps_of(folder)[-1]
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(line | {"step": line["step"] + 1}) + '\n{"step": 99, "lo')
+    return run_here(train.main, interrupted[1].parent / "train.yml", "--output_dir", folder, *words)
+
+
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(interrupted, uninterrupted, tmp_path):
+    """80 steps, or k, Ctrl-C, and 80 - k: the same adapter, every step once in the log, with the same numbers."""
+    last = steps_of(interrupted[1])[-1]["step"]
+    ended = resumed(interrupted, tmp_path, "--resume_from_checkpoint", str(interrupted[1] / f"checkpoint-{last}"))
+    assert ended.code == 0, ended.err
+    name = "adapter_model.safetensors"
+    assert (tmp_path / name).read_bytes() == (uninterrupted / name).read_bytes()
+    timeless = [
+        [
+            {key: value for key, value in line.items() if key != "tokens_per_second" and "memory" not in key}
+            for line in metrics_of(folder)
+        ]
+        for folder in (tmp_path, uninterrupted)
+    ]
+    assert timeless[0] == timeless[1] and [line["step"] for line in timeless[0]] == list(range(81))
+
+
+def test_auto_resume_takes_the_newest_whole_checkpoint(interrupted, uninterrupted, tmp_path):
+    """One without trainer_state.json is half of one: a copy that was cut off."""
+    last = steps_of(interrupted[1])[-1]["step"]
+    half = tmp_path / f"checkpoint-{last + 1}"
+    shutil.copytree(interrupted[1] / f"checkpoint-{last}", half)
+    (half / "trainer_state.json").unlink()
+    state = load_file(half / "adapter_model.safetensors")
+    save_file({key: torch.zeros_like(value) for key, value in state.items()}, half / "adapter_model.safetensors")
+    ended = resumed(interrupted, tmp_path, "--auto_resume_from_checkpoints", "true")
+    assert ended.code == 0, ended.err
+    name = "adapter_model.safetensors"
+    assert (tmp_path / name).read_bytes() == (uninterrupted / name).read_bytes()
+    assert [line["step"] for line in metrics_of(tmp_path)] == list(range(81))
+
+
+def test_auto_resume_begins_where_there_is_nothing(world, uninterrupted, tmp_path):
+    path = write_run(tmp_path / "train.yml", world.model, world.data, test_datasets=world.tests, **LONG)
+    words = ["--auto_resume_from_checkpoints", "true", "--max_steps", "2", "--save_steps", "2"]
+    assert run_here(train.main, path, *words).code == 0
+    assert len(steps_of(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("change", [["--seed", "1"], ["--micro_batch_size", "3"], ["data"], ["--lora_r", "8"]])
+def test_resume_with_another_run_is_refused(world, interrupted, tmp_path, change):
+    """Other data, seed or batches would train on the wrong samples; another rank has no such tensors."""
+    words = ["--auto_resume_from_checkpoints", "true", *change]
+    if change == ["data"]:
+        other = write_rows(tmp_path / "other.jsonl", [*alpaca_rows(10), alpaca_rows(11)[10] | {"output": "Arr."}])
+        words[2:] = ["--datasets", json.dumps([{"path": str(other), "type": "alpaca"}])]
+    shutil.copytree(interrupted[1], tmp_path / "out")
+    before = snapshot(tmp_path)
+    ended = run_here(train.main, interrupted[1].parent / "train.yml", "--output_dir", tmp_path / "out", *words)
+    assert ended.code == 2 and ended.err.startswith("error: ") and "checkpoint-" in ended.err
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json"])
+@pytest.mark.parametrize("damage", ["cut", "other", "missing"])
+def test_damaged_checkpoint_is_refused(interrupted, tmp_path, file, damage):
+    last = steps_of(interrupted[1])[-1]["step"]
+    shutil.copytree(interrupted[1], tmp_path / "out")
+    path = tmp_path / "out" / f"checkpoint-{last}" / file
+    whole = path.read_bytes()
+    path.unlink() if damage == "missing" else path.write_bytes(whole[:-9] if damage == "cut" else b"another file")
+    before = snapshot(tmp_path)
+    words = ["--output_dir", tmp_path / "out", "--resume_from_checkpoint", path.parent]
+    ended = run_here(train.main, interrupted[1].parent / "train.yml", *words)
+    assert ended.code == 2 and ended.err.startswith("error: ") and file in ended.err, ended.err
+    assert snapshot(tmp_path) == before
+
+
+def test_only_the_newest_checkpoints_are_kept(uninterrupted):
+    assert [path.name for path in checkpoints(uninterrupted)] == ["checkpoint-40", "checkpoint-60", "checkpoint-80"]
+
+
+def test_checkpoints_of_an_earlier_run_do_not_push_out_new_ones(world, uninterrupted, tmp_path):
+    """A second, shorter run in the same folder: its checkpoints are newer, whatever their numbers are."""
+    shutil.copytree(uninterrupted, tmp_path / "out")
+    path = write_run(tmp_path / "train.yml", world.model, world.data, **(LONG | {"max_steps": 6, "save_steps": 2}))
+    assert run_here(train.main, path).code == 0
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+# ------------------------------------------------------------------------------------------------ data of a run
+
+
+def test_validation_rows_are_taken_out_of_the_data(world):
+    """As many as asked for, none in both parts, the same for a seed."""
+    tok = nq.load_tokenizer(world.model)
+
+    def split(**keys: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        run = {"base_model": str(world.model), "adapter": "qlora", "lora_r": 4, "lora_alpha": 8, "learning_rate": 0.1}
+        run |= {"datasets": [{"path": str(world.data), "type": "alpaca"}], **keys}
+        data = prepare_data(make_config(run), tok, 1)
+        assert sorted(i for step in data.plan for row in step.rows for i in row) == list(range(len(data.samples)))
+        return [tuple(s.tokens) for s in data.samples], [tuple(s.tokens) for s in data.held_out]
+
+    whole, none = split()
+    assert len(whole) == 11 and not none
+    for size, count in ((0.2, 2), (4, 4)):
+        kept, held_out = split(val_set_size=size)
+        assert len(held_out) == count and sorted(kept + held_out) == sorted(whole)
+        assert split(val_set_size=size) == (kept, held_out) != split(val_set_size=size, seed=1)
+
+
+CONVERSATIONS = {  # every way to write one that a template can be given
+    "plain": ({}, [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]),
+    "other names": (
+        {"message_property_mappings": {"role": "from", "content": "value"}},
+        [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}],
+    ),
+    "answer first": ({}, [{"role": "assistant", "content": "Ask."}, {"role": "user", "content": "Who?"}]),
+    "no assistant": ({"roles_to_train": ["user"]}, [{"role": "user", "content": "Who?"}]),
+}
+
+
+@pytest.mark.parametrize("case", CONVERSATIONS)
+def test_any_conversation_that_can_be_trained_on_can_be_held_out(world, tmp_path, case):
+    """The report asks the questions of the held-out file, and must not stumble over how they are written."""
+    keys, messages = CONVERSATIONS[case]
+    data = write_rows(tmp_path / "chats.jsonl", [{"messages": messages}] * 3)
+    dataset = [{"path": str(data), "type": "chat_template", **keys}]
+    path = write_run(tmp_path / "train.yml", world.model, data, datasets=dataset, test_datasets=dataset, max_steps=1)
+    ended = run_here(train.main, path)
+    assert ended.code == 0, ended.err
+    asked = "**Who?**" in (tmp_path / "out" / "report.md").read_text("utf-8")
+    assert asked == (case == "plain")

@@ -24,8 +24,9 @@ from nanoqlora.fused import fuse_blocks
 from nanoqlora.model import Llama, ModelConfig, rope_frequencies
 from nanoqlora.ops import Segments
 from nanoqlora.optim import make_optimizer
+from nanoqlora.plan import keeps_for, step_bytes
 from nanoqlora.qlora import QLoRALinear, block_linears, flatten_trainable, inject_lora, set_dropout_rows
-from nanoqlora.stats import memory_figures
+from nanoqlora.stats import GIB, memory_figures
 
 
 def llama3(D: int, FF: int, L: int, H: int, KV: int, hd: int, tied: bool = False) -> ModelConfig:
@@ -157,7 +158,9 @@ def main() -> None:
     parser.add_argument("--lora_r", type=int, default=64)
     parser.add_argument("--lora_alpha", type=float, default=32)
     parser.add_argument("--lora_dropout", type=float, default=0.0)
-    parser.add_argument("--gradient_checkpointing", default="auto", help="auto, false, true or no_mlp")
+    parser.add_argument("--gradient_checkpointing", default="auto", choices=["auto", "false", "true"])
+    parser.add_argument("--memory_gib", type=float, default=0, help="limit for --gradient_checkpointing auto; 0: all")
+    parser.add_argument("--fold", action="store_true", help="add the update to the weight (without dropout)")
     parser.add_argument("--packed", action="store_true", help="rows of several documents of uneven length")
     parser.add_argument("--bf16", default="auto", type=lambda text: {"true": True, "false": False}.get(text, text))
     parser.add_argument("--steps", type=int, default=10)
@@ -174,8 +177,9 @@ def main() -> None:
         model = load_model(args.model, load_in_4bit=True, dtype=dtype, device=device)
     inject_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout)
     model.train()
+    keeps = keeps_for(model, args.gradient_checkpointing, B * T, int(args.memory_gib * GIB))
     if device.type == "cuda":
-        fuse_blocks(model, {"true": "input", "no_mlp": "no_mlp"}.get(args.gradient_checkpointing, "all"))
+        fuse_blocks(model, keeps, fold=args.fold)
     flat = flatten_trainable(model)
     optimizer = make_optimizer("adamw_torch_fused", flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     optimizer.param_groups[0]["lr"] = 1e-4
@@ -222,6 +226,8 @@ def main() -> None:
         "tflops_useful": round(useful_flops(model.config, flat.numel(), B, T) / median / 1e9, 2),
         "floor_ms": round(floor, 1),
         **memory,
+        "kept": " ".join(f"{keeps.count(level)} {level}" for level in dict.fromkeys(keeps)),
+        "predicted_gib": round(step_bytes(model, B * T, keeps) / GIB, 2),
         "loss": round(losses[-1], 4),
     }
     if rank == 0:

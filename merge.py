@@ -23,8 +23,10 @@ from torch import Tensor
 from nanoqlora.checkpoint import ShardWriter, Weights, model_config, open_weights, read_adapter
 from nanoqlora.cli import UserError, run_command, whole_folder, write_text
 from nanoqlora.config import Config, Option, load_command
+from nanoqlora.gguf import tensor_shapes
 from nanoqlora.prompts import PromptFormat
 from nanoqlora.qlora import QLoRALinear
+from nanoqlora.serving import check_vocabulary
 from nanoqlora.tokenizer import load_tokenizer, save_tokenizer
 
 OPTIONS = {
@@ -67,38 +69,52 @@ class Adapter:
         self.scaling = alpha / math.sqrt(r) if self.config.get("use_rslora") else alpha / r
         self.used: set[str] = set()
 
-    def update(self, name: str) -> Tensor:
+    def update(self, name: str, shape: torch.Size) -> Tensor:
         """s B A of a layer, (n_out, n_in) float32."""
         self.used.add(name)
         a, b = self.pairs[name]
+        if (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
+            raise UserError(
+                f"adapter: {name} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, which make no update of "
+                f"{tuple(shape)}, the shape of its weight in the base model. Wrong base?"
+            )
         return self.scaling * (b @ a)
 
 
 def write_merged(weights: Weights, adapter: Adapter, folder: Path, in_4bit: bool, seen, dtype, max_shard_bytes) -> dict:
-    """All tensors of the model, in the order of the checkpoint. Returns the facts for the certificate."""
+    """All tensors of the model, in its order. Returns the facts for the certificate."""
     config = model_config(weights.config, "base model")
     writer = ShardWriter(folder, max_shard_bytes)
     changes = {}
-    for name in weights.names():
-        if name.endswith("inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
-            continue  # not a weight; and a tied head is the embedding
+    for name, shape in tensor_shapes(config).items():
         w = weights.load(name)
+        if tuple(w.shape) != shape:
+            raise UserError(f"base model: {name} has shape {tuple(w.shape)} where its configuration says {shape}.")
         layer = name.removesuffix(".weight")
         if ".layers." in name and w.ndim == 2:
-            w = as_training_saw(w, in_4bit, seen)
+            try:
+                w = as_training_saw(w, in_4bit, seen)
+            except ValueError as error:  # a width that four bits cannot split
+                raise UserError(f"base model: {name}: {error}") from error
             if layer in adapter.pairs:
-                update = adapter.update(layer)
+                update = adapter.update(layer, w.shape)
                 merged = (w + update).to(dtype)
                 changes[layer] = (update.norm() / w.norm()).item()
                 if torch.equal(merged, w.to(dtype)):
                     raise UserError(
-                        f"adapter: {layer} does not change its weight in {dtype}, so the merged model would be the base "
-                        f"there. Train further, or leave this layer out of the adapter."
+                        f"adapter: {layer} does not change its weight in {dtype}, so the merged model would be the "
+                        f"base there. Train further, or leave this layer out of the adapter."
                     )
                 w = merged
         else:
             w = w.to(seen)
-        writer.add(name, w.to(dtype))
+        w = w.to(dtype)
+        if not torch.isfinite(w).all():
+            raise UserError(
+                f"{name}: holds NaN or infinite values in {dtype}, which would be in every answer. Base or adapter is "
+                f"damaged, or a value is too large for this --dtype."
+            )
+        writer.add(name, w)
     writer.close()
     left = sorted(adapter.pairs.keys() - adapter.used)
     if left:
@@ -129,18 +145,20 @@ def paths_and_modes(config: Config | None, options: dict) -> tuple[str, Path, Pa
     if options["base"] not in (None, "nf4", "original"):
         raise UserError(f"--base {options['base']}: known are nf4 (what training saw) and original.")
     in_4bit = (options["base"] or ("nf4" if trained.get("load_in_4bit", True) else "original")) == "nf4"
-    seen = torch.float32 if trained.get("bf16") is False else torch.bfloat16
+    computed = torch.float32 if trained.get("bf16") is False else torch.bfloat16
+    seen = torch.float32 if options["base"] == "original" else computed  # who asks for the original gets it unrounded
     if options["dtype"] and options["dtype"] not in DTYPES:
         raise UserError(f"--dtype {options['dtype']}: known are {', '.join(DTYPES)}.")
-    return model, adapter, out, in_4bit, seen, DTYPES.get(options["dtype"], seen)
+    return model, adapter, out, in_4bit, seen, DTYPES.get(options["dtype"], computed)
 
 
 def main() -> None:
     config, options = load_command(None, OPTIONS, __doc__.splitlines()[0], yaml_unless=("model", "adapter"))
     base, adapter_folder, out, in_4bit, seen, dtype = paths_and_modes(config, options)
-    if out.exists() and any(out.iterdir()) and not (out / "merge.json").exists():
+    if out.exists() and not (out / "merge.json").exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is no earlier merge, so nothing is written over it. Name another --out.")
     weights, adapter, tokenizer = open_weights(base), Adapter(adapter_folder), load_tokenizer(base)
+    check_vocabulary(tokenizer, model_config(weights.config, base).vocab_size, base)
     saved = adapter_folder / "prompt.json"
     prompt_format = PromptFormat.from_json(saved.read_text("utf-8")) if saved.exists() else None
     end_id = prompt_format.end_id(tokenizer) if prompt_format else tokenizer.eos_id

@@ -24,12 +24,14 @@ from tqdm import tqdm
 
 from nanoqlora import distributed, ops
 from nanoqlora.checkpoint import load_adapter, load_model
-from nanoqlora.cli import Stopped, run_command
+from nanoqlora.cli import Stopped, UserError, run_command
 from nanoqlora.config import Config, load_command
 from nanoqlora.data import Sample, Step, collate, micro_batches
 from nanoqlora.evaluate import mean_loss, score_samples
+from nanoqlora.fused import can_fuse, fuse_blocks
 from nanoqlora.model import Llama
 from nanoqlora.optim import clip_gradient, learning_rate_at, make_optimizer
+from nanoqlora.plan import keeps_for
 from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora, set_dropout_rows
 from nanoqlora.runs import (
     Metrics,
@@ -40,6 +42,7 @@ from nanoqlora.runs import (
     save_checkpoint,
     save_results,
 )
+from nanoqlora.serving import check_vocabulary
 from nanoqlora.stats import Stopwatch, memory_figures
 from nanoqlora.tokenizer import load_tokenizer
 
@@ -167,14 +170,23 @@ def main() -> None:
         say(f"{path}: {reading.describe(config.sequence_len, config.excess_length_strategy)}")
 
     dtype = distributed.compute_dtype(config.bf16, device)
-    model = load_model(config.base_model, load_in_4bit=config.load_in_4bit, dtype=dtype, device=device)
-    torch.manual_seed(config.seed)
-    if config.lora_model_dir:
-        load_adapter(model, config.lora_model_dir, config.lora_dropout)
-    else:
-        targets = config.lora_target_modules or ALL_LINEAR
-        inject_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, targets, config.peft_use_rslora)
+    try:
+        model = load_model(config.base_model, load_in_4bit=config.load_in_4bit, dtype=dtype, device=device)
+        check_vocabulary(tokenizer, model.config.vocab_size, config.base_model)
+        torch.manual_seed(config.seed)
+        if config.lora_model_dir:
+            load_adapter(model, config.lora_model_dir, config.lora_dropout)
+        else:
+            targets = config.lora_target_modules or ALL_LINEAR
+            inject_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, targets, config.peft_use_rslora)
+    except ValueError as error:  # a width that four bits cannot split, a name that no layer has
+        raise UserError(str(error)) from error
     model.train()
+    if device.type == "cuda" and can_fuse(model):
+        tokens = config.micro_batch_size * config.sequence_len
+        keeps = keeps_for(model, config.gradient_checkpointing, tokens)
+        fuse_blocks(model, keeps)
+        say("blocks keep for the backward pass: " + ", ".join(f"{keeps.count(k)} x {k}" for k in dict.fromkeys(keeps)))
     flat = flatten_trainable(model)
     betas = config.adam_beta1, config.adam_beta2
     adamw = {"betas": betas, "eps": config.adam_epsilon, "weight_decay": config.weight_decay}

@@ -1,4 +1,4 @@
-"""nanoqlora: QLoRA fine-tuning of Llama models, from scratch. Reading order: model.py, ops/nf4.py, qlora.py, train.py."""
+"""nanoqlora: QLoRA fine-tuning of Llama models, from scratch. Start with model.py, ops/nf4.py, qlora.py, train.py."""
 
 from .checkpoint import load_adapter, save_adapter
 from .model import Llama, ModelConfig

@@ -16,7 +16,7 @@ def answer(used: Usable, messages: list[dict[str, str]], max_new_tokens: int = 2
     ids = prompt_format.encode_prompt(used.tokenizer, messages)
     generator = torch.Generator().manual_seed(seed)
     stop_ids = {prompt_format.end_id(used.tokenizer), used.tokenizer.eos_id}
-    new, shown = [], ""
+    new, text, shown = [], "", ""
     for token in generate(
         used.model, ids, stop_ids, max_new_tokens=max_new_tokens, temperature=temperature, generator=generator
     ):
@@ -25,6 +25,8 @@ def answer(used: Usable, messages: list[dict[str, str]], max_new_tokens: int = 2
         if not text.endswith("\ufffd"):  # a character may need more than one token
             yield text[len(shown) :]
             shown = text
+    if text != shown:
+        yield text[len(shown) :]  # it ended within a character
 
 
 def main() -> None:

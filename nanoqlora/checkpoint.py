@@ -312,7 +312,7 @@ class ShardWriter:
         self.shard, self.shard_bytes = {}, 0
 
     def close(self) -> None:
-        """Write the last shard, and give all of them the names that readers look for, now that their number is known."""
+        """Write the last shard and give all of them the names that readers look for: their number is known now."""
         self._flush()
         count, weight_map = len(self.shards), {}
         for i, names in enumerate(self.shards):

@@ -71,6 +71,8 @@ def _parse(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}). Correct that line.") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists ...
+        raise UserError(f"{where}: JSON that cannot be read ({error}). Correct that line.") from error
 
 
 @dataclass

@@ -14,12 +14,17 @@ backward pass, in units of N x D numbers (N tokens, D width, Llama-3-8B's ratios
 
 Projections that read the same input are one product: q, k and v; gate and up. Their weights are rebuilt side by side
 in a buffer that all blocks share. The update's products touch the wide tensors once each, `ops/lora_parts.py` says how,
-and the gradients of A and B are added straight into the flat buffer's views. The equations of a layer stand in
+and the gradients of A and B are added straight into the flat buffer's views.
+
+Folding: without dropout, x W^T + s x A^T B^T = x (W + s B A)^T. The update is then added while W is rebuilt, in float32
+before the one rounding, and y and dx are touched by no second product. Dropout acts on the update's input alone and
+leaves no such W. The equations of a layer stand in
 `ops/lora.py`; those of the norm, the rotation and SwiGLU in `ops/block_parts.py`.
 
 The parameters and their names are those of the plain block, whose modules this one takes over.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +35,7 @@ from torch import Tensor
 from . import ops
 from .model import Block, KVCache, Llama
 from .ops import RowDropout, Segments
-from .qlora import QLoRALinear
+from .qlora import QLoRALinear, lora_layers
 
 Keep = Literal["all", "no_mlp", "input"]
 _scratch: dict[tuple, Tensor] = {}
@@ -56,12 +61,13 @@ class Group:
         self.widths = [layer.out_features for layer in layers]
         self.ranks = [layer.lora_A.shape[0] for layer in layers]
 
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """(sum of n_out, n_in), rebuilt in the shared buffer; read it before the next call."""
-        first = self.layers[0]
-        w = scratch(sum(self.widths), self.n_in, dtype=dtype, device=first.lora_A.device)
-        for layer, rows in zip(self.layers, w.split(self.widths), strict=True):
-            layer.rebuild_into(rows)
+    def weight(self, adapters: tuple, dtype: torch.dtype, fold: bool) -> Tensor:
+        """(sum of n_out, n_in), rebuilt in the shared buffer, with the update in it if `fold`. Read it at once."""
+        A, Bs = adapters
+        w = scratch(sum(self.widths), self.n_in, dtype=dtype, device=A.device)
+        parts = zip(self.layers, w.split(self.widths), A.split(self.ranks), Bs, strict=True)
+        for layer, rows, a, b in parts:
+            layer.rebuild_into(rows, (a, b) if fold else None)
         return w
 
     def adapters(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -75,34 +81,50 @@ class Group:
             return None
         return RowDropout(layer.dropout_p, ops.fold(layer.row_seeds ^ layer.layer_seed), T)
 
-    def forward(self, x: Tensor, adapters: tuple, dropout: RowDropout | None, residual: Tensor | None = None):
-        """y (N, sum of n_out) of x (N, n_in), plus `residual` (N, n_out) if given; and xa (N, R) for the backward."""
-        A, Bs = adapters
-        w = self.weight(x.dtype)
+    def forward(
+        self, x: Tensor, adapters: tuple, dropout: RowDropout | None, fold: bool, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """y (N, sum of n_out) of x (N, n_in), plus `residual`; and xa (N, R), which a folded product has not."""
+        w = self.weight(adapters, x.dtype, fold)
         y = x @ w.t() if residual is None else torch.addmm(residual, x, w.t())
+        if fold:
+            return y, None
+        A, Bs = adapters
         xa = ops.kernels(x).lora_down(x, A, dropout)
-        for columns, part, layer, B in zip(
-            y.split(self.widths, 1), xa.split(self.ranks, 1), self.layers, Bs, strict=True
-        ):
+        for columns, part, layer, B in zip(*self.split(y, xa), self.layers, Bs, strict=True):
             ops.kernels(x).lora_up_add_(columns, part, B, layer.scaling)
         return y, xa
 
-    def backward(self, dy: Tensor, xa: Tensor, adapters: tuple, dropout: RowDropout | None) -> tuple[Tensor, Tensor]:
-        """dx (N, n_in) and dxa (N, R) of dy (N, sum of n_out); adds the gradients of every B."""
-        A, Bs = adapters
+    def split(self, wide: Tensor, low: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Each projection's columns of (N, sum of n_out) and of (N, R)."""
+        return wide.split(self.widths, 1), low.split(self.ranks, 1)
+
+    def backward_B(self, dy: Tensor, xa: Tensor, adapters: tuple) -> Tensor:
+        """Add the gradients of every B; returns dxa (N, R), the gradient of xa."""
         dxa = torch.empty_like(xa)
-        for columns, part, dpart, layer, B in zip(
-            dy.split(self.widths, 1), xa.split(self.ranks, 1), dxa.split(self.ranks, 1), self.layers, Bs, strict=True
-        ):
+        parts = zip(*self.split(dy, xa), dxa.split(self.ranks, 1), self.layers, adapters[1], strict=True)
+        for columns, part, dpart, layer, B in parts:
             ops.kernels(dy).lora_up_backward(columns, part, B, layer.scaling, dpart, gradient_of(layer.lora_B))
-        dx = dy @ self.weight(dy.dtype)
-        ops.kernels(dy).lora_dx_add_(dx, dxa, A, dropout)
-        return dx, dxa
+        return dxa
 
     def backward_A(self, dxa: Tensor, x: Tensor, dropout: RowDropout | None) -> None:
-        """Add the gradients of every A, from the input that the projections read."""
+        """Add the gradients of every A, from the input x (N, n_in) that the projections read."""
         for layer, part in zip(self.layers, dxa.split(self.ranks, 1), strict=True):
             ops.kernels(x).lora_down_backward_A(part, x, dropout, gradient_of(layer.lora_A))
+
+    def backward_x(self, dy: Tensor, dxa: Tensor | None, adapters: tuple, dropout: RowDropout | None) -> Tensor:
+        """dx (N, n_in); without dxa, through the folded weight."""
+        dx = dy @ self.weight(adapters, dy.dtype, fold=dxa is None)
+        if dxa is not None:
+            ops.kernels(dy).lora_dx_add_(dx, dxa, adapters[0], dropout)
+        return dx
+
+    def backward(self, dy: Tensor, x: Tensor, xa: Tensor | None, adapters: tuple, dropout: RowDropout | None) -> Tensor:
+        """All of it: dx (N, n_in), and the gradients of every A and B. xa None: the forward pass was folded."""
+        low = ops.kernels(x).lora_down(x, adapters[0]) if xa is None else xa
+        dxa = self.backward_B(dy, low, adapters)
+        self.backward_A(dxa, x, dropout)
+        return self.backward_x(dy, None if xa is None else dxa, adapters, dropout)
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor:
@@ -131,6 +153,7 @@ class BlockFunction(torch.autograd.Function):
         B, T, D = x.shape
         ctx.block, ctx.rope, ctx.segments, ctx.shape = block, [c.flatten(0, 1) for c in rope], segments, (B, T, D)
         ctx.dropouts = [group.dropout(T) for group in block.groups]
+        ctx.fold = block.fold and not any(ctx.dropouts)
         kept = Kept(x.reshape(-1, D))
         ctx.adapters = [group.adapters(x.dtype) for group in block.groups]
         y = run_forward(ctx, kept, with_down=True)
@@ -143,7 +166,7 @@ class BlockFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        block, kept = ctx.block, ctx.kept
+        block, kept, fold = ctx.block, ctx.kept, ctx.fold
         qkv, o, gate_up, down = block.groups
         drop_qkv, drop_o, drop_gate_up, drop_down = ctx.dropouts
         ad_qkv, ad_o, ad_gate_up, ad_down = ctx.adapters
@@ -152,29 +175,30 @@ class BlockFunction(torch.autograd.Function):
         xa_qkv, xa_o, xa_gate_up, xa_down = kept.low_rank
         dy = dy.reshape(-1, D)
 
-        # MLP: y = middle + down(swiglu(gate_up(norm(middle))))
-        dact, dxa = down.backward(dy, xa_down, ad_down, drop_down)
+        # MLP: y = middle + down(swiglu(gate_up(norm(middle)))). act is made again while SwiGLU goes back, over dact.
+        dxa = None if fold else down.backward_B(dy, xa_down, ad_down)
+        act = dact = down.backward_x(dy, dxa, ad_down, drop_down)
         ops.kernels(dact).swiglu_backward_(dact, kept.gate_up)  # gate_up is now its gradient, dact is act
-        down.backward_A(dxa, dact, drop_down)
-        del dact
-        dh, dxa = gate_up.backward(kept.gate_up, xa_gate_up, ad_gate_up, drop_gate_up)
-        kept.gate_up = None
+        if fold:
+            dxa = down.backward_B(dy, ops.kernels(act).lora_down(act, ad_down[0]), ad_down)
+        down.backward_A(dxa, act, drop_down)
+        del act, dact
         h, rstd = block.norm2(kept.middle)
-        gate_up.backward_A(dxa, h, drop_gate_up)
-        dmiddle = ops.kernels(dh).rms_norm_backward(dh, kept.middle, block.post_attention_layernorm.weight, rstd, dy)
-        del h, dh
+        dh = gate_up.backward(kept.gate_up, h, xa_gate_up, ad_gate_up, drop_gate_up)
+        kept.gate_up = h = None
+        weight = block.post_attention_layernorm.weight
+        dmiddle = ops.kernels(dh).rms_norm_backward(dh, kept.middle, weight, rstd, dy)
 
         # Attention: middle = x + o(attention(rope(qkv(norm(x)))))
         q, k, v, y = kept.attention
-        dattended, dxa = o.backward(dmiddle, xa_o, ad_o, drop_o)
-        o.backward_A(dxa, y.detach().reshape(-1, y.shape[2] * y.shape[3]), drop_o)
+        attended = y.detach().reshape(B * T, -1)
+        dattended = o.backward(dmiddle, attended, xa_o, ad_o, drop_o)
         grads = torch.autograd.grad(y, (q, k, v), dattended.view(y.shape))
         dqkv = torch.cat([g.flatten(2) for g in grads], dim=2).view(B * T, -1)
-        kept.attention = q = k = v = y = grads = dattended = None
+        kept.attention = q = k = v = y = grads = attended = dattended = None
         block.rotate(dqkv, ctx.rope, backward=True)
-        dh, dxa = qkv.backward(dqkv, xa_qkv, ad_qkv, drop_qkv)
         h, rstd = block.norm1(kept.x)
-        qkv.backward_A(dxa, h, drop_qkv)
+        dh = qkv.backward(dqkv, h, xa_qkv, ad_qkv, drop_qkv)
         dx = ops.kernels(dh).rms_norm_backward(dh, kept.x, block.input_layernorm.weight, rstd, dmiddle)
         ctx.kept = ctx.adapters = None
         return dx.view(B, T, D), None, None, None
@@ -182,14 +206,14 @@ class BlockFunction(torch.autograd.Function):
 
 def run_forward(ctx, kept: Kept, with_down: bool) -> Tensor | None:
     """The forward pass from whatever `kept` holds, filling in the rest of it. Returns y (N, D) if `with_down`."""
-    block, segments = ctx.block, ctx.segments
+    block, segments, fold = ctx.block, ctx.segments, ctx.fold
     qkv, o, gate_up, down = block.groups
     drop_qkv, drop_o, drop_gate_up, drop_down = ctx.dropouts
     ad_qkv, ad_o, ad_gate_up, ad_down = ctx.adapters
     B, T, D = ctx.shape
     if kept.attention is None:
         h, _ = block.norm1(kept.x)
-        projected, xa_qkv = qkv.forward(h, ad_qkv, drop_qkv)
+        projected, xa_qkv = qkv.forward(h, ad_qkv, drop_qkv, fold)
         del h
         block.rotate(projected, ctx.rope, backward=False)
         with torch.enable_grad():  # attention's own graph, which its backward pass is asked from
@@ -197,16 +221,21 @@ def run_forward(ctx, kept: Kept, with_down: bool) -> Tensor | None:
             q, k, v = (part.detach().requires_grad_() for part in parts)
             y = ops.attention(q, k, v, segments)
         kept.attention = q, k, v, y
-        kept.middle, xa_o = o.forward(y.detach().reshape(B * T, -1), ad_o, drop_o, residual=kept.x)
+        kept.middle, xa_o = o.forward(y.detach().reshape(B * T, -1), ad_o, drop_o, fold, residual=kept.x)
         kept.low_rank = xa_qkv, xa_o, None, None
     if kept.gate_up is not None:
         return None
     h, _ = block.norm2(kept.middle)
-    kept.gate_up, xa_gate_up = gate_up.forward(h, ad_gate_up, drop_gate_up)
-    act = ops.kernels(h).swiglu(kept.gate_up)
-    y, xa_down = down.forward(act, ad_down, drop_down, residual=kept.middle) if with_down else (None, None)
-    if xa_down is None:
-        xa_down = kept.low_rank[3] if kept.low_rank[3] is not None else ops.kernels(act).lora_down(act, ad_down[0], drop_down)
+    kept.gate_up, xa_gate_up = gate_up.forward(h, ad_gate_up, drop_gate_up, fold)
+    del h
+    y, xa_down = None, kept.low_rank[3]
+    if with_down:
+        act = ops.kernels(kept.gate_up).swiglu(kept.gate_up)
+        y, xa_down = down.forward(act, ad_down, drop_down, fold, residual=kept.middle)
+    elif xa_down is None and not fold:
+        xa_down = ops.kernels(kept.gate_up).lora_down(
+            ops.kernels(kept.gate_up).swiglu(kept.gate_up), ad_down[0], drop_down
+        )
     kept.low_rank = *kept.low_rank[:2], xa_gate_up, xa_down
     return y
 
@@ -214,11 +243,11 @@ def run_forward(ctx, kept: Kept, with_down: bool) -> Tensor | None:
 class FusedBlock(Block):
     """`model.Block` with the same modules under the same names, and `BlockFunction` for training."""
 
-    def __init__(self, block: Block, keep: Keep = "all") -> None:
+    def __init__(self, block: Block, keep: Keep = "all", fold: bool = False) -> None:
         nn.Module.__init__(self)
         self.input_layernorm, self.post_attention_layernorm = block.input_layernorm, block.post_attention_layernorm
         self.self_attn, self.mlp = block.self_attn, block.mlp
-        self.keep = keep
+        self.keep, self.fold = keep, fold
         attn, mlp = block.self_attn, block.mlp
         self.groups = [
             Group(attn.q_proj, attn.k_proj, attn.v_proj),
@@ -247,11 +276,12 @@ class FusedBlock(Block):
         return BlockFunction.apply(x, self, rope, segments)
 
 
-def fuse_blocks(model: Llama, keep: Keep = "all") -> bool:
-    """Replace every block by its fused twin, if all seven of its linear layers learn. Returns whether they do."""
-    for i, block in enumerate(model.model.layers):
-        linears = [m for m in block.modules() if isinstance(m, QLoRALinear) and m.lora_A is not None]
-        if len(linears) < 7:
-            return False
-        model.model.layers[i] = FusedBlock(block, keep)
-    return True
+def fuse_blocks(model: Llama, keeps: Sequence[Keep], fold: bool = False) -> None:
+    """Replace every block by its fused twin, which keeps what `keeps` says, one entry a block."""
+    for i, keep in enumerate(keeps):
+        model.model.layers[i] = FusedBlock(model.model.layers[i], keep, fold)
+
+
+def can_fuse(model: Llama) -> bool:
+    """Whether all seven linear layers of every block learn, which the fused block takes for granted."""
+    return len(lora_layers(model)) == 7 * model.config.num_hidden_layers

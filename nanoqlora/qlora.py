@@ -62,12 +62,19 @@ class QLoRALinear(nn.Module):
             absmax = ops.dequantize_absmax(absmax, self.nested_absmax, self.nested_offset)
         return ops.dequantize_nf4(self.packed, absmax, dtype)
 
-    def rebuild_into(self, out: Tensor) -> None:
-        """W in the dtype of `out`, written there; `out` may be rows of a larger buffer."""
+    def rebuild_into(self, out: Tensor, fold: tuple[Tensor, Tensor] | None = None) -> None:
+        """W in the dtype of `out`, written there; `out` may be rows of a larger buffer.
+
+        Args:
+            fold: A and B in that dtype; W + s B A is written then, summed in float32 and rounded once.
+        """
         if self.is_double_quantised:
-            ops.dequantize_into(self.packed, self.absmax, self.nested_absmax, self.nested_offset, out)
-        else:
+            statistics = self.packed, self.absmax, self.nested_absmax, self.nested_offset
+            ops.dequantize_into(*statistics, out, fold and (*fold, self.scaling))
+        elif fold is None:
             out.copy_(self.rebuild(out.dtype))
+        else:
+            out.copy_(self.rebuild(torch.float32).addmm_(fold[1].float(), fold[0].float(), alpha=self.scaling))
 
     @property
     def is_double_quantised(self) -> bool:

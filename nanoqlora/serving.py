@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import load_adapter, load_model
+from .cli import UserError
 from .distributed import compute_dtype
 from .model import KVCache, Llama
 from .prompts import PromptFormat
@@ -26,13 +27,27 @@ def load_for_use(args: argparse.Namespace) -> Usable:
     """Load what `--model`, `--adapter`, `--load_in_4bit` and `--bf16` name, ready to score and to chat."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype(args.bf16, device)
-    model = load_model(args.model, load_in_4bit=args.load_in_4bit, dtype=dtype, device=device)
+    try:
+        model = load_model(args.model, load_in_4bit=args.load_in_4bit, dtype=dtype, device=device)
+    except ValueError as error:  # a width that four bits cannot split
+        raise UserError(str(error)) from error
+    tokenizer = load_tokenizer(args.model)
+    check_vocabulary(tokenizer, model.config.vocab_size, args.model)
     if args.adapter:
         load_adapter(model, args.adapter)
     model.requires_grad_(False).eval()
     folders = [folder for folder in (args.adapter, args.model) if folder and (Path(folder) / "prompt.json").exists()]
     prompt_format = PromptFormat.from_json((Path(folders[0]) / "prompt.json").read_text("utf-8")) if folders else None
-    return Usable(model, load_tokenizer(args.model), prompt_format)
+    return Usable(model, tokenizer, prompt_format)
+
+
+def check_vocabulary(tokenizer: Tokenizer, num_rows: int, path: str | Path) -> None:
+    """Refuse a tokenizer that has more tokens than the embedding of the model has rows; fewer are usual."""
+    if tokenizer.vocab_size > num_rows:
+        raise UserError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens and the embedding {num_rows} rows, so some "
+            f"tokens would have no vector. Take both from one model."
+        )
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from tiny import save_random_llama
 
 import nanoqlora as nq
 from nanoqlora import ops
-from nanoqlora.fused import FusedBlock, fuse_blocks
+from nanoqlora.fused import can_fuse, fuse_blocks
 from nanoqlora.ops import Segments
 from nanoqlora.qlora import lora_layers, set_dropout_rows
 
@@ -24,6 +24,11 @@ def build(folder, dtype: torch.dtype, dropout: float) -> nq.Llama:
     return model.train()
 
 
+def fuse(model: nq.Llama, keep: str = "all", fold: bool = False) -> None:
+    assert can_fuse(model)
+    fuse_blocks(model, [keep] * model.config.num_hidden_layers, fold)
+
+
 def results(model: nq.Llama, lengths: tuple) -> list[torch.Tensor]:
     """Hidden states, the gradient of the embeddings, and every gradient of A and B, in float64."""
     T = sum(lengths[0])
@@ -38,29 +43,31 @@ def results(model: nq.Llama, lengths: tuple) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("keep", ["all", "no_mlp", "input"])
-@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("mode", ["no dropout", "dropout", "folded"])
 @pytest.mark.parametrize("lengths", [((33,), (33,)), ((1,), (1,)), ((5, 28), (30, 3))], ids=str)
-def test_fused_equals_plain_in_float32(tmp_path, keep, dropout, lengths):
+def test_fused_equals_plain_in_float32(tmp_path, keep, mode, lengths):
     """The same numbers up to the order of float32 sums: 2e-5 of the largest of each gradient."""
     save_random_llama(tmp_path)
+    dropout = 0.05 if mode == "dropout" else 0.0
     plain = results(build(tmp_path, torch.float32, dropout), lengths)
     model = build(tmp_path, torch.float32, dropout)
-    assert fuse_blocks(model, keep)
+    fuse(model, keep, fold=mode == "folded")
     fused = results(model, lengths)
     for i, (a, b) in enumerate(zip(fused, plain, strict=True)):
         assert (a - b).abs().max() <= 2e-5 * b.abs().max() + 1e-12, f"result {i}"
 
 
 @pytest.mark.parametrize("keep", ["all", "input"])
-def test_fused_in_bfloat16_errs_no_more_than_plain(tmp_path, keep):
+@pytest.mark.parametrize("fold", [False, True])
+def test_fused_in_bfloat16_errs_no_more_than_plain(tmp_path, keep, fold):
     """Both against the plain block in float32, from the same bfloat16 weights."""
     save_random_llama(tmp_path)
-    lengths = ((40, 60), (100,))
-    plain = results(build(tmp_path, torch.bfloat16, 0.05), lengths)
-    model = build(tmp_path, torch.bfloat16, 0.05)
-    fuse_blocks(model, keep)
+    lengths, dropout = ((40, 60), (100,)), 0.0 if fold else 0.05
+    plain = results(build(tmp_path, torch.bfloat16, dropout), lengths)
+    model = build(tmp_path, torch.bfloat16, dropout)
+    fuse(model, keep, fold)
     fused = results(model, lengths)
-    exact = build(tmp_path, torch.float32, 0.05)
+    exact = build(tmp_path, torch.float32, dropout)
     for layer in exact.modules():  # the weights that the bfloat16 products saw
         if hasattr(layer, "rebuild"):
             layer.rebuild = lambda dtype, rebuild=layer.rebuild: rebuild(torch.bfloat16).to(dtype)
@@ -84,7 +91,7 @@ def test_kept_bytes_per_block(tmp_path):
     }
     for keep, numbers in per_token.items():
         model = build(tmp_path, torch.float32, 0.0)
-        fuse_blocks(model, keep)
+        fuse(model, keep)
         block = model.model.layers[0]
         x = torch.randn(B, T, D, device=DEVICE, requires_grad=True)
         angles = torch.rand(B, T, hd // 2, device=DEVICE)
@@ -100,13 +107,13 @@ def test_fallback_when_not_all_layers_learn(tmp_path):
     save_random_llama(tmp_path)
     model = nq.Llama.from_pretrained(tmp_path, load_in_4bit=True, device=DEVICE)
     nq.inject_lora(model, r=8, alpha=4, target_modules=("q_proj",))
-    assert not fuse_blocks(model) and not any(isinstance(b, FusedBlock) for b in model.model.layers)
+    assert not can_fuse(model)
 
 
 def test_first_block_learns_over_a_frozen_embedding(tmp_path):
     save_random_llama(tmp_path, num_hidden_layers=1)
     model = build(tmp_path, torch.float32, 0.0)
-    fuse_blocks(model)
+    fuse(model)
     model.model(torch.arange(20, device=DEVICE)[None]).sum().backward()
     assert all(layer.lora_A.grad.any() and layer.lora_B.grad.any() for layer in lora_layers(model).values())
 
@@ -115,7 +122,7 @@ def test_generation_uses_the_plain_path(tmp_path):
     """No gradient, no fused block: evaluation and chat give what the plain model gives, bit for bit."""
     save_random_llama(tmp_path)
     plain, fused = build(tmp_path, torch.float32, 0.0).eval(), build(tmp_path, torch.float32, 0.0).eval()
-    fuse_blocks(fused)
+    fuse(fused)
     tokens = torch.arange(20, device=DEVICE)[None]
     with torch.no_grad():
         assert torch.equal(plain(tokens), fused(tokens))
@@ -125,7 +132,9 @@ def test_reference_mode_still_agrees(tmp_path):
     save_random_llama(tmp_path)
     lengths = ((5, 28), (30, 3))
     fast = results(build(tmp_path, torch.float32, 0.05), lengths)
-    model = build(tmp_path, torch.float32, 0.05)  # quantised by the same code: the reference rounds some scales elsewhere
+    model = build(
+        tmp_path, torch.float32, 0.05
+    )  # quantised by the same code: the reference rounds some scales elsewhere
     ops.use("reference")
     try:
         reference = results(model, lengths)

@@ -13,7 +13,20 @@ import torch
 from torch import Tensor
 
 from . import attention as attention_reference
-from . import attention_cpu, attention_cuda, block_parts, elementwise, elementwise_fast, lora, lora_fast, lora_parts, loss, loss_fast, nf4, nf4_fast
+from . import (
+    attention_cpu,
+    attention_cuda,
+    block_parts,
+    elementwise,
+    elementwise_fast,
+    lora,
+    lora_fast,
+    lora_parts,
+    loss,
+    loss_fast,
+    nf4,
+    nf4_fast,
+)
 from .attention import Segments, attention_to_past
 from .lora import Dropout, Rebuild, fold
 from .lora_parts import RowDropout
@@ -118,14 +131,33 @@ def dequantize_nf4(packed: Tensor, absmax: Tensor, dtype: torch.dtype = torch.fl
     return (nf4_fast if _fast else nf4).dequantize_nf4(packed, absmax, dtype)
 
 
-def dequantize_into(packed: Tensor, codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor, out: Tensor) -> None:
-    """W of a doubly quantised matrix, written to `out` (n_out, n_in), which may be rows of a larger buffer."""
+def dequantize_into(
+    packed: Tensor,
+    codes: Tensor,
+    nested_absmax: Tensor,
+    nested_offset: Tensor,
+    out: Tensor,
+    fold: tuple[Tensor, Tensor, float] | None = None,
+) -> None:
+    """W of a doubly quantised matrix, written to `out` (n_out, n_in), which may be rows of a larger buffer.
+
+    Args:
+        fold: lora_A (r, n_in), lora_B (n_out, r), scaling: writes W + scaling * B A, summed in float32.
+    """
     if _fast and out.is_cuda:
         from . import nf4_triton
 
-        nf4_triton.dequantize_nf4_double(packed, codes, nested_absmax, nested_offset, out)
+        if fold is None:
+            nf4_triton.dequantize_nf4_double(packed, codes, nested_absmax, nested_offset, out)
+        else:
+            nf4_triton.dequantize_nf4_folded(packed, codes, nested_absmax, nested_offset, *fold, out)
+        return
+    absmax = dequantize_absmax(codes, nested_absmax, nested_offset)
+    if fold is None:
+        out.copy_(dequantize_nf4(packed, absmax, out.dtype))
     else:
-        out.copy_(dequantize_nf4(packed, dequantize_absmax(codes, nested_absmax, nested_offset), out.dtype))
+        lora_A, lora_B, scaling = fold
+        out.copy_(dequantize_nf4(packed, absmax).addmm_(lora_B.float(), lora_A.float(), alpha=scaling))
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:

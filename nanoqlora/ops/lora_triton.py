@@ -157,7 +157,7 @@ def launch_down(x: Tensor, w: Tensor, out: Tensor, scale: float, dropout: RowDro
 
 def launch_rows(u: Tensor, x: Tensor, out: Tensor, scale: float, dropout: RowDropout | None, add: bool) -> None:
     """out (+)= scale * u^T dropout(x) for u (N, R), x (N, K), out (R, K) float32 in either memory order."""
-    (N, K), R, chunks, masking = x.shape, u.shape[1], Chunks.of(u.shape[1]), Masking.of(dropout, len(x))
+    K, R, chunks, masking = x.shape[1], u.shape[1], Chunks.of(u.shape[1]), Masking.of(dropout, len(x))
     tile = TILES["rows", chunks.count]
     blocks, tiles = triton.cdiv(K, tile.columns), masking.tiles(tile.rows)
     splits = max(1, min(tile.programs // (blocks * chunks.groups), tiles))
@@ -173,7 +173,7 @@ def launch_rows(u: Tensor, x: Tensor, out: Tensor, scale: float, dropout: RowDro
 
 def launch_add(y: Tensor, u: Tensor, w: Tensor, scale: float, dropout: RowDropout | None) -> None:
     """y += scale * mask * (u w) for y (N, K), u (N, R), w (R, K) in either memory order."""
-    (N, K), R, chunks, masking = y.shape, len(w), Chunks.of(len(w)), Masking.of(dropout, len(y))
+    K, R, chunks, masking = y.shape[1], len(w), Chunks.of(len(w)), Masking.of(dropout, len(y))
     tile = TILES["add", chunks.count]
     add_kernel[(triton.cdiv(K, tile.columns), masking.tiles(tile.rows))](
         y, u, w, masking.seeds, masking.threshold, scale * masking.scale, masking.T,
@@ -183,9 +183,7 @@ def launch_add(y: Tensor, u: Tensor, w: Tensor, scale: float, dropout: RowDropou
     )  # fmt: skip
 
 
-def launch_up_backward(
-    dy: Tensor, xa: Tensor, B: Tensor, dxa: Tensor, dB: Tensor, scale: float, add: bool
-) -> None:
+def launch_up_backward(dy: Tensor, xa: Tensor, B: Tensor, dxa: Tensor, dB: Tensor, scale: float, add: bool) -> None:
     """dxa = scale * dy B and dB (+)= scale * dy^T xa for dy (N, K), xa (N, R), B (K, R), with R in one chunk."""
     (N, K), R, tile = dy.shape, B.shape[1], TILES["up_backward", 1]
     blocks, tiles = triton.cdiv(K, tile.columns), triton.cdiv(N, tile.rows)
@@ -202,10 +200,11 @@ def launch_up_backward(
 
 
 def launch_sum(parts: Tensor, out: Tensor, scale: float, add: bool) -> None:
-    """out (+)= scale * the sum of parts (P, I, J) float32, for out (I, J) in either memory order."""
-    P, I, J = parts.shape
-    grid = (triton.cdiv(I, 16), triton.cdiv(J, 64))
-    sum_kernel[grid](parts, out, scale, P, I, J, *out.stride(), ADD=add, BLOCK_I=16, BLOCK_J=64, num_warps=4)
+    """out (+)= scale * the sum of parts (count, height, width) float32, for out in either memory order."""
+    count, height, width = parts.shape
+    sum_kernel[(triton.cdiv(height, 16), triton.cdiv(width, 64))](
+        parts, out, scale, count, height, width, *out.stride(), ADD=add, BLOCK_I=16, BLOCK_J=64, num_warps=4
+    )
 
 
 def row_strides(*matrices: Tensor) -> list[int]:
@@ -375,17 +374,18 @@ def up_backward_kernel(
 
 @triton.jit
 def sum_kernel(
-    parts, out, scale, P, I, J, stride_i, stride_j, ADD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
-):
-    """The parts of a split sum, one after the other. Program (block of I, block of J)."""
+    parts, out, scale, count, height, width, stride_i, stride_j,
+    ADD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """The parts of a split sum, one after the other. Program (block of rows, block of columns)."""
     i = (tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)).to(tl.int64)
     j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
-    inside = (i < I)[:, None] & (j < J)[None, :]
-    here = parts + i[:, None] * J + j[None, :]
+    inside = (i < height)[:, None] & (j < width)[None, :]
+    here = parts + i[:, None] * width + j[None, :]
     total = tl.full((BLOCK_I, BLOCK_J), 0.0, tl.float32)
-    for _ in tl.range(0, P, loop_unroll_factor=4):
+    for _ in tl.range(0, count, loop_unroll_factor=4):  # four loads on their way at a time
         total += tl.load(here, mask=inside, other=0.0)
-        here += I * J
+        here += height * width
     total *= scale
     place = out + i[:, None] * stride_i + j[None, :] * stride_j
     if ADD:

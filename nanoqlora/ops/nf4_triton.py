@@ -10,8 +10,8 @@ and nothing but the weights is written. Three things keep the arithmetic below t
 - Eight nibbles are loaded as one 32-bit word and become eight neighbouring bfloat16 numbers, which are 16 bytes: the
   widest store there is, and no thread ever needs another thread's result.
 - The 16 levels are looked up in shared memory (`tl.gather`): one shift, one mask and one load a weight. The 16 words
-  lie in 16 different banks, so lanes that want different levels do not wait for each other. Choosing with compares
-  takes 15 instructions a weight, which costs more than the memory.
+  lie in 16 different banks, so lanes that want different levels do not wait for each other. A tree of choices would
+  take 15 instructions a weight, at half the rate of a product: more time than the memory needs.
 - A program starts at a multiple of its number of blocks, which divides 256: all its scales share one scale.
 
 **Bits.** The result equals the reference's bit for bit. The only danger is absmax: compilers like to turn the product
@@ -29,8 +29,7 @@ from torch import Tensor
 from . import nf4
 from .elementwise_triton import Launch
 
-# On an H100 in bfloat16, the fastest of a few for the weights of an 8B model.
-DEQUANTIZE = Launch(4096, 4)
+DEQUANTIZE = Launch(4096, 4)  # for the weights of an 8B model on an H100: four 16-byte stores a thread
 FOLDED = {torch.bfloat16: (64, 128, 4), torch.float32: (16, 64, 4)}  # rows and columns of a tile, warps
 
 

@@ -182,11 +182,13 @@ def main() -> None:
     except ValueError as error:  # a width that four bits cannot split, a name that no layer has
         raise UserError(str(error)) from error
     model.train()
-    if device.type == "cuda" and can_fuse(model):
-        tokens = config.micro_batch_size * config.sequence_len
-        keeps = keeps_for(model, config.gradient_checkpointing, tokens)
+    if can_fuse(model):
+        keeps = keeps_for(model, config.gradient_checkpointing, config.micro_batch_size * config.sequence_len)
         fuse_blocks(model, keeps)
-        say("blocks keep for the backward pass: " + ", ".join(f"{keeps.count(k)} x {k}" for k in dict.fromkeys(keeps)))
+        if set(keeps) != {"all"}:
+            say("kept for the backward pass: " + ", ".join(f"{keeps.count(k)} x {k}" for k in dict.fromkeys(keeps)))
+    else:
+        say("not all seven linear layers of a block are trained: the plain block is used, which is slower")
     flat = flatten_trainable(model)
     betas = config.adam_beta1, config.adam_beta2
     adamw = {"betas": betas, "eps": config.adam_epsilon, "weight_decay": config.weight_decay}

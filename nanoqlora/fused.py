@@ -233,9 +233,8 @@ def run_forward(ctx, kept: Kept, with_down: bool) -> Tensor | None:
         act = ops.kernels(kept.gate_up).swiglu(kept.gate_up)
         y, xa_down = down.forward(act, ad_down, drop_down, fold, residual=kept.middle)
     elif xa_down is None and not fold:
-        xa_down = ops.kernels(kept.gate_up).lora_down(
-            ops.kernels(kept.gate_up).swiglu(kept.gate_up), ad_down[0], drop_down
-        )
+        act = ops.kernels(kept.gate_up).swiglu(kept.gate_up)
+        xa_down = ops.kernels(act).lora_down(act, ad_down[0], drop_down)
     kept.low_rank = *kept.low_rank[:2], xa_gate_up, xa_down
     return y
 

@@ -9,6 +9,7 @@ stays what it is called in Hugging Face's checkpoints and in PEFT's adapters. Re
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -40,6 +41,7 @@ class QLoRALinear(nn.Module):
         self.scaling = self.alpha = self.dropout_p = 0.0
         self.use_rslora = False
         self.layer_seed = 0
+        self.dense: Tensor | None = None  # W as rebuilt, within `dense_weights`
         self.row_seeds: Tensor | None = None  # (B,) int64, set for each batch by `set_dropout_rows`
 
     def quantize(self, double_quant: bool = True) -> None:
@@ -57,6 +59,8 @@ class QLoRALinear(nn.Module):
         """W, (n_out, n_in), as training sees it in `dtype`."""
         if hasattr(self, "weight"):
             return self.weight.to(dtype)
+        if self.dense is not None:
+            return self.dense.to(dtype)
         absmax = self.absmax
         if self.is_double_quantised:
             absmax = ops.dequantize_absmax(absmax, self.nested_absmax, self.nested_offset)
@@ -183,3 +187,17 @@ def flatten_trainable(model: nn.Module) -> nn.Parameter:
         p.data = flat.data[start:end].view_as(p)
         p.grad = flat.grad[start:end].view_as(p)
     return flat
+
+
+@contextmanager
+def dense_weights(model: nn.Module) -> Iterator[None]:
+    """Within it the 4-bit layers keep their rebuilt weights: for chat on a CPU, at two or four bytes a weight."""
+    dtype = model.model.embed_tokens.weight.dtype
+    layers = [m for _, m in block_linears(model) if isinstance(m, QLoRALinear) and hasattr(m, "packed")]
+    try:
+        for layer in layers:
+            layer.dense = layer.rebuild(dtype)
+        yield
+    finally:
+        for layer in layers:
+            layer.dense = None

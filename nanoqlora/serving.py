@@ -1,6 +1,7 @@
 """A model with all that is needed to use it: weights, adapter, tokenizer and the prompt format it was trained with."""
 
 import argparse
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from .cli import UserError
 from .distributed import compute_dtype
 from .model import KVCache, Llama
 from .prompts import PromptFormat
+from .qlora import dense_weights
 from .tokenizer import Tokenizer, load_tokenizer
 
 
@@ -66,6 +68,12 @@ def generate(
         temperature: 0 always takes the likeliest token; above, draws from softmax(logits / temperature).
     """
     device = model.model.embed_tokens.weight.device
+    keep_dense = device.type == "cpu"  # where rebuilding every weight for every token is most of the work
+    with dense_weights(model) if keep_dense else nullcontext():
+        yield from _generate(model, tokens, stop_ids, max_new_tokens, temperature, generator, device)
+
+
+def _generate(model, tokens, stop_ids, max_new_tokens, temperature, generator, device):
     cache, step = KVCache(), torch.tensor([tokens], device=device)
     for _ in range(max_new_tokens):
         logits = model.lm_head(model.model(step, cache=cache)[0, -1]).float()  # (V,)

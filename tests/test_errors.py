@@ -135,7 +135,7 @@ def test_mistakes_on_the_command_line(world, case):
 def test_mistakes_in_the_yaml_are_told_with_their_line(world):
     for line, words in {
         "learning_rat: 0.1": ["train.yml, line 3", "learning_rat"],
-        "lora_dropout: [": ["train.yml, line 4"],  # where it goes on as no list does
+        "lora_dropout: [": ["train.yml, line 5"],  # the colon there is the first thing that no list has
         "lora_dropout: lots": ["train.yml, line 3", "lora_dropout", "lots"],
     }.items():
         whole = world.run.read_text("utf-8")

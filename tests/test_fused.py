@@ -132,9 +132,7 @@ def test_reference_mode_still_agrees(tmp_path):
     save_random_llama(tmp_path)
     lengths = ((5, 28), (30, 3))
     fast = results(build(tmp_path, torch.float32, 0.05), lengths)
-    model = build(
-        tmp_path, torch.float32, 0.05
-    )  # quantised by the same code: the reference rounds some scales elsewhere
+    model = build(tmp_path, torch.float32, 0.05)  # before the switch: the reference rounds some scales elsewhere
     ops.use("reference")
     try:
         reference = results(model, lengths)

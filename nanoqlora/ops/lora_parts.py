@@ -16,6 +16,7 @@ is what the tests measure the kernels of `lora_triton.py` against, and what a CP
 rounding alone: this file rounds the mask's 1 / (1 - p), each product and each sum to the dtype of x.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,17 +56,23 @@ def lora_down(x: Tensor, A: Tensor, dropout: RowDropout | None = None) -> Tensor
 
 
 def lora_down_backward_A(
-    dxa: Tensor, x: Tensor, dropout: RowDropout | None = None, out: Tensor | None = None
-) -> Tensor:
+    dxa: Tensor, x: Tensor, dropout: RowDropout | None = None, out: Tensor | Sequence[Tensor] | None = None
+) -> Tensor | Sequence[Tensor]:
     """dA = dxa^T dropout(x), the gradient of A.
 
     Args:
         dxa: (N, R), with the scaling in it. x: (N, n_in).
-        out: (R, n_in) float32 to add to, as gradients are summed over micro-batches. None makes a new one.
+        out: (R, n_in) float32 to add to, as gradients are summed over micro-batches; or one such for each projection,
+            (r, n_in), in their order: x is still read once. None makes a new one.
     Returns:
-        (R, n_in) float32 (float64 from float64): `out` if it was given.
+        (R, n_in) float32 (float64 from float64); `out` if it was given.
     """
-    return gradient(dxa.t(), drop(x, dropout), 1.0, out)
+    dropped = drop(x, dropout)
+    if out is None or isinstance(out, Tensor):
+        return gradient(dxa.t(), dropped, 1.0, out)
+    for part, place in zip(dxa.split([len(place) for place in out], 1), out, strict=True):
+        gradient(part.t(), dropped, 1.0, place)
+    return out
 
 
 def lora_dx_add_(dx: Tensor, dxa: Tensor, A: Tensor, dropout: RowDropout | None = None) -> None:

@@ -1,29 +1,40 @@
 """The fast twin of `lora_parts.py` for GPUs: the same functions as Triton kernels, in bfloat16.
 
 A product of (8192, 4096) with (4096, 64) is 4.3 GFLOP over 68 MB: 6 us of an H100's arithmetic and 23 us of its
-memory traffic. So the wide operand is read once, and enough of it is kept on its way. Without dropout a general
-matrix product comes close to that. With dropout PyTorch writes the mask, reads it, writes dropout(x) and reads that;
-here the hash of `lora.py` is computed where a value has just been loaded, and no mask ever reaches memory.
+memory traffic. So the wide operand is read once, and enough of it is kept on its way. PyTorch's own product does that
+well where nothing is added and nothing dropped, and is used there. To add a product to y it takes half as long again
+as the kernel here; and with dropout it would write the mask, read it, write dropout(x) and read that. Here the hash of
+`lora.py` is computed where a value has just been loaded, and no mask ever reaches memory.
 
-Three shapes make all the parts, each around a wide (N, K) matrix and an R of less than 200:
+    down_kernel    (N, K) (K, R) -> (N, R)     sums over K     xa with dropout
+    rows_kernel    (R, N) (N, K) -> (R, K)     sums over N     dA and dB
+    add_kernel     (N, K) += (N, R) (R, K)     sums over R     y and dx
 
-    down_kernel         (N, K) (K, R) -> (N, R)     sums over K      xa and dxa
-    rows_kernel         (R, N) (N, K) -> (R, K)     sums over N      dA and dB
-    add_kernel          (N, K) += (N, R) (R, K)     sums over R      y and dx
-    up_backward_kernel  the first two over one dy, which it reads once
+One H100, N = 8192, R = 64, in us (a copy of the wide operand's bytes at 3.0 TB/s; the kernel; the best of PyTorch, for
+which the mask was already there):
+
+    K                              4096                  14336
+    xa, dropout 0.05            23 / 49 / 94          79 / 143 / 316
+    dA                          23 / 34 / 32 + add    80 /  89 /  85 + add
+    dA, dropout 0.05            23 / 52 / 99          80 / 161 / 315
+    y and dx                    45 / 51 / 73         158 / 164 / 247
+    dx, dropout 0.05            45 / 58 / 121        158 / 192 / 400
 
 Splitting a sum: 8192 rows are 128 tiles of 64, and R x K is fewer still, not enough to keep 132 multiprocessors busy.
 So several programs share one sum, each writes its part in float32, and `sum_kernel` adds the parts in a fixed order.
 Atomic additions would need no second kernel, but their order, and so the last bits, would change from run to run.
+dxa and dB from one pass over dy was tried: the parts of dxa, one for each block of columns, cost what it saved.
 
-The price of dropout: the hash takes about 16 instructions of the integer units for a value, and a multiprocessor does
-64 such a cycle, so reading 2 bytes of x for it comes second. The hash has two rounds; the first hashes a token's place
-in its row of the batch and is the same for all rows. A tile therefore holds the same tokens of GROUP rows, laid out so
-that equal places meet in one thread, where the compiler computes the first round once. It costs nothing else.
+The price of dropout: a value's hash takes about 16 instructions of the integer units, which do 64 a cycle in each
+multiprocessor, and that is longer than reading 2 bytes of x. The hash has two rounds; the first hashes a token's place
+in its row of the batch and is the same for all rows. A tile therefore holds the same tokens of GROUP batch rows, in an
+order that brings equal places into one thread, where the compiler keeps one first round for all: 11 instructions with
+four rows, 143 us instead of 187 for the wider xa above.
 
 Block sizes must be powers of two, so R = 192 is taken as three chunks of 64, each with its own accumulator.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,20 +55,24 @@ class Tile(NamedTuple):
     programs: int = 0  # split the sum while there are fewer; an H100 has 132 multiprocessors
 
 
-# By kernel and by chunks of R.
+# By kernel, by dropout and by chunks of R: the fastest of some ten shapes on an H100 over the sites of Llama-3-8B.
 TILES = {
-    ("down", 1): Tile(64, 64, 4, 4, 264),
-    ("down", 2): Tile(64, 64, 4, 4, 264),
-    ("down", 3): Tile(64, 64, 4, 3, 264),
-    ("rows", 1): Tile(64, 128, 4, 3, 264),
-    ("rows", 2): Tile(64, 64, 4, 3, 264),
-    ("rows", 3): Tile(64, 64, 4, 3, 264),
-    ("add", 1): Tile(64, 128, 8, 3),
-    ("add", 2): Tile(64, 128, 8, 3),
-    ("add", 3): Tile(64, 128, 8, 3),
-    ("up_backward", 1): Tile(64, 256, 8, 3, 132),
+    ("down", True, 1): Tile(64, 64, 4, 3, 396),
+    ("down", True, 2): Tile(64, 64, 4, 3, 264),
+    ("down", True, 3): Tile(64, 64, 4, 3, 264),
+    ("rows", False, 1): Tile(64, 64, 4, 4, 264),
+    ("rows", False, 2): Tile(64, 64, 4, 3, 264),
+    ("rows", False, 3): Tile(64, 64, 4, 3, 264),
+    ("rows", True, 1): Tile(64, 128, 4, 3, 396),
+    ("rows", True, 2): Tile(64, 128, 4, 3, 264),
+    ("rows", True, 3): Tile(64, 64, 4, 3, 264),
+    ("add", False, 1): Tile(64, 128, 8, 3),
+    ("add", False, 2): Tile(64, 128, 4, 3),
+    ("add", False, 3): Tile(64, 128, 4, 3),
+    ("add", True, 1): Tile(32, 128, 4, 3),
+    ("add", True, 2): Tile(64, 128, 4, 3),
+    ("add", True, 3): Tile(64, 128, 4, 3),
 }
-UP_BACKWARD_IN_ONE = True  # dy read once, where one chunk holds R
 
 
 class Chunks(NamedTuple):
@@ -90,6 +105,7 @@ class Masking(NamedTuple):
         if dropout is None:
             return cls(None, 0, 1.0, 1, N, 1)
         p, seeds, T = dropout
+        assert len(seeds) * T == N and seeds.dtype == torch.int32, f"{len(seeds)} rows of {T} tokens are not {N}"
         group = next(g for g in (4, 2, 1) if len(seeds) % g == 0)
         return cls(seeds, int(p * 2**32) - 2**31, 1 / (1 - p), len(seeds), T, group)
 
@@ -100,28 +116,46 @@ class Masking(NamedTuple):
 
 def lora_down(x: Tensor, A: Tensor, dropout: RowDropout | None = None) -> Tensor:
     """As `lora_parts.lora_down`."""
-    xa = x.new_empty(len(x), len(A))
-    launch_down(x, A, xa, 1.0, dropout)
+    if dropout is None:
+        return x @ A.t()
+    (N, K), R = x.shape, len(A)
+    chunks, masking = Chunks.of(R), Masking.of(dropout, N)
+    tile = TILES["down", True, chunks.count]
+    tiles = masking.tiles(tile.rows)
+    splits = max(1, min(tile.programs // max(1, tiles * chunks.groups), K // (8 * tile.columns)))
+    xa = x.new_empty(N, R)
+    parts = xa if splits == 1 else x.new_empty(splits, N, R, dtype=torch.float32)
+    down_kernel[(tiles, chunks.groups, splits)](
+        x, A, parts, masking.seeds, masking.threshold, masking.scale, N, masking.T, *row_strides(x, A),
+        K=K, R=R, BLOCK_T=tile.rows, BLOCK_K=tile.columns, BLOCK_R=chunks.size, CHUNKS=chunks.count,
+        GROUP=masking.group, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if splits > 1:
+        add_parts(parts, xa, add=False)
     return xa
 
 
 def lora_down_backward_A(
-    dxa: Tensor, x: Tensor, dropout: RowDropout | None = None, out: Tensor | None = None
-) -> Tensor:
+    dxa: Tensor, x: Tensor, dropout: RowDropout | None = None, out: Tensor | Sequence[Tensor] | None = None
+) -> Tensor | Sequence[Tensor]:
     """As `lora_parts.lora_down_backward_A`."""
-    dA = x.new_empty(dxa.shape[1], x.shape[1], dtype=torch.float32) if out is None else out
-    launch_rows(dxa, x, dA, 1.0, dropout, add=out is not None)
-    return dA
+    parts = products_over_rows(dxa, x, 1.0, dropout)
+    if out is None:
+        return add_parts(parts, x.new_empty(parts.shape[1:], dtype=torch.float32), add=False)
+    places = [out] if isinstance(out, Tensor) else out
+    for ours, place in zip(parts.split([len(place) for place in places], 1), places, strict=True):
+        add_parts(ours, place, add=True)
+    return out
 
 
 def lora_dx_add_(dx: Tensor, dxa: Tensor, A: Tensor, dropout: RowDropout | None = None) -> None:
     """As `lora_parts.lora_dx_add_`."""
-    launch_add(dx, dxa, A, 1.0, dropout)
+    add_product(dx, dxa, A, 1.0, dropout)
 
 
 def lora_up_add_(y: Tensor, xa: Tensor, B: Tensor, scaling: float) -> None:
     """As `lora_parts.lora_up_add_`."""
-    launch_add(y, xa, B.t(), scaling, None)
+    add_product(y, xa, B.t(), scaling, None)
 
 
 def lora_up_backward(
@@ -130,35 +164,16 @@ def lora_up_backward(
     """As `lora_parts.lora_up_backward`."""
     dxa = dy.new_empty(xa.shape) if dxa_out is None else dxa_out
     dB = dy.new_empty(B.shape, dtype=torch.float32) if dB_out is None else dB_out
-    if UP_BACKWARD_IN_ONE and B.shape[1] <= 64:
-        launch_up_backward(dy, xa, B, dxa, dB, scaling, add=dB_out is not None)
-    else:
-        launch_down(dy, B.t(), dxa, scaling, None)
-        launch_rows(xa, dy, dB.t(), scaling, None, add=dB_out is not None)
+    dxa.addmm_(dy, B, beta=0, alpha=scaling)
+    add_parts(products_over_rows(xa, dy, scaling, None), dB.t(), add=dB_out is not None)
     return dxa, dB
 
 
-def launch_down(x: Tensor, w: Tensor, out: Tensor, scale: float, dropout: RowDropout | None) -> None:
-    """out = scale * dropout(x) w^T for x (N, K), w (R, K) in either memory order, out (N, R)."""
-    (N, K), R, chunks, masking = x.shape, len(w), Chunks.of(len(w)), Masking.of(dropout, len(x))
-    tile = TILES["down", chunks.count]
-    tiles = masking.tiles(tile.rows)
-    splits = max(1, min(tile.programs // max(1, tiles * chunks.groups), K // (8 * tile.columns)))
-    target = out if splits == 1 else x.new_empty(splits, N, R, dtype=torch.float32)
-    down_kernel[(tiles, chunks.groups, splits)](
-        x, w, target, masking.seeds, masking.threshold, scale * masking.scale, N, masking.T,
-        *row_strides(x), *w.stride(), target.stride(-2),
-        K=K, R=R, BLOCK_T=tile.rows, BLOCK_K=tile.columns, BLOCK_R=chunks.size, CHUNKS=chunks.count,
-        GROUP=masking.group, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    if splits > 1:
-        launch_sum(target, out, 1.0, add=False)
-
-
-def launch_rows(u: Tensor, x: Tensor, out: Tensor, scale: float, dropout: RowDropout | None, add: bool) -> None:
-    """out (+)= scale * u^T dropout(x) for u (N, R), x (N, K), out (R, K) float32 in either memory order."""
-    K, R, chunks, masking = x.shape[1], u.shape[1], Chunks.of(u.shape[1]), Masking.of(dropout, len(x))
-    tile = TILES["rows", chunks.count]
+def products_over_rows(u: Tensor, x: Tensor, scale: float, dropout: RowDropout | None) -> Tensor:
+    """scale * u^T dropout(x) for u (N, R), x (N, K): (parts, R, K) float32, still to be added up."""
+    (N, K), R = x.shape, u.shape[1]
+    chunks, masking = Chunks.of(R), Masking.of(dropout, N)
+    tile = TILES["rows", dropout is not None, chunks.count]
     blocks, tiles = triton.cdiv(K, tile.columns), masking.tiles(tile.rows)
     splits = max(1, min(tile.programs // (blocks * chunks.groups), tiles))
     parts = x.new_empty(splits, R, K, dtype=torch.float32)
@@ -168,13 +183,14 @@ def launch_rows(u: Tensor, x: Tensor, out: Tensor, scale: float, dropout: RowDro
         K=K, R=R, BLOCK_T=tile.rows, BLOCK_K=tile.columns, BLOCK_R=chunks.size, CHUNKS=chunks.count,
         GROUP=masking.group, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    launch_sum(parts, out, 1.0, add)
+    return parts
 
 
-def launch_add(y: Tensor, u: Tensor, w: Tensor, scale: float, dropout: RowDropout | None) -> None:
+def add_product(y: Tensor, u: Tensor, w: Tensor, scale: float, dropout: RowDropout | None) -> None:
     """y += scale * mask * (u w) for y (N, K), u (N, R), w (R, K) in either memory order."""
-    K, R, chunks, masking = y.shape[1], len(w), Chunks.of(len(w)), Masking.of(dropout, len(y))
-    tile = TILES["add", chunks.count]
+    (N, K), R = y.shape, len(w)
+    chunks, masking = Chunks.of(R), Masking.of(dropout, N)
+    tile = TILES["add", dropout is not None, chunks.count]
     add_kernel[(triton.cdiv(K, tile.columns), masking.tiles(tile.rows))](
         y, u, w, masking.seeds, masking.threshold, scale * masking.scale, masking.T,
         *row_strides(y, u), *w.stride(),
@@ -183,28 +199,14 @@ def launch_add(y: Tensor, u: Tensor, w: Tensor, scale: float, dropout: RowDropou
     )  # fmt: skip
 
 
-def launch_up_backward(dy: Tensor, xa: Tensor, B: Tensor, dxa: Tensor, dB: Tensor, scale: float, add: bool) -> None:
-    """dxa = scale * dy B and dB (+)= scale * dy^T xa for dy (N, K), xa (N, R), B (K, R), with R in one chunk."""
-    (N, K), R, tile = dy.shape, B.shape[1], TILES["up_backward", 1]
-    blocks, tiles = triton.cdiv(K, tile.columns), triton.cdiv(N, tile.rows)
-    splits = max(1, min(tile.programs // blocks, tiles))
-    dxa_parts = dy.new_empty(blocks, N, R, dtype=torch.float32)
-    dB_parts = dy.new_empty(splits, K, R, dtype=torch.float32)
-    up_backward_kernel[(blocks, splits)](
-        dy, xa, B, dxa_parts, dB_parts, N, tiles, *row_strides(dy, xa, B),
-        K=K, R=R, BLOCK_T=tile.rows, BLOCK_K=tile.columns, BLOCK_R=Chunks.of(R).size,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    launch_sum(dxa_parts, dxa, scale, add=False)
-    launch_sum(dB_parts, dB, scale, add)
-
-
-def launch_sum(parts: Tensor, out: Tensor, scale: float, add: bool) -> None:
-    """out (+)= scale * the sum of parts (count, height, width) float32, for out in either memory order."""
+def add_parts(parts: Tensor, out: Tensor, add: bool) -> Tensor:
+    """out (+)= the sum of parts (count, height, width) float32, for out in either memory order. Returns out."""
     count, height, width = parts.shape
     sum_kernel[(triton.cdiv(height, 16), triton.cdiv(width, 64))](
-        parts, out, scale, count, height, width, *out.stride(), ADD=add, BLOCK_I=16, BLOCK_J=64, num_warps=4
-    )
+        parts, out, count, height, width, parts.stride(0), *out.stride(),
+        ADD=add, BLOCK_I=16, BLOCK_J=64, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 def row_strides(*matrices: Tensor) -> list[int]:
@@ -250,37 +252,35 @@ def rows_of(tile, T, BLOCK_T: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def down_kernel(
-    x, w, out, seeds, threshold, scale, N, T, stride_x, stride_wr, stride_wk, stride_out,
+    x, A, out, seeds, threshold, scale, N, T, stride_x, stride_A,
     K: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     CHUNKS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows walks along K. Program (tile of rows, group of R, part of K)."""
     b, t, rows = rows_of(tl.program_id(0), T, BLOCK_T, GROUP)
     r = tl.program_id(1) * (CHUNKS * BLOCK_R) + tl.arange(0, BLOCK_R)
+    seed = tl.load(seeds + b)
     share = ceil_div(ceil_div(K, BLOCK_K), tl.num_programs(2)) * BLOCK_K
     begin = tl.program_id(2) * share
-    if seeds is not None:
-        seed = tl.load(seeds + b)
     sums = ()
     for _ in tl.static_range(CHUNKS):
         sums = sums + (tl.full((BLOCK_T, BLOCK_R), 0.0, tl.float32),)
     for start in range(begin, tl.minimum(begin + share, K), BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         x_ = tl.load(x + rows[:, None] * stride_x + k[None, :], mask=(t < T)[:, None] & (k < K)[None, :], other=0.0)
-        if seeds is not None:
-            x_ = tl.where(kept(t, k, seed, threshold, K), x_, 0.0)
+        x_ = tl.where(kept(t, k, seed, threshold, K), x_, 0.0)
         longer = ()
         for c in tl.static_range(CHUNKS):
             rc = r + c * BLOCK_R
             inside = (k < K)[:, None] & (rc < R)[None, :]
-            w_ = tl.load(w + k[:, None] * stride_wk + rc[None, :] * stride_wr, mask=inside, other=0.0)
-            longer = longer + (tl.dot(x_, w_, sums[c]),)
+            A_ = tl.load(A + rc[None, :] * stride_A + k[:, None], mask=inside, other=0.0)  # already transposed
+            longer = longer + (tl.dot(x_, A_, sums[c]),)
         sums = longer
-    part = out + tl.program_id(2).to(tl.int64) * N * stride_out  # the parts lie one after the other
+    part = out + tl.program_id(2).to(tl.int64) * N * R  # the parts lie one after the other
     for c in tl.static_range(CHUNKS):
         rc = r + c * BLOCK_R
-        here = part + rows[:, None] * stride_out + rc[None, :]
-        # Here, not on x: one rounding fewer, and 1 / (1 - p) keeps its 24 bits.
+        here = part + rows[:, None] * R + rc[None, :]
+        # The scale here, not on x: one rounding fewer, and 1 / (1 - p) keeps its 24 bits.
         tl.store(here, (sums[c] * scale).to(out.dtype.element_ty), mask=(t < T)[:, None] & (rc < R)[None, :])
 
 
@@ -343,38 +343,8 @@ def add_kernel(
 
 
 @triton.jit
-def up_backward_kernel(
-    dy, xa, B, dxa_parts, dB_parts, N, tiles, stride_dy, stride_xa, stride_B,
-    K: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """A block of columns walks down N, as in `rows_kernel`, and each tile of dy also meets its rows of B.
-
-    dB stays in registers to the end. dxa needs all of K, so each block of columns writes a part of it, (N, R) float32:
-    8 R bytes written and read for 2 BLOCK_K bytes of dy, which pays only for wide blocks.
-    Program (block of columns, part of the tiles of rows).
-    """
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    r = tl.arange(0, BLOCK_R)
-    share = ceil_div(tiles, tl.num_programs(1))
-    begin = tl.program_id(1) * share
-    in_B = (k < K)[:, None] & (r < R)[None, :]
-    B_ = tl.load(B + k[:, None] * stride_B + r[None, :], mask=in_B, other=0.0)
-    dB = tl.full((BLOCK_K, BLOCK_R), 0.0, tl.float32)
-    for tile in range(begin, tl.minimum(begin + share, tiles)):
-        n = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-        rows = n.to(tl.int64)
-        in_xa = (n < N)[:, None] & (r < R)[None, :]
-        dy_ = tl.load(dy + rows[:, None] * stride_dy + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
-        xa_ = tl.load(xa + rows[:, None] * stride_xa + r[None, :], mask=in_xa, other=0.0)
-        dB = tl.dot(tl.trans(dy_), xa_, dB)
-        part = dxa_parts + (tl.program_id(0).to(tl.int64) * N + rows)[:, None] * R + r[None, :]
-        tl.store(part, tl.dot(dy_, B_), mask=in_xa)
-    tl.store(dB_parts + (tl.program_id(1) * K + k)[:, None] * R + r[None, :], dB, mask=in_B)
-
-
-@triton.jit
 def sum_kernel(
-    parts, out, scale, count, height, width, stride_i, stride_j,
+    parts, out, count, height, width, stride_part, stride_i, stride_j,
     ADD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """The parts of a split sum, one after the other. Program (block of rows, block of columns)."""
@@ -382,12 +352,11 @@ def sum_kernel(
     j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
     inside = (i < height)[:, None] & (j < width)[None, :]
     here = parts + i[:, None] * width + j[None, :]
+    place = out + i[:, None] * stride_i + j[None, :] * stride_j
     total = tl.full((BLOCK_I, BLOCK_J), 0.0, tl.float32)
     for _ in tl.range(0, count, loop_unroll_factor=4):  # four loads on their way at a time
         total += tl.load(here, mask=inside, other=0.0)
-        here += height * width
-    total *= scale
-    place = out + i[:, None] * stride_i + j[None, :] * stride_j
+        here += stride_part
     if ADD:
         total += tl.load(place, mask=inside, other=0.0)
     tl.store(place, total.to(out.dtype.element_ty), mask=inside)

@@ -55,7 +55,7 @@ PIRATE = [
 ]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """In this process as in those that the tests start, so that sums have the same order and bits are equal."""
     threads = torch.get_num_threads()

@@ -109,8 +109,8 @@ class Group:
 
     def backward_A(self, dxa: Tensor, x: Tensor, dropout: RowDropout | None) -> None:
         """Add the gradients of every A, from the input x (N, n_in) that the projections read."""
-        for layer, part in zip(self.layers, dxa.split(self.ranks, 1), strict=True):
-            ops.kernels(x).lora_down_backward_A(part, x, dropout, gradient_of(layer.lora_A))
+        gradients = [gradient_of(layer.lora_A) for layer in self.layers]
+        ops.kernels(x).lora_down_backward_A(dxa, x, dropout, gradients)
 
     def backward_x(self, dy: Tensor, dxa: Tensor | None, adapters: tuple, dropout: RowDropout | None) -> Tensor:
         """dx (N, n_in); without dxa, through the folded weight."""

@@ -19,7 +19,7 @@ class LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])  # (N, n_in)
-        dropped = rows if dropout is None else (x * dropout.mask(x)).view_as(rows)
+        dropped = rows if dropout is None else (x * dropout.mask(x)).to(x.dtype).view_as(rows)
         xa = dropped @ A.t()  # (N, r)
         y = rows @ rebuild(x.dtype).t()  # (N, n_out)
         y.addmm_(xa, B.t(), alpha=scaling)
@@ -34,11 +34,11 @@ class LoRALinear(torch.autograd.Function):
         mask = None if ctx.dropout is None else ctx.dropout.mask(x).view_as(rows)
         dxa = (dy @ B).mul_(ctx.scaling)  # (N, r)
         dB = (dy.t() @ xa).float().mul_(ctx.scaling)
-        dA = (dxa.t() @ (rows if mask is None else rows * mask)).float()
+        dA = (dxa.t() @ (rows if mask is None else (rows * mask).to(x.dtype))).float()
         dx = None
         if ctx.needs_input_grad[0]:
             dx = dy @ ctx.rebuild(dy.dtype)  # (N, n_in)
-            dx = dx.addmm_(dxa, A) if mask is None else dx.addcmul_(dxa @ A, mask)
+            dx = dx.addmm_(dxa, A) if mask is None else dx.add_((dxa @ A) * mask)
             dx = dx.view_as(x)
         return dx, None, dA, dB, None, None
 

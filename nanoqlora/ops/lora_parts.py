@@ -13,7 +13,7 @@ their ranks, xa is (N, R), and one mask serves them all. Batch and time are flat
 
 Nothing here knows autograd; x' is made again where it is needed and never kept. Any float dtype, float64 included: it
 is what the tests measure the kernels of `lora_triton.py` against, and what a CPU runs. Where the two differ is in
-rounding alone: this file rounds the mask's 1 / (1 - p), each product and each sum to the dtype of x.
+rounding alone: this file rounds each product and each sum to the dtype of x.
 """
 
 from collections.abc import Sequence
@@ -36,12 +36,12 @@ class RowDropout(NamedTuple):
         """For x (B * T, n_in): 0 where dropped and 1 / (1 - p) elsewhere, the same bits as `lora.dropout_mask`."""
         seed = self.folded_seed.to(torch.int64) & 0xFFFFFFFF  # a number below 2^32 folds to itself
         shape = (len(seed), self.T, x.shape[-1])
-        return dropout_mask(shape, self.p, seed, x.dtype).view(x.shape)
+        return dropout_mask(shape, self.p, seed, torch.promote_types(x.dtype, torch.float32)).view(x.shape)
 
 
 def drop(x: Tensor, dropout: RowDropout | None) -> Tensor:
-    """x' (N, n_in), in the mask's memory; without dropout x itself."""
-    return x if dropout is None else dropout.mask(x).mul_(x)
+    """x' (N, n_in), scaled in float32 or more and rounded once; without dropout x itself."""
+    return x if dropout is None else dropout.mask(x).mul_(x).to(x.dtype)
 
 
 def lora_down(x: Tensor, A: Tensor, dropout: RowDropout | None = None) -> Tensor:
@@ -84,7 +84,7 @@ def lora_dx_add_(dx: Tensor, dxa: Tensor, A: Tensor, dropout: RowDropout | None 
     if dropout is None:
         dx.addmm_(dxa, A)
     else:
-        dx.addcmul_(dxa @ A, dropout.mask(dx))
+        dx.add_(dropout.mask(dx).mul_(dxa @ A))
 
 
 def lora_up_add_(y: Tensor, xa: Tensor, B: Tensor, scaling: float) -> None:

@@ -71,8 +71,11 @@ def train_step(run: Run, number: int) -> tuple[float, float, float, int]:
     num_targets = sum(sample.num_targets for row in rows for sample in row)  # of all ranks: the plan is the same
     total = torch.zeros((), device=run.device)
     run.flat.grad.zero_()
+    # Packed rows are nearly full anyway, and tensors of one size find their place in memory again.
+    pad = config.sample_packing if config.pad_to_sequence_len is None else config.pad_to_sequence_len
+    width = config.sequence_len if pad else 0
     for first, mine in micro_batches(rows, config.micro_batch_size, run.rank, run.ranks):
-        batch = collate(mine, config.sequence_len if config.pad_to_sequence_len else 0).to(run.device)
+        batch = collate(mine, width).to(run.device)
         set_dropout_rows(run.model, row_seeds(config.seed, number, first, len(mine)).to(run.device))
         hidden = run.model.model(batch.tokens, batch.segments).flatten(0, 1)  # (B * T, D)
         loss = ops.linear_cross_entropy(hidden[batch.supervised], run.model.lm_head.weight, batch.targets)

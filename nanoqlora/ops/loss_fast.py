@@ -18,14 +18,31 @@ ROWS = 256  # of logits at a time
 ROWS_ON_GPU = 1024
 
 
-def chunk_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses (n,) and probabilities (n, V) of a chunk, both float32."""
-    logits = hidden @ weight.t()
-    p = torch.softmax(logits, dim=-1, dtype=torch.float32)
+_buffers: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+
+def buffers(hidden: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    """Room for the logits of a chunk, (ROWS, V) in the dtype of `hidden`, and its probabilities, in float32.
+
+    The largest tensors of a step are the same for every chunk: made anew each time, and the last one of another size,
+    they left holes all over the heap.
+    """
+    key = (hidden.dtype, hidden.device, V)
+    if key not in _buffers:
+        logits = hidden.new_empty(ROWS, V)
+        _buffers[key] = logits, torch.empty_like(logits, dtype=torch.float32)
+    return _buffers[key]
+
+
+def chunk_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses (n,), logits (n, V) and probabilities (n, V) of at most ROWS rows; the last two live in the buffers."""
+    logits, p = (buffer[: len(hidden)] for buffer in buffers(hidden, len(weight)))
+    torch.mm(hidden, weight.t(), out=logits)
+    torch.softmax(logits, dim=-1, dtype=torch.float32, out=p)
     # p of the likeliest token is at least 1 / V, so its logarithm is exact where that of the target may underflow.
     top, where = logits.max(dim=-1, keepdim=True)
     lse = top.float() - p.gather(1, where).log()
-    return (lse - logits.gather(1, targets[:, None]).float()).squeeze(1), p
+    return (lse - logits.gather(1, targets[:, None]).float()).squeeze(1), logits, p
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -40,8 +57,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 dlogits = h @ weight.t()
                 losses = loss_triton.cross_entropy_(dlogits, t)
             else:
-                losses, p = chunk_losses(h, weight, t)
-                dlogits = p.scatter_add_(1, t[:, None], p.new_full((len(t), 1), -1.0)).to(weight.dtype)
+                losses, dlogits, p = chunk_losses(h, weight, t)
+                dlogits.copy_(p.scatter_add_(1, t[:, None], p.new_full((len(t), 1), -1.0)))
             total += losses.sum()
             torch.mm(dlogits, weight, out=dh)
         ctx.save_for_backward(dhidden)

@@ -13,7 +13,7 @@ help: ## list the targets
 
 setup: .venv/ready $(MODEL) ## virtual environment in .venv, pinned packages, the demo's model; once
 
-demo: setup ## train a real 135M model to talk like a pirate, merge it, export it, and ask it: about 7 minutes on 2 cores
+demo: setup ## train a real 135M model to talk like a pirate, merge it, export it, and ask it: about 6 minutes on 2 cores
 	$(PY) train.py train.yml
 	$(PY) merge.py train.yml
 	$(PY) export_gguf.py train.yml --type q8_0

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from nanoqlora import distributed, ops
 from nanoqlora.checkpoint import load_model
 from nanoqlora.cli import Parser, run_command, write_text
-from nanoqlora.fused import fuse_blocks
+from nanoqlora.fused import fuse_blocks, keep_dense_weights
 from nanoqlora.model import Llama, ModelConfig, rope_frequencies
 from nanoqlora.ops import Segments
 from nanoqlora.optim import make_optimizer
-from nanoqlora.plan import keeps_for, step_bytes
+from nanoqlora.plan import dense_fits, keeps_for, step_bytes
 from nanoqlora.qlora import QLoRALinear, block_linears, flatten_trainable, inject_lora, set_dropout_rows
 from nanoqlora.stats import GIB, memory_figures
 
@@ -178,8 +178,9 @@ def main() -> None:
     inject_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout)
     model.train()
     keeps = keeps_for(model, args.gradient_checkpointing, B * T, int(args.memory_gib * GIB))
-    if device.type == "cuda":
-        fuse_blocks(model, keeps, fold=args.fold)
+    fuse_blocks(model, keeps, fold=args.fold)
+    if dense_fits(model):
+        keep_dense_weights(model)
     flat = flatten_trainable(model)
     optimizer = make_optimizer("adamw_torch_fused", flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     optimizer.param_groups[0]["lr"] = 1e-4

@@ -28,10 +28,10 @@ from nanoqlora.cli import Stopped, UserError, run_command
 from nanoqlora.config import Config, load_command
 from nanoqlora.data import Sample, Step, collate, micro_batches
 from nanoqlora.evaluate import mean_loss, score_samples
-from nanoqlora.fused import can_fuse, fuse_blocks
+from nanoqlora.fused import can_fuse, fuse_blocks, keep_dense_weights
 from nanoqlora.model import Llama
 from nanoqlora.optim import clip_gradient, learning_rate_at, make_optimizer
-from nanoqlora.plan import keeps_for
+from nanoqlora.plan import dense_fits, keeps_for
 from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora, set_dropout_rows
 from nanoqlora.runs import (
     Metrics,
@@ -136,6 +136,8 @@ def loop(run: Run, start: int, stop: list[bool]) -> None:
         with watch:
             loss, grad_norm, rate, tokens = train_step(run, number)
         watch.tokens += tokens
+        if step % 8 == 0 and run.device.type == "cpu":
+            distributed.return_freed_memory()
         if step % config.logging_steps == 0 or step == len(plan):
             speed = watch.rate_since_last()
             line = {"step": step, "epoch": round(plan[number].epoch, 4), "loss": round(loss, 6)}
@@ -188,6 +190,8 @@ def main() -> None:
     if can_fuse(model):
         keeps = keeps_for(model, config.gradient_checkpointing, config.micro_batch_size * config.sequence_len)
         fuse_blocks(model, keeps)
+        if dense_fits(model):
+            keep_dense_weights(model)
         if set(keeps) != {"all"}:
             say("kept for the backward pass: " + ", ".join(f"{keeps.count(k)} x {k}" for k in dict.fromkeys(keeps)))
     else:

@@ -54,10 +54,19 @@ def keep_freed_memory() -> None:
     """
     try:
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: take anything below 1 GiB from the heap
+        libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: take anything below 32 MiB from the heap
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: and do not shrink the heap
     except (OSError, AttributeError):
         return  # another C library than glibc: only slower
+
+
+def return_freed_memory() -> None:
+    """Give the holes in the heap back to the system: now and then, or tensors of changing sizes let it grow."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return
 
 
 def compute_dtype(bf16: bool | str, device: torch.device) -> torch.dtype:

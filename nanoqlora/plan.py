@@ -12,6 +12,7 @@ The peak comes at the turn from forward to backward, when every block's share is
 again in the backward pass, so the first blocks are chosen for it: by the time it is their turn, the others are gone.
 """
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -92,3 +93,13 @@ def keeps_for(model: Llama, checkpointing: bool | str, N: int, budget: int = 0, 
     if str(checkpointing).lower() != "auto" or (device.type != "cuda" and not budget):
         return ["input" if str(checkpointing).lower() == "true" else "all"] * L
     return choose_keeps(model, N, budget or gpu_budget(device), optimizer_bytes)
+
+
+def dense_fits(model: Llama) -> bool:
+    """Whether the rebuilt weights of all blocks, kept for good, take less than an eighth of a CPU's free memory."""
+    weight = model.model.embed_tokens.weight
+    if weight.device.type != "cpu":
+        return False
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    layers = lora_layers(model).values()
+    return 8 * sum(layer.in_features * layer.out_features for layer in layers) * weight.element_size() < free

@@ -193,7 +193,8 @@ def flatten_trainable(model: nn.Module) -> nn.Parameter:
 def dense_weights(model: nn.Module) -> Iterator[None]:
     """Within it the 4-bit layers keep their rebuilt weights: for chat on a CPU, at two or four bytes a weight."""
     dtype = model.model.embed_tokens.weight.dtype
-    layers = [m for _, m in block_linears(model) if isinstance(m, QLoRALinear) and hasattr(m, "packed")]
+    layers = [m for _, m in block_linears(model) if isinstance(m, QLoRALinear)]
+    layers = [layer for layer in layers if hasattr(layer, "packed") and layer.dense is None]
     try:
         for layer in layers:
             layer.dense = layer.rebuild(dtype)

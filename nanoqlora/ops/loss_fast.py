@@ -39,10 +39,13 @@ def chunk_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tenso
     logits, p = (buffer[: len(hidden)] for buffer in buffers(hidden, len(weight)))
     torch.mm(hidden, weight.t(), out=logits)
     torch.softmax(logits, dim=-1, dtype=torch.float32, out=p)
-    # p of the likeliest token is at least 1 / V, so its logarithm is exact where that of the target may underflow.
-    top, where = logits.max(dim=-1, keepdim=True)
-    lse = top.float() - p.gather(1, where).log()
-    return (lse - logits.gather(1, targets[:, None]).float()).squeeze(1), logits, p
+    losses = p.gather(1, targets[:, None]).squeeze(1).log_().neg_()
+    hopeless = losses > 80  # nats: there p begins to underflow, while the likeliest token's is at least 1 / V
+    if hopeless.any():
+        top, where = logits[hopeless].max(dim=-1, keepdim=True)
+        lse = top.float() - p[hopeless].gather(1, where).log()
+        losses[hopeless] = (lse - logits[hopeless].gather(1, targets[hopeless, None]).float()).squeeze(1)
+    return losses, logits, p
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -7,6 +7,7 @@ what no QLoRA step in this dtype can beat: the base's and the head's matrix prod
 attention, alone, measured in the same run. Prints a table and one JSON line; every speed we publish comes from here.
 """
 
+import argparse
 import json
 import math
 import statistics
@@ -150,7 +151,8 @@ def useful_flops(config: ModelConfig, num_lora: int, B: int, T: int) -> float:
     return B * T * (4 * weights + 6 * num_lora + attention)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = Parser(prog="bench.py", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="llama3-8b", help=f"{', '.join(GEOMETRIES)}, a folder or a .gguf file")
     parser.add_argument("--micro_batch_size", type=int, default=4)
@@ -165,7 +167,11 @@ def main() -> None:
     parser.add_argument("--bf16", default="auto", type=lambda text: {"true": True, "false": False}.get(text, text))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--json", help="write the figures to this file")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     B, T = args.micro_batch_size, args.sequence_len
 
     rank, ranks, device = distributed.start()

@@ -256,10 +256,21 @@ def save_results(
     write_text(folder / "train.yml", replace(config, bf16=dtype == torch.bfloat16).to_yaml())
     plot_metrics(run.metrics.rows, folder / "Fine-Tuning.png", folder.name)
 
+    facts = run_facts(run, data, seconds)
+    if run.held_out and before:
+        facts |= before_and_after(run, data, tokenizer, before)
+        say("Held-out perplexity: {before:.3f} before, {after:.3f} after".format(**facts["perplexity"]))
+    write_report(folder / "report.md", facts)
+    say(f"adapter, report and figure: {folder}/adapter_model.safetensors, report.md, Fine-Tuning.png")
+
+
+def run_facts(run: "Run", data: Data, seconds: float) -> dict[str, Any]:
+    """What report.md says of a run, but for what held-out data tells."""
+    config, dtype = run.config, run.model.model.embed_tokens.weight.dtype
     losses = [row for row in run.metrics.rows if "loss" in row]
     memory = {key: max(row[key] for row in losses) for key in losses[-1] if key.startswith("memory/")}
-    facts: dict[str, Any] = {
-        "name": folder.name,
+    return {
+        "name": Path(config.output_dir).name,
         "command": " ".join(["python", *sys.argv]),
         "figure": "Fine-Tuning.png",
         "data": [_describe_file(path, reading) for path, reading in data.readings.items()],
@@ -291,24 +302,25 @@ def save_results(
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "bitsandbytes", "safetensors", "tiktoken", "numpy")},
     }
-    if run.held_out:
-        evaluated = [row for row in run.metrics.rows if "eval_loss" in row]
-        if evaluated and evaluated[-1]["step"] == len(run.plan):
-            after = evaluated[-1]["eval_loss"]
-        else:
-            after = mean_loss(score_samples(run.model.eval(), run.held_out, config.sequence_len))
-        if before:
-            facts["loss"] = {"before": before["loss"], "after": after}
-            facts["perplexity"] = {"before": math.exp(before["loss"]), "after": math.exp(after)}
-            say("Held-out perplexity: {before:.3f} before, {after:.3f} after".format(**facts["perplexity"]))
-            pairs = zip(questions(config), before["answers"], strict=False)
-            answers = sample_answers(run, tokenizer, data.prompt_format)
-            facts["samples"] = [
-                {"prompt": messages[-1]["content"], "before": text, "after": new}
-                for (messages, text), new in zip(pairs, answers, strict=False)
-            ]
-    write_report(folder / "report.md", facts)
-    say(f"adapter, report and figure: {folder}/adapter_model.safetensors, report.md, Fine-Tuning.png")
+
+
+def before_and_after(run: "Run", data: Data, tokenizer: Tokenizer, before: dict[str, Any]) -> dict[str, Any]:
+    """Loss, perplexity and sample answers of the model before it was trained and now."""
+    evaluated = [row for row in run.metrics.rows if "eval_loss" in row]
+    if evaluated and evaluated[-1]["step"] == len(run.plan):
+        after = evaluated[-1]["eval_loss"]
+    else:
+        after = mean_loss(score_samples(run.model.eval(), run.held_out, run.config.sequence_len))
+    pairs = zip(questions(run.config), before["answers"], strict=False)
+    answers = sample_answers(run, tokenizer, data.prompt_format)
+    return {
+        "loss": {"before": before["loss"], "after": after},
+        "perplexity": {"before": math.exp(before["loss"]), "after": math.exp(after)},
+        "samples": [
+            {"prompt": messages[-1]["content"], "before": text, "after": new}
+            for (messages, text), new in zip(pairs, answers, strict=False)
+        ],
+    }
 
 
 def _describe_file(path: str, reading: Reading) -> dict[str, Any]:

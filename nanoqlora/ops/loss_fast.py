@@ -14,7 +14,8 @@ from . import loss as reference
 if torch.cuda.is_available():
     from . import loss_triton
 
-ROWS = 256  # of logits at a time
+ROWS = 256  # of logits at a time: enough for a good matrix product
+ROWS_IN_CACHE = 32  # of probabilities at a time, in float32: 6 MB of a 49,152-word vocabulary
 ROWS_ON_GPU = 1024
 
 
@@ -22,30 +23,42 @@ _buffers: dict[tuple, tuple[Tensor, Tensor]] = {}
 
 
 def buffers(hidden: Tensor, V: int) -> tuple[Tensor, Tensor]:
-    """Room for the logits of a chunk, (ROWS, V) in the dtype of `hidden`, and its probabilities, in float32.
+    """Room for logits, (ROWS, V) in the dtype of `hidden`, and for probabilities, (ROWS_IN_CACHE, V) float32.
 
     The largest tensors of a step are the same for every chunk: made anew each time, and the last one of another size,
     they left holes all over the heap.
     """
     key = (hidden.dtype, hidden.device, V)
     if key not in _buffers:
-        logits = hidden.new_empty(ROWS, V)
-        _buffers[key] = logits, torch.empty_like(logits, dtype=torch.float32)
+        _buffers[key] = hidden.new_empty(ROWS, V), hidden.new_empty(ROWS_IN_CACHE, V, dtype=torch.float32)
     return _buffers[key]
 
 
-def chunk_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (n,), logits (n, V) and probabilities (n, V) of at most ROWS rows; the last two live in the buffers."""
-    logits, p = (buffer[: len(hidden)] for buffer in buffers(hidden, len(weight)))
-    torch.mm(hidden, weight.t(), out=logits)
-    torch.softmax(logits, dim=-1, dtype=torch.float32, out=p)
+def chunk_losses(hidden: Tensor, weight: Tensor, targets: Tensor, gradient: bool = False) -> tuple[Tensor, Tensor]:
+    """Losses (n,) float32 of at most ROWS rows and their logits (n, V), or the logits' gradient if `gradient`.
+
+    The second lives in the buffers.
+    """
+    logits, room = buffers(hidden, len(weight))
+    logits = torch.mm(hidden, weight.t(), out=logits[: len(hidden)])
+    losses = []
+    for z, t in zip(logits.split(ROWS_IN_CACHE), targets.split(ROWS_IN_CACHE), strict=True):
+        p = torch.softmax(z, dim=-1, dtype=torch.float32, out=room[: len(z)])
+        losses.append(losses_of(p, z, t))
+        if gradient:
+            z.copy_(p.scatter_add_(1, t[:, None], p.new_full((len(t), 1), -1.0)))
+    return torch.cat(losses), logits
+
+
+def losses_of(p: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p of each row's target, also where p is too small for float32."""
     losses = p.gather(1, targets[:, None]).squeeze(1).log_().neg_()
     hopeless = losses > 80  # nats: there p begins to underflow, while the likeliest token's is at least 1 / V
     if hopeless.any():
         top, where = logits[hopeless].max(dim=-1, keepdim=True)
         lse = top.float() - p[hopeless].gather(1, where).log()
         losses[hopeless] = (lse - logits[hopeless].gather(1, targets[hopeless, None]).float()).squeeze(1)
-    return losses, logits, p
+    return losses
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -60,8 +73,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 dlogits = h @ weight.t()
                 losses = loss_triton.cross_entropy_(dlogits, t)
             else:
-                losses, dlogits, p = chunk_losses(h, weight, t)
-                dlogits.copy_(p.scatter_add_(1, t[:, None], p.new_full((len(t), 1), -1.0)))
+                losses, dlogits = chunk_losses(h, weight, t, gradient=True)
             total += losses.sum()
             torch.mm(dlogits, weight, out=dh)
         ctx.save_for_backward(dhidden)

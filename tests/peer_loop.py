@@ -73,7 +73,8 @@ def main() -> None:
         if step >= 2:
             times.append(time.perf_counter() - started)
     median = statistics.median(times)
-    figures = {"peer": f"transformers+peft+bitsandbytes {args.dtype}{' lean' * args.lean}", "step_ms": round(median * 1e3, 1)}
+    peer = f"transformers+peft+bitsandbytes {args.dtype}{' lean' * args.lean}"
+    figures = {"peer": peer, "step_ms": round(median * 1e3, 1)}
     figures |= {"step_ms_min": round(min(times) * 1e3, 1), "step_ms_max": round(max(times) * 1e3, 1)}
     print(json.dumps(figures | {"tokens_per_second": round(tokens.numel() / median, 1), "loss": round(loss.item(), 4)}))
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .cli import UserError, whole_file, write_text
 from .gguf import gguf_name, hf_config, read_gguf
+from .hub import local_path
 from .model import Llama, ModelConfig, rope_frequencies
 from .qlora import QLoRALinear, block_linears, inject_lora, lora_layers
 
@@ -36,8 +37,8 @@ class Weights(Protocol):
 
 
 def open_weights(path: str | Path) -> Weights:
-    """Open a Hugging Face folder or a .gguf file without reading its weights."""
-    path = Path(path)
+    """Open a Hugging Face folder, a .gguf file, or a model by its hub name, without reading its weights."""
+    path = local_path(path)
     if path.is_dir():
         return FolderWeights(path)
     if path.is_file() and path.suffix == ".gguf":

@@ -98,7 +98,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_model_options(self) -> None:
         """The options that say which model: --model, --adapter, --load_in_4bit, --bf16."""
-        self.add_argument("--model", required=True, help="Hugging Face folder or .gguf file")
+        self.add_argument("--model", required=True, help="Hugging Face folder, .gguf file, or hub name")
         self.add_argument("--adapter", help="folder of a trained adapter")
         self.add_argument("--load_in_4bit", "--load-in-4bit", type=_to_bool, nargs="?", const=True, default=False)
         self.add_argument("--bf16", type=lambda text: "auto" if text == "auto" else _to_bool(text), default="auto")

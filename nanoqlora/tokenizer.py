@@ -37,6 +37,7 @@ import jinja2.sandbox
 import tiktoken
 
 from nanoqlora.cli import UserError, whole_file, write_text
+from nanoqlora.hub import TOKENIZER_FILES, local_path
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of token, by the numbers that GGUF gives them
 NAMED_TOKENS = ("bos", "eos", "pad", "unk")
@@ -381,8 +382,8 @@ def _any_of(texts: dict[str, int]) -> re.Pattern[str]:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder or of a .gguf file."""
-    path = Path(path)
+    """The tokenizer of a Hugging Face folder, of a .gguf file, or of a model by its hub name."""
+    path = local_path(path, TOKENIZER_FILES)
     if path.is_dir():
         return _from_folder(path)
     if path.is_file() and path.suffix == ".gguf":

@@ -1,0 +1,232 @@
+"""Hub names, against a small hub on this machine: only what is needed, resumed, checked, cached, refused."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import ROOT
+from huggingface_hub import constants
+from test_train import save_tiny_model
+
+import nanoqlora as nq
+from nanoqlora.cli import UserError
+from nanoqlora.hub import hub_files, is_hub_name
+
+COMMIT = "c0ffee" * 6 + "c0ff"
+
+
+class FakeHub:
+    """The part of a hub that a download talks to. Counts what is asked for."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, dict[str, bytes]] = {}  # repository -> path -> contents
+        self.gated: set[str] = set()
+        self.log: list[tuple[str, str, str | None]] = []  # method, path, Range
+        self.cut: int | None = None  # send only so many bytes of the next large file, then hang up
+        self.lies = False  # send other bytes than the hash promises
+        handler = type("Handler", (Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=lambda: self.server.serve_forever(0.01), daemon=True).start()
+
+    def downloaded(self) -> set[str]:
+        return {path.partition(f"/resolve/{COMMIT}/")[2] for method, path, _ in self.log if method == "GET"} - {""}
+
+    def ranges(self) -> list[str | None]:
+        return [at for method, path, at in self.log if method == "GET" and "/resolve/" in path]
+
+
+class Handler(BaseHTTPRequestHandler):
+    hub: FakeHub
+
+    def log_message(self, *_) -> None: ...
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        hub, path = self.hub, self.path.partition("?")[0].lstrip("/")
+        hub.log.append((self.command, path, self.headers.get("Range")))
+        kind, prefix = ("api/", "api/") if path.startswith("api/") else ("", "")
+        rest = path.removeprefix(prefix)
+        rest = rest.removeprefix("models/") if kind else rest
+        parts = rest.split("/")
+        name = "/".join(parts[: 3 if parts[0] == "datasets" else 2])
+        rest = rest.removeprefix(name).lstrip("/")
+        if name not in hub.files:
+            return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+        if name in hub.gated:
+            return self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
+        files = hub.files[name]
+        if kind and rest.startswith("tree/"):
+            return self.answer(200, json.dumps([entry(*item) for item in files.items()]).encode())
+        if kind:
+            siblings = [{"rfilename": file} for file in files]
+            return self.answer(200, json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode())
+        file = rest.removeprefix(f"resolve/{COMMIT}/")
+        if file not in files:
+            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+        self.send(files[file])
+
+    def send(self, data: bytes) -> None:
+        headers = {"ETag": f'"{etag(data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        start, status = 0, 200
+        if self.headers.get("Range"):
+            start, status = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")), 206
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        sent, cut = data[:-1] + bytes([data[-1] ^ 1]) if self.hub.lies else data, None
+        if self.command == "GET" and is_large(data):
+            cut, self.hub.cut = self.hub.cut, None
+        self.answer(status, sent[start:], headers, cut)
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, cut: int | None = None) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[:cut])
+            self.close_connection = cut is not None
+
+
+def is_large(data: bytes) -> bool:
+    return len(data) > 10_000
+
+
+def etag(data: bytes) -> str:
+    """Large files go by their SHA-256, small ones by git's SHA-1."""
+    if is_large(data):
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def entry(path: str, data: bytes) -> dict:
+    found = {"type": "file", "path": path, "size": len(data), "oid": etag(data)[:40]}
+    if is_large(data):
+        found["lfs"] = {"oid": etag(data), "size": len(data), "pointerSize": 134}
+    return found
+
+
+@pytest.fixture(scope="module")
+def model_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = save_tiny_model(tmp_path_factory.mktemp("hub") / "model")
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    not_needed = ("consolidated.safetensors", "original/consolidated.00.pth", "pytorch_model.bin", "README.md")
+    return files | {name: b"must not be fetched" * 1000 for name in not_needed}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, model_files):
+    """A hub with a model and a data set, and an empty cache. The client's settings are read when it is imported."""
+    hub = FakeHub()
+    hub.files["someone/tiny-llama"] = model_files
+    hub.files["datasets/someone/rows"] = {"data/train.jsonl": b"{}\n" * 9, "data/test.jsonl": b"{}\n", "README.md": b""}
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants._HF_DEFAULT_ENDPOINT, hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    monkeypatch.chdir(tmp_path)
+    yield hub
+    hub.server.shutdown()
+    hub.server.server_close()
+
+
+def test_a_model_by_its_name(hub, model_files, tmp_path, monkeypatch):
+    """Fetched once, only what is needed; then without a network, without a single request."""
+    (tmp_path / "here").mkdir()
+    for name, data in model_files.items():
+        if "/" not in name and b"must not" not in data:
+            (tmp_path / "here" / name).write_bytes(data)
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        expected = nq.Llama.from_pretrained(tmp_path / "here")(tokens)
+        assert torch.equal(nq.Llama.from_pretrained("someone/tiny-llama")(tokens), expected)
+        assert hub.downloaded() == {path.name for path in (tmp_path / "here").iterdir()}
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        before = len(hub.log)
+        assert torch.equal(nq.Llama.from_pretrained("someone/tiny-llama")(tokens), expected)
+        ids = nq.load_tokenizer("someone/tiny-llama").encode("Who sails?")
+    assert ids == nq.load_tokenizer(tmp_path / "here").encode("Who sails?")
+    assert len(hub.log) == before
+
+
+def test_a_data_set_by_its_name(hub):
+    folder = hub_files("someone/rows", ["*train*"], "dataset")
+    assert [path.name for path in (folder / "data").iterdir()] == ["train.jsonl"]
+    assert (folder / "data/train.jsonl").read_bytes() == b"{}\n" * 9
+    hub.log.clear()
+    assert hub_files("someone/rows", ["*train*"], "dataset") == folder and not hub.log, "whole in the cache"
+    folder = hub_files("someone/rows", ["*.jsonl"], "dataset")
+    assert hub.downloaded() == {"data/test.jsonl"}, "the cache has one of the two files, so the other is fetched"
+    assert len(list((folder / "data").iterdir())) == 2
+
+
+def test_a_download_goes_on_where_it_stopped(hub, model_files, monkeypatch):
+    """The connection breaks within a file: the rest of it is asked for. A run is broken off: its whole files stay."""
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    hub.cut = 20_000
+    folder = hub_files("someone/tiny-llama", ["model*.safetensors"])
+    assert (folder / "model.safetensors").read_bytes() == model_files["model.safetensors"]
+    assert hub.ranges() == [None, "bytes=20000-"]
+    hub.lies = True
+    with pytest.raises(UserError):
+        hub_files("someone/tiny-llama", ["config.json", "model*.safetensors"])
+    hub.lies = False
+    hub.log.clear()
+    hub_files("someone/tiny-llama", ["config.json", "model*.safetensors"])
+    assert hub.downloaded() == {"config.json"}
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_other_bytes_than_the_hash_promises_are_refused(hub, file):
+    hub.lies = True
+    with pytest.raises(UserError, match=f"{file}.*hash"):
+        hub_files("someone/tiny-llama", [file])
+    hub.lies = False
+    assert (hub_files("someone/tiny-llama", [file]) / file).exists(), "and fetched anew"
+
+
+def test_what_cannot_be_had_is_told(hub, monkeypatch):
+    hub.files["someone/gated"] = {}
+    hub.gated.add("someone/gated")
+    with pytest.raises(UserError, match="someone/gated.*accept.*HF_TOKEN"):
+        nq.Llama.from_pretrained("someone/gated")
+    with pytest.raises(UserError, match="someone/absent.*no such folder here.*no public repository"):
+        nq.load_tokenizer("someone/absent")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE.*hf download someone/tiny-llama --include 'tokenizer.json'"):
+        nq.Llama.from_pretrained("someone/tiny-llama")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub.server.shutdown()
+    hub.server.server_close()
+    with pytest.raises(UserError, match="hf download someone/rows --repo-type dataset"):
+        hub_files("someone/rows", ["*"], "dataset")
+
+
+def test_what_is_a_hub_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    assert is_hub_name("NousResearch/Meta-Llama-3-8B")
+    for path in ("models/absent", "absent", "/a/b", "./a/b", "a/b/c", "../a", "a/..", tmp_path / "x", "a/b c"):
+        assert not is_hub_name(path), path
+
+
+def test_the_commands_read_the_clients_settings(hub, tmp_path):
+    """A process with HF_ENDPOINT and HF_HOME, and its one line when the terms are not accepted."""
+    hub.files["someone/gated"] = {}
+    hub.gated.add("someone/gated")
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "nanoqlora.chat", "--model", "someone/gated", "--prompt", "Who?"]
+    ended = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert ended.stderr.startswith("error: model someone/gated: its owner")
+    assert not Path(tmp_path / "home" / "hub" / "models--someone--gated" / "snapshots").exists()

@@ -24,7 +24,7 @@ leaves no such W. The equations of a layer stand in
 The parameters and their names are those of the plain block, whose modules this one takes over.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -176,6 +176,7 @@ class BlockFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         block, kept, fold = ctx.block, ctx.kept, ctx.fold
+        block.bring_weights(backward=True)
         qkv, o, gate_up, down = block.groups
         drop_qkv, drop_o, drop_gate_up, drop_down = ctx.dropouts
         ad_qkv, ad_o, ad_gate_up, ad_down = ctx.adapters
@@ -256,6 +257,7 @@ class FusedBlock(Block):
         self.input_layernorm, self.post_attention_layernorm = block.input_layernorm, block.post_attention_layernorm
         self.self_attn, self.mlp = block.self_attn, block.mlp
         self.keep, self.fold = keep, fold
+        self.bring_weights: Callable[..., None] = lambda backward: None  # where the base is spread over ranks
         attn, mlp = block.self_attn, block.mlp
         self.groups = [
             Group(attn.q_proj, attn.k_proj, attn.v_proj),
@@ -277,6 +279,7 @@ class FusedBlock(Block):
         ops.kernels(qkv).rope_(qkv, heads, self.self_attn.head_dim, *rope, backward)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments, cache: KVCache | None) -> Tensor:
+        self.bring_weights(backward=False)
         if cache is not None or not torch.is_grad_enabled():
             return super().forward(x, rope, segments, cache)
         if not x.requires_grad:  # the first block: nothing below it learns, but its own backward pass has to run

@@ -26,11 +26,12 @@ from nanoqlora import distributed, ops
 from nanoqlora.checkpoint import load_adapter, load_model
 from nanoqlora.cli import Stopped, UserError, run_command
 from nanoqlora.config import Config, load_command
-from nanoqlora.data import Sample, Step, collate, micro_batches
+from nanoqlora.data import Sample, collate, micro_batches
 from nanoqlora.evaluate import mean_loss, score_samples
 from nanoqlora.fused import can_fuse, fuse_blocks, keep_dense_weights
 from nanoqlora.model import Llama
 from nanoqlora.optim import clip_gradient, learning_rate_at, make_optimizer
+from nanoqlora.packing import Plan
 from nanoqlora.plan import dense_fits, keeps_for
 from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora, set_dropout_rows
 from nanoqlora.runs import (
@@ -58,7 +59,7 @@ class Run:
     model: Llama
     samples: list[Sample]
     held_out: list[Sample]
-    plan: list[Step]
+    plan: Plan
     flat: torch.nn.Parameter  # every trained value, and its gradient
     optimizer: torch.optim.Optimizer
     metrics: Metrics
@@ -114,7 +115,7 @@ def evaluate(run: Run, step: int) -> float:
     return loss
 
 
-def due(step: int, plan: list[Step], per_epoch: int | None, every: float | None, strategy: str | None) -> bool:
+def due(step: int, plan: Plan, per_epoch: int | None, every: float | None, strategy: str | None) -> bool:
     """Whether something that happens so often happens after `step` (from 1)."""
     if strategy == "no":
         return False

@@ -246,7 +246,7 @@ FATES: dict[type, Fates] = {
             "torch_compile*",
             "data is read in one pass before step 1": "dataset_processes dataset_num_proc dataset_keep_in_memory "
             "dataloader_* remove_unused_columns",
-            "rows are packed, or batched as they come": "group_by_length",
+            "rows are packed, or batched with others of like length": "group_by_length",
             "packing looks at all rows at once": "sample_packing_group_size sample_packing_bin_size",
             "there is one way to recompute": "gradient_checkpointing_kwargs",
             "weights are handled one tensor at a time": "low_cpu_mem_usage lora_on_cpu",

@@ -1,16 +1,9 @@
-"""From data files to batches: read, tokenise, pack, and plan every step before the first one.
+"""From data files to batches: read and tokenise rows, and lay samples into tensors.
 
-    rows of a file -> Sample (tokens, supervised) -> plan: steps of rows of samples -> Batch of tensors
-
-The plan is a pure function of the lengths and the seed. It says which samples stand in which row of which step, for
-the whole run and for all ranks, so the number of steps and the schedule follow from it, every rank knows how many
-tokens count in a step without asking the others, and a resumed run needs to know nothing but its step.
+rows of a file -> Sample (tokens, supervised) -> packing.py: the plan of all steps -> Batch of tensors
 """
 
 import json
-import math
-import random
-from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,68 +138,6 @@ def read_samples(
             f"learn), so there is nothing to train or score. Check the file, its format and sequence_len."
         )
     return reading
-
-
-# ------------------------------------------------------------------------------------------------ planning
-
-
-def pack(lengths: list[int], ids: list[int], capacity: int) -> list[list[int]]:
-    """Put samples into as few rows of `capacity` tokens as we can: longest first, each where it fits most tightly."""
-    rows: list[list[int]] = []
-    space: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for i in sorted(ids, key=lambda i: -lengths[i]):
-        where = bisect_left(space, (lengths[i], -1))
-        free, row = space.pop(where) if where < len(space) else (capacity, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(i)
-        insort(space, (free - lengths[i], row))
-    return rows
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step: its rows, each a list of sample numbers, and the share of the data passed after it."""
-
-    rows: list[list[int]]
-    epoch: float
-
-
-def plan_steps(
-    lengths: list[int],
-    *,
-    rows_per_step: int,
-    capacity: int,
-    packing: bool,
-    num_epochs: float,
-    max_steps: int | None,
-    seed: int,
-    shuffle: bool = True,
-) -> list[Step]:
-    """The whole run. Every sample is used once an epoch; the last, smaller batch of an epoch is a step too.
-
-    Args:
-        lengths: tokens of each sample, none above `capacity`.
-        rows_per_step: micro_batch_size * gradient_accumulation_steps * ranks.
-        num_epochs: may end within an epoch. max_steps: ends earlier, or, when larger, goes on with more epochs.
-    """
-    steps: list[Step] = []
-    epoch = 0
-    while epoch < num_epochs if max_steps is None else len(steps) < max_steps:
-        rng = random.Random(f"{seed} {epoch}")
-        ids = list(range(len(lengths)))
-        if shuffle:
-            rng.shuffle(ids)
-        rows = pack(lengths, ids, capacity) if packing else [[i] for i in ids]
-        if shuffle:
-            rng.shuffle(rows)
-        starts = range(0, len(rows), rows_per_step)
-        share = min(1.0, num_epochs - epoch) if max_steps is None else 1.0
-        for start in starts[: math.ceil(len(starts) * share - 1e-9)]:  # as transformers; 1e-9: 1.1 - 1 is above 0.1
-            batch = rows[start : start + rows_per_step]
-            steps.append(Step(batch, epoch + (start + len(batch)) / len(rows)))
-        epoch += 1
-    return steps[:max_steps]
 
 
 # ------------------------------------------------------------------------------------------------ batches

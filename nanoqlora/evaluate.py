@@ -11,8 +11,9 @@ import torch
 
 from . import distributed, ops
 from .cli import Parser, UserError, run_command, write_text
-from .data import Sample, collate, pack, read_samples
+from .data import Sample, collate, read_samples
 from .model import Llama
+from .packing import pack
 from .prompts import detect_format
 from .serving import load_for_use
 

@@ -25,8 +25,9 @@ from .chat import answer
 from .checkpoint import fill_adapter, read_adapter, read_json, save_adapter
 from .cli import UserError, whole_folder, write_text
 from .config import Config, DatasetConfig
-from .data import Reading, Sample, Step, plan_steps, read_rows, read_samples
+from .data import Reading, Sample, read_rows, read_samples
 from .evaluate import mean_loss, score_samples
+from .packing import Plan, plan_steps
 from .prompts import CHAT_TEMPLATES, PromptFormat
 from .report import plot_metrics, write_report
 from .serving import Usable
@@ -45,7 +46,7 @@ class Data:
     prompt_format: PromptFormat  # of the first data set: what the adapter is talked to with
     samples: list[Sample]
     held_out: list[Sample]
-    plan: list[Step]
+    plan: Plan
     readings: dict[str, Reading]
 
 
@@ -157,7 +158,7 @@ def plan_fingerprint(run: "Run") -> str:
     digest = hashlib.sha256()
     for sample in run.samples:
         digest.update(json.dumps([sample.tokens, sample.supervised]).encode())
-    digest.update(json.dumps([step.rows for step in run.plan]).encode())
+    digest.update(run.plan.fingerprint().encode())
     return digest.hexdigest()
 
 

@@ -1,7 +1,6 @@
-"""The pirate files, reading and its errors, packing, the plan of a run, and batches; each against plain Python."""
+"""The pirate files, reading and its errors, and batches; each against plain Python."""
 
 import json
-import math
 import random
 import re
 from collections import Counter
@@ -13,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from nanoqlora.cli import UserError
-from nanoqlora.data import IGNORED, Reading, Sample, Step, collate, micro_batches, pack, plan_steps, read_samples
+from nanoqlora.data import IGNORED, Reading, Sample, collate, micro_batches, read_samples
 from nanoqlora.prompts import PromptFormat, detect_format
 from nanoqlora.tokenizer import CONTROL, LETTERS, NORMAL, Tokenizer
 
@@ -180,113 +179,6 @@ def test_missing_data_and_folders_are_told(tmp_path):
             read_samples(path, lambda _: PromptFormat(type="completion"), BYTES, 20)
 
 
-# ------------------------------------------------------------------------------------------------ packing
-
-
-def test_packed_rows_hold_every_sample_once_and_never_overflow():
-    chance = random.Random(0)
-    for _ in range(100):
-        capacity = chance.randint(1, 60)
-        lengths = [chance.randint(1, capacity) for _ in range(chance.randint(1, 80))]
-        ids = chance.sample(range(len(lengths)), chance.randint(1, len(lengths)))
-        rows = pack(lengths, ids, capacity)
-        assert sorted(i for row in rows for i in row) == sorted(ids)
-        assert all(0 < sum(lengths[i] for i in row) <= capacity for row in rows)
-
-
-def test_packing_is_within_its_proven_distance_of_the_best():
-    """Full rows cut at random can be packed without a gap; best-fit decreasing needs at most 11/9 as many rows + 6/9.
-
-    Dosa, 2007, proved that of first fit; best fit is as good (Johnson, 1974). Measured over all: 2.4 % more than the
-    best. Each sample in the tightest row as they come, without the sorting, needs 4.0 % more; each in the row that is
-    open or in a new one, 27 %.
-    """
-    chance, needed, least = random.Random(1), 0, 0
-    for _ in range(50):
-        best, capacity, lengths = chance.randint(5, 40), 100, []
-        for _ in range(best):
-            cuts = sorted(chance.sample(range(1, capacity), chance.randint(0, 5)))
-            lengths += [end - start for start, end in zip([0, *cuts], [*cuts, capacity], strict=True)]
-        chance.shuffle(lengths)
-        rows = len(pack(lengths, list(range(len(lengths))), capacity))
-        assert best <= rows <= 11 / 9 * best + 6 / 9
-        needed, least = needed + rows, least + best
-    assert needed <= 1.03 * least
-
-
-# ------------------------------------------------------------------------------------------------ the plan
-
-
-def plan(num_samples: int = 23, **changes: Any) -> list[Step]:
-    lengths = [3 + 7 * i % 30 for i in range(num_samples)]
-    options = {"rows_per_step": 4, "capacity": 40, "packing": False, "num_epochs": 1, "max_steps": None, "seed": 0}
-    return plan_steps(lengths, **(options | changes))
-
-
-def used(steps: list[Step]) -> list[int]:
-    return [i for step in steps for row in step.rows for i in row]
-
-
-@pytest.mark.parametrize("packing", [False, True])
-def test_every_epoch_uses_every_sample_once_and_ends_with_its_smaller_batch(packing):
-    steps = plan(num_epochs=3, packing=packing)
-    epochs = [[step for step in steps if math.ceil(step.epoch) == epoch] for epoch in (1, 2, 3)]
-    assert sum(epochs, []) == steps
-    for number, epoch in enumerate(epochs, start=1):
-        num_rows = sum(len(step.rows) for step in epoch)
-        assert sorted(used(epoch)) == list(range(23)) and epoch[-1].epoch == number
-        assert [len(step.rows) for step in epoch] == [4] * (num_rows // 4) + [num_rows % 4] * (num_rows % 4 > 0)
-        done = [number - 1 + min(1, 4 * i / num_rows) for i in range(1, len(epoch) + 1)]
-        assert [step.epoch for step in epoch] == pytest.approx(done)
-    if not packing:
-        assert [len(epoch) for epoch in epochs] == [6, 6, 6]  # 23 samples in fours, the last step has three
-    assert used(epochs[0]) != used(epochs[1]) != used(epochs[2]), "an epoch has an order of its own"
-
-
-@pytest.mark.parametrize("num_epochs", [0.1, 0.25, 0.5, 1, 1.1, 1.25, 1.5, 2.9, 3])
-@pytest.mark.parametrize("num_samples", [1, 4, 23, 40])
-def test_number_of_steps_is_that_of_transformers(num_epochs, num_samples):
-    """Its Trainer takes ceil(num_train_epochs * steps in an epoch); here in fractions, as 1.1 * 10 is above 11."""
-    in_an_epoch = -(-num_samples // 4)
-    steps = plan(num_samples, num_epochs=num_epochs)
-    assert len(steps) == -(-round(100 * num_epochs) * in_an_epoch // 100)
-    assert steps == plan(num_samples, num_epochs=3)[: len(steps)], "less of the same"
-
-
-def test_max_steps_ends_earlier_or_goes_on():
-    assert plan(max_steps=4) == plan()[:4]
-    longer = plan(max_steps=20)
-    assert len(longer) == 20 and longer[:18] == plan(num_epochs=3)
-    assert longer[-1].epoch == pytest.approx(3 + 8 / 23)
-
-
-def test_plan_is_a_function_of_the_seed():
-    """Also in another process, whose hashes of texts differ: the order below was written down once."""
-    assert plan(packing=True) == plan(packing=True) != plan(packing=True, seed=1)
-    assert used(plan(seed=42))[:8] == used(plan(seed=42, num_epochs=2))[:8] == FIRST_OF_SEED_42
-    assert used(plan(shuffle=False, num_epochs=2)) == [*range(23), *range(23)]
-
-
-FIRST_OF_SEED_42 = [1, 4, 10, 8, 21, 12, 7, 22]
-
-
-def test_any_split_of_a_step_has_the_same_rows():
-    """(micro, accumulation, ranks) of one product: all rows once, over all ranks and their micro-batches.
-
-    A row keeps its number within the step, which decides its dropout. The last step is smaller.
-    """
-    for num_rows in (12, 7, 1):
-        rows = [f"row {i}" for i in range(num_rows)]
-        for micro, accumulation, ranks in product((1, 2, 3, 4, 6, 12), repeat=3):
-            if micro * accumulation * ranks != 12:
-                continue
-            shares = [list(micro_batches(rows, micro, rank, ranks)) for rank in range(ranks)]
-            assert all(len(share) <= accumulation for share in shares)
-            assert all(1 <= len(batch) <= micro for share in shares for _, batch in share)
-            numbered = [(first + i, row) for share in shares for first, batch in share for i, row in enumerate(batch)]
-            assert sorted(numbered) == sorted(enumerate(rows))
-
-
 # ------------------------------------------------------------------------------------------------ batches
 
 
@@ -328,3 +220,20 @@ def test_an_end_token_that_is_also_the_padding_is_learnt():
     """Masked by id, as in tools that pad with the end token, nobody would learn to stop."""
     batch = collate([[Sample([5, 6, 0], [False, True, True])], [Sample([5, 6, 7, 8, 0], [False] * 3 + [True] * 2)]])
     assert list(zip(batch.supervised.tolist(), batch.targets.tolist(), strict=True)) == [(0, 6), (1, 0), (7, 8), (8, 0)]
+
+
+def test_any_split_of_a_step_has_the_same_rows():
+    """(micro, accumulation, ranks) of one product: all rows once, over all ranks and their micro-batches.
+
+    A row keeps its number within the step, which decides its dropout. The last step is smaller.
+    """
+    for num_rows in (12, 7, 1):
+        rows = [f"row {i}" for i in range(num_rows)]
+        for micro, accumulation, ranks in product((1, 2, 3, 4, 6, 12), repeat=3):
+            if micro * accumulation * ranks != 12:
+                continue
+            shares = [list(micro_batches(rows, micro, rank, ranks)) for rank in range(ranks)]
+            assert all(len(share) <= accumulation for share in shares)
+            assert all(1 <= len(batch) <= micro for share in shares for _, batch in share)
+            numbered = [(first + i, row) for share in shares for first, batch in share for i, row in enumerate(batch)]
+            assert sorted(numbered) == sorted(enumerate(rows))

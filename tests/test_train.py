@@ -34,9 +34,10 @@ import train
 from nanoqlora.checkpoint import load_adapter, load_model
 from nanoqlora.cli import run_command
 from nanoqlora.config import load_config, make_config
-from nanoqlora.data import Sample, Step, collate
+from nanoqlora.data import Sample, collate
 from nanoqlora.ops import linear_cross_entropy
 from nanoqlora.optim import clip_gradient, learning_rate_at, make_optimizer
+from nanoqlora.packing import Step
 from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora, lora_layers
 from nanoqlora.runs import checkpoints, prepare_data
 

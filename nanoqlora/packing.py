@@ -1,0 +1,214 @@
+"""From lengths to the plan of a run: which samples stand in which row of which step, before the first one is taken.
+
+    lengths, seed -> for each epoch: shuffle, put into rows, shuffle the rows, cut into steps -> Plan
+
+A row is what the model sees at once. With packing it holds as many samples as fit, without it one sample, and then
+rows of like length come into the same step, so that little is spent on padding.
+
+The plan is a pure function of the lengths and the seed. The number of steps and the schedule follow from it; a step
+is the same for any number of ranks and any split into micro-batches; every rank knows how many tokens count in a step
+without asking the others; and a resumed run needs to know nothing but its step.
+
+For a million samples it takes seconds and some bytes a sample: everything is arrays, and `Step` objects are made when
+they are asked for.
+"""
+
+import hashlib
+import math
+import random
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+
+POOL = 50  # steps whose rows are sorted by length together; fewer waste padding, more make the steps less random
+
+
+@dataclass(frozen=True)
+class Rows(Sequence[list[int]]):
+    """Rows of sample numbers, one behind the other: row i is samples[starts[i] : starts[i + 1]]."""
+
+    samples: np.ndarray  # (N,) int64
+    starts: np.ndarray  # (number of rows + 1,) int64
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, i: int) -> list[int]:
+        if not 0 <= i < len(self):  # also what ends a loop over the rows
+            raise IndexError(i)
+        return self.samples[self.starts[i] : self.starts[i + 1]].tolist()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(self.__getitem__, range(len(self)))
+
+    def in_order(self, order: np.ndarray) -> "Rows":
+        """The same rows in another order."""
+        lengths = np.diff(self.starts)[order]
+        starts = np.concatenate([[0], lengths.cumsum()])
+        from_where = np.repeat(self.starts[order] - starts[:-1], lengths) + np.arange(len(self.samples))
+        return Rows(self.samples[from_where], starts)
+
+    def by_first_sample(self) -> "Rows":
+        """The row with sample 0 first, and so on: as near to the order of the data as whole rows can be."""
+        return self.in_order(np.argsort(np.minimum.reduceat(self.samples, self.starts[:-1])))
+
+    @classmethod
+    def joined(cls, parts: list["Rows"]) -> "Rows":
+        """The rows of all parts, one part behind the other."""
+        lengths = np.concatenate([np.diff(part.starts) for part in parts])
+        return cls(np.concatenate([part.samples for part in parts]), np.concatenate([[0], lengths.cumsum()]))
+
+
+def pack(lengths: Sequence[int] | np.ndarray, ids: Iterable[int], capacity: int) -> Rows:
+    """Put samples into as few rows of `capacity` tokens as we can: best-fit decreasing.
+
+    The longest sample first, each into the row with the least space that is enough, or into a new one. Samples of one
+    length are placed together: a row with f free tokens takes f // length of them, one after the other, since after the
+    first it is still the tightest that fits. So the work grows with the number of different lengths and spaces, and a
+    million samples take about a second.
+
+    Args:
+        lengths: tokens of every sample, from 1 to `capacity`.
+        ids: the samples to pack; of equally long ones the first are placed first.
+    """
+    ids = np.fromiter(ids, np.int64)
+    ids = ids[np.argsort(-np.asarray(lengths)[ids], kind="stable")]
+    sizes = np.asarray(lengths)[ids]
+    if len(sizes) and not 0 < sizes[-1] <= sizes[0] <= capacity:
+        raise ValueError(f"lengths from {sizes[-1]} to {sizes[0]} do not fit into rows of {capacity} tokens")
+    row_of = np.empty(len(ids), np.int64)
+    with_space: list[np.ndarray] = [np.empty(0, np.int64)] * capacity  # free tokens -> the rows that have them, sorted
+    num_with_space = np.zeros(capacity, np.int64)
+    num_rows = 0
+
+    def put(rows: np.ndarray, space: int) -> None:
+        if space and len(rows):
+            with_space[space] = np.sort(np.concatenate([with_space[space], rows]))
+            num_with_space[space] += len(rows)
+
+    ends = [*np.flatnonzero(np.diff(sizes)) + 1, len(sizes)] if len(sizes) else []
+    for start, end in zip([0, *ends], ends, strict=False):
+        size = int(sizes[start])
+        spaces = (np.flatnonzero(num_with_space[size:]) + size).tolist()  # the tightest first
+        while start < end:
+            space = spaces.pop(0) if spaces else capacity
+            each = space // size
+            wanted = -(-(end - start) // each)
+            if space == capacity:
+                rows, left = np.arange(num_rows, num_rows + wanted), None
+                num_rows += wanted
+            else:
+                rows, left = with_space[space][:wanted], with_space[space][wanted:]
+                with_space[space], num_with_space[space] = left, len(left)
+            placed = min(end - start, len(rows) * each)
+            row_of[start : start + placed] = np.repeat(rows, each)[:placed]
+            start += placed
+            in_last = placed - (len(rows) - 1) * each
+            put(rows[:-1], space - each * size)
+            put(rows[-1:], space - in_last * size)
+    starts = np.concatenate([[0], np.bincount(row_of, minlength=num_rows).cumsum()])
+    return Rows(ids[np.argsort(row_of, kind="stable")], starts)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: its rows, each a list of sample numbers, and the share of the data passed after it."""
+
+    rows: list[list[int]]
+    epoch: float
+
+
+@dataclass(frozen=True)
+class Plan(Sequence[Step]):
+    """All steps of a run, in the order in which they are taken."""
+
+    epochs: list[Rows]  # the rows of each epoch, in order
+    rows_per_step: int
+    num_steps: int
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, number: int | slice) -> Step | list[Step]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        number += len(self) if number < 0 else 0
+        if not 0 <= number < len(self):
+            raise IndexError(f"step {number} of {len(self)}")
+        firsts = [0, *accumulate(math.ceil(len(rows) / self.rows_per_step) for rows in self.epochs)]
+        epoch = bisect_right(firsts, number) - 1
+        rows, start = self.epochs[epoch], (number - firsts[epoch]) * self.rows_per_step
+        end = min(start + self.rows_per_step, len(rows))
+        return Step([rows[i] for i in range(start, end)], epoch + end / len(rows))
+
+    def fingerprint(self) -> str:
+        """A hash of all of it."""
+        digest = hashlib.sha256(f"{self.rows_per_step} {self.num_steps}".encode())
+        for rows in self.epochs:
+            digest.update(rows.samples)
+            digest.update(rows.starts)
+        return digest.hexdigest()
+
+
+def plan_steps(
+    lengths: Sequence[int] | np.ndarray,
+    *,
+    rows_per_step: int,
+    capacity: int,
+    packing: bool,
+    num_epochs: float,
+    max_steps: int | None,
+    seed: int,
+    shuffle: bool = True,
+) -> Plan:
+    """The whole run. Every sample is used once an epoch; the last, smaller batch of an epoch is a step too.
+
+    Args:
+        lengths: tokens of each sample, none above `capacity`.
+        rows_per_step: micro_batch_size * gradient_accumulation_steps * ranks.
+        num_epochs: may end within an epoch. max_steps: ends earlier, or, when larger, goes on with more epochs.
+        shuffle: anew in every epoch; else samples come as they stand in the data.
+    """
+    lengths = np.asarray(lengths)
+    epochs: list[Rows] = []
+    num_steps = 0
+    while len(epochs) < num_epochs if max_steps is None else num_steps < max_steps:
+        rows = _rows_of_epoch(lengths, rows_per_step, capacity, packing, seed, len(epochs), shuffle)
+        share = 1.0 if max_steps is not None else min(1.0, num_epochs - len(epochs))
+        # As transformers counts, but for its rounding: 1.1 - 1 is above 0.1.
+        num_steps += math.ceil(math.ceil(len(rows) / rows_per_step) * share - 1e-9)
+        epochs.append(rows)
+    return Plan(epochs, rows_per_step, min(num_steps, max_steps or num_steps))
+
+
+def _rows_of_epoch(
+    lengths: np.ndarray, rows_per_step: int, capacity: int, packing: bool, seed: int, epoch: int, shuffle: bool
+) -> Rows:
+    rng = random.Random(f"{seed} {epoch}")
+
+    def shuffled(count: int) -> np.ndarray:
+        order = array("I", range(count))
+        if shuffle:
+            rng.shuffle(order)
+        return np.array(order, np.int64)
+
+    ids = shuffled(len(lengths))
+    if packing and shuffle:
+        rows = pack(lengths, ids, capacity)
+        return rows.in_order(shuffled(len(rows)))
+    if packing:  # all at once, the longest samples would come first: so pack stretches of the data, one after the other
+        stretch = (lengths.cumsum() - lengths) // (POOL * rows_per_step * capacity)
+        parts = np.split(ids, np.flatnonzero(np.diff(stretch)) + 1)
+        return Rows.joined([pack(lengths, part, capacity).by_first_sample() for part in parts])
+    if shuffle:
+        in_full_steps = len(ids) // rows_per_step * rows_per_step
+        pools = range(0, in_full_steps, POOL * rows_per_step)
+        parts = [*(ids[i : min(i + POOL * rows_per_step, in_full_steps)] for i in pools), ids[in_full_steps:]]
+        by_length = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
+        steps = by_length[:in_full_steps].reshape(-1, rows_per_step)
+        ids = np.concatenate([steps[shuffled(len(steps))].flatten(), by_length[in_full_steps:]])
+    return Rows(ids, np.arange(len(ids) + 1))

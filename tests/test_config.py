@@ -1,31 +1,30 @@
-"""Every row of every table of config.py, and the door in front of it: types, ranges, spelling, lines."""
+"""Every key of config.py, every row of key_fates.py, and the door in front of it: types, ranges, spelling, lines."""
 
 import dataclasses
 import textwrap
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Literal, get_args, get_type_hints
 
 import pytest
 import yaml
 
-from nanoqlora import config as room
+from nanoqlora import typed_yaml
 from nanoqlora.cli import UserError
 from nanoqlora.config import (
     CHECKS,
     DERIVED,
     EXCLUSIVE,
-    FATES,
-    HARMLESS,
+    BnbConfig,
     Config,
     DatasetConfig,
     FsdpConfig,
-    Option,
     SpecialTokens,
-    fate_of,
     load_command,
     load_config,
     make_config,
 )
+from nanoqlora.typed_yaml import Option, fate_of
 
 ROOT = Path(__file__).parent.parent
 LEAST = {
@@ -96,6 +95,92 @@ special_tokens:
 """
 
 
+# Every key of Axolotl 0.18: of a run, of an entry of datasets, of fsdp_config.
+AXOLOTL_KEYS = {
+    Config: """
+accelerator_config activation_offloading adam_beta1 adam_beta2 adam_beta3 adam_epsilon adam_epsilon2 adapter
+added_tokens_overrides attn_implementation auto_find_batch_size auto_resume_from_checkpoints axolotl_config_path
+base_model base_model_config batch_flattening batch_size bench_dataset bench_split bf16 bfloat16
+bnb_config_kwargs center_rewards_coefficient chat_template chat_template_jinja chat_template_kwargs
+chunked_cross_entropy chunked_cross_entropy_num_chunks cls_model_config comet_api_key comet_experiment_config
+comet_experiment_key comet_mode comet_online comet_project_name comet_workspace context_parallel_size
+cosine_constant_lr_ratio cosine_min_lr_ratio cpo_alpha curriculum_sampling dataloader_drop_last
+dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataset_exact_deduplication
+dataset_keep_in_memory dataset_num_proc dataset_prepared_path dataset_processes dataset_shard_idx
+dataset_shard_num datasets ddp ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_timeout
+deepcompile deepspeed default_system_message device device_map dion_lr dion_momentum dion_rank_fraction
+dion_rank_multiple_of do_bench_eval do_causal_lm_eval dp_replicate_size dp_shard_size dpo_beta
+dpo_generate_during_eval dpo_label_smoothing dpo_loss_type dpo_loss_weights dpo_norm_loss dpo_padding_free
+dpo_use_liger_kernel dpo_use_logits_to_keep dpo_use_weighting dynamic_checkpoint eaft_alpha eaft_k
+eager_attention early_stopping_patience ebft embedding_lr embedding_lr_scale embeddings_skip_upcast eot_tokens
+eval_batch_size eval_causal_lm_metrics eval_max_new_tokens eval_sample_packing eval_sequence_len eval_steps
+eval_strategy eval_table_size evals_per_epoch evaluation_strategy excess_length_strategy
+experimental_skip_move_to_device experts_implementation fix_untrained_tokens flash_attention
+flash_attn_cross_entropy flash_attn_d512 flash_attn_fuse_mlp flash_attn_rms_norm flash_optimum flex_attention
+flex_attn_compile_kwargs float16 float32 fp16 fp32_norm_classes fp32_norms fp8 fp8_enable_fsdp_float8_all_gather
+freeze_mm_modules fsdp fsdp_config fsdp_final_state_dict_type fsdp_version fused_attn_kernel gc_collect_steps
+gc_steps gemma4_hybrid_attn_impl generate_samples generation_do_sample generation_max_new_tokens
+generation_prompt_ratio generation_temperature generation_top_k generation_top_p gptq gpu_memory_limit
+gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs gradio_max_new_tokens
+gradio_server_name gradio_server_port gradio_share gradio_temperature gradio_title greater_is_better
+group_by_length heads_k_stride hf_mlflow_log_artifacts hf_use_auth_token hub_model_id hub_revision hub_strategy
+image_resize_algorithm image_size include_tkps include_tokens_per_second is_falcon_derived_model
+is_llama_derived_model is_mistral_derived_model is_preprocess is_qwen_derived_model jagged_restart_anneal_steps
+jagged_restart_steps jagged_restart_warmup_steps kto_desirable_weight kto_undesirable_weight
+large_head_attention layer_offloading learning_rate lisa_layers_attribute lisa_n_layers lisa_step_interval
+llama4_linearized_experts load_best_model_at_end load_in_4bit load_in_8bit local_rank loftq_config logging_steps
+lora_alpha lora_alpha_pattern lora_dropout lora_embedding_kernel lora_fan_in_fan_out lora_mlp_kernel
+lora_model_dir lora_modules_to_save lora_o_kernel lora_on_cpu lora_qkv_kernel lora_r lora_rank_pattern
+lora_target_linear lora_target_modules lora_target_parameters loraplus_lr_embedding loraplus_lr_ratio
+loss_watchdog_patience loss_watchdog_threshold low_cpu_mem_usage lr_div_factor lr_groups lr_quadratic_warmup
+lr_scheduler lr_scheduler_kwargs max_grad_norm max_memory max_packed_sequence_len max_prompt_len max_steps
+mean_resizing_embeddings merge_lora merge_method metric_for_best_model micro_batch_size min_sample_len
+mlflow_experiment_name mlflow_run_name mlflow_tracking_uri model_quantization_config
+model_quantization_config_kwargs multipack_real_batches neftune_noise_alpha noisy_embedding_alpha
+num_dataset_shards_to_save num_epochs num_generation_samples num_labels optim_args optim_target_modules
+optimizer orpo_alpha otel_metrics_host otel_metrics_port output_dir overrides_of_model_config
+overrides_of_model_kwargs pad_to_multiple_of pad_to_sequence_len peft peft_autocast_adapter_dtype
+peft_ensure_weight_tying peft_init_lora_weights peft_layer_replication peft_layers_pattern
+peft_layers_to_transform peft_trainable_token_indices peft_use_dora peft_use_rslora plugins pose_max_context_len
+pose_num_chunks pose_split_on_token_ids precompute_ref_log_probs preprocess_iterable pretrain_multipack_attn
+pretrain_multipack_buffer_size pretraining_dataset pretraining_sample_concatenation process_reward_model
+processor_kwargs processor_type profiler_steps profiler_steps_start push_dataset_to_hub qat
+qgalore_cos_threshold qgalore_gamma_proj qgalore_proj_bits qgalore_proj_group_size qgalore_proj_quant
+qgalore_proj_type qgalore_queue_size qgalore_rank qgalore_scale qgalore_update_proj_gap
+qlora_sharded_model_loading quantization quantize_moe_experts ray_num_workers ray_run_name reinit_weights relora
+relora_cpu_offload relora_prune_method relora_prune_ratio remove_unused_columns resize_token_embeddings_to_32x
+resources_per_worker resume_from_checkpoint revision_of_model reward_model ring_attn_func rl rl_beta
+role_boundaries rope_scaling rpo_alpha s2_attention sage_attention sample_packing sample_packing_bin_size
+sample_packing_eff_est sample_packing_group_size sample_packing_mp_start_method sample_packing_sequentially
+save_first_step save_only_model save_safetensors save_steps save_strategy save_total_limit saves_per_epoch
+scaling_softmax scaling_softmax_bias scaling_softmax_factor sdp_attention sdpa_varlen seed
+selective_checkpointing sequence_len sequence_parallel_degree shrink_embeddings shuffle_before_merging_datasets
+shuffle_merged_datasets simpo_gamma skip_prepare_dataset special_tokens streaming
+streaming_multipack_buffer_size strict tensor_parallel_size test_datasets tf32 tiled_mlp tiled_mlp_num_shards
+tiled_mlp_use_original_mlp tokenizer_config tokenizer_legacy tokenizer_save_jinja_files tokenizer_type
+tokenizer_use_fast tokenizer_use_mistral_common tokens torch_compile torch_compile_backend torch_compile_mode
+torch_compile_options torch_empty_cache_steps torchdistx_path total_num_tokens total_supervised_tokens
+trackio_project_name trackio_run_name trackio_space_id train_on_inputs trainer_cls trl trust_remote_code
+type_of_model unfrozen_parameters use_comet use_eaft use_kernels use_mlflow use_onebitllms use_otel_metrics
+use_pose use_ray use_tensorboard use_trackio use_wandb val_set_size vllm wandb_entity wandb_log_model wandb_mode
+wandb_name wandb_project wandb_run_id wandb_watch warmup_ratio warmup_steps weight_decay world_size
+xformers_attention
+""",
+    DatasetConfig: """
+chat_template chat_template_jinja conversation data_files drop_system_message ds_type field field_human
+field_messages field_model field_thinking field_tools input_format input_transform logprobs_field
+message_field_content message_field_role message_field_training message_field_training_detail
+message_property_mappings name path preprocess_shards revision roles roles_to_train shards shards_idx split
+split_thinking temperature template_thinking_key train_on_eos train_on_eot trust_remote_code type
+""",
+    FsdpConfig: """
+activation_checkpointing auto_wrap_policy cpu_offload_pin_memory cpu_ram_efficient_loading final_state_dict_type
+fsdp_version min_num_params mixed_precision_policy offload_params reshard_after_forward state_dict_type
+sync_module_states transformer_layer_cls_to_wrap use_orig_params
+""",
+}
+
+
 def least(**more) -> dict:
     return LEAST | more
 
@@ -110,20 +195,21 @@ def least_file(folder: Path, more: str = "") -> str:
     return written(folder, yaml.safe_dump(LEAST) + textwrap.dedent(more))
 
 
+MAPS = (Config, DatasetConfig, SpecialTokens, BnbConfig, FsdpConfig)
+HARMLESS = Config.fates.harmless
+
+
 def rows(table: str) -> list[tuple[type, str, str]]:
     """(map, key, reason) of every row of one fate; a pattern stands as one of the keys that it covers."""
-    found = []
-    for cls, fates in FATES.items():
-        reasons = {"": fates.not_yet} if table == "not_yet" else getattr(fates, table)
-        found += [(cls, name.replace("*", "x"), why) for why, names in reasons.items() for name in names.split()]
-    return found
+    tables = [(cls, why, names) for cls in MAPS for why, names in getattr(cls.fates, table).items()]
+    return [(cls, name.replace("*", "x"), why) for cls, why, names in tables for name in names.split()]
 
 
 def within_map(cls: type, name: str, value: object) -> dict:
     """The least run, with one more key in the map that `cls` describes."""
     if cls is DatasetConfig:
         return least(datasets=[LEAST["datasets"][0] | {name: value}])
-    nested = {SpecialTokens: "special_tokens", FsdpConfig: "fsdp_config"}.get(cls)
+    nested = {SpecialTokens: "special_tokens", FsdpConfig: "fsdp_config", BnbConfig: "bnb_config_kwargs"}.get(cls)
     return least(**{nested: {name: value}}) if nested else least(**{name: value})
 
 
@@ -153,7 +239,12 @@ def test_axolotl_file_runs_as_it_stands(tmp_path):
         "fsdp_config.fsdp_sharding_strategy",
     ]
     assert sum("mean over all supervised tokens" in note for note in c.notes) == 1
-    assert len(c.notes) == len(ignored) + 1
+    used = next(note for note in c.notes if " keys used: " in note)
+    assert used.startswith(f"{tmp_path / 'run.yml'}: 31 keys used: base_model, load_in_4bit, datasets,")
+    filled = next(note for note in c.notes if note.startswith("filled in: "))
+    for words in ("lora_target_linear", "eval_batch_size 2", "save_strategy steps", "./outputs/qlora-out/train.yml"):
+        assert (words in filled) is (words != "lora_target_linear")
+    assert len(c.notes) == len(ignored) + 3
 
 
 @pytest.mark.parametrize("name", ["train.yml", "configs/llama3-8b.yml"])
@@ -176,18 +267,29 @@ def test_resolved_yaml_loads_to_an_equal_config(tmp_path, text):
 
 
 def test_no_key_has_two_fates():
-    """Fields, old spellings and the three lists of patterns are disjoint, also through their wildcards."""
-    for cls, fates in FATES.items():
+    """Fields, old spellings and the two lists of patterns are disjoint, also through their wildcards."""
+    for cls in MAPS:
+        fates = cls.fates
         fields = [f.name for f in dataclasses.fields(cls) if f.name != "notes"]
-        lists = [names.split() for table in (fates.ignored, fates.refused) for names in table.values()]
-        patterns = [name for names in (*lists, fates.not_yet.split()) for name in names]
+        patterns = [n for table in (fates.ignored, fates.refused) for names in table.values() for n in names.split()]
         names = [*fields, *fates.old, *(pattern.replace("*", "x") for pattern in patterns)]
         assert len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)
         for name in names:
-            claims = (name in fields) + (name in fates.old) + sum(room.fnmatchcase(name, p) for p in patterns)
+            claims = (name in fields) + (name in fates.old) + sum(fnmatchcase(name, p) for p in patterns)
             assert claims == 1, f"{cls.__name__}.{name} has {claims} fates"
         assert {field for field, _ in fates.old.values()} <= set(fields)
         assert {*fates.old_values, *fates.refused_values} <= set(fields)
+
+
+@pytest.mark.parametrize("cls", AXOLOTL_KEYS)
+def test_every_key_of_axolotl_has_a_fate(cls):
+    unknown = [
+        name for name in AXOLOTL_KEYS[cls].split() if fate_of(cls, name.removeprefix(cls.fates.prefix))[0] == "unknown"
+    ]
+    assert not unknown
+
+
+def test_what_is_derived_or_exclusive_is_a_key():
     names = {f.name for f in dataclasses.fields(Config)}
     assert {*DERIVED, *(name for pair in EXCLUSIVE for name in pair)} <= names
     assert all(fate_of(Config, name)[0] == "refused" for name in HARMLESS)
@@ -196,9 +298,9 @@ def test_no_key_has_two_fates():
 @pytest.mark.parametrize(("cls", "name", "reason"), rows("ignored"))
 def test_ignored_key_is_accepted_and_named_once(cls, name, reason):
     c = make_config(within_map(cls, name, "x"))
-    assert [note for note in c.notes if f"{name} is ignored" in note and reason in note]
+    assert len([note for note in c.notes if f"{name} is ignored" in note and reason in note]) == 1
     assert c == make_config(within_map(cls, name, None) if cls is Config else within_map(cls, name, "y"))
-    assert not make_config(least(**{name: None})).notes if cls is Config else True
+    assert not any("ignored" in note for note in make_config(within_map(cls, name, None)).notes)
 
 
 @pytest.mark.parametrize(("cls", "name", "advice"), rows("refused"))
@@ -210,13 +312,6 @@ def test_refused_key_says_what_to_do_and_may_stay_when_off(cls, name, advice):
         make_config(within_map(cls, name, True))
     for off in (None, False, 0, "", [], *HARMLESS.get(name, ())):
         assert make_config(within_map(cls, name, off)) == make_config(within_map(cls, name, None))
-
-
-@pytest.mark.parametrize(("cls", "name", "_"), rows("not_yet"))
-def test_key_that_waits_says_so_plainly(cls, name, _):
-    with pytest.raises(UserError, match=f"{name} is .*Not supported yet"):
-        make_config(within_map(cls, name, "x"))
-    assert make_config(within_map(cls, name, False))
 
 
 OLD = {
@@ -237,17 +332,17 @@ OLD = {
 }
 
 
-@pytest.mark.parametrize(("cls", "old"), [(cls, old) for cls, fates in FATES.items() for old in fates.old])
+@pytest.mark.parametrize(("cls", "old"), [(cls, old) for cls in MAPS for old in cls.fates.old])
 def test_old_spelling_is_translated(cls, old):
     value, expected = OLD[old]
     c = make_config(within_map(cls, old, value))
     owner = {Config: c, DatasetConfig: c.datasets[0], SpecialTokens: c.special_tokens}[cls]
-    assert getattr(owner, FATES[cls].old[old][0]) == expected
+    assert getattr(owner, cls.fates.old[old][0]) == expected
 
 
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
-    [(n, v, e) for n, values in FATES[Config].old_values.items() for v, e in values.items()],
+    [(n, v, e) for n, values in Config.fates.old_values.items() for v, e in values.items()],
 )
 def test_old_value_is_translated(name, value, expected):
     assert getattr(make_config(least(**{name: value})), name) == expected
@@ -418,18 +513,18 @@ RANGED = [f for f in dataclasses.fields(Config) if f.metadata.get("within")]
 def test_ranges(f):
     """Just outside either end is refused, NaN and infinity always; the default lies inside."""
     low, high = (float(end) for end in f.metadata["within"][1:-1].split(","))
-    step = 1 if int in room.get_args(get_type_hints(Config)[f.name]) or f.type is int else 1e-6
+    step = 1 if int in get_args(get_type_hints(Config)[f.name]) or f.type is int else 1e-6
     outside = [low - step, *([] if high == float("inf") else [high + step]), "nan", "inf", "-inf"]
     outside += [low] * (f.metadata["within"][0] == "(") + [high] * (f.metadata["within"][-1] == ")")
     for value in outside:
         with pytest.raises(UserError, match=f.name):
             make_config(least(**{f.name: value}))
-    assert f.default in (None, dataclasses.MISSING) or room._lies_within(f.metadata["within"], f.default)
+    assert f.default in (None, dataclasses.MISSING) or typed_yaml._lies_within(f.metadata["within"], f.default)
 
 
 def test_every_number_has_a_range():
     hints = get_type_hints(Config)
-    numbers = {n for n, hint in hints.items() if {int, float} & {hint, *room.get_args(hint)}}
+    numbers = {n for n, hint in hints.items() if {int, float} & {hint, *get_args(hint)}}
     assert numbers == {f.name for f in RANGED}
 
 
@@ -447,6 +542,14 @@ def test_misspelt_key_gives_the_nearest_name(tmp_path, wrong, right):
 def test_misspelt_key_of_a_dataset_says_which():
     with pytest.raises(UserError, match=r"datasets\[1\]\.paht .*nearest one is path;"):
         make_config(least(datasets=[{"path": "d", "type": "alpaca"}, {"paht": "d", "type": "alpaca"}]))
+
+
+def test_nested_key_gives_its_own_line(tmp_path):
+    text = "test_datasets:\n  - path: a.jsonl\n    type: alpaca\n  - path: b.jsonl\n    typ: alpaca\n"
+    path = least_file(tmp_path, text)
+    line = Path(path).read_text().splitlines().index("    typ: alpaca") + 1
+    with pytest.raises(UserError, match=rf"run.yml, line {line}: test_datasets\[1\]\.typ is no known key.* is type;"):
+        load_config([path])
 
 
 @pytest.mark.parametrize("name", ["base_model", "adapter", "datasets", "learning_rate"])
@@ -572,7 +675,7 @@ def test_help_lists_every_key_and_option(capsys):
     assert not done.value.code
     text = capsys.readouterr().out
     assert text.startswith("Merge an adapter.")
-    for cls in FATES:
+    for cls in MAPS:
         for f in dataclasses.fields(cls):
             if f.name != "notes":
                 assert f"  {'--' if cls is Config else ''}{f.name}  " in text

@@ -26,7 +26,7 @@ from nanoqlora import distributed, ops
 from nanoqlora.checkpoint import load_adapter, load_model
 from nanoqlora.cli import Stopped, UserError, run_command
 from nanoqlora.config import Config, load_command
-from nanoqlora.data import Sample, collate, micro_batches
+from nanoqlora.data import Samples, collate, micro_batches
 from nanoqlora.evaluate import mean_loss, score_samples
 from nanoqlora.fused import can_fuse, fuse_blocks, keep_dense_weights
 from nanoqlora.model import Llama
@@ -57,8 +57,8 @@ class Run:
     ranks: int
     device: torch.device
     model: Llama
-    samples: list[Sample]
-    held_out: list[Sample]
+    samples: Samples
+    held_out: Samples
     plan: Plan
     flat: torch.nn.Parameter  # every trained value, and its gradient
     optimizer: torch.optim.Optimizer
@@ -143,7 +143,7 @@ def loop(run: Run, start: int, stop: list[bool]) -> None:
             speed = watch.rate_since_last()
             line = {"step": step, "epoch": round(plan[number].epoch, 4), "loss": round(loss, 6)}
             line |= {"grad_norm": round(grad_norm, 6), "learning_rate": rate}
-            line |= {"supervised_tokens": sum(run.samples[i].num_targets for row in plan[number].rows for i in row)}
+            line |= {"supervised_tokens": int(run.samples.num_targets[sum(plan[number].rows, [])].sum())}
             run.metrics.write(line | {"tokens_per_second": round(speed, 1)} | memory_figures(run.device))
             bar.set_postfix(loss=f"{loss:.3f}", norm=f"{grad_norm:.2f}", lr=f"{rate:.1e}", tok_s=f"{speed:.0f}")
         bar.update()

@@ -1,31 +1,33 @@
-"""From data files to batches: read and tokenise rows, and lay samples into tensors.
+"""Samples as the training loop sees them, and how they become batches of tensors.
 
-rows of a file -> Sample (tokens, supervised) -> packing.py: the plan of all steps -> Batch of tensors
+    rows.py: files -> rows    prepare.py: rows -> Samples    packing.py: lengths -> the plan of all steps
+    here: the samples of a row of a step -> Batch
+
+A sample is a row of data as tokens, with a mask that says which of them the model has to learn to write. Millions of
+them are a few long arrays (`Samples`), which may stand in a file: one is cut out when a step needs it.
 """
 
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .cli import UserError
 from .ops import Segments
-from .prompts import PromptFormat
-from .tokenizer import Tokenizer
 
 IGNORED = -100  # the target of a position whose loss does not count
+SUPERVISED = np.uint32(1 << 31)  # a token is stored as its id, with this bit if it counts; ids stay below a million
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
-    """One row of a data file as tokens, and for each token whether the model has to learn to write it."""
+    """One row of data as tokens, and for each token whether the model has to learn to write it."""
 
-    tokens: list[int]
-    supervised: list[bool]
+    tokens: Sequence[int] | np.ndarray  # (n,) ids
+    supervised: Sequence[bool] | np.ndarray  # (n,)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -33,111 +35,53 @@ class Sample:
     @property
     def num_targets(self) -> int:
         """Tokens that count: the first one follows nothing, so it never does."""
-        return sum(self.supervised[1:])
+        return int(np.count_nonzero(self.supervised[1:]))
 
 
-# ------------------------------------------------------------------------------------------------ reading
+@dataclass(frozen=True, eq=False)
+class Samples(Sequence[Sample]):
+    """Many samples. Sample i is words[source[i]][starts[i] : starts[i] + lengths[i]]."""
+
+    words: tuple[np.ndarray, ...]  # for each data set (its tokens,) uint32, in memory or mapped from a file
+    source: np.ndarray  # (N,) the data set of each sample
+    starts: np.ndarray  # (N,) int64
+    lengths: np.ndarray  # (N,) tokens
+    num_targets: np.ndarray  # (N,) tokens that count
+    fingerprint: str  # a hash of everything above
+
+    @classmethod
+    def of(cls, words: np.ndarray, lengths: np.ndarray, num_targets: np.ndarray, fingerprint: str) -> "Samples":
+        """The samples of one data set, one behind the other in `words`."""
+        source = np.zeros(len(lengths), np.int16)
+        return cls((words,), source, lengths.cumsum(dtype=np.int64) - lengths, lengths, num_targets, fingerprint)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> Sample:
+        start, length = self.starts[i], self.lengths[i]
+        words = self.words[self.source[i]][start : start + length]
+        return Sample((words & ~SUPERVISED).astype(np.int64), words >= SUPERVISED)
+
+    def take(self, which: np.ndarray) -> "Samples":
+        """Some of them, by their numbers."""
+        arrays = {name: getattr(self, name)[which] for name in ("source", "starts", "lengths", "num_targets")}
+        digest = hashlib.sha256(self.fingerprint.encode() + np.asarray(which, np.int64).tobytes())
+        return replace(self, **arrays, fingerprint=digest.hexdigest())
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a JSON Lines file, or of a JSON file that holds a list, each with its place for error messages."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"data {path}: no such file. Give the path of a .jsonl or .json file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data {path}: cannot be read as UTF-8 text ({error}).") from error
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        rows = ((f"{path}, row {i}", row) for i, row in enumerate(_parse(text, str(path)), start=1))
-    else:
-        lines = ((f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), start=1) if line.strip())
-        rows = ((where, _parse(line, where)) for where, line in lines)
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: holds a {type(row).__name__}, and a row is an object with named fields.")
-        yield where, row
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}). Correct that line.") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists ...
-        raise UserError(f"{where}: JSON that cannot be read ({error}). Correct that line.") from error
-
-
-@dataclass
-class Reading:
-    """What became of the rows of the data files; said before step 1, so that nothing is lost in silence."""
-
-    samples: list[Sample]
-    too_long: list[str]  # places of rows longer than sequence_len
-    longest: int = 0  # tokens of the longest row
-    unsupervised: int = 0  # rows with no token that counts
-
-    def describe(self, sequence_len: int, strategy: str) -> str:
-        targets, tokens = sum(s.num_targets for s in self.samples), sum(map(len, self.samples))
-        text = f"{len(self.samples)} samples, {tokens} tokens, {targets / max(tokens, 1):.0%} of them supervised"
-        if self.too_long:
-            action = {"drop": "dropped", "truncate": "cut"}[strategy]
-            text += (
-                f"; {len(self.too_long)} longer than sequence_len {sequence_len} {action} (first: {self.too_long[0]}; "
-                f"sequence_len {self.longest} would keep all)"
-            )
-        if self.unsupervised:
-            text += f"; {self.unsupervised} without a supervised token dropped"
-        return text
-
-
-def read_samples(
-    path: str | Path,
-    format_of: Callable[[dict[str, Any]], PromptFormat],
-    tokenizer: Tokenizer,
-    sequence_len: int,
-    excess_length_strategy: str = "drop",
-) -> Reading:
-    """Tokenise a data file.
-
-    Args:
-        format_of: the prompt format of a row.
-        sequence_len: tokens that a sample may have.
-        excess_length_strategy: for longer ones: drop, truncate or raise. Long `completion` rows are split instead.
-    Raises:
-        UserError: with file and line, for a row that the format cannot read; for a file without any usable row.
-    """
-    reading = Reading([], [])
-    for where, row in read_rows(path):
-        try:
-            prompt_format = format_of(row)
-            tokens, supervised = prompt_format.encode_row(tokenizer, row)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
-        reading.longest = max(reading.longest, len(tokens))
-        pieces = [Sample(tokens, supervised)]
-        if len(tokens) > sequence_len:
-            starts = range(0, len(tokens), sequence_len)
-            pieces = [Sample(tokens[i : i + sequence_len], supervised[i : i + sequence_len]) for i in starts]
-            if prompt_format.type != "completion":
-                if excess_length_strategy == "raise":
-                    raise UserError(
-                        f"{where}: {len(tokens)} tokens, more than sequence_len={sequence_len}, and "
-                        f"excess_length_strategy is raise. Set sequence_len to {len(tokens)}, or drop or truncate."
-                    )
-                reading.too_long.append(where)
-                pieces = pieces[:1] if excess_length_strategy == "truncate" else []
-        for sample in pieces:
-            if sample.num_targets:
-                reading.samples.append(sample)
-            else:
-                reading.unsupervised += 1
-    if not reading.samples:
-        raise UserError(
-            f"data {path}: no usable row ({len(reading.too_long)} too long, {reading.unsupervised} without a token to "
-            f"learn), so there is nothing to train or score. Check the file, its format and sequence_len."
-        )
-    return reading
+def join(parts: Sequence[Samples]) -> Samples:
+    """The samples of several data sets, one data set behind the other."""
+    words = tuple(words for part in parts for words in part.words)
+    arrays = {name: [np.empty(0, np.int64)] for name in ("source", "starts", "lengths", "num_targets")}
+    first = 0
+    for part in parts:
+        arrays["source"].append(part.source + first)
+        first += len(part.words)
+        for name in ("starts", "lengths", "num_targets"):
+            arrays[name].append(getattr(part, name))
+    digest = hashlib.sha256("".join(part.fingerprint for part in parts).encode())
+    return Samples(words, **{name: np.concatenate(a) for name, a in arrays.items()}, fingerprint=digest.hexdigest())
 
 
 # ------------------------------------------------------------------------------------------------ batches
@@ -178,9 +122,9 @@ def collate(rows: list[list[Sample]], pad_to: int = 0) -> Batch:
         end = 0
         for sample in row:
             start, end = end, end + len(sample)
-            ids = torch.tensor(sample.tokens)
+            ids = torch.as_tensor(sample.tokens)
             tokens[b, start:end] = ids
-            counted = torch.tensor(sample.supervised[1:], dtype=torch.bool)
+            counted = torch.as_tensor(sample.supervised[1:], dtype=torch.bool)
             targets[b, start : end - 1] = torch.where(counted, ids[1:], IGNORED)  # the last token predicts nothing
         lengths.append((*map(len, row), *([T - end] if end < T else ())))
     flat = targets.flatten()

@@ -11,10 +11,11 @@ import torch
 
 from . import distributed, ops
 from .cli import Parser, UserError, run_command, write_text
-from .data import Sample, collate, read_samples
+from .data import Sample, collate
 from .model import Llama
 from .packing import pack
-from .prompts import detect_format
+from .prepare import Encoding, read_samples
+from .rows import find_files
 from .serving import load_for_use
 
 BATCH_TOKENS = 1024  # of a row when the samples are short
@@ -49,18 +50,13 @@ def mean_loss(scores: list[tuple[float, int]]) -> float:
 def main() -> None:
     parser = Parser(prog="python -m nanoqlora.evaluate", description=__doc__.splitlines()[0])
     parser.add_model_options()
-    parser.add_argument("--data", required=True, help="JSON Lines file")
+    parser.add_argument("--data", required=True, help="a file, folder or glob of JSON, CSV, Parquet or text")
     parser.add_argument("--out", help="write a row per sample there: nll in nats, number of supervised tokens")
     args = parser.parse_args()
     distributed.start()
     used = load_for_use(args)
-    reading = read_samples(
-        args.data,
-        lambda row: used.prompt_format or detect_format(row),
-        used.tokenizer,
-        used.model.config.max_position_embeddings,
-        "raise",
-    )
+    limit = used.model.config.max_position_embeddings
+    reading = read_samples(find_files(args.data), Encoding(used.prompt_format, used.tokenizer, limit, "raise"))
     scores = score_samples(used.model, reading.samples)
     if args.out:
         rows = [json.dumps({"nll": nll, "tokens": tokens}) + "\n" for nll, tokens in scores]

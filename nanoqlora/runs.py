@@ -10,6 +10,7 @@ import platform
 import random
 import shutil
 import sys
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -25,11 +27,13 @@ from .chat import answer
 from .checkpoint import fill_adapter, read_adapter, read_json, save_adapter
 from .cli import UserError, whole_folder, write_text
 from .config import Config, DatasetConfig
-from .data import Reading, Sample, read_rows, read_samples
+from .data import Samples, join
 from .evaluate import mean_loss, score_samples
 from .packing import Plan, plan_steps
+from .prepare import Encoding, Reading, prepare_samples
 from .prompts import CHAT_TEMPLATES, PromptFormat
 from .report import plot_metrics, write_report
+from .rows import DataFile, find_files, read_rows
 from .serving import Usable
 from .tokenizer import Tokenizer, save_tokenizer
 
@@ -44,19 +48,24 @@ class Data:
     """The run's samples, its plan, and how rows became tokens. `readings` has an entry for every file."""
 
     prompt_format: PromptFormat  # of the first data set: what the adapter is talked to with
-    samples: list[Sample]
-    held_out: list[Sample]
+    samples: Samples
+    held_out: Samples
     plan: Plan
     readings: dict[str, Reading]
 
 
 def prepare_data(config: Config, tokenizer: Tokenizer, ranks: int) -> Data:
     """Read and tokenise all data of a run, set evaluation rows aside, and plan every step."""
-    formats = [prompt_format_of(config, dataset, tokenizer) for dataset in config.datasets]
-    readings = {d.path: _read(config, d, f, tokenizer) for d, f in zip(config.datasets, formats, strict=True)}
-    tests = {d.path: _read(config, d, prompt_format_of(config, d, tokenizer), tokenizer) for d in config.test_datasets}
-    samples = [sample for reading in readings.values() for sample in reading.samples]
-    held_out = [sample for reading in tests.values() for sample in reading.samples]
+    formats = [prompt_format_of(config, dataset, tokenizer) for dataset in (*config.datasets, *config.test_datasets)]
+    readings: dict[str, Reading] = {}
+    for dataset, prompt_format in zip((*config.datasets, *config.test_datasets), formats, strict=True):
+        name = f"{dataset.path}{f', split {dataset.split}' if dataset.split else ''}"
+        encoding = Encoding(prompt_format, tokenizer, config.sequence_len, config.excess_length_strategy)
+        folder = Path(config.dataset_prepared_path or "last_run_prepared")
+        name += f" ({len(readings) + 1})" * (name in readings)
+        readings[name] = prepare_samples(data_files(dataset), encoding, folder)
+    parts = [reading.samples for reading in readings.values()]
+    samples, held_out = join(parts[: len(config.datasets)]), join(parts[len(config.datasets) :])
     if config.val_set_size:
         size = config.val_set_size
         count = round(size * len(samples)) if size < 1 else int(size)
@@ -65,13 +74,13 @@ def prepare_data(config: Config, tokenizer: Tokenizer, ranks: int) -> Data:
                 f"val_set_size is {size}, which takes {count} of {len(samples)} samples; both sides need at least one. "
                 f"Set a share between 0 and 1, or a smaller count."
             )
-        order = list(range(len(samples)))
+        order = array("I", range(len(samples)))
         random.Random(f"{config.seed} validation").shuffle(order)
-        chosen = set(order[:count])
-        held_out = [samples[i] for i in sorted(chosen)]
-        samples = [sample for i, sample in enumerate(samples) if i not in chosen]
+        chosen = np.zeros(len(samples), bool)
+        chosen[np.array(order[:count])] = True
+        samples, held_out = samples.take(np.flatnonzero(~chosen)), samples.take(np.flatnonzero(chosen))
     plan = plan_steps(
-        [len(sample) for sample in samples],
+        samples.lengths,
         rows_per_step=config.micro_batch_size * config.gradient_accumulation_steps * ranks,
         capacity=config.sequence_len,
         packing=config.sample_packing,
@@ -80,12 +89,11 @@ def prepare_data(config: Config, tokenizer: Tokenizer, ranks: int) -> Data:
         seed=config.seed,
         shuffle=config.shuffle_merged_datasets,
     )
-    return Data(formats[0], samples, held_out, plan, readings | tests)
+    return Data(formats[0], samples, held_out, plan, readings)
 
 
-def _read(config: Config, dataset: DatasetConfig, prompt_format: PromptFormat, tokenizer: Tokenizer) -> Reading:
-    strategy = config.excess_length_strategy
-    return read_samples(dataset.path, lambda _: prompt_format, tokenizer, config.sequence_len, strategy)
+def data_files(dataset: DatasetConfig) -> list[DataFile]:
+    return find_files(dataset.path, dataset.ds_type, dataset.data_files, dataset.split)
 
 
 def prompt_format_of(config: Config, dataset: DatasetConfig, tokenizer: Tokenizer) -> PromptFormat:
@@ -155,11 +163,7 @@ class Metrics:
 
 def plan_fingerprint(run: "Run") -> str:
     """A hash of everything that decides which tokens stand in which step."""
-    digest = hashlib.sha256()
-    for sample in run.samples:
-        digest.update(json.dumps([sample.tokens, sample.supervised]).encode())
-    digest.update(run.plan.fingerprint().encode())
-    return digest.hexdigest()
+    return hashlib.sha256((run.samples.fingerprint + run.plan.fingerprint()).encode()).hexdigest()
 
 
 def save_checkpoint(run: "Run", step: int) -> None:
@@ -231,7 +235,7 @@ def sample_answers(run: "Run", tokenizer: Tokenizer, prompt_format: PromptFormat
 def questions(config: Config, count: int = 3) -> Iterator[list[dict[str, str]]]:
     """The messages before the first answer of a file's first rows; nothing for those without questions."""
     dataset = (config.test_datasets or config.datasets)[0]
-    for _, row in islice(read_rows(dataset.path), count):
+    for _, row in islice(read_rows(data_files(dataset)), count):
         if dataset.type == "alpaca":
             yield [{"role": "user", "content": row["instruction"]}]
         elif dataset.type == "chat_template" and dataset.field_messages == "messages":
@@ -274,7 +278,7 @@ def run_facts(run: "Run", data: Data, seconds: float) -> dict[str, Any]:
         "name": Path(config.output_dir).name,
         "command": " ".join(["python", *sys.argv]),
         "figure": "Fine-Tuning.png",
-        "data": [_describe_file(path, reading) for path, reading in data.readings.items()],
+        "data": [_describe_data(name, reading) for name, reading in data.readings.items()],
         "model": {
             "base": config.base_model,
             "base in 4 bits": config.load_in_4bit,
@@ -324,13 +328,14 @@ def before_and_after(run: "Run", data: Data, tokenizer: Tokenizer, before: dict[
     }
 
 
-def _describe_file(path: str, reading: Reading) -> dict[str, Any]:
+def _describe_data(name: str, reading: Reading) -> dict[str, Any]:
+    hashes = list(reading.files.values())
     return {
-        "path": path,
+        "path": name,
         "samples": len(reading.samples),
-        "tokens": sum(map(len, reading.samples)),
-        "supervised_tokens": sum(sample.num_targets for sample in reading.samples),
-        "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        "tokens": int(reading.samples.lengths.sum()),
+        "supervised_tokens": int(reading.samples.num_targets.sum()),
+        "sha256": hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
     }
 
 

@@ -1,20 +1,17 @@
-"""The pirate files, reading and its errors, and batches; each against plain Python."""
+"""The pirate files, samples in arrays, and batches; each against plain Python."""
 
 import json
 import random
 import re
 from collections import Counter
+from collections.abc import Iterable
 from itertools import combinations, product
-from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
-from nanoqlora.cli import UserError
-from nanoqlora.data import IGNORED, Reading, Sample, collate, micro_batches, read_samples
-from nanoqlora.prompts import PromptFormat, detect_format
-from nanoqlora.tokenizer import CONTROL, LETTERS, NORMAL, Tokenizer
+from nanoqlora.data import IGNORED, Sample, Samples, collate, join, micro_batches
 
 # ------------------------------------------------------------------------------------------------ the pirate files
 
@@ -89,94 +86,36 @@ def test_pirate_rows_are_written_one_by_one(file):
         assert count <= share * len(answers), f"{count} of {len(answers)} answers have {' '.join(stamp)!r} there"
 
 
-# ------------------------------------------------------------------------------------------------ reading
-
-END = 256
-# A tokenizer that can be followed by hand: the ids of a text are its UTF-8 bytes, and 256 ends it.
-BYTES = Tokenizer("smollm", [*LETTERS, "<|end|>"], [NORMAL] * 256 + [CONTROL], [], eos_id=END, pad_id=END)
+# ------------------------------------------------------------------------------------------------ samples in arrays
 
 
-def read(path: Path, text: str | bytes, sequence_len: int = 20, **options: Any) -> Reading:
-    path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return read_samples(path, detect_format, BYTES, sequence_len, **options)
+def in_arrays(samples: list[Sample], name: str) -> Samples:
+    words = [id | flag << 31 for s in samples for id, flag in zip(s.tokens, s.supervised, strict=True)]
+    counts = [sum(s.supervised[1:]) for s in samples]
+    return Samples.of(np.array(words, np.uint32), np.array([len(s) for s in samples]), np.array(counts), name)
 
 
-def test_rows_become_samples_in_the_order_of_the_file(tmp_path):
-    """The same from lines, with blank ones and Windows line ends, and from a list."""
-    rows = [{"text": text} for text in ("one", "two \u00fc", "three")]
-    lines = "\n\n".join(json.dumps(row) for row in rows)
-    expected = [[*row["text"].encode(), END] for row in rows]
-    for name, text in {"a.jsonl": lines, "b.jsonl": lines.replace("\n", "\r\n"), "c.json": json.dumps(rows)}.items():
-        samples = read(tmp_path / name, text).samples
-        assert [sample.tokens for sample in samples] == expected
-        assert [sample.num_targets for sample in samples] == [len(tokens) - 1 for tokens in expected]
+def as_lists(samples: Iterable[Sample]) -> list[tuple[list[int], list[bool], int]]:
+    return [(list(s.tokens), list(s.supervised), s.num_targets) for s in samples]
 
 
-def test_too_long_rows_are_dropped_cut_or_refused_and_counted(tmp_path):
-    """An alpaca row has a prompt of over 150 bytes here, so of 180 tokens some are left for a short answer only."""
-    rows = [{"instruction": "i", "output": "x" * length} for length in (3, 90, 4, 500)]
-    text = "\n".join(json.dumps(row) for row in rows)
-    lengths = [len(sample) for sample in read(tmp_path / "all.jsonl", text, 10_000).samples]
-    assert [length - lengths[0] for length in lengths] == [0, 87, 1, 497]
-    room = lengths[0] + 1
-
-    dropped = read(tmp_path / "a.jsonl", text, room)
-    assert [len(sample) for sample in dropped.samples] == [room - 1, room]
-    assert [place.rpartition("line ")[2] for place in dropped.too_long] == ["2", "4"] and dropped.longest == lengths[3]
-    said = dropped.describe(room, "drop")
-    assert said.startswith("2 samples") and "2 longer" in said and "line 2" in said and str(lengths[3]) in said
-
-    cut = read(tmp_path / "a.jsonl", text, room, excess_length_strategy="truncate")
-    assert [len(sample) for sample in cut.samples] == [room - 1, room, room, room]
-    assert cut.samples[1].tokens[-4:] == [*b"xxxx"], "the start of the row is kept"
-    with pytest.raises(UserError, match=rf"a\.jsonl, line 2: .*sequence_len to {lengths[1]}"):
-        read(tmp_path / "a.jsonl", text, room, excess_length_strategy="raise")
+def test_samples_in_arrays_are_the_samples():
+    """Of three data sets, joined, some taken out, joined again; with the largest id there can be."""
+    given = [random_samples(n, seed=n) for n in (5, 1, 7)]
+    given[1] = [Sample([(1 << 31) - 1, 0], [False, True])]
+    one, two, three = (in_arrays(part, str(i)) for i, part in enumerate(given))
+    assert as_lists(one) == as_lists(given[0])
+    some = join([one, two]).take(np.array([5, 0, 3]))
+    expected = [given[1][0], given[0][0], given[0][3], *given[2]]
+    assert as_lists(join([some, three])) == as_lists(expected) and len(join([])) == 0
+    assert join([some, three]).num_targets.tolist() == [sample.num_targets for sample in expected]
 
 
-def test_long_completions_are_split_and_nothing_is_lost(tmp_path):
-    text = "".join(map(chr, range(32, 122)))
-    samples = read(tmp_path / "a.jsonl", json.dumps({"text": text}), 20).samples
-    assert [len(sample) for sample in samples] == [20, 20, 20, 20, 11]
-    assert [token for sample in samples for token in sample.tokens] == [*text.encode(), END]
-    # 91 tokens and the last piece holds only one: it has nothing to predict.
-    reading = read(tmp_path / "b.jsonl", json.dumps({"text": text}), 18)
-    assert [len(sample) for sample in reading.samples] == [18] * 5 and reading.unsupervised == 1
-
-
-GOOD = '{"text": "good"}\n'
-
-
-@pytest.mark.parametrize(
-    "name, text, words",
-    [
-        ("a.jsonl", GOOD + "\n" + '{"text": "broken\n' + GOOD, ["a.jsonl, line 3", "JSON", "column"]),
-        ("a.jsonl", GOOD + "{'text': 'quotes'}", ["a.jsonl, line 2", "JSON"]),
-        ("a.jsonl", GOOD + '["text"]', ["a.jsonl, line 2", "list", "object"]),
-        ("a.jsonl", "3\n" + GOOD, ["a.jsonl, line 1", "int", "object"]),
-        ("a.json", json.dumps([{"text": "good"}, "text"]), ["a.json, row 2", "str", "object"]),
-        ("a.json", '[{"text": "good"}', ["a.json", "JSON"]),
-        ("a.json", '{"text": "good",\n', ["a.json, line 1", "JSON"]),
-        ("a.jsonl", GOOD + '{"txt": "good"}', ["a.jsonl, line 2", "txt", "text"]),
-        ("a.jsonl", GOOD + '{"text": 5}', ["a.jsonl, line 2", "text", "5"]),
-        ("a.jsonl", GOOD + '{"instruction": "no output", "output": null}', ["a.jsonl, line 2", "output"]),
-        ("a.jsonl", GOOD + '{"messages": []}', ["a.jsonl, line 2", "messages"]),
-        ("a.jsonl", GOOD.encode() + b'{"text": "\xff"}', ["a.jsonl", "UTF-8"]),
-        ("a.jsonl", "", ["a.jsonl", "no usable row"]),
-        ("a.jsonl", "\n \n", ["a.jsonl", "no usable row"]),
-        ("a.json", "[]", ["a.json", "no usable row"]),
-        ("a.jsonl", json.dumps({"instruction": "i", "output": "o"}), ["a.jsonl", "no usable row", "1 too long"]),
-    ],
-)
-def test_what_is_wrong_with_a_file_is_told_with_its_place(tmp_path, name, text, words):
-    with pytest.raises(UserError) as error:
-        read(tmp_path / name, text)
-    assert all(word in str(error.value) for word in words), error.value
-
-
-def test_missing_data_and_folders_are_told(tmp_path):
-    for path in (tmp_path / "absent.jsonl", tmp_path):
-        with pytest.raises(UserError, match=re.escape(str(path))):
-            read_samples(path, lambda _: PromptFormat(type="completion"), BYTES, 20)
+def test_fingerprints_tell_samples_apart():
+    one, two = in_arrays(random_samples(3), "one"), in_arrays(random_samples(3), "two")
+    made = [one, two, join([one, two]), join([two, one]), one.take(np.array([0, 1])), one.take(np.array([1, 0]))]
+    assert len({samples.fingerprint for samples in made}) == len(made)
+    assert join([one, two]).fingerprint == join([one, two]).fingerprint
 
 
 # ------------------------------------------------------------------------------------------------ batches

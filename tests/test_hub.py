@@ -19,6 +19,7 @@ from test_train import save_tiny_model
 import nanoqlora as nq
 from nanoqlora.cli import UserError
 from nanoqlora.hub import hub_files, is_hub_name
+from nanoqlora.rows import find_files, read_rows
 
 COMMIT = "c0ffee" * 6 + "c0ff"
 
@@ -168,6 +169,21 @@ def test_a_data_set_by_its_name(hub):
     folder = hub_files("someone/rows", ["*.jsonl"], "dataset")
     assert hub.downloaded() == {"data/test.jsonl"}, "the cache has one of the two files, so the other is fetched"
     assert len(list((folder / "data").iterdir())) == 2
+
+
+def test_rows_of_a_data_set_by_its_name(hub):
+    """Only the split that is asked for is fetched; a data set whose names tell no split is fetched whole."""
+    hub.files["datasets/someone/plain"] = {"one.jsonl": b'{"n": 1}\n', "two.jsonl": b'{"n": 2}\n', "README.md": b"x"}
+    assert [row for _, row in read_rows(find_files("someone/rows"))] == [{}] * 9
+    assert hub.downloaded() == {"data/train.jsonl"}
+    assert [row for _, row in read_rows(find_files("someone/rows", split="test"))] == [{}]
+    assert [row for _, row in read_rows(find_files("someone/plain"))] == [{"n": 1}, {"n": 2}]
+    assert [row for _, row in read_rows(find_files("someone/plain", data_files=("two.jsonl",)))] == [{"n": 2}]
+    assert "README.md" not in hub.downloaded()
+    with pytest.raises(UserError, match="someone/rows: no file found"):
+        find_files("someone/rows", split="dev")
+    with pytest.raises(UserError, match="someone/absent"):
+        find_files("someone/absent")
 
 
 def test_a_download_goes_on_where_it_stopped(hub, model_files, monkeypatch):

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -111,12 +112,15 @@ def write_rows(path: Path, rows: Iterable[Any]) -> Path:
     return path
 
 
+PREPARED = tempfile.TemporaryDirectory()  # of all tests; removed when the last one ends
+
+
 def write_run(path: Path, model: Path, data: Path, **keys: Any) -> Path:
     """The YAML of a small run; keys whose value is None are left out."""
     run = {"base_model": str(model), "adapter": "qlora", "bf16": False, "output_dir": str(path.parent / "out")}
     run |= {"datasets": [{"path": str(data), "type": "alpaca"}], "sequence_len": 256, "learning_rate": 0.002}
     run |= {"lora_r": 4, "lora_alpha": 8, "micro_batch_size": 2, "num_epochs": 2}
-    run |= keys
+    run |= {"dataset_prepared_path": PREPARED.name} | keys
     path.write_text(yaml.safe_dump({key: value for key, value in run.items() if value is not None}))
     return path
 
@@ -683,7 +687,8 @@ def test_validation_rows_are_taken_out_of_the_data(world):
 
     def split(**keys: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
         run = {"base_model": str(world.model), "adapter": "qlora", "lora_r": 4, "lora_alpha": 8, "learning_rate": 0.1}
-        run |= {"datasets": [{"path": str(world.data), "type": "alpaca"}], **keys}
+        run |= {"datasets": [{"path": str(world.data), "type": "alpaca"}], "dataset_prepared_path": PREPARED.name}
+        run |= keys
         data = prepare_data(make_config(run), tok, 1)
         assert sorted(i for step in data.plan for row in step.rows for i in row) == list(range(len(data.samples)))
         return [tuple(s.tokens) for s in data.samples], [tuple(s.tokens) for s in data.held_out]

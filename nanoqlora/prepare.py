@@ -1,0 +1,298 @@
+"""Rows to samples: tokenised in several processes, kept in a folder, and prepared anew when anything changed.
+
+    files -> blocks of rows -> (processes) -> words: the tokens of all samples, in one long array -> Samples
+
+The blocks come back in order, so the samples stand in the order of the files, however many processes there are. In
+memory are some blocks and a few bytes for each sample: the tokens go to a file, and are mapped from it.
+
+Prepared data is kept under a key: a hash of the contents of the files, the tokenizer, the prompt format, the lengths,
+and the source text of this package. Data that would come out differently has another key, so what is found under the
+key is right. Read next: packing.py, which makes the plan of a run from the lengths.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from .cli import UserError, whole_folder, write_text
+from .data import SUPERVISED, Samples
+from .prompts import PromptFormat, detect_format
+from .rows import Block, DataFile, read_blocks
+from .tokenizer import Tokenizer
+
+SMALL = 8 << 20  # bytes of data; below, to start processes takes longer than the work
+NAMED = 5  # rows that are named of those to which something happened
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows become samples."""
+
+    prompt_format: PromptFormat | None  # None: what the columns of each row tell
+    tokenizer: Tokenizer
+    sequence_len: int  # tokens that a sample may have
+    strategy: str = "drop"  # for longer ones: drop, truncate or raise; long `completion` rows are split instead
+
+
+@dataclass
+class Places:
+    """Rows to which something happened: their number, and where the first few of them stand."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def add(self, where: str) -> None:
+        self.count += 1
+        if len(self.first) < NAMED:
+            self.first.append(where)
+
+    def extend(self, others: "Places") -> None:
+        self.count += others.count
+        self.first = [*self.first, *others.first][:NAMED]
+
+
+@dataclass
+class Counts:
+    """What became of some rows."""
+
+    rows: int = 0
+    longest: int = 0  # tokens of the longest
+    too_long: Places = field(default_factory=Places)  # longer than sequence_len: dropped or cut
+    unsupervised: Places = field(default_factory=Places)  # without a token that counts: dropped
+
+    def extend(self, others: "Counts") -> None:
+        self.rows += others.rows
+        self.longest = max(self.longest, others.longest)
+        self.too_long.extend(others.too_long)
+        self.unsupervised.extend(others.unsupervised)
+
+
+@dataclass(kw_only=True)
+class Reading(Counts):
+    """The samples of a data set, and what became of its rows; said before step 1: nothing is lost in silence."""
+
+    samples: Samples
+    files: dict[str, str] = field(default_factory=dict)  # path -> SHA-256 of its contents, where they were prepared
+
+    def describe(self, sequence_len: int, strategy: str) -> str:
+        """One line that says all of it."""
+        tokens, targets = int(self.samples.lengths.sum()), int(self.samples.num_targets.sum())
+        text = f"{len(self.samples)} samples, {tokens} tokens, {targets / max(tokens, 1):.0%} of them supervised"
+        if self.too_long:
+            action = {"drop": "dropped", "truncate": "cut"}[strategy]
+            text += (
+                f"; {len(self.too_long)} longer than sequence_len {sequence_len} {action} (first: "
+                f"{self.too_long.first[0]}; sequence_len {self.longest} would keep all)"
+            )
+        if self.unsupervised:
+            first = ", ".join(self.unsupervised.first)
+            text += f"; {len(self.unsupervised)} without a supervised token dropped (first: {first})"
+        return text
+
+
+def read_samples(files: list[DataFile], encoding: Encoding) -> Reading:
+    """Tokenise the rows of some files, into memory.
+
+    Raises:
+        UserError: with file and line, for a row that the format cannot read; if there is no usable row.
+    """
+    parts: list[np.ndarray] = []
+    counts, samples = _read(files, encoding, parts.append)
+    samples = dataclasses.replace(samples, words=(np.concatenate(parts),))
+    return Reading(**vars(counts), samples=samples)
+
+
+def prepare_samples(files: list[DataFile], encoding: Encoding, folder: Path) -> Reading:
+    """The same, taken from `folder` if it was prepared before, else kept there; the tokens stay in a file.
+
+    Of the processes of one machine that torchrun starts, the first does the work and the others wait for it.
+    """
+    before = [(file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files]
+    hashes = {str(file.path): _hash_of_file(file.path) for file in files}
+    prepared = folder / _key(encoding, files, hashes)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        while not prepared.exists():  # if the first fails, torchrun ends this one
+            time.sleep(0.2)
+    elif not prepared.exists():
+        try:
+            with whole_folder(prepared) as temporary:
+                with open(temporary / "words.bin", "wb") as words:
+                    counts, samples = _read(files, encoding, words.write)
+                np.save(temporary / "samples.npy", np.stack([samples.lengths, samples.num_targets]))
+                facts = dataclasses.asdict(counts) | {"fingerprint": samples.fingerprint}
+                write_text(temporary / "counts.json", json.dumps(facts, indent=2) + "\n")
+                if before != [(file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files]:
+                    raise UserError(f"data {_name(files)}: changed while it was read. Run again.")
+        except OSError as error:
+            raise UserError(
+                f"dataset_prepared_path: tokenised data cannot be kept in {folder} ({error}). It takes 4 bytes a "
+                "token. Name another folder."
+            ) from error
+    facts = json.loads((prepared / "counts.json").read_text("utf-8"))
+    fingerprint = facts.pop("fingerprint")
+    for name in ("too_long", "unsupervised"):
+        facts[name] = Places(**facts[name])
+    lengths, num_targets = np.load(prepared / "samples.npy")
+    words = np.memmap(prepared / "words.bin", np.uint32, "r")
+    return Reading(**facts, samples=Samples.of(words, lengths, num_targets, fingerprint), files=hashes)
+
+
+def _key(encoding: Encoding, files: list[DataFile], hashes: dict[str, str]) -> str:
+    """A hash of all that decides what the samples are."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.path} {file.kind} {hashes[str(file.path)]}\n".encode())
+    for item in dataclasses.fields(encoding.tokenizer):
+        digest.update(f"{item.name} {getattr(encoding.tokenizer, item.name)!r}\n".encode())
+    digest.update(f"{encoding.prompt_format} {encoding.sequence_len} {encoding.strategy}\n".encode())
+    template = encoding.prompt_format and encoding.prompt_format.jinja(encoding.tokenizer)
+    digest.update(f"{date.today() if 'strftime_now' in (template or '') else ''}\n".encode())  # it may write the date
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    for package in ("tiktoken", "sentencepiece", "jinja2"):
+        digest.update(version(package).encode())
+    return digest.hexdigest()[:32]
+
+
+def _hash_of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _name(files: list[DataFile]) -> str:
+    return f"{files[0].path}{f' and {len(files) - 1} more' if len(files) > 1 else ''}"
+
+
+# ------------------------------------------------------------------------------------------------ rows to samples
+
+
+def _read(files: list[DataFile], encoding: Encoding, write: Callable[[np.ndarray], object]) -> tuple[Counts, Samples]:
+    """Tokenise all rows and write their words, in order. Returns the samples without their words."""
+    counts, digest = Counts(), hashlib.sha256()
+    lengths, num_targets = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+    for part in _encode_files(files, encoding):
+        counts.extend(part.counts)
+        lengths.append(part.lengths)
+        num_targets.append(part.num_targets)
+        digest.update(part.words)
+        digest.update(part.lengths)
+        write(part.words)
+    samples = Samples.of(np.empty(0), np.concatenate(lengths), np.concatenate(num_targets), digest.hexdigest())
+    if not len(samples):
+        raise UserError(
+            f"data {_name(files)}: no usable row ({len(counts.too_long)} too long, {len(counts.unsupervised)} without "
+            f"a token to learn), so there is nothing to train or score. Check the file, its format and sequence_len."
+        )
+    return counts, samples
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The samples of a block: their words one behind the other, and for each its tokens and those that count."""
+
+    words: np.ndarray  # (tokens,) uint32
+    lengths: np.ndarray  # (samples,) int32
+    num_targets: np.ndarray  # (samples,) int32
+    counts: Counts
+
+
+def encode_block(block: Block, encoding: Encoding) -> Encoded:
+    """Tokenise the rows of a block."""
+    tokens: list[int] = []
+    supervised: list[bool] = []
+    lengths: list[int] = []
+    num_targets: list[int] = []
+    counts, limit = Counts(), encoding.sequence_len
+    for where, row in block.rows():
+        try:
+            prompt_format = encoding.prompt_format or detect_format(row)
+            ids, mask = prompt_format.encode_row(encoding.tokenizer, row)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        counts.rows += 1
+        counts.longest = max(counts.longest, len(ids))
+        pieces = range(0, len(ids), limit)
+        if len(ids) > limit and prompt_format.type != "completion":
+            if encoding.strategy == "raise":
+                raise UserError(
+                    f"{where}: {len(ids)} tokens, more than sequence_len={limit}, and excess_length_strategy is raise. "
+                    f"Set sequence_len to {len(ids)}, or drop or truncate."
+                )
+            counts.too_long.add(where)
+            pieces = pieces[:1] if encoding.strategy == "truncate" else []
+        for start in pieces:
+            piece = mask[start : start + limit]
+            if counted := sum(piece[1:]):
+                tokens += ids[start : start + limit]
+                supervised += piece
+                lengths.append(len(piece))
+                num_targets.append(counted)
+            else:
+                counts.unsupervised.add(where)
+    words = np.array(tokens, np.uint32) | np.array(supervised, np.uint32) * SUPERVISED
+    return Encoded(words, np.array(lengths, np.int32), np.array(num_targets, np.int32), counts)
+
+
+def _encode_files(files: list[DataFile], encoding: Encoding) -> Iterator[Encoded]:
+    """The blocks of all files, tokenised, in order; in as many processes as there are cores, if they are worth it."""
+    blocks = (block for file in files for block in read_blocks(file))
+    num_bytes, workers = sum(file.path.stat().st_size for file in files), len(os.sched_getaffinity(0))
+    if num_bytes < SMALL or workers < 2:
+        yield from (encode_block(block, encoding) for block in blocks)
+        return
+    # Forked, a process starts at once and has the tokenizer. It must not touch torch, whose threads it does not have.
+    pool = ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (encoding,))
+    waiting: deque[tuple[int, Future[Encoded]]] = deque()
+    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenising", dynamic_ncols=True) as bar:
+
+        def first() -> Encoded:
+            size, future = waiting.popleft()
+            encoded = future.result()
+            bar.update(size)
+            return encoded
+
+        try:
+            for block in blocks:
+                waiting.append((block.num_bytes, pool.submit(_encode_in_worker, block)))
+                if len(waiting) > 3 * workers:  # not all at once: they would be held in memory
+                    yield first()
+            while waiting:
+                yield first()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that tokenised data was ended from outside, most likely for want of memory. Free some, or "
+                "split the longest rows."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_encoding: Encoding  # of a worker
+
+
+def _start_worker(encoding: Encoding) -> None:
+    global _encoding
+    _encoding = encoding
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the first process, which ends these
+
+
+def _encode_in_worker(block: Block) -> Encoded:
+    return encode_block(block, _encoding)

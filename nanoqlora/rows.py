@@ -1,0 +1,361 @@
+"""From what a data set is called to its rows: files, folders, globs and hub names; JSON, CSV, Parquet and text.
+
+    find_files     a path, a folder, a glob, a hub name -> files of one kind
+    read_blocks    a file -> blocks of about a megabyte, as it streams by; cheap, so that one process can do it
+    Block.rows     a block -> rows, each with its place ("a.jsonl, line 7"); the work, which many processes share
+
+A row is a map from column names to values. Whatever is wrong with one is told with its place. Left out: files of
+several data sets, and columns that hold files. Read next: prepare.py, which turns rows into tokens.
+"""
+
+import csv
+import glob
+import gzip
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .cli import UserError
+from .hub import hub_files, is_hub_name
+
+Row = dict[str, Any]
+Placed = tuple[str, Row]  # where it stands, for messages; and the row
+
+KINDS = {  # file name ending -> how it is read; `.gz` may follow
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
+}
+NOT_DATA = ("dataset_infos.json", "dataset_dict.json", "dataset_info.json", "state.json")  # of the datasets library
+SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")  # words of file names that tell a split
+BLOCK_BYTES = 1 << 20
+LONGEST_CSV_FIELD = 1 << 26  # bytes; a quote that nobody closes would take the rest of the file for one field
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of rows. `kind` is json (a list, or a row a line), csv, parquet or text (a row a line)."""
+
+    path: Path
+    kind: str
+
+
+def find_files(
+    path: str | Path, ds_type: str | None = None, data_files: tuple[str, ...] = (), split: str | None = None
+) -> list[DataFile]:
+    """The files of a data set, sorted by name.
+
+    Args:
+        path: a file, a folder, a glob, or a hub name. Of a folder and of the hub only data files are taken.
+        ds_type: json, jsonl, csv, parquet or text; None: the file's ending tells.
+        data_files: names or globs of files within a folder or hub data set; or the files themselves.
+        split: of a folder or hub data set whose file names tell splits; None: train, where they do.
+    Raises:
+        UserError: nothing found, or files of several kinds.
+    """
+    where, kind = f"data {path}", {"jsonl": "json"}.get(ds_type, ds_type)
+    if split and not re.fullmatch(r"[\w.-]+", split):
+        raise UserError(f"{where}: split is {split!r}. Only whole splits are read: name one, such as train.")
+    if Path(path).is_file():
+        return [_data_file(Path(path), kind)]
+    if glob.has_magic(str(path)):
+        found = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
+    elif Path(path).is_dir():
+        found = _in_folder(Path(path), data_files, kind, split)
+    elif data_files and all(Path(name).is_file() for name in data_files):
+        found = [Path(name) for name in data_files]  # Axolotl's way to name local files: path is only a word
+    elif is_hub_name(path):
+        found = _on_the_hub(str(path), data_files, kind, split)
+    else:
+        raise UserError(
+            f"{where}: no such file. Give the path of a .jsonl, .json, .csv, .parquet or .txt file, a folder or a "
+            "glob of such files, or the name of a data set on the hub."
+        )
+    if not found:
+        wanted = ", ".join(data_files) or f"{kind or 'json, csv, parquet or text'} of the split {split or 'train'}"
+        raise UserError(f"{where}: no file found there ({wanted}). Check path, data_files, ds_type and split.")
+    files = [_data_file(file, kind) for file in sorted(found)]
+    kinds = sorted({file.kind for file in files})
+    if len(kinds) > 1:
+        raise UserError(f"{where}: files of several kinds ({', '.join(kinds)}). Say which to read with ds_type.")
+    return files
+
+
+def _ending(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _data_file(path: Path, kind: str | None) -> DataFile:
+    kind = kind or KINDS.get(_ending(path))
+    if kind is None:
+        raise UserError(
+            f"data {path}: {_ending(path) or 'no ending'} tells no kind of file. Set ds_type to json, csv, parquet or "
+            "text."
+        )
+    return DataFile(path, kind)
+
+
+def _in_folder(folder: Path, data_files: tuple[str, ...], kind: str | None, split: str | None) -> list[Path]:
+    """The named files of a folder, or all of its data files that are of the split."""
+    if data_files:
+        return [path for name in data_files for path in folder.glob(name) if path.is_file()]
+    files = [
+        path
+        for path in folder.rglob("*")
+        if (KINDS.get(_ending(path)) == kind if kind else _ending(path) in KINDS)
+        and path.is_file()
+        and path.name not in NOT_DATA
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    words = {path: set(re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())) for path in files}
+    if split or any(words[path] & set(SPLITS) for path in files):
+        of_split = [path for path in files if (split or "train") in words[path]]
+        none_tells = split in (None, "train") and not any(words[path] & set(SPLITS) for path in files)
+        return files if none_tells else of_split
+    return files
+
+
+def _on_the_hub(name: str, data_files: tuple[str, ...], kind: str | None, split: str | None) -> list[Path]:
+    """The data files of a hub data set: the named ones, else those of the split."""
+    if data_files:
+        return _in_folder(hub_files(name, data_files, "dataset"), data_files, kind, split)
+    endings = [ending for ending in KINDS if KINDS[ending] == kind or not kind]
+    for part in (f"*{split or 'train'}*", "*"):  # so that no other split is fetched where the names tell them
+        patterns = [f"{part}{ending}{gz}" for ending in endings for gz in ("", ".gz")]
+        if found := _in_folder(hub_files(name, patterns, "dataset"), (), kind, split):
+            return found
+    return []
+
+
+# ------------------------------------------------------------------------------------------------ blocks
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of a file, as they stand there or already parsed; small, and ready to be sent to another process."""
+
+    file: DataFile
+    first: int  # number of the first line, or row of a Parquet file
+    data: list[bytes] | list[Placed] | Any  # lines; rows; or a pyarrow.RecordBatch
+    num_bytes: int
+
+    def rows(self) -> Iterator[Placed]:
+        """The rows with their places. Blank lines are none.
+
+        Raises:
+            UserError: not UTF-8, not valid JSON, or not an object; with file and line.
+        """
+        path, kind = self.file.path, self.file.kind
+        if kind == "parquet":
+            yield from ((f"{path}, row {i}", row) for i, row in enumerate(self.data.to_pylist(), self.first))
+        elif not isinstance(self.data[0], bytes):
+            yield from self.data
+        else:
+            for number, line in enumerate(self.data, self.first):
+                if line.strip():
+                    where = f"{path}, line {number}"
+                    text = decode(line, where)
+                    yield (
+                        where,
+                        {"text": text.rstrip("\r\n")} if kind == "text" else _object(_parse(text, where), where),
+                    )
+
+
+def read_rows(files: list[DataFile]) -> Iterator[Placed]:
+    """All rows of some files, in order."""
+    for file in files:
+        for block in read_blocks(file):
+            yield from block.rows()
+
+
+def read_blocks(file: DataFile) -> Iterator[Block]:
+    """The rows of a file in blocks, in order. Memory: one block."""
+    try:
+        if file.kind == "parquet":
+            yield from _parquet_blocks(file)
+            return
+        with gzip.open(file.path) if file.path.suffix == ".gz" else open(file.path, "rb") as opened:
+            start = opened.peek(64)[:64].removeprefix(b"\xef\xbb\xbf").lstrip()
+            if file.kind == "csv":
+                yield from _in_blocks(file, _csv_rows(file.path, opened))
+            elif file.kind == "json" and start.startswith(b"["):
+                yield from _in_blocks(file, JsonList(file.path, opened).rows())
+            else:
+                first = 1
+                while lines := opened.readlines(BLOCK_BYTES):
+                    yield Block(file, first, lines, sum(map(len, lines)))
+                    first += len(lines)
+    except (OSError, EOFError) as error:
+        raise UserError(f"data {file.path}: cannot be read ({error}). Check the file, or copy it again.") from error
+
+
+def _in_blocks(file: DataFile, rows: Iterator[tuple[str, Row, int]]) -> Iterator[Block]:
+    """Parsed rows, each with its number of characters, in blocks."""
+    block: list[Placed] = []
+    size = 0
+    for where, row, length in rows:
+        block.append((where, row))
+        size += length
+        if size >= BLOCK_BYTES:
+            yield Block(file, 0, block, size)
+            block, size = [], 0
+    if block:
+        yield Block(file, 0, block, size)
+
+
+def decode(line: bytes, where: str) -> str:
+    """The text of a line; a byte order mark is none of it."""
+    try:
+        return line.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: not UTF-8 (byte 0x{line[error.start]:02x} at place {error.start + 1} of the line). Tokens are "
+            "made of UTF-8 text: convert the file, or correct that line."
+        ) from error
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}). Correct that line.") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists ...
+        raise UserError(f"{where}: JSON that cannot be read ({error}). Correct that line.") from error
+
+
+def _object(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: holds a {type(row).__name__}, and a row is an object with named fields.")
+    return row
+
+
+class JsonList:
+    """A JSON file that is one list of objects, read object by object, so that it need not fit into memory."""
+
+    def __init__(self, path: Path, opened: BinaryIO) -> None:
+        self.path, self.file = path, io.TextIOWrapper(opened, "utf-8-sig", newline="")
+        self.text, self.at, self.line, self.ended = "", 0, 1, False  # what is in memory, and how much of it is done
+
+    def rows(self) -> Iterator[tuple[str, Row, int]]:
+        self.take("[")
+        number = 0
+        if self.next_char() != "]":
+            while True:
+                number += 1
+                self.next_char()
+                where = f"{self.path}, row {number} (line {self.line})"
+                value, length = self.value(where)
+                yield where, _object(value, where), length
+                if self.next_char() != ",":
+                    break
+                self.take(",")
+        self.take("]")
+        if self.next_char():
+            raise self.wrong("more text behind the end of the list")
+
+    def next_char(self) -> str:
+        """Skip white space and look at what follows; "" at the end of the file."""
+        while True:
+            self.go_to(SPACE.match(self.text, self.at).end())
+            if self.at < len(self.text) or not self.more():
+                return self.text[self.at : self.at + 1]
+
+    def take(self, char: str) -> None:
+        if self.next_char() != char:
+            raise self.wrong(f"expected {char!r}")
+        self.go_to(self.at + 1)
+
+    def value(self, where: str) -> tuple[Any, int]:
+        """The value that starts here, and its number of characters."""
+        while True:
+            try:
+                value, end = json.JSONDecoder().raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                # It may only be cut off: then the error is at the end of what was read, or a string begins there.
+                cut_off = error.pos >= len(self.text) - 16 or error.msg.startswith("Unterminated string")
+                if not (cut_off and self.more()):
+                    self.go_to(error.pos)
+                    raise self.wrong(error.msg) from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{where}: JSON that cannot be read ({error}). Correct that row.") from error
+            else:
+                length = end - self.at
+                self.go_to(end)
+                return value, length
+
+    def more(self) -> bool:
+        """Read on, twice as much as is waiting, so that a long value is not tried too often. False at the end."""
+        waiting = self.text[self.at :]
+        try:
+            read = self.file.read(max(BLOCK_BYTES, 2 * len(waiting)))
+        except UnicodeDecodeError:
+            with open(self.path, "rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    decode(line, f"{self.path}, line {number}")
+            raise
+        self.text, self.at = waiting + read, 0
+        return bool(read)
+
+    def go_to(self, place: int) -> None:
+        self.line += self.text.count("\n", self.at, place)
+        self.at = place
+
+    def wrong(self, what: str) -> UserError:
+        return UserError(f"{self.path}, line {self.line}: not valid JSON ({what}). Correct that line.")
+
+
+def _csv_rows(path: Path, opened: BinaryIO) -> Iterator[tuple[str, Row, int]]:
+    """The rows of a CSV file with a header, commas and double quotes; a row may span lines."""
+    csv.field_size_limit(LONGEST_CSV_FIELD)
+    reader = csv.reader((decode(line, f"{path}, line {i}") for i, line in enumerate(opened, 1)), strict=True)
+    header: list[str] | None = None
+    while True:
+        where = f"{path}, line {reader.line_num + 1}"
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(
+                f"{where}: not valid CSV ({error}). A field with commas, quotes or line breaks stands in double "
+                "quotes, and a quote within it is written twice. Correct the row that begins there."
+            ) from error
+        if not fields:
+            continue  # a blank line
+        if header is None:
+            header = fields
+            if len(set(header)) < len(header) or "" in header:
+                raise UserError(f"{where}: the header is {', '.join(header)}. Give every column a name of its own.")
+        elif len(fields) != len(header):
+            raise UserError(
+                f"{where}: {len(fields)} fields, but the header names {len(header)} columns, so nobody can tell which "
+                "is which. Correct the row; a field with commas stands in double quotes."
+            )
+        else:
+            yield where, dict(zip(header, fields, strict=True)), sum(map(len, fields))
+
+
+def _parquet_blocks(file: DataFile) -> Iterator[Block]:
+    import pyarrow  # here, because most runs read none
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file.path) as parquet:
+            first = 1
+            for batch in parquet.iter_batches(batch_size=512):
+                yield Block(file, first, batch, batch.nbytes)
+                first += len(batch)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"data {file.path}: not a readable Parquet file ({error}). Copy it again.") from error

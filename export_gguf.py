@@ -11,7 +11,6 @@ and, in Go's template language, into the Modelfile; the token that ends an answe
 One tensor at a time is read, brought into llama.cpp's row order, quantized and written. Read next: nanoqlora/gguf.py.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +23,9 @@ from nanoqlora.cli import UserError, run_command, write_text
 from nanoqlora.config import Option, load_command
 from nanoqlora.ggml_blocks import QUANTIZABLE, quantize
 from nanoqlora.model import ModelConfig
-from nanoqlora.prompts import GoTemplate, PromptFormat, go_template
-from nanoqlora.tokenizer import UNUSED, Tokenizer, load_tokenizer
+from nanoqlora.ollama import GoTemplate, go_template, tokenizer_metadata
+from nanoqlora.prompts import PromptFormat
+from nanoqlora.tokenizer import Tokenizer, load_tokenizer
 
 OPTIONS = {
     "model": Option("the Hugging Face folder to export; default: merged, in the run's output_dir"),
@@ -130,52 +130,6 @@ def plan_tensors(weights: Weights, config: ModelConfig, file_type: str, model: P
         divisors = quantize(gguf.rope_divisors(config), "F32")
         tensors.append(gguf.NewTensor(gguf.ROPE_DIVISORS, (config.head_dim // 2,), "F32", lambda: divisors))
     return tensors
-
-
-def tokenizer_metadata(tok: Tokenizer, fmt: PromptFormat, num_rows: int, model: Path) -> gguf.Metadata:
-    """The vocabulary, the end token, and the template of the training format, as a GGUF file spells them.
-
-    Args:
-        num_rows: of the embedding. llama.cpp wants exactly as many tokens.
-    """
-    pieces, kinds = tok.pieces(), tok.token_types()
-    if len(pieces) > num_rows:
-        raise UserError(
-            f"{model}: the tokenizer has {len(pieces)} tokens and the embedding {num_rows} rows, so some tokens would "
-            f"have no vector. Take both from one model."
-        )
-    pieces += [f"[PAD{id}]" for id in range(len(pieces), num_rows)]
-    kinds += [UNUSED] * (num_rows - len(kinds))
-    end = fmt.end_id(tok)
-    end = tok.eos_id if end is None else end
-    if end is None:
-        raise UserError(f"{model}: nothing says which token ends an answer. Set eos_token in tokenizer_config.json.")
-    metadata: gguf.Metadata = {
-        "tokenizer.ggml.model": ("string", "gpt2"),
-        "tokenizer.ggml.pre": ("string", tok.pre),
-        "tokenizer.ggml.tokens": ("string[]", pieces),
-        "tokenizer.ggml.token_type": ("i32[]", kinds),
-        "tokenizer.ggml.merges": ("string[]", tok.merges),
-        # Without these llama.cpp takes token 11 for both, or the first marker that it happens to find.
-        "tokenizer.ggml.bos_token_id": ("u32", end if tok.bos_id is None else tok.bos_id),
-        "tokenizer.ggml.eos_token_id": ("u32", end),
-        "tokenizer.ggml.eot_token_id": ("u32", end),
-        "tokenizer.ggml.add_bos_token": ("bool", fmt.add_bos(tok)),
-        "tokenizer.ggml.add_eos_token": ("bool", False),
-        "tokenizer.ggml.add_space_prefix": ("bool", False),
-        "tokenizer.chat_template": ("string", fmt.jinja(tok) or jinja_of_words(fmt, tok)),
-    }
-    for name, id in {"padding": tok.pad_id, "unknown": tok.unk_id}.items():
-        if id is not None:
-            metadata[f"tokenizer.ggml.{name}_token_id"] = ("u32", id)
-    return metadata
-
-
-def jinja_of_words(fmt: PromptFormat, tok: Tokenizer) -> str:
-    """Jinja for a format that has none: its words before and behind the last message, alpaca's for example."""
-    before, after = fmt.render(tok, [{"role": "user", "content": "\0"}]).split("\0")
-    # As an expression, because Jinja drops a line break at the very end of a template, where alpaca has one.
-    return f"{{{{ {json.dumps(before)} + messages[-1]['content'] + {json.dumps(after)} }}}}"
 
 
 def modelfile(out: Path, template: GoTemplate) -> str:

@@ -18,21 +18,19 @@ of the whole text. Where that part ends, the answer begins. The whole text is en
 ids are those that other programs get from the same template.
 
 The format is saved beside what was trained, as prompt.json: the same file that made the training tokens makes the
-prompt of a chat, and the template of an Ollama Modelfile (`go_template`). Left out: tool calls, and content in parts.
+prompt of a chat, and the template of an Ollama Modelfile (ollama.py). Left out: tool calls, and content in parts.
 Read next: data.py, which reads the rows and packs the tokens.
 """
 
 import dataclasses
 import json
 from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
+from nanoqlora.chat_template import Messages
 from nanoqlora.cli import UserError
 from nanoqlora.tokenizer import Tokenizer
-
-Messages = list[dict[str, Any]]
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -131,7 +129,7 @@ class PromptFormat:
         """
         if not tok.add_bos or self.type != "chat_template":
             return tok.add_bos
-        return self.encode_prompt(tok, _say("user", "a question"))[:1] == [tok.bos_id]
+        return self.encode_prompt(tok, say("user", "a question"))[:1] == [tok.bos_id]
 
     # Talking
 
@@ -220,7 +218,7 @@ class PromptFormat:
 
         def token_at(character: int) -> int:
             """The first token that starts at this character of the text or behind it."""
-            return bisect_left(starts, len(text[:character].replace(mark, "").encode()))
+            return bisect_left(starts, tok.width(text[:character].replace(mark, "")))
 
         last_trained = max(i for i, message in enumerate(messages) if message["role"] in self.roles_to_train)
         for i, message in enumerate(guarded):
@@ -264,6 +262,11 @@ class PromptFormat:
         return len(start)
 
 
+def say(*turns: str) -> Messages:
+    """Messages from role, content, role, content, ..."""
+    return [{"role": role, "content": content} for role, content in zip(turns[::2], turns[1::2], strict=True)]
+
+
 def _text(row: dict[str, Any], key: str, where: str = "", called: str = "", empty: bool = False) -> str:
     """A text of a row, checked."""
     text = row.get(key)
@@ -297,119 +300,4 @@ def detect_format(row: dict[str, Any]) -> PromptFormat:
     raise UserError(
         f"a row has the columns {', '.join(row) or 'none'}, which tell no format. It decides how rows become tokens. "
         "Name the columns messages, or instruction and output, or text."
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The Ollama template
-
-
-class GoTemplate(NamedTuple):
-    """What a Modelfile needs: TEMPLATE, SYSTEM and the stop texts. A BOS that the tokenizer adds is not in it."""
-
-    template: str
-    system: str | None
-    stops: list[str]
-
-
-class Frame(NamedTuple):
-    """A chat template in four strings: before the role, between role and content, behind the content."""
-
-    before: str
-    after: str
-    end: str
-    intro: str  # stands in front of every system message, in some Llama-3 templates
-
-    def write(self, messages: Messages) -> str:
-        """What the Go template will write: every turn, then the header of the answer."""
-        turns = [{**m, "content": self.intro + m["content"]} if m["role"] == "system" else m for m in messages]
-        return "".join(self.header(m["role"]) + m["content"] + self.end for m in turns) + self.header("assistant")
-
-    def header(self, role: str) -> str:
-        return self.before + role + self.after
-
-
-def go_template(fmt: PromptFormat, tok: Tokenizer) -> GoTemplate:
-    """The template of an Ollama Modelfile, proven to write what the training format writes.
-
-    Jinja cannot be translated in general. But nearly every chat template frames each message by the same few strings.
-    We read the strings off one conversation, and use them only if on other conversations they give the same text as
-    the Jinja. White space around contents is not part of the proof: many templates strip it, and Go cannot.
-
-    Raises:
-        UserError: the template does more than that.
-    """
-    if fmt.type != "chat_template":
-        stops = [] if tok.eos_id is None else [tok.vocab[tok.eos_id]]
-        return GoTemplate(fmt.render(tok, _say("user", "{{ .Prompt }}")), None, stops)
-
-    def render(messages: Messages) -> str:
-        text = fmt.render(tok, messages, add_generation_prompt=True)
-        return text.removeprefix(tok.vocab[tok.bos_id]) if tok.add_bos else text  # SmolLM2's BOS is <|im_start|>: stays
-
-    if "strftime_now" in fmt.jinja(tok):
-        raise _inexpressible("it writes today's date")
-    frame = _find_frame(render)
-    system = None
-    question = _say("user", "question?")
-    if render(question) != frame.write(question):  # the template puts in a system message of its own
-        before, behind = frame.header("system") + frame.intro, frame.end + frame.write(question)
-        system = render(question).removeprefix(before).removesuffix(behind)
-    for probe in PROBES:
-        has_system = system is None or probe[0]["role"] == "system"
-        if render(probe) != frame.write(probe if has_system else _say("system", system) + probe):
-            raise _inexpressible("it does not write every message in the same way")
-
-    turns = "{{ range .Messages }}" + frame.header("{{ .Role }}")
-    if frame.intro:
-        turns += '{{ if eq .Role "system" }}' + frame.intro + "{{ end }}"
-    turns += "{{ .Content }}" + frame.end + "{{ end }}" + frame.header("assistant")
-    if system == "":  # SYSTEM cannot be empty, so the template has to begin with the empty message itself
-        unless_given = '{{ if ne (index .Messages 0).Role "system" }}'
-        turns = unless_given + frame.header("system") + frame.intro + frame.end + "{{ end }}" + turns
-    if any("{{" in part or "}}" in part for part in frame):
-        raise _inexpressible("it writes double braces, which mean something else in Go")
-    stops = [text for text in tok.special_tokens if text in frame.end] or [frame.end.strip()]
-    return GoTemplate(turns, system or None, stops)
-
-
-def _say(*turns: str) -> Messages:
-    """Messages from role, content, role, content, ..."""
-    return [{"role": role, "content": content} for role, content in zip(turns[::2], turns[1::2], strict=True)]
-
-
-PROBES = [
-    _say("user", "question?"),
-    _say("system", "Be brief.", "user", "one\n\ntwo"),
-    _say("user", "{{ .Content }} {% if %}", "assistant", "'quoted' \"text\" \\n", "user", "<b>&amp;</b>"),
-    _say(
-        "system", "s", "user", "u", "assistant", "a", "user", "\u00fc \u4f60 \U0001f642", "assistant", "b", "user", "v"
-    ),
-    _say("user", "u", "assistant", "<think>hm</think> so", "user", "v", "assistant", "w", "user", "x" * 500),
-]
-
-
-def _find_frame(render: Callable[[Messages], str]) -> Frame:
-    """Read the strings around the messages off one conversation."""
-    names = ["first content", "second content", "third content", "fourth content"]
-    text = render(_say("system", names[0], "user", names[1], "assistant", names[2], "user", names[3]))
-    gaps = []
-    for name in names:
-        gap, found, text = text.partition(name)
-        if not found:
-            raise _inexpressible("it leaves out a message")
-        gaps.append(gap)
-    to_end, _, after = gaps[1].rpartition("user")  # the end of one turn and the header of the next
-    before, _, after_system = gaps[0].partition("system")
-    frame = Frame(before, after, to_end.removesuffix(before), after_system.removeprefix(after))
-    if not frame.end:
-        raise _inexpressible("nothing stands between two messages")
-    return frame
-
-
-def _inexpressible(why: str) -> UserError:
-    return UserError(
-        f"the chat template cannot be written as a Go template for Ollama: {why}. With another template than "
-        "in training the model answers badly. Train with chat_template chatml or llama3, or use llama.cpp, which runs "
-        "Jinja."
     )

@@ -297,7 +297,7 @@ def llama3_tokenizer(tok: Tokenizer) -> Tokenizer:
         pad_id=None,
         add_bos=True,
         chat_template=CHAT_TEMPLATES["llama3"],
-        original_json=None,
+        original_files={},
     )
 
 

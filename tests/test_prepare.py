@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from nanoqlora import prepare, rows
+from nanoqlora.byte_pairs import LETTERS
 from nanoqlora.cli import UserError
 from nanoqlora.prepare import Encoding, Reading, prepare_samples, read_samples
 from nanoqlora.prompts import PromptFormat
 from nanoqlora.rows import find_files
-from nanoqlora.tokenizer import CONTROL, LETTERS, NORMAL, Tokenizer
+from nanoqlora.tokenizer import Tokenizer
+from nanoqlora.vocabulary import CONTROL, NORMAL
 
 END = 256
 # A tokenizer that can be followed by hand: the ids of a text are its UTF-8 bytes, and 256 ends it.

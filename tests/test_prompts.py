@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from nanoqlora.cli import UserError
-from nanoqlora.prompts import CHAT_TEMPLATES, PromptFormat, detect_format, go_template
+from nanoqlora.ollama import go_template
+from nanoqlora.prompts import CHAT_TEMPLATES, PromptFormat, detect_format
 from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 CHAT = PromptFormat(type="chat_template")

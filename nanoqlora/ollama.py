@@ -1,0 +1,221 @@
+"""The prompt that a model was trained with, for llama.cpp and Ollama.
+
+A .gguf file carries the vocabulary and the Jinja of the chat template (`tokenizer_metadata`). llama.cpp runs that.
+Ollama prefers a template in the language of Go's text/template, from the Modelfile (`go_template`), and guesses one
+where it is missing.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from nanoqlora.byte_pairs import merges_of
+from nanoqlora.chat_template import Messages
+from nanoqlora.cli import UserError
+from nanoqlora.gguf import Metadata
+from nanoqlora.prompts import PromptFormat, say
+from nanoqlora.sentencepieces import LOWEST
+from nanoqlora.tokenizer import Tokenizer
+from nanoqlora.vocabulary import UNUSED
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For the .gguf file
+
+
+def tokenizer_metadata(tok: Tokenizer, fmt: PromptFormat, num_rows: int, model: Path) -> Metadata:
+    """The vocabulary, the end token, and the template of the training format, as a GGUF file spells them.
+
+    Args:
+        num_rows: of the embedding. llama.cpp wants exactly as many tokens.
+    Raises:
+        UserError: the file could not say how the model was trained.
+    """
+    pieces, kinds = tok.pieces(), tok.token_types()
+    if len(pieces) > num_rows:
+        raise UserError(
+            f"{model}: the tokenizer has {len(pieces)} tokens and the embedding {num_rows} rows, so some tokens would "
+            f"have no vector. Take both from one model."
+        )
+    pieces += [f"[PAD{id}]" for id in range(len(pieces), num_rows)]
+    kinds += [UNUSED] * (num_rows - len(kinds))
+    end = fmt.end_id(tok)
+    end = tok.eos_id if end is None else end
+    if end is None:
+        raise UserError(f"{model}: nothing says which token ends an answer. Set eos_token in tokenizer_config.json.")
+    if tok.is_sentencepiece:
+        scores = [max(score, LOWEST) for score in tok.scores] + [LOWEST] * (num_rows - len(tok.scores))
+        words = {"scores": ("f32[]", scores)}
+    else:
+        words = {"merges": ("string[]", merges_of(tok))}
+    metadata: Metadata = {
+        "tokenizer.ggml.model": ("string", "llama" if tok.is_sentencepiece else "gpt2"),
+        "tokenizer.ggml.pre": ("string", tok.pre),
+        "tokenizer.ggml.tokens": ("string[]", pieces),
+        "tokenizer.ggml.token_type": ("i32[]", kinds),
+        **{f"tokenizer.ggml.{name}": value for name, value in words.items()},
+        # Without these llama.cpp takes token 11 for both, or the first marker that it happens to find.
+        "tokenizer.ggml.bos_token_id": ("u32", end if tok.bos_id is None else tok.bos_id),
+        "tokenizer.ggml.eos_token_id": ("u32", end),
+        "tokenizer.ggml.eot_token_id": ("u32", end),
+        "tokenizer.ggml.add_bos_token": ("bool", fmt.add_bos(tok)),
+        "tokenizer.ggml.add_eos_token": ("bool", False),
+        "tokenizer.ggml.add_space_prefix": ("bool", tok.is_sentencepiece and _has_space_before(tok, fmt, model)),
+        "tokenizer.chat_template": ("string", fmt.jinja(tok) or jinja_of_words(fmt, tok)),
+    }
+    for name, id in {"padding": tok.pad_id, "unknown": tok.unk_id}.items():
+        if id is not None:
+            metadata[f"tokenizer.ggml.{name}_token_id"] = ("u32", id)
+    return metadata
+
+
+def _has_space_before(tok: Tokenizer, fmt: PromptFormat, model: Path) -> bool:
+    """Whether llama.cpp shall put a space in front of text, so that prompts get the ids that they had in training.
+
+    It puts one in front of every stretch of text between special tokens, or of none. A tokenizer that does so only at
+    the beginning has the same ids either way, as chats begin with a special token and other prompts hold none.
+    """
+    chats = [chat for chat in PROBES if _is_written(tok, fmt, chat)]
+    for is_wanted in (True, False):
+        served = replace(tok, space_before="every" if is_wanted else "never", space_before_space=True)
+        if all(served_ids(served, fmt, chat) == fmt.encode_prompt(tok, chat) for chat in chats):
+            return is_wanted
+    raise UserError(
+        f"{model}: llama.cpp puts a space in front of every stretch of text, or of none. Neither gives the token ids "
+        "that prompts had in training, so the model would answer badly. Use a chat template that begins with the BOS "
+        "token and has no space behind special tokens."
+    )
+
+
+def _is_written(tok: Tokenizer, fmt: PromptFormat, messages: Messages) -> bool:
+    """Whether the template takes such a conversation: some allow no system message."""
+    try:
+        return bool(fmt.render(tok, messages))
+    except UserError:
+        return False
+
+
+def served_ids(tok: Tokenizer, fmt: PromptFormat, messages: Messages) -> list[int]:
+    """The ids of a prompt as llama.cpp makes them: it takes the template's BOS away if the tokenizer adds one."""
+    text = fmt.render(tok, messages, add_generation_prompt=True)
+    if not fmt.add_bos(tok):
+        return tok.encode(text, special=True)
+    return tok.encode(text.removeprefix(tok.vocab[tok.bos_id]), bos=True, special=True)
+
+
+def jinja_of_words(fmt: PromptFormat, tok: Tokenizer) -> str:
+    """Jinja for a format that has none: its words before and behind the last message, alpaca's for example."""
+    before, after = fmt.render(tok, [{"role": "user", "content": "\0"}]).split("\0")
+    # As an expression, because Jinja drops a line break at the very end of a template, where alpaca has one.
+    return f"{{{{ {json.dumps(before)} + messages[-1]['content'] + {json.dumps(after)} }}}}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For the Modelfile
+
+
+class GoTemplate(NamedTuple):
+    """What a Modelfile needs: TEMPLATE, SYSTEM and the stop texts. A BOS that the tokenizer adds is not in it."""
+
+    template: str
+    system: str | None
+    stops: list[str]
+
+
+class Frame(NamedTuple):
+    """A chat template in four strings: before the role, between role and content, behind the content."""
+
+    before: str
+    after: str
+    end: str
+    intro: str  # stands in front of every system message, in some Llama-3 templates
+
+    def write(self, messages: Messages) -> str:
+        """What the Go template will write: every turn, then the header of the answer."""
+        turns = [{**m, "content": self.intro + m["content"]} if m["role"] == "system" else m for m in messages]
+        return "".join(self.header(m["role"]) + m["content"] + self.end for m in turns) + self.header("assistant")
+
+    def header(self, role: str) -> str:
+        return self.before + role + self.after
+
+
+def go_template(fmt: PromptFormat, tok: Tokenizer) -> GoTemplate:
+    """The template of an Ollama Modelfile, proven to write what the training format writes.
+
+    Jinja cannot be translated in general. But nearly every chat template frames each message by the same few strings.
+    We read the strings off one conversation, and use them only if on other conversations they give the same text as
+    the Jinja. White space around contents is not part of the proof: many templates strip it, and Go cannot.
+
+    Raises:
+        UserError: the template does more than that.
+    """
+    if fmt.type != "chat_template":
+        stops = [] if tok.eos_id is None else [tok.vocab[tok.eos_id]]
+        return GoTemplate(fmt.render(tok, say("user", "{{ .Prompt }}")), None, stops)
+
+    def render(messages: Messages) -> str:
+        text = fmt.render(tok, messages, add_generation_prompt=True)
+        return text.removeprefix(tok.vocab[tok.bos_id]) if tok.add_bos else text  # SmolLM2's BOS is <|im_start|>: stays
+
+    if "strftime_now" in fmt.jinja(tok):
+        raise _inexpressible("it writes today's date")
+    frame = _find_frame(render)
+    system = None
+    question = say("user", "question?")
+    if render(question) != frame.write(question):  # the template puts in a system message of its own
+        before, behind = frame.header("system") + frame.intro, frame.end + frame.write(question)
+        system = render(question).removeprefix(before).removesuffix(behind)
+    for probe in PROBES:
+        has_system = system is None or probe[0]["role"] == "system"
+        if render(probe) != frame.write(probe if has_system else say("system", system) + probe):
+            raise _inexpressible("it does not write every message in the same way")
+
+    turns = "{{ range .Messages }}" + frame.header("{{ .Role }}")
+    if frame.intro:
+        turns += '{{ if eq .Role "system" }}' + frame.intro + "{{ end }}"
+    turns += "{{ .Content }}" + frame.end + "{{ end }}" + frame.header("assistant")
+    if system == "":  # SYSTEM cannot be empty, so the template has to begin with the empty message itself
+        unless_given = '{{ if ne (index .Messages 0).Role "system" }}'
+        turns = unless_given + frame.header("system") + frame.intro + frame.end + "{{ end }}" + turns
+    if any("{{" in part or "}}" in part for part in frame):
+        raise _inexpressible("it writes double braces, which mean something else in Go")
+    stops = [text for text in tok.special_tokens if text in frame.end] or [frame.end.strip()]
+    return GoTemplate(turns, system or None, stops)
+
+
+PROBES = [
+    say("user", "question?"),
+    say("system", "Be brief.", "user", "one\n\ntwo"),
+    say("user", "{{ .Content }} {% if %}", "assistant", "'quoted' \"text\" \\n", "user", "<b>&amp;</b>"),
+    say(
+        "system", "s", "user", "u", "assistant", "a", "user", "\u00fc \u4f60 \U0001f642", "assistant", "b", "user", "v"
+    ),
+    say("user", "u", "assistant", "<think>hm</think> so", "user", "v", "assistant", "w", "user", "x" * 500),
+]
+
+
+def _find_frame(render: Callable[[Messages], str]) -> Frame:
+    """Read the strings around the messages off one conversation."""
+    names = ["first content", "second content", "third content", "fourth content"]
+    text = render(say("system", names[0], "user", names[1], "assistant", names[2], "user", names[3]))
+    gaps = []
+    for name in names:
+        gap, found, text = text.partition(name)
+        if not found:
+            raise _inexpressible("it leaves out a message")
+        gaps.append(gap)
+    to_end, _, after = gaps[1].rpartition("user")  # the end of one turn and the header of the next
+    before, _, after_system = gaps[0].partition("system")
+    frame = Frame(before, after, to_end.removesuffix(before), after_system.removeprefix(after))
+    if not frame.end:
+        raise _inexpressible("nothing stands between two messages")
+    return frame
+
+
+def _inexpressible(why: str) -> UserError:
+    return UserError(
+        f"the chat template cannot be written as a Go template for Ollama: {why}. With another template than "
+        "in training the model answers badly. Train with chat_template chatml or llama3, or use llama.cpp, which runs "
+        "Jinja."
+    )

@@ -21,7 +21,8 @@ from nanoqlora import gguf
 from nanoqlora.checkpoint import Weights, model_config, open_weights
 from nanoqlora.cli import UserError, run_command, write_text
 from nanoqlora.config import Option, load_command
-from nanoqlora.ggml_blocks import QUANTIZABLE, quantize
+from nanoqlora.file_types import FILE_TYPES, tensor_type
+from nanoqlora.ggml_blocks import quantize
 from nanoqlora.model import ModelConfig
 from nanoqlora.ollama import GoTemplate, go_template, tokenizer_metadata
 from nanoqlora.prompts import PromptFormat
@@ -30,17 +31,17 @@ from nanoqlora.tokenizer import Tokenizer, load_tokenizer
 OPTIONS = {
     "model": Option("the Hugging Face folder to export; default: merged, in the run's output_dir"),
     "out": Option("the file to write; default: model-TYPE.gguf in output_dir, or in the folder given by --model"),
-    "type": Option(f"how weights are stored: {', '.join(gguf.FILE_TYPES).lower()}", default="q8_0"),
+    "type": Option(f"how weights are stored: {', '.join(FILE_TYPES).lower()}", default="q8_0"),
 }
 
 
 def main() -> None:
     config, options = load_command(None, OPTIONS, "Write a model as .gguf with a Modelfile.", yaml_unless=["model"])
     file_type = options["type"].upper()
-    if file_type not in gguf.FILE_TYPES:
+    if file_type not in FILE_TYPES:
         raise UserError(
             f"command line: --type {options['type']} is not a type that can be written here, so there is no file to "
-            f"make. Choose one of {', '.join(gguf.FILE_TYPES).lower()}."
+            f"make. Choose one of {', '.join(FILE_TYPES).lower()}."
         )
     model = Path(options["model"] or Path(config.output_dir) / "merged")
     if not model.exists():
@@ -108,7 +109,8 @@ def plan_tensors(weights: Weights, config: ModelConfig, file_type: str, model: P
                 f"{model}: tensor {name} has shape {tuple(w.shape)}, but config.json makes it {shapes[name]}, so they "
                 f"are of different models. Get a matching checkpoint."
             )
-        if not torch.isfinite(w.to(torch.float16) if ggml_type == "F16" else w).all():
+        ends = torch.stack(w.aminmax())  # NaN if there is one
+        if not torch.isfinite(ends.to(torch.float16) if ggml_type == "F16" else ends).all():
             raise UserError(
                 f"{model}: tensor {name} holds NaN, infinity or, for F16, a value above 65504, which the file would "
                 f"pass on to every answer. Train again with a lower learning rate, or export as bf16 if it is the last."
@@ -117,14 +119,10 @@ def plan_tensors(weights: Weights, config: ModelConfig, file_type: str, model: P
         return quantize(gguf.permute_rows(w, heads) if heads else w, ggml_type)
 
     tensors, is_tied = [], head not in shapes
+    is_gqa = config.num_key_value_heads < config.num_attention_heads
     for hf_name, shape in shapes.items():
         name = gguf.gguf_name(hf_name)
-        ggml_type = gguf.tensor_type(name, shape, file_type, is_tied)
-        if ggml_type not in QUANTIZABLE:
-            raise UserError(
-                f"--type {file_type.lower()}: {name} would be stored as {ggml_type}, which cannot be written yet, so "
-                f"this type is not available for this model. Choose f32, f16, bf16 or q8_0."
-            )
+        ggml_type = tensor_type(name, shape, file_type, is_tied, config.num_hidden_layers, is_gqa)
         tensors.append(gguf.NewTensor(name, shape, ggml_type, partial(produce, hf_name, ggml_type)))
     if config.rope_scaling.get("rope_type") == "llama3":
         divisors = quantize(gguf.rope_divisors(config), "F32")

@@ -20,10 +20,13 @@ Left out: importance matrices (weights measured on a text), and the 2- and 3-bit
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .k_quants import TINY, first_extreme, nearest, search_lines, search_scales
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ FORMATS = {
     "Q6_K": BlockFormat(14, 256, 128 + 64 + 16 + 2),  # low four bits, upper two bits, 16 scales, d
 }
 
-CHUNK_WEIGHTS = 1 << 20  # worked on at a time: 4 MB of float32 and its temporaries stay near the processor
+CHUNK_WEIGHTS = 1 << 18  # worked on at a time: 1 MB of float32 and its temporaries stay near the processor
+GPU_CHUNK_WEIGHTS = 1 << 24  # there the start of each operation is what costs
 
 
 def quantize(w: Tensor, ggml_type: str) -> Tensor:
@@ -79,9 +83,12 @@ def quantize(w: Tensor, ggml_type: str) -> Tensor:
         )
     blocks = w.reshape(-1, fmt.block_size)
     raw = torch.empty(len(blocks), fmt.block_bytes, dtype=torch.uint8, device=w.device)
-    step = CHUNK_WEIGHTS // fmt.block_size
-    for i in range(0, len(blocks), step):
+    step = (CHUNK_WEIGHTS if w.device.type == "cpu" else GPU_CHUNK_WEIGHTS) // fmt.block_size
+
+    def store(i: int) -> None:
         raw[i : i + step] = _QUANTIZE[ggml_type](blocks[i : i + step].float())
+
+    _each(store, range(0, len(blocks), step), w.device)
     return raw.reshape(*w.shape[:-1], -1)
 
 
@@ -112,6 +119,21 @@ def dequantize(raw: Tensor, ggml_type: str, shape: tuple[int, ...]) -> Tensor:
     for i in range(0, len(blocks), step):
         w[i : i + step] = _DEQUANTIZE[ggml_type](blocks[i : i + step])
     return w.reshape(shape)
+
+
+def _each(work: Callable[[int], None], starts: range, device: torch.device) -> None:
+    """Do the chunks, on a CPU several at once: a thread for each is faster than threads within every small step."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or min(threads, len(starts)) == 1:
+        for start in starts:
+            work(start)
+        return
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, starts))
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ------------------------------------------------------------------------------------------------ bits and bytes
@@ -145,8 +167,8 @@ def _unpack_bits(packed: Tensor) -> Tensor:
 
 def _pack_bits(bits: Tensor) -> Tensor:
     """(n, 32) zeros and ones -> (n, 4) bytes, lowest bit first."""
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (bits.view(-1, 4, 8) << places).sum(dim=-1, dtype=torch.uint8)
+    # As numbers of 64 bits: the product moves bit i of the result, which is the lowest of byte i, to place 56 + i.
+    return (bits.contiguous().view(torch.int64) * 0x0102040810204080 >> 56).to(torch.uint8)
 
 
 # ------------------------------------------------------------------------------------------------ plain numbers
@@ -204,8 +226,8 @@ def _codes_around_middle(x: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
     Returns d (n, 1) and the codes (n, 32).
     """
     middle = num_levels // 2
-    magnitude, position = x.abs().max(dim=-1, keepdim=True)  # of equals the first, whose sign may differ from the next
-    extreme = torch.where(magnitude == 0, 0, x.gather(-1, position))  # never -0.0: the sign of d would flip with it
+    extreme = first_extreme(x, dim=-1)
+    extreme = torch.where(extreme == 0, 0, extreme)  # never -0.0: the sign of d would flip with it
     d = _divide(extreme, -middle)
     return d, _to_codes(x * _reciprocal(d) + (middle + 0.5), num_levels - 1)
 
@@ -215,18 +237,19 @@ def _codes_above_minimum(x: Tensor, num_levels: int) -> tuple[Tensor, Tensor, Te
 
     Returns d and m, both (n, 1), and the codes (n, 32).
     """
-    m = x.min(dim=-1, keepdim=True).values  # not amin, which may pick either of 0.0 and -0.0: here it is the first
-    d = _divide(x.max(dim=-1, keepdim=True).values - m, num_levels - 1)
+    m = x.amin(dim=-1, keepdim=True)
+    if (m == 0).any():  # amin may pick either of 0.0 and -0.0, and C takes the first of the block
+        m = torch.where(m == 0, x.min(dim=-1, keepdim=True).values, m)
+    d = _divide((x.amax(dim=-1, keepdim=True) - m).abs(), num_levels - 1)  # abs: -0.0 - 0.0 would be -0.0
     return d, m, _to_codes((x - m) * _reciprocal(d) + 0.5, num_levels - 1)
 
 
 def _quantize_q8_0(x: Tensor) -> Tensor:
     d = _divide(x.abs().amax(dim=-1, keepdim=True), 127)
     y = (x * _reciprocal(d)).nan_to_num(nan=0, posinf=0, neginf=0)
-    # Halves go away from zero. torch.round would send them to the even neighbour, and trunc(y + 0.5) would send
-    # 0.49999997 to 1, because that sum rounds up to 1.
-    whole = y.trunc()
-    codes = whole + y.sign() * ((y - whole).abs() >= 0.5)
+    # Halves go away from zero: add almost a half and cut. torch.round would send them to the even neighbour, and adding
+    # a whole half would send 0.49999997 to 1, because that sum rounds up to 1.
+    codes = y + torch.copysign(y.new_tensor(0.49999997), y)
     return torch.cat([_to_half(d), codes.to(torch.int8).view(torch.uint8)], dim=-1)
 
 
@@ -291,10 +314,56 @@ def _group_scales(raw: Tensor) -> tuple[Tensor, Tensor]:
     return (_from_half(raw[:, 0:2]) * scales)[:, :, None], (_from_half(raw[:, 2:4]) * minima)[:, :, None]
 
 
+def _pack_group_scales(scales: Tensor, minima: Tensor) -> Tensor:
+    """The way back: 8 scales and minima of 6 bits, (n, 8) uint8 each -> (n, 12) bytes."""
+    tops = torch.cat([scales[:, :4] | scales[:, 4:] >> 4 << 6, minima[:, :4] | minima[:, 4:] >> 4 << 6], dim=-1)
+    return torch.cat([tops, scales[:, 4:] & 15 | minima[:, 4:] << 4], dim=-1)
+
+
+def _six_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, 8) float32 -> d, (n, 1), the largest over 63, and the codes of all, (n, 8) uint8, for which d is 1."""
+    largest = x.amax(dim=-1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 0)  # never -0.0
+    codes = nearest(torch.where(largest > 0, x.new_tensor(63) / largest, 0) * x)
+    return _divide(largest, 63), (codes.to(torch.int32) & 255).clamp_(max=63).to(torch.uint8)
+
+
+def _codes_of_groups(x: Tensor, highest: int, first: float, num_trials: int) -> tuple[Tensor, Tensor]:
+    """Q4_K and Q5_K: the search of each group's scale and minimum, then codes for those as six bits tell them.
+
+    Returns:
+        The first 16 bytes of each block, and the codes, (n, 8, 32) uint8.
+    """
+    groups = x.view(-1, 32).T.contiguous()  # (32, n * 8)
+    scale, minimum, inverse, its_minimum = search_lines(groups, highest, first, num_trials)
+    d, scales = _six_bits(scale.view(-1, 8))
+    dmin, minima = _six_bits(-minimum.view(-1, 8))
+    d, dmin = _to_half(d), _to_half(dmin)
+    rough_scale = (_from_half(d) * scales).flatten()  # what a reader will see
+    rough_minimum = (_from_half(dmin) * minima).flatten()
+    codes = nearest((groups + rough_minimum).div_(rough_scale))
+    if (is_zero := rough_scale == 0).any():  # read as 0 times code, and C leaves the codes of the search there
+        codes = torch.where(is_zero, nearest((groups - its_minimum).mul_(inverse)), codes)
+    codes = codes.clamp_(0, highest).to(torch.uint8).T.contiguous().view(-1, 8, 32)
+    return torch.cat([d, dmin, _pack_group_scales(scales, minima)], dim=-1), codes
+
+
+def _quantize_q4_k(x: Tensor) -> Tensor:
+    head, codes = _codes_of_groups(x, highest=15, first=-1.0, num_trials=21)
+    return torch.cat([head, _pack_nibbles(codes.view(-1, 4, 64)).flatten(1)], dim=-1)
+
+
 def _dequantize_q4_k(raw: Tensor) -> Tensor:
     d, m = _group_scales(raw)
     codes = _unpack_nibbles(raw[:, 16:].reshape(-1, 4, 32)).view(-1, 8, 32)  # 32 bytes hold two groups of 32
     return (d * codes - m).flatten(1)
+
+
+def _quantize_q5_k(x: Tensor) -> Tensor:
+    head, codes = _codes_of_groups(x, highest=31, first=-0.5, num_trials=16)
+    groups = torch.arange(8, dtype=torch.uint8, device=x.device)[:, None]
+    fifth = (codes >> 4 << groups).sum(dim=1, dtype=torch.uint8)  # (n, 32): byte j holds element j of all 8 groups
+    return torch.cat([head, fifth, _pack_nibbles(codes.view(-1, 4, 64)).flatten(1)], dim=-1)
 
 
 def _dequantize_q5_k(raw: Tensor) -> Tensor:
@@ -303,6 +372,26 @@ def _dequantize_q5_k(raw: Tensor) -> Tensor:
     fifth = raw[:, None, 16:48] >> groups & 1  # (n, 8, 32): byte j holds element j of all 8 groups
     codes = _unpack_nibbles(raw[:, 48:].reshape(-1, 4, 32)).view(-1, 8, 32) | fifth << 4
     return (d * codes - m).flatten(1)
+
+
+def _quantize_q6_k(x: Tensor) -> Tensor:
+    groups = x.view(-1, 16).T.contiguous()  # (16, n * 16)
+    scale, inverse = search_scales(groups, middle=32)
+    scale = scale.view(-1, 16)
+    largest = first_extreme(scale, dim=-1)
+    is_zero = largest.abs() < TINY
+    inverse_d = x.new_tensor(-128) / largest.masked_fill_(is_zero, 1)
+    d = _to_half(1 / inverse_d)
+    scales = nearest(inverse_d * scale).clamp_(max=127)
+    rough_scale = (_from_half(d) * scales).flatten()  # what a reader will see
+    codes = nearest(groups / rough_scale)
+    if (is_lost := rough_scale == 0).any():  # read as 0 times code, and C leaves the codes of the search there
+        codes = torch.where(is_lost, nearest(groups * inverse), codes).masked_fill_(is_lost & (inverse == 0), -32)
+    codes = (codes.clamp_(-32, 31) + 32).to(torch.uint8).T.contiguous().view(-1, 2, 128)
+    places = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=x.device)[:, None]
+    high = (codes.view(-1, 2, 4, 32) >> 4 << places).sum(dim=2, dtype=torch.uint8)  # (n, 2, 32)
+    scales = scales.to(torch.int8).view(torch.uint8)
+    return torch.cat([_pack_nibbles(codes).flatten(1), high.flatten(1), scales, d], dim=-1).masked_fill_(is_zero, 0)
 
 
 def _dequantize_q6_k(raw: Tensor) -> Tensor:
@@ -328,7 +417,6 @@ _DEQUANTIZE: dict[str, Callable[[Tensor], Tensor]] = {
     "Q6_K": _dequantize_q6_k,
 }
 
-# Q4_K, Q5_K and Q6_K are read but not written: their scales come from a search, which is a lesson of its own.
 _QUANTIZE: dict[str, Callable[[Tensor], Tensor]] = {
     "F32": _quantize_f32,
     "F16": _quantize_f16,
@@ -338,5 +426,8 @@ _QUANTIZE: dict[str, Callable[[Tensor], Tensor]] = {
     "Q4_1": _quantize_q4_1,
     "Q5_0": _quantize_q5_0,
     "Q5_1": _quantize_q5_1,
+    "Q4_K": _quantize_q4_k,
+    "Q5_K": _quantize_q5_k,
+    "Q6_K": _quantize_q6_k,
 }
 QUANTIZABLE = tuple(_QUANTIZE)

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from .cli import UserError, whole_file
+from .file_types import FILE_TYPES
 from .ggml_blocks import FORMATS, dequantize
 from .model import ModelConfig, rope_frequencies
 
@@ -256,6 +257,21 @@ class _Header:
         except UnicodeDecodeError as error:
             raise self.wrong(f"{what} is not UTF-8 text ({_short(data)})") from error
 
+    def strings(self, count: int, what: str) -> list[str]:
+        """Many of them: `string` without its checks wherever nothing is wrong, since a vocabulary has 100,000."""
+        found, data, read_length = [], self.data, struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            try:
+                start = self.position + 8
+                end = start + read_length(data, self.position)[0]
+                found.append(data[start:end].decode("utf-8"))
+            except (struct.error, UnicodeDecodeError, OverflowError, IndexError):
+                end = math.inf
+            if end > len(data):
+                self.string(what)  # says what is wrong
+            self.position = end
+        return found
+
     def value(self, what: str) -> Any:
         """A metadata value with its type in front; arrays as lists."""
         kind = TYPE_NAMES.get(self.u32(f"the type of {what}"))
@@ -266,7 +282,7 @@ class _Header:
 
     def items(self, kind: str | None, count: int, what: str) -> list[Any]:
         if kind == "string":
-            return [self.string(what) for _ in range(count)]
+            return self.strings(count, what)
         if kind not in STRUCT_CODES:
             raise self.wrong(f"{what} has a type that does not exist or may not stand there")
         return self.scalars(kind, count, what)
@@ -502,7 +518,11 @@ def rope_divisors(config: ModelConfig) -> Tensor:
 
 
 def model_metadata(config: ModelConfig, name: str, file_type: str) -> Metadata:
-    """The way back: what a GGUF file says of a model, without its tokenizer. `file_type` is a key of `FILE_TYPES`."""
+    """The way back: what a GGUF file says of a model, without its tokenizer.
+
+    Args:
+        file_type: a key of `FILE_TYPES`.
+    """
     metadata: Metadata = {
         "general.architecture": ("string", "llama"),
         "general.type": ("string", "model"),
@@ -526,33 +546,6 @@ def model_metadata(config: ModelConfig, name: str, file_type: str) -> Metadata:
         metadata["llama.rope.scaling.type"] = ("string", "linear")
         metadata["llama.rope.scaling.factor"] = ("f32", config.rope_scaling["factor"])
     return metadata
-
-
-# ------------------------------------------------------------------------------------------------ file types
-
-# What `general.file_type` says of a whole file. Not the type numbers of tensors: a file is a mix, see `tensor_type`.
-FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9}
-
-
-def tensor_type(name: str, shape: tuple[int, ...], file_type: str, is_tied: bool) -> str:
-    """Which type a tensor gets in a file of this type: llama.cpp's own choices, so that sizes and quality agree.
-
-    Args:
-        name: GGUF's.
-        shape: in PyTorch's order.
-        is_tied: the file has no output.weight; its embedding is the head as well.
-    """
-    if len(shape) == 1:
-        return "F32"  # norms, RoPE divisors: llama.cpp aborts on any other type
-    if file_type in ("F32", "F16", "BF16"):
-        return file_type
-    n_in, ggml_type = shape[-1], file_type
-    is_head = name == "output.weight" or (is_tied and name == "token_embd.weight")
-    if is_head and file_type != "Q8_0":
-        ggml_type = "Q6_K"  # every token's score comes out of this matrix: it gets more bits
-    while n_in % FORMATS[ggml_type].block_size:
-        ggml_type = {"Q6_K": "Q8_0"}.get(ggml_type, "F16")
-    return ggml_type
 
 
 # ------------------------------------------------------------------------------------------------ writing

@@ -17,8 +17,9 @@ from tiny import save_random_llama
 import export_gguf
 from nanoqlora.checkpoint import open_weights
 from nanoqlora.cli import UserError, run_command
-from nanoqlora.ggml_blocks import QUANTIZABLE, dequantize, quantize
-from nanoqlora.gguf import hf_config, hf_name, read_gguf, tensor_type
+from nanoqlora.file_types import FILE_TYPES, tensor_type
+from nanoqlora.ggml_blocks import dequantize, quantize
+from nanoqlora.gguf import hf_config, hf_name, read_gguf
 from nanoqlora.model import ModelConfig
 from nanoqlora.prompts import CHAT_TEMPLATES, PromptFormat
 from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
@@ -156,7 +157,7 @@ def test_the_comparison_would_notice(mistake: str, models: dict, tmp_path: Path,
 
 
 @pytest.mark.usefixtures("known_tokenizer")
-@pytest.mark.parametrize("file_type", QUANTIZABLE)
+@pytest.mark.parametrize("file_type", FILE_TYPES)
 def test_weights_of_every_type(file_type: str, models: dict, tmp_path: Path):
     """In the file is each weight, rounded once, and llama.cpp computes with what is in the file."""
     path = tmp_path / "model.gguf"
@@ -167,7 +168,7 @@ def test_weights_of_every_type(file_type: str, models: dict, tmp_path: Path):
     stored = {}
     for name, info in gguf.tensors.items():
         w = state[hf_name(name)]
-        assert info.ggml_type == tensor_type(name, info.shape, file_type, is_tied=True)
+        assert info.ggml_type == tensor_type(name, info.shape, file_type, True, 2, True)
         stored[hf_name(name)] = gguf.load_hf(hf_name(name))
         assert torch.equal(stored[hf_name(name)], dequantize(quantize(w, info.ggml_type), info.ggml_type, w.shape))
     rounded = transformers.LlamaForCausalLM(models["linear"].config).eval()
@@ -413,16 +414,6 @@ def test_wrong_models_are_refused_and_nothing_changes(case: str, folder: Path, t
         export_gguf.export(folder, tmp_path / "model.gguf", file_type)
     assert [(tmp_path / name).read_text() for name in ("model.gguf", "Modelfile")] == ["old", "old"]
     assert not list(tmp_path.glob(".*"))
-
-
-@pytest.mark.usefixtures("known_tokenizer")
-def test_types_that_need_a_format_we_do_not_write(folder: Path, tmp_path: Path):
-    """The head of a small file is Q6_K when its rows are of whole blocks of 256."""
-    w = torch.zeros(VOCAB, 256)
-    change_tensors(folder, lm_head__weight=w, model__embed_tokens__weight=w.clone())
-    change_config(folder, hidden_size=256)
-    with pytest.raises(UserError, match="--type q4_0: output.weight would be stored as Q6_K.*f32, f16, bf16 or q8_0"):
-        export_gguf.export(folder, tmp_path / "model.gguf", "Q4_0")
 
 
 # ------------------------------------------------------------------------------------------------ the command

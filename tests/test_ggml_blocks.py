@@ -82,6 +82,10 @@ def test_values_equal_gguf_package(ggml_type: str, gguf: ModuleType, llama_cpp: 
 def test_values_are_near_the_weights(ggml_type: str):
     """No witness needed: a code is off by half a step at most, plus what half precision does to d and m."""
     x = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
+    if ggml_type.endswith("_K"):  # its search weighs errors: the mean counts. Measured 0.070, 0.035 and 0.021
+        error = (dequantize(quantize(x, ggml_type), ggml_type, x.shape) - x).square().mean().sqrt()
+        assert error < {"Q4_K": 0.08, "Q5_K": 0.04, "Q6_K": 0.025}[ggml_type]
+        return
     error = (dequantize(quantize(x, ggml_type), ggml_type, x.shape) - x).abs().view(-1, 32).amax(-1)
     blocks = x.view(-1, 32)
     largest = blocks.abs().amax(-1)
@@ -97,19 +101,19 @@ def test_values_are_near_the_weights(ggml_type: str):
 
 @pytest.mark.parametrize("ggml_type", QUANTIZABLE)
 def test_shapes_dtypes_and_chunks_make_no_difference(ggml_type: str, monkeypatch: pytest.MonkeyPatch):
-    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = torch.randn(3, 5, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
     raw = quantize(x, ggml_type)
-    assert raw.shape == (3, 5, FORMATS[ggml_type].num_bytes(64))
+    assert raw.shape == (3, 5, FORMATS[ggml_type].num_bytes(512))
     assert torch.equal(raw.flatten(), quantize(x.float().flatten(), ggml_type))
-    w = dequantize(raw.flatten(), ggml_type, (3, 5, 64))
-    monkeypatch.setattr(ggml_blocks, "CHUNK_WEIGHTS", 96)  # three blocks at a time, and a rest
+    w = dequantize(raw.flatten(), ggml_type, (3, 5, 512))
+    monkeypatch.setattr(ggml_blocks, "CHUNK_WEIGHTS", 1536)  # some blocks at a time, and a rest
     assert torch.equal(quantize(x, ggml_type), raw)
-    assert torch.equal(dequantize(raw, ggml_type, (3, 5, 64)), w)
+    assert torch.equal(dequantize(raw, ggml_type, (3, 5, 512)), w)
 
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="no quantizer.*Q8_0"):
-        quantize(torch.zeros(2, 256), "Q6_K")
+        quantize(torch.zeros(2, 256), "Q3_K")
     with pytest.raises(ValueError, match="rows of 48 weights.*blocks of 32"):
         quantize(torch.zeros(2, 48), "Q8_0")
     with pytest.raises(ValueError, match="unknown"):

@@ -22,6 +22,7 @@ from nanoqlora import distributed, ops
 from nanoqlora.checkpoint import load_model
 from nanoqlora.cli import Parser, run_command, write_text
 from nanoqlora.fused import fuse_blocks, keep_dense_weights
+from nanoqlora.graphs import GraphedBody, can_record
 from nanoqlora.model import Llama, ModelConfig, rope_frequencies
 from nanoqlora.ops import Segments
 from nanoqlora.optim import make_optimizer
@@ -160,9 +161,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lora_r", type=int, default=64)
     parser.add_argument("--lora_alpha", type=float, default=32)
     parser.add_argument("--lora_dropout", type=float, default=0.0)
-    parser.add_argument("--gradient_checkpointing", default="auto", choices=["auto", "false", "true"])
+    parser.add_argument("--gradient_checkpointing", default="auto", choices=["auto", "false", "true", "offload"])
     parser.add_argument("--memory_gib", type=float, default=0, help="limit for --gradient_checkpointing auto; 0: all")
-    parser.add_argument("--fold", action="store_true", help="add the update to the weight (without dropout)")
+    parser.add_argument(
+        "--fold", default="auto", choices=["auto", "true", "false"], help="the update added to the weight"
+    )
+    parser.add_argument("--graphs", default="auto", choices=["auto", "true", "false"], help="CUDA graphs of the blocks")
     parser.add_argument("--packed", action="store_true", help="rows of several documents of uneven length")
     parser.add_argument("--bf16", default="auto", type=lambda text: {"true": True, "false": False}.get(text, text))
     parser.add_argument("--steps", type=int, default=10)
@@ -184,12 +188,14 @@ def main() -> None:
     inject_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout)
     model.train()
     keeps = keeps_for(model, args.gradient_checkpointing, B * T, int(args.memory_gib * GIB))
-    fuse_blocks(model, keeps, fold=args.fold)
+    fuse_blocks(model, keeps, fold=args.fold == "true" or (args.fold == "auto" and device.type == "cuda"))
     if dense_fits(model):
         keep_dense_weights(model)
     flat = flatten_trainable(model)
     optimizer = make_optimizer("adamw_torch_fused", flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     optimizer.param_groups[0]["lr"] = 1e-4
+
+    body = GraphedBody(model) if args.graphs != "false" and can_record(model) else model.model
 
     tokens = torch.randint(model.config.vocab_size, (4, B, T), device=device)
     lengths = (T // 2, T // 3, T - T // 2 - T // 3) if args.packed else (T,)
@@ -200,7 +206,7 @@ def main() -> None:
     def step() -> None:
         batch = tokens[len(losses) % 4]
         flat.grad.zero_()
-        hidden = model.model(batch, segments)[:, :-1].flatten(0, 1)
+        hidden = body(batch, segments)[:, :-1].flatten(0, 1)
         targets = batch[:, 1:].flatten()
         loss = ops.linear_cross_entropy(hidden, model.lm_head.weight, targets) / len(targets)
         loss.backward()

@@ -11,15 +11,25 @@ backward pass, in units of N x D numbers (N tokens, D width, Llama-3-8B's ratios
     "all"       as above
     "no_mlp"    gate and up are multiplied again in the backward pass                             4.5 D
     "input"     everything is, from x, except down_proj, whose result no gradient needs             1 D
+    "offload"   as "input", with x in the host's memory until it is needed                          0
 
 Projections that read the same input are one product: q, k and v; gate and up. Their weights are rebuilt side by side
-in a buffer that all blocks share. The update's products touch the wide tensors once each, `ops/lora_parts.py` says how,
-and the gradients of A and B are added straight into the flat buffer's views.
+in a buffer that all blocks share, and the adapters lie around them:
 
-Folding: without dropout, x W^T + s x A^T B^T = x (W + s B A)^T. The update is then added while W is rebuilt, in float32
-before the one rounding, and y and dx are touched by no second product. Dropout acts on the update's input alone and
-leaves no such W. The equations of a layer stand in
-`ops/lora.py`; those of the norm, the rotation and SwiGLU in `ops/block_parts.py`.
+    Wx = [ W   s B ]    (n_out + R, n_in + R), R the sum of the ranks. B stands in blocks: a projection's own
+         [ A    .  ]    rows and columns, zeros elsewhere.
+
+A product that runs over Wx instead of W costs 1 to 5 % more arithmetic and does the update's work on the way, where
+the wide tensor is read anyway. With xa = x A^T and dxa = s dy B:
+
+    folded      [y, xa]   = x [W + s B A; A]^T     y holds the update already, because x (W + s B A)^T does
+    else        y         = [x, xa] [W, s B]^T     with xa of dropout(x), made before; x lies in a wider buffer
+    backward    [dx, dxa] = dy [W, s B]            folded: [W + s B A, s B], and dx is complete
+                                                   else: dx += dropout'(dxa A)
+
+What remains are the gradients of A and B, which read x and dy once each. Folding needs p = 0: dropout acts on the
+update's input alone and leaves no such W. The update is added while W is rebuilt, in float32 before the one rounding.
+The equations of a layer stand in `ops/lora.py`; those of the norm, the rotation and SwiGLU in `ops/block_parts.py`.
 
 The parameters and their names are those of the plain block, whose modules this one takes over.
 """
@@ -37,52 +47,55 @@ from .model import Block, KVCache, Llama
 from .ops import RowDropout, Segments
 from .qlora import QLoRALinear, lora_layers
 
-Keep = Literal["all", "no_mlp", "input"]
+Keep = Literal["all", "no_mlp", "input", "offload"]
 _scratch: dict[tuple, Tensor] = {}
 
 
-def scratch(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A buffer for rebuilt weights that every block uses in turn: on one stream, the next use waits for this one."""
-    key = (*shape, dtype, device)
-    if key not in _scratch:
-        _scratch[key] = torch.empty(*shape, dtype=dtype, device=device)
-    return _scratch[key]
+def scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A (rows, columns) buffer for a rebuilt weight, in the same memory for all: on one stream, the next waits."""
+    key = (dtype, device)
+    if key not in _scratch or _scratch[key].numel() < rows * columns:
+        _scratch[key] = torch.empty(rows * columns, dtype=dtype, device=device)
+    return _scratch[key][: rows * columns].view(rows, columns)
 
 
 class Group:
-    """Projections that read the same input: their weights, and their updates, as one product.
-
-    A stands as (R, n_in), R the sum of the ranks; each B apart, because each adds to its own columns of y.
-    """
+    """Projections that read the same input, as one product over Wx."""
 
     def __init__(self, *layers: QLoRALinear) -> None:
         self.layers = layers
-        self.n_in = layers[0].in_features
-        self.widths = [layer.out_features for layer in layers]
+        self.n_in, self.widths = layers[0].in_features, [layer.out_features for layer in layers]
         self.ranks = [layer.lora_A.shape[0] for layer in layers]
-        self.dense: Tensor | None = None  # (sum of n_out, n_in) where the rebuilt weight is kept for good
+        self.n_out, self.R = sum(self.widths), sum(self.ranks)
+        self.side = self.R + -self.R % 8  # rows start at multiples of 16 bytes
+        self.dense: Tensor | None = None  # Wx where it is kept for good
 
     def keep_dense(self, dtype: torch.dtype) -> None:
         """Rebuild the weights once and keep them, n_out * n_in * itemsize bytes; evaluation and chat use them too."""
-        self.dense = torch.cat([layer.rebuild(dtype) for layer in self.layers])
-        for layer, rows in zip(self.layers, self.dense.split(self.widths), strict=True):
+        self.dense = torch.zeros(self.n_out + self.side, self.n_in + self.side, dtype=dtype)
+        for layer, rows in zip(self.layers, self.dense[: self.n_out, : self.n_in].split(self.widths), strict=True):
+            layer.rebuild_into(rows)
             layer.dense = rows
 
-    def weight(self, adapters: tuple, dtype: torch.dtype, fold: bool) -> Tensor:
-        """(sum of n_out, n_in), rebuilt in the shared buffer, with the update in it if `fold`. Read it at once."""
-        A, Bs = adapters
-        if self.dense is not None and not fold:
-            return self.dense
-        w = scratch(sum(self.widths), self.n_in, dtype=dtype, device=A.device)
-        parts = zip(self.layers, w.split(self.widths), A.split(self.ranks), Bs, strict=True)
-        for layer, rows, a, b in parts:
-            layer.rebuild_into(rows, (a, b) if fold else None)
-        return w
+    def weight(self, dtype: torch.dtype, fold: bool) -> Tensor:
+        """Wx (n_out + side, n_in + side), with the update in W if `fold`. Read it before the next one is asked for."""
+        device = self.layers[0].lora_A.device
+        kept = self.dense is not None and not fold
+        wx = self.dense if kept else scratch(self.n_out + self.side, self.n_in + self.side, dtype, device)
+        w, B = wx[: self.n_out].split([self.n_in, self.side], dim=1)
+        A, first = self.rows_of_A(wx), 0
+        parts = zip(self.layers, w.split(self.widths), A.split(self.ranks), B.split(self.widths), strict=True)
+        for layer, w_rows, A_rows, B_rows in parts:
+            r = len(A_rows)
+            ops.kernels(wx).place_adapter(layer.lora_A, layer.lora_B, layer.scaling, A_rows, B_rows, first)
+            if not kept:
+                layer.rebuild_into(w_rows, (A_rows, B_rows[:, first : first + r]) if fold else None)
+            first += r
+        return wx
 
-    def adapters(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        """A (R, n_in) and every B (n_out, r) in the dtype of the products."""
-        A = torch.cat([layer.lora_A.detach() for layer in self.layers]).to(dtype)
-        return A, [layer.lora_B.detach().to(dtype) for layer in self.layers]
+    def rows_of_A(self, wx: Tensor) -> Tensor:
+        """A of all projections, (R, n_in)."""
+        return wx[self.n_out : self.n_out + self.R, : self.n_in]
 
     def dropout(self, T: int) -> RowDropout | None:
         layer = self.layers[0]
@@ -90,50 +103,36 @@ class Group:
             return None
         return RowDropout(layer.dropout_p, ops.fold(layer.row_seeds ^ layer.layer_seed), T)
 
-    def forward(
-        self, x: Tensor, adapters: tuple, dropout: RowDropout | None, fold: bool, residual: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """y (N, sum of n_out) of x (N, n_in), plus `residual`; and xa (N, R), which a folded product has not."""
-        w = self.weight(adapters, x.dtype, fold)
-        y = x @ w.t() if residual is None else torch.addmm(residual, x, w.t())
+    def room(self, like: Tensor, fold: bool) -> Tensor:
+        """An empty buffer for the input: (N, n_in), and beside it room for xa where nothing is folded."""
+        return like.new_empty(len(like), self.n_in + (0 if fold else self.side))
+
+    def forward(self, room: Tensor, dropout: RowDropout | None, fold: bool) -> tuple[Tensor, Tensor]:
+        """y (N, n_out) and xa (N, R) of x, which fills the first n_in columns of `room`. Rows may be slices."""
+        wx = self.weight(room.dtype, fold)
         if fold:
-            return y, None
-        A, Bs = adapters
-        xa = ops.kernels(x).lora_down(x, A, dropout)
-        for columns, part, layer, B in zip(*self.split(y, xa), self.layers, Bs, strict=True):
-            ops.kernels(x).lora_up_add_(columns, part, B, layer.scaling)
-        return y, xa
+            both = room @ wx[: self.n_out + self.side, : self.n_in].t()
+            return both[:, : self.n_out], both[:, self.n_out : self.n_out + self.R]
+        x, beside = room.split([self.n_in, self.side], dim=1)
+        xa = ops.kernels(x).lora_down(x, self.rows_of_A(wx), dropout)
+        beside[:, : self.R].copy_(xa)
+        beside[:, self.R :].zero_()
+        return room @ wx[: self.n_out].t(), xa
 
-    def split(self, wide: Tensor, low: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Each projection's columns of (N, sum of n_out) and of (N, R)."""
-        return wide.split(self.widths, 1), low.split(self.ranks, 1)
+    def backward_x(self, dy: Tensor, dropout: RowDropout | None, fold: bool) -> tuple[Tensor, Tensor]:
+        """dx (N, n_in) and dxa (N, R), slices of one tensor."""
+        wx = self.weight(dy.dtype, fold)
+        both = dy @ wx[: self.n_out]
+        dx, dxa = both[:, : self.n_in], both[:, self.n_in : self.n_in + self.R]
+        if not fold:
+            ops.kernels(dy).lora_dx_add_(dx, dxa, self.rows_of_A(wx), dropout)
+        return dx, dxa
 
-    def backward_B(self, dy: Tensor, xa: Tensor, adapters: tuple) -> Tensor:
-        """Add the gradients of every B; returns dxa (N, R), the gradient of xa."""
-        dxa = torch.empty_like(xa)
-        parts = zip(*self.split(dy, xa), dxa.split(self.ranks, 1), self.layers, adapters[1], strict=True)
-        for columns, part, dpart, layer, B in parts:
-            ops.kernels(dy).lora_up_backward(columns, part, B, layer.scaling, dpart, gradient_of(layer.lora_B))
-        return dxa
-
-    def backward_A(self, dxa: Tensor, x: Tensor, dropout: RowDropout | None) -> None:
-        """Add the gradients of every A, from the input x (N, n_in) that the projections read."""
-        gradients = [gradient_of(layer.lora_A) for layer in self.layers]
-        ops.kernels(x).lora_down_backward_A(dxa, x, dropout, gradients)
-
-    def backward_x(self, dy: Tensor, dxa: Tensor | None, adapters: tuple, dropout: RowDropout | None) -> Tensor:
-        """dx (N, n_in); without dxa, through the folded weight."""
-        dx = dy @ self.weight(adapters, dy.dtype, fold=dxa is None)
-        if dxa is not None:
-            ops.kernels(dy).lora_dx_add_(dx, dxa, adapters[0], dropout)
-        return dx
-
-    def backward(self, dy: Tensor, x: Tensor, xa: Tensor | None, adapters: tuple, dropout: RowDropout | None) -> Tensor:
-        """All of it: dx (N, n_in), and the gradients of every A and B. xa None: the forward pass was folded."""
-        low = ops.kernels(x).lora_down(x, adapters[0]) if xa is None else xa
-        dxa = self.backward_B(dy, low, adapters)
-        self.backward_A(dxa, x, dropout)
-        return self.backward_x(dy, None if xa is None else dxa, adapters, dropout)
+    def backward_adapters(self, dy: Tensor, x: Tensor, xa: Tensor, dxa: Tensor, dropout: RowDropout | None) -> None:
+        """Add the gradients of every A and B. x: (N, n_in), the input that the projections read."""
+        for layer, dy_, xa_ in zip(self.layers, dy.split(self.widths, 1), xa.split(self.ranks, 1), strict=True):
+            ops.kernels(x).lora_backward_B(dy_, xa_, layer.scaling, gradient_of(layer.lora_B))
+        ops.kernels(x).lora_backward_A(dxa, x, dropout, [gradient_of(layer.lora_A) for layer in self.layers])
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor:
@@ -143,15 +142,57 @@ def gradient_of(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
+class HostMemory:
+    """Inputs of blocks, in pinned memory of the host from the forward pass to the backward pass.
+
+    Copies have a stream of their own, so they run beside the products: while one block goes back, the input of the
+    block below is on its way. On a CPU there is nothing to move.
+    """
+
+    def __init__(self) -> None:
+        self.copies: dict[int, Tensor] = {}  # by block
+        self.coming: dict[int, Tensor] = {}
+        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+
+    def put(self, block: int, x: Tensor) -> None:
+        if block not in self.copies or self.copies[block].shape != x.shape:
+            self.copies[block] = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.copies[block].copy_(x, non_blocking=True)
+        if self.stream:
+            x.record_stream(self.stream)  # its memory is not given away before it is copied
+
+    def get(self, block: int, device: torch.device) -> Tensor:
+        """The input of `block`; that of the block below is asked for."""
+        self.ask_for(block, device)
+        x = self.coming.pop(block)
+        if self.stream:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            x.record_stream(torch.cuda.current_stream())
+        if block - 1 in self.copies:
+            self.ask_for(block - 1, device)
+        return x
+
+    def ask_for(self, block: int, device: torch.device) -> None:
+        if block not in self.coming:
+            with torch.cuda.stream(self.stream):
+                self.coming[block] = self.copies[block].to(device, non_blocking=True)
+
+
 @dataclass
 class Kept:
     """What a block keeps from forward to backward. None: made again."""
 
-    x: Tensor  # (N, D), the block's input
+    x: Tensor | None  # (N, D), the block's input; None: in the host's memory
     attention: tuple | None = None  # q, k, v as leaves and y = attention(q, k, v) with its graph
     middle: Tensor | None = None  # (N, D), the residual stream after attention
     gate_up: Tensor | None = None  # (N, 2 FF)
-    low_rank: tuple | None = None  # every group's xa, (N, R)
+    xa_qkv: Tensor | None = None  # (N, R) of every group; folded, those of qkv and gate_up lie beside their results
+    xa_o: Tensor | None = None
+    xa_gate_up: Tensor | None = None
+    xa_down: Tensor | None = None
 
 
 class BlockFunction(torch.autograd.Function):
@@ -164,100 +205,113 @@ class BlockFunction(torch.autograd.Function):
         ctx.dropouts = [group.dropout(T) for group in block.groups]
         ctx.fold = block.fold and not any(ctx.dropouts)
         kept = Kept(x.reshape(-1, D))
-        ctx.adapters = [group.adapters(x.dtype) for group in block.groups]
-        y = run_forward(ctx, kept, with_down=True)
-        if block.keep == "input":
-            kept = Kept(kept.x)
+        run_forward(ctx, kept)
+        # down_proj is not run again in the backward pass, so this is the last time that its xa comes by.
+        down, kernels = block.groups[3], ops.kernels(x)
+        room = down.room(kept.x, ctx.fold)
+        kernels.swiglu(kept.gate_up, out=room[:, : down.n_in])
+        y, xa = down.forward(room, ctx.dropouts[3], ctx.fold)
+        del room
+        kept.xa_down = xa.clone()
+        y = kept.middle + y
+        if block.keep in ("input", "offload"):
+            kept = Kept(kept.x, xa_down=kept.xa_down)
         elif block.keep == "no_mlp":
-            kept.gate_up = None
+            kept.gate_up = kept.xa_gate_up = None
+        if block.keep == "offload":
+            block.host.put(block.index, kept.x)
+            kept.x = None
         ctx.kept = kept
         return y.view(B, T, D)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        block, kept, fold = ctx.block, ctx.kept, ctx.fold
+        block, kept, fold, (B, T, D) = ctx.block, ctx.kept, ctx.fold, ctx.shape
         block.bring_weights(backward=True)
         qkv, o, gate_up, down = block.groups
         drop_qkv, drop_o, drop_gate_up, drop_down = ctx.dropouts
-        ad_qkv, ad_o, ad_gate_up, ad_down = ctx.adapters
-        B, T, D = ctx.shape
-        run_forward(ctx, kept, with_down=False)  # makes what was not kept
-        xa_qkv, xa_o, xa_gate_up, xa_down = kept.low_rank
+        kernels = ops.kernels(dy)
         dy = dy.reshape(-1, D)
+        if kept.x is None:
+            kept.x = block.host.get(block.index, dy.device)
+        run_forward(ctx, kept)  # makes what was not kept
 
         # MLP: y = middle + down(swiglu(gate_up(norm(middle)))). act is made again while SwiGLU goes back, over dact.
-        dxa = None if fold else down.backward_B(dy, xa_down, ad_down)
-        act = dact = down.backward_x(dy, dxa, ad_down, drop_down)
-        ops.kernels(dact).swiglu_backward_(dact, kept.gate_up)  # gate_up is now its gradient, dact is act
-        if fold:
-            dxa = down.backward_B(dy, ops.kernels(act).lora_down(act, ad_down[0]), ad_down)
-        down.backward_A(dxa, act, drop_down)
-        del act, dact
+        act, dxa = down.backward_x(dy, drop_down, fold)  # still dact
+        kernels.swiglu_backward_(act, kept.gate_up)  # gate_up is now its gradient, dact is act
+        down.backward_adapters(dy, act, kept.xa_down, dxa, drop_down)
+        del act, dxa
+        dh, dxa = gate_up.backward_x(kept.gate_up, drop_gate_up, fold)
         h, rstd = block.norm2(kept.middle)
-        dh = gate_up.backward(kept.gate_up, h, xa_gate_up, ad_gate_up, drop_gate_up)
-        kept.gate_up = h = None
-        weight = block.post_attention_layernorm.weight
-        dmiddle = ops.kernels(dh).rms_norm_backward(dh, kept.middle, weight, rstd, dy)
+        gate_up.backward_adapters(kept.gate_up, h, kept.xa_gate_up, dxa, drop_gate_up)
+        kept.gate_up = kept.xa_gate_up = h = None
+        dmiddle = kernels.rms_norm_backward(dh, kept.middle, block.post_attention_layernorm.weight, rstd, dy)
+        del dh, dxa
 
         # Attention: middle = x + o(attention(rope(qkv(norm(x)))))
         q, k, v, y = kept.attention
-        attended = y.detach().reshape(B * T, -1)
-        dattended = o.backward(dmiddle, attended, xa_o, ad_o, drop_o)
-        grads = torch.autograd.grad(y, (q, k, v), dattended.view(y.shape))
-        dqkv = torch.cat([g.flatten(2) for g in grads], dim=2).view(B * T, -1)
-        kept.attention = q = k = v = y = grads = attended = dattended = None
-        block.rotate(dqkv, ctx.rope, backward=True)
+        dattended, dxa = o.backward_x(dmiddle, drop_o, fold)
+        o.backward_adapters(dmiddle, y.detach().reshape(B * T, -1), kept.xa_o, dxa, drop_o)
+        grads = torch.autograd.grad(y, (q, k, v), dattended.unflatten(0, (B, T)).unflatten(2, y.shape[2:]))
+        dqkv = kernels.rope_backward(*grads, *ctx.rope)
+        kept.attention = q = k = v = y = grads = dattended = None
+        dh, dxa = qkv.backward_x(dqkv, drop_qkv, fold)
         h, rstd = block.norm1(kept.x)
-        dh = qkv.backward(dqkv, h, xa_qkv, ad_qkv, drop_qkv)
-        dx = ops.kernels(dh).rms_norm_backward(dh, kept.x, block.input_layernorm.weight, rstd, dmiddle)
-        ctx.kept = ctx.adapters = None
+        qkv.backward_adapters(dqkv, h, kept.xa_qkv, dxa, drop_qkv)
+        dx = kernels.rms_norm_backward(dh, kept.x, block.input_layernorm.weight, rstd, dmiddle)
+        ctx.kept = None
         return dx.view(B, T, D), None, None, None
 
 
-def run_forward(ctx, kept: Kept, with_down: bool) -> Tensor | None:
-    """The forward pass from whatever `kept` holds, filling in the rest of it. Returns y (N, D) if `with_down`."""
-    block, segments, fold = ctx.block, ctx.segments, ctx.fold
-    qkv, o, gate_up, down = block.groups
-    drop_qkv, drop_o, drop_gate_up, drop_down = ctx.dropouts
-    ad_qkv, ad_o, ad_gate_up, ad_down = ctx.adapters
-    B, T, D = ctx.shape
-    if kept.attention is None:
-        h, _ = block.norm1(kept.x)
-        projected, xa_qkv = qkv.forward(h, ad_qkv, drop_qkv, fold)
-        del h
-        block.rotate(projected, ctx.rope, backward=False)
-        with torch.enable_grad():  # attention's own graph, which its backward pass is asked from
-            parts = projected.view(B, T, -1, block.self_attn.head_dim).split(block.head_counts, dim=2)
-            q, k, v = (part.detach().requires_grad_() for part in parts)
-            y = ops.attention(q, k, v, segments)
-        kept.attention = q, k, v, y
-        kept.middle, xa_o = o.forward(y.detach().reshape(B * T, -1), ad_o, drop_o, fold, residual=kept.x)
-        kept.low_rank = xa_qkv, xa_o, None, None
+def run_forward(ctx, kept: Kept) -> None:
+    """From whatever `kept` holds to gate and up, filling in the rest."""
+    block, fold, (B, T, D) = ctx.block, ctx.fold, ctx.shape
+    qkv, o, gate_up, _ = block.groups
+    drop_qkv, drop_o, drop_gate_up, _ = ctx.dropouts
     if kept.gate_up is not None:
-        return None
-    h, _ = block.norm2(kept.middle)
-    kept.gate_up, xa_gate_up = gate_up.forward(h, ad_gate_up, drop_gate_up, fold)
-    del h
-    y, xa_down = None, kept.low_rank[3]
-    if with_down:
-        act = ops.kernels(kept.gate_up).swiglu(kept.gate_up)
-        y, xa_down = down.forward(act, ad_down, drop_down, fold, residual=kept.middle)
-    elif xa_down is None and not fold:
-        act = ops.kernels(kept.gate_up).swiglu(kept.gate_up)
-        xa_down = ops.kernels(act).lora_down(act, ad_down[0], drop_down)
-    kept.low_rank = *kept.low_rank[:2], xa_gate_up, xa_down
-    return y
+        return
+    room = gate_up.room(kept.x, fold)
+    h = room[:, :D]
+    if kept.attention is None:
+        first = qkv.room(kept.x, fold)
+        block.norm1(kept.x, out=first[:, :D])
+        projected, kept.xa_qkv = qkv.forward(first, drop_qkv, fold)
+        del first
+        block.rotate(projected, ctx.rope)
+        with torch.enable_grad():  # attention's own graph, which its backward pass is asked from
+            heads = projected.unflatten(0, (B, T)).unflatten(2, (-1, block.self_attn.head_dim))
+            q, k, v = (part.detach().requires_grad_() for part in heads.split(block.head_counts, dim=2))
+            y = ops.attention(q, k, v, ctx.segments)
+        kept.attention = q, k, v, y
+        attended = y.detach().reshape(B * T, -1)
+        if not fold:  # beside xa
+            wider = o.room(kept.x, fold)
+            wider[:, : o.n_in].copy_(attended)
+            attended = wider
+        delta, xa = o.forward(attended, drop_o, fold)
+        kept.xa_o = xa.clone()
+        norm = block.post_attention_layernorm
+        kept.middle, _, _ = ops.kernels(h).add_rms_norm(kept.x, delta, norm.weight, norm.eps, out=h)
+        del delta, xa, attended
+    else:
+        block.norm2(kept.middle, out=h)
+    kept.gate_up, kept.xa_gate_up = gate_up.forward(room, drop_gate_up, fold)
+
+
+def nothing_to_bring(backward: bool) -> None:
+    """The weights are here."""
 
 
 class FusedBlock(Block):
     """`model.Block` with the same modules under the same names, and `BlockFunction` for training."""
 
-    def __init__(self, block: Block, keep: Keep = "all", fold: bool = False) -> None:
+    def __init__(self, block: Block, index: int, keep: Keep = "all", fold: bool = False) -> None:
         nn.Module.__init__(self)
         self.input_layernorm, self.post_attention_layernorm = block.input_layernorm, block.post_attention_layernorm
         self.self_attn, self.mlp = block.self_attn, block.mlp
-        self.keep, self.fold = keep, fold
-        self.bring_weights: Callable[..., None] = lambda backward: None  # where the base is spread over ranks
+        self.index, self.keep, self.fold = index, keep, fold
+        self.host: HostMemory | None = None
+        self.bring_weights: Callable[..., None] = nothing_to_bring  # where the base is spread over ranks
         attn, mlp = block.self_attn, block.mlp
         self.groups = [
             Group(attn.q_proj, attn.k_proj, attn.v_proj),
@@ -267,16 +321,22 @@ class FusedBlock(Block):
         ]
         self.head_counts = [width // attn.head_dim for width in self.groups[0].widths]
 
-    def norm1(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.kernels(x).rms_norm(x, self.input_layernorm.weight, self.input_layernorm.eps)
+    @property
+    def is_spread(self) -> bool:
+        """Whether the frozen weights have to be brought from other ranks."""
+        return self.bring_weights is not nothing_to_bring
 
-    def norm2(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def norm1(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        norm = self.input_layernorm
+        return ops.kernels(x).rms_norm(x, norm.weight, norm.eps, out)
+
+    def norm2(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         norm = self.post_attention_layernorm
-        return ops.kernels(x).rms_norm(x, norm.weight, norm.eps)
+        return ops.kernels(x).rms_norm(x, norm.weight, norm.eps, out)
 
-    def rotate(self, qkv: Tensor, rope: list[Tensor], backward: bool) -> None:
+    def rotate(self, qkv: Tensor, rope: list[Tensor]) -> None:
         heads = self.head_counts[0] + self.head_counts[1]
-        ops.kernels(qkv).rope_(qkv, heads, self.self_attn.head_dim, *rope, backward)
+        ops.kernels(qkv).rope_(qkv, heads, self.self_attn.head_dim, *rope, False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments, cache: KVCache | None) -> Tensor:
         self.bring_weights(backward=False)
@@ -289,8 +349,10 @@ class FusedBlock(Block):
 
 def fuse_blocks(model: Llama, keeps: Sequence[Keep], fold: bool = False) -> None:
     """Replace every block by its fused twin, which keeps what `keeps` says, one entry a block."""
+    host = HostMemory() if "offload" in keeps else None
     for i, keep in enumerate(keeps):
-        model.model.layers[i] = FusedBlock(model.model.layers[i], keep, fold)
+        model.model.layers[i] = FusedBlock(model.model.layers[i], i, keep, fold)
+        model.model.layers[i].host = host
 
 
 def keep_dense_weights(model: Llama) -> None:

@@ -204,13 +204,16 @@ class LlamaModel(nn.Module):
     def forward(self, tokens: Tensor, segments: Segments | None = None, cache: KVCache | None = None) -> Tensor:
         """(B, T) int64 -> (B, T, D), the hidden states that the head reads."""
         segments = segments or Segments.one_per_row(*tokens.shape, offset=len(cache or ()))
-        positions = segments.positions.to(tokens.device)  # (B, T)
-        angles = positions.unsqueeze(-1).float() * self.rope_frequencies.to(tokens.device)  # (B, T, hd / 2)
-        rope = angles.cos(), angles.sin()
+        rope = self.rope(segments.positions.to(tokens.device))
         x = self.embed_tokens(tokens)
         for block in self.layers:
             x = block(x, rope, segments, cache)
         return self.norm(x)
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, (B, T, hd / 2) float32, of the angles that heads at these positions (B, T) turn by."""
+        angles = positions.unsqueeze(-1).float() * self.rope_frequencies.to(positions.device)
+        return angles.cos(), angles.sin()
 
 
 class Llama(nn.Module):

@@ -3,9 +3,9 @@
 The model of the peak, in bytes, for N tokens in a micro-batch:
 
     base        what the model holds now: packed weights, scales, embedding, head, norms
-    trained     16 a value with AdamW in float32 (value, gradient, two moments), and 2 for the copy that products use
+    trained     16 a value with AdamW in float32: value, gradient, two moments
     kept        what the blocks keep from forward to backward, by `fused.Keep`
-    rebuilt     the buffers for the rebuilt weights of one block
+    rebuilt     the buffer for the rebuilt weights of one product
     passing     the largest of what exists only for a moment: a chunk of logits, or the gradients inside one block
 
 The peak comes at the turn from forward to backward, when every block's share is there. Blocks that keep less work
@@ -22,7 +22,7 @@ from .model import Llama, ModelConfig
 from .ops.loss_fast import ROWS_ON_GPU
 from .qlora import lora_layers
 
-LEVELS: tuple[Keep, ...] = ("all", "no_mlp", "input")
+LEVELS: tuple[Keep, ...] = ("all", "no_mlp", "input")  # what `auto` chooses from
 SPARE = 0.06  # of the free memory, for what the allocator cannot use and for libraries
 
 
@@ -31,8 +31,10 @@ def kept_bytes(config: ModelConfig, N: int, rank: int, keep: Keep, itemsize: int
     D, FF = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads * config.head_dim
     kv = 2 * config.num_key_value_heads * config.head_dim
-    numbers = {"input": D, "no_mlp": 2 * D + 2 * heads + kv + rank, "all": 2 * D + 2 * heads + kv + 2 * FF + rank}
-    lse = 4 * N * config.num_attention_heads if keep != "input" else 0
+    xa = rank // 7  # of down_proj, which is not multiplied again
+    numbers = {"offload": xa, "input": D + xa, "no_mlp": 2 * D + 2 * heads + kv + rank}
+    numbers["all"] = numbers["no_mlp"] + 2 * FF
+    lse = 4 * N * config.num_attention_heads if keep in ("all", "no_mlp") else 0
     return numbers[keep] * N * itemsize + lse
 
 
@@ -54,11 +56,13 @@ def step_bytes(model: Llama, N: int, keeps: Sequence[Keep], optimizer_bytes: int
     tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.requires_grad}
     base = sum(tensors.values())
     kept = sum(kept_bytes(config, N, rank, keep, itemsize) for keep in keeps)
-    rebuilt = itemsize * D * (2 * heads + kv + 3 * FF)
+    rebuilt = itemsize * D * max(2 * FF, heads + kv)
     loss = itemsize * (min(N, ROWS_ON_GPU) * V + 4 * N * D)
     turn = itemsize * N * (FF + 3 * D)  # in the last block: the gradients of its result, of act, of its input
-    again = {"all": 0, "no_mlp": 3 * FF, "input": 3 * FF + 2 * D + 2 * heads + kv}[keeps[-1]] * N * itemsize
-    return base + trained * (8 + optimizer_bytes + itemsize) + kept + rebuilt + max(loss, turn + again)
+    again = {"all": 0, "no_mlp": 2 * FF, "input": 2 * FF + 2 * D + 2 * heads + kv}[keeps[-1]] * N * itemsize
+    if "offload" in keeps:
+        again += 2 * D * N * itemsize  # the inputs of this block and of the one below
+    return base + trained * (8 + optimizer_bytes) + kept + rebuilt + max(loss, turn + again)
 
 
 def choose_keeps(model: Llama, N: int, budget: int, optimizer_bytes: int = 8) -> list[Keep]:
@@ -86,10 +90,13 @@ def keeps_for(model: Llama, checkpointing: bool | str, N: int, budget: int = 0, 
     """What each block keeps for the configuration's `gradient_checkpointing`.
 
     Args:
-        checkpointing: false keeps all, true keeps the inputs of blocks, auto as much as fits.
+        checkpointing: false keeps all, true keeps the inputs of blocks, offload keeps all of them but the last in the
+            host's memory, auto keeps as much as fits.
         budget: bytes for the whole step, for auto; 0 takes what the device has.
     """
     L, device = model.config.num_hidden_layers, model.model.embed_tokens.weight.device
+    if checkpointing == "offload":
+        return ["offload"] * (L - 1) + ["input"]
     if str(checkpointing).lower() != "auto" or (device.type != "cuda" and not budget):
         return ["input" if str(checkpointing).lower() == "true" else "all"] * L
     return choose_keeps(model, N, budget or gpu_budget(device), optimizer_bytes)

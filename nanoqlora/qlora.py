@@ -70,15 +70,16 @@ class QLoRALinear(nn.Module):
         """W in the dtype of `out`, written there; `out` may be rows of a larger buffer.
 
         Args:
-            fold: A and B in that dtype; W + s B A is written then, summed in float32 and rounded once.
+            fold: A (r, n_in) and s B (n_out, r) in that dtype; W + s B A is written then, summed in float32 and
+                rounded once.
         """
         if self.is_double_quantised:
             statistics = self.packed, self.absmax, self.nested_absmax, self.nested_offset
-            ops.dequantize_into(*statistics, out, fold and (*fold, self.scaling))
+            ops.dequantize_into(*statistics, out, fold and (*fold, 1.0))
         elif fold is None:
             out.copy_(self.rebuild(out.dtype))
         else:
-            out.copy_(self.rebuild(torch.float32).addmm_(fold[1].float(), fold[0].float(), alpha=self.scaling))
+            out.copy_(self.rebuild(torch.float32).addmm_(fold[1].float(), fold[0].float()))
 
     @property
     def is_double_quantised(self) -> bool:

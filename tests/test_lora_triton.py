@@ -136,27 +136,27 @@ def test_lora_down(shape, small, p, monkeypatch):
 
 @pytest.mark.parametrize("p", DROPS)
 @pytest.mark.parametrize("shape, small", SHAPES)
-def test_lora_down_backward_A(shape, small, p, monkeypatch):
+def test_lora_backward_A(shape, small, p, monkeypatch):
     """dA is never rounded to bfloat16, and is added to what is there."""
     if small:
         use_small_tiles(monkeypatch)
     c = Case(*shape, p)
     x, dxa = c.x.double() * c.mask, c.dxa.double()
     true, sum_error = dxa.t() @ x, (c.N + 4) * STEP * (dxa.abs().t() @ x.abs())
-    got, twin = (m.lora_down_backward_A(c.dxa, c.x, c.dropout) for m in (lora_triton, lora_parts))
+    got, twin = (m.lora_backward_A(c.dxa, c.x, c.dropout) for m in (lora_triton, lora_parts))
     check(got, twin, true, sum_error)
-    assert torch.equal(got, lora_triton.lora_down_backward_A(c.dxa, c.x, c.dropout)), "not the same bits twice"
+    assert torch.equal(got, lora_triton.lora_backward_A(c.dxa, c.x, c.dropout)), "not the same bits twice"
 
     before = c.random(c.R, c.n_in).float()
     got, twin = before.clone(), before.clone()
     for module, out in ((lora_triton, got), (lora_parts, twin)):
-        assert module.lora_down_backward_A(c.dxa, c.x, c.dropout, out) is out
+        assert module.lora_backward_A(c.dxa, c.x, c.dropout, out) is out
     total = before.double() + true
     check(got, twin, total, sum_error + STEP * total.abs())
 
     for module, whole in ((lora_triton, got), (lora_parts, twin)):
         places = [part.clone() for part in before.split([c.R // 4, c.R - c.R // 4])]
-        assert module.lora_down_backward_A(c.dxa, c.x, c.dropout, places) is places
+        assert module.lora_backward_A(c.dxa, c.x, c.dropout, places) is places
         # Ours makes the same bits; a library may sum the narrower products in another order.
         assert torch.equal(torch.cat(places), whole) or module is lora_parts
         assert ((torch.cat(places) - whole).abs() <= 2 * U * (dxa.abs().t() @ x.abs())).all()
@@ -179,54 +179,42 @@ def test_lora_dx_add(shape, small, p, monkeypatch):
 
 @pytest.mark.parametrize("n_out, r, small", WIDTHS)
 @pytest.mark.parametrize("N", [1, 33, 130])
-def test_lora_up_add(N, n_out, r, small, monkeypatch):
-    """Into a part of a larger y, from columns of a wider xa; what lies around y keeps its bits."""
+def test_lora_backward_B(N, n_out, r, small, monkeypatch):
+    """From parts of wider tensors; never rounded to bfloat16, and added to what is there."""
     if small:
         use_small_tiles(monkeypatch)
     c = Case(1, N, n_out, r)
-    large, wide_xa, B = c.random(N + 64, n_out + 64), c.random(N, r + 16), c.random(n_out, r)
-    xa, here, scaling = wide_xa[:, 8 : 8 + r], (slice(N), slice(32, 32 + n_out)), 0.3
-    y = large[here].double()
-    true = y + scaling * xa.double() @ B.double().t()
-    size = y.abs() + scaling * xa.double().abs() @ B.double().abs().t()
-    results = []
-    for module in (lora_triton, lora_parts):
-        changed = large.clone()
-        assert module.lora_up_add_(changed[here], xa, B, scaling) is None
-        results.append(changed[here].clone())
-        changed[here] = large[here]
-        assert torch.equal(changed, large), "wrote outside of y"
-    check(*results, true, (r + 4) * STEP * size)
-
-
-@pytest.mark.parametrize("n_out, r, small", WIDTHS)
-@pytest.mark.parametrize("N", [1, 33, 130])
-def test_lora_up_backward(N, n_out, r, small, monkeypatch):
-    """Both gradients, alone and into their places: dxa written to a part of a larger tensor, dB added."""
-    if small:
-        use_small_tiles(monkeypatch)
-    c = Case(1, N, n_out, r)
-    wide_dy, wide_xa, B, scaling = c.random(N, n_out + 16), c.random(N, r + 16), c.random(n_out, r), 0.3
+    wide_dy, wide_xa, scaling = c.random(N, n_out + 16), c.random(N, r + 16), 0.3
     dy, xa = wide_dy[:, 8 : 8 + n_out], wide_xa[:, 8 : 8 + r]
-    dy64, xa64, B64 = dy.double(), xa.double(), B.double()
-    true = scaling * dy64 @ B64, scaling * dy64.t() @ xa64
-    sums = dy64.abs() @ B64.abs(), dy64.abs().t() @ xa64.abs()
-    errors = [scaling * (n + 4) * STEP * s for n, s in zip((n_out, N), sums, strict=True)]
-    got, twin = (m.lora_up_backward(dy, xa, B, scaling) for m in (lora_triton, lora_parts))
-    for i in range(2):
-        check(got[i], twin[i], true[i], errors[i])
+    true = scaling * dy.double().t() @ xa.double()
+    sum_error = scaling * (N + 4) * STEP * (dy.double().abs().t() @ xa.double().abs())
+    got, twin = (m.lora_backward_B(dy, xa, scaling) for m in (lora_triton, lora_parts))
+    check(got, twin, true, sum_error)
+    before = c.random(n_out, r).float()
+    for module, alone in ((lora_triton, got), (lora_parts, twin)):
+        out = before.clone()
+        assert module.lora_backward_B(dy, xa, scaling, out) is out
+        total = before.double() + alone.double()
+        assert ((out.double() - total).abs() <= STEP * total.abs() + 2 * sum_error).all()
 
-    before, here = c.random(n_out, r).float(), (slice(N), slice(16, 16 + r))
-    for module, (dxa_alone, dB_alone) in ((lora_triton, got), (lora_parts, twin)):
-        large = torch.full((N + 64, r + 96), torch.nan, dtype=torch.bfloat16, device=DEVICE)
-        dxa, dB = module.lora_up_backward(dy, xa, B, scaling, large[here], before.clone())
-        off = (dxa.double() - dxa_alone.double()).abs()  # a library may sum in another order
-        assert (off <= 2 * U * dxa_alone.double().abs() + 2 * errors[0]).all()
-        total = before.double() + dB_alone.double()
-        assert ((dB.double() - total).abs() <= STEP * total.abs() + 2 * errors[1]).all()
-        assert torch.equal(large[here], dxa), "not written in place"
-        large[here] = torch.nan
-        assert large.isnan().all(), "wrote outside of dxa"
+
+@pytest.mark.parametrize(
+    "n_in, n_out, r, first, side", [(64, 96, 8, 0, 8), (576, 33, 16, 16, 48), (130, 2100, 3, 5, 16)]
+)
+def test_place_adapter(n_in, n_out, r, first, side):
+    """Values rounded once, zeros beside them, and nothing written anywhere else."""
+    g = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(*shape, generator=g).to(DEVICE) for shape in ((r, n_in), (n_out, r)))
+    for module in (lora_triton, lora_parts):
+        wx = torch.full((n_out + side, n_in + side), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+        A_rows, B_columns = wx[n_out + first : n_out + first + r, :n_in], wx[:n_out, n_in:]
+        module.place_adapter(A, B, 0.3, A_rows, B_columns, first)
+        assert torch.equal(A_rows, A.bfloat16())
+        expected = torch.zeros(n_out, side, device=DEVICE)
+        expected[:, first : first + r] = B * torch.tensor(0.3)
+        assert torch.equal(B_columns, expected.bfloat16())
+        A_rows[:], B_columns[:] = torch.nan, torch.nan
+        assert wx.isnan().all(), "wrote outside"
 
 
 @pytest.mark.parametrize("p", DROPS)
@@ -248,9 +236,9 @@ def test_new_tensors_are_filled_and_nothing_more(small, p, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "new_empty", guarded)
     c = Case(2, 35, 320, 24, p)
-    results = [lora_triton.lora_down(c.x, c.A, c.dropout), lora_triton.lora_down_backward_A(c.dxa, c.x, c.dropout)]
-    results += lora_triton.lora_up_backward(c.x, c.dxa, c.A.t().contiguous(), 0.5)
-    assert len(behind) >= 5, "the functions allocate in a way that this test does not see"
+    results = [lora_triton.lora_down(c.x, c.A, c.dropout), lora_triton.lora_backward_A(c.dxa, c.x, c.dropout)]
+    results += [lora_triton.lora_backward_B(c.x, c.dxa, 0.5)]
+    assert len(behind) >= 4, "the functions allocate in a way that this test does not see"
     assert not any(x.isnan().any() for x in results)
     assert all(x.isnan().all() for x in behind)
 
@@ -264,6 +252,7 @@ def test_the_mask_is_that_of_dropout_mask(B, T, p):
     kept = c.mask != 0
     assert 0.5 * p < 1 - kept.double().mean() < 1.5 * p
     ones = torch.ones(c.N, n_in, dtype=torch.bfloat16, device=DEVICE)
+    p = round(p * 65536) / 65536  # the share that is dropped exactly
     value = torch.tensor(1 / (1 - p), dtype=torch.bfloat16, device=DEVICE) * kept
 
     identity = torch.eye(n_in, dtype=torch.bfloat16, device=DEVICE)  # its product with x is x
@@ -274,7 +263,7 @@ def test_the_mask_is_that_of_dropout_mask(B, T, p):
     assert torch.equal(dx, value)
 
     rows = torch.eye(c.N, dtype=torch.bfloat16, device=DEVICE)
-    assert torch.equal(lora_triton.lora_down_backward_A(rows, ones, c.dropout).bfloat16(), value)
+    assert torch.equal(lora_triton.lora_backward_A(rows, ones, c.dropout).bfloat16(), value)
 
     assert torch.equal(c.dropout.mask(ones).bfloat16(), value), "the plain twin's, which is float32"
 
@@ -295,10 +284,9 @@ def test_parts_are_the_layer_and_its_gradients():
 
         rows, dropout = x.view(-1, n_in), RowDropout(p, lora.fold(seed), T) if p else None
         xa = lora_parts.lora_down(rows, A, dropout)
-        y = rows @ w.t()
-        lora_parts.lora_up_add_(y, xa, B_, scaling)
-        dxa, dB = lora_parts.lora_up_backward(dy, xa, B_, scaling)
-        dA = lora_parts.lora_down_backward_A(dxa, rows, dropout)
+        y = rows @ w.t() + scaling * xa @ B_.t()
+        dxa, dB = scaling * dy @ B_, lora_parts.lora_backward_B(dy, xa, scaling)
+        dA = lora_parts.lora_backward_A(dxa, rows, dropout)
         dx = dy @ w
         lora_parts.lora_dx_add_(dx, dxa, A, dropout)
         expected = layer.view_as(y), leaves[0].grad.view_as(dx), leaves[1].grad, leaves[2].grad
@@ -315,16 +303,15 @@ def test_at_full_size(n_in, R):
         c = Case(4, 2039, n_in, R, p)
         x, A, dxa = c.x.double() * c.mask, c.A.double(), c.dxa.double()
         true = x @ A.t(), dxa.t() @ x, c.dx.double() + (dxa @ A) * c.mask
-        got = [lora_triton.lora_down(c.x, c.A, c.dropout), lora_triton.lora_down_backward_A(c.dxa, c.x, c.dropout)]
-        again = [lora_triton.lora_down(c.x, c.A, c.dropout), lora_triton.lora_down_backward_A(c.dxa, c.x, c.dropout)]
+        got = [lora_triton.lora_down(c.x, c.A, c.dropout), lora_triton.lora_backward_A(c.dxa, c.x, c.dropout)]
+        again = [lora_triton.lora_down(c.x, c.A, c.dropout), lora_triton.lora_backward_A(c.dxa, c.x, c.dropout)]
         assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "not the same bits twice"
         lora_triton.lora_dx_add_(c.dx, c.dxa, c.A, c.dropout)
         # One rounding to bfloat16 has rms 0.425 U, and dA has none; a sum of n random terms in float32 adds next to
         # nothing, and one lost or doubled tile of 64 in n_in = 14336 would already show as 0.07.
         for result, expected, most in zip((*got, c.dx), true, (0.5 * U, 1e-4, 0.5 * U), strict=True):
             assert rms(result.double() - expected) <= most * rms(expected)
-        dB, B = c.random(n_in, R).float(), c.random(n_in, R)
-        dxa_, dB_ = lora_triton.lora_up_backward(c.x, c.dxa, B, 0.25, dB_out=dB.clone())
-        want = 0.25 * c.x.double() @ B.double(), dB.double() + 0.25 * c.x.double().t() @ dxa
-        assert rms(dxa_.double() - want[0]) <= 0.5 * U * rms(want[0])
-        assert rms(dB_.double() - want[1]) <= 1e-4 * rms(want[1])
+        before = c.random(n_in, R).float()
+        dB, want = before.clone(), before.double() + 0.25 * c.x.double().t() @ dxa
+        lora_triton.lora_backward_B(c.x, c.dxa, 0.25, dB)
+        assert rms(dB.double() - want) <= 1e-4 * rms(want)

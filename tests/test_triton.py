@@ -19,7 +19,7 @@ import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from nanoqlora.ops import elementwise, elementwise_triton, loss_triton, nf4, nf4_triton  # noqa: E402
+from nanoqlora.ops import block_parts, elementwise, elementwise_triton, loss_triton, nf4, nf4_triton  # noqa: E402
 from nanoqlora.ops.elementwise_triton import Launch  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore:overflow encountered in exp"), *([pytest.mark.gpu] if CUDA else [])]
@@ -117,6 +117,14 @@ def test_rms_norm(shape, dtype, weight_dtype):
     assert rstd.dtype == torch.float32 and ((rstd - true_rstd).abs() <= (D / 2 * E + FAST) * true_rstd).all()
     assert torch.equal(x, before) and frame_is_whole(x, buffer)
 
+    # Added to something and written to a part of wider rows: the bits of the sum's own norm.
+    delta, delta_buffer = framed(randn(*shape, seed=2, dtype=dtype), right=8)
+    out, out_buffer = framed(torch.empty_like(x), right=16)
+    total, again, rstd = elementwise_triton.add_rms_norm(x, delta, weight, 1e-5, out)
+    expected, expected_rstd = elementwise_triton.rms_norm(x + delta, weight, 1e-5)
+    assert torch.equal(total, x + delta) and torch.equal(out, expected) and torch.equal(rstd, expected_rstd)
+    assert again is out and frame_is_whole(delta, delta_buffer) and frame_is_whole(out, out_buffer)
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 96), (33, 96), (33, 576), (3, 4096), (1, 5000)], ids=str)
@@ -125,7 +133,7 @@ def test_rms_norm_backward(shape, dtype, with_residual):
     N, D = shape
     x = 3 * randn(*shape, seed=0, dtype=dtype)
     weight = 1 + randn(D, seed=1) / 4
-    dh, dh_buffer = framed(randn(*shape, seed=2, dtype=dtype))
+    dh, dh_buffer = framed(randn(*shape, seed=2, dtype=dtype), right=16)
     residual, residual_buffer = framed(randn(*shape, seed=3, dtype=dtype))
     added = residual.double() if with_residual else torch.zeros_like(x, dtype=torch.float64)
 
@@ -143,11 +151,11 @@ def test_rms_norm_backward(shape, dtype, with_residual):
     terms = added.abs() + rstd * (g.abs() + n.abs() * (g * n).abs().mean(1, keepdim=True))
     inner = (3 * (D / 2 * E + FAST) + D * E + 12 * E) * terms
 
-    kept = residual.clone()
+    kept = dh.clone(), residual.clone()
     _, kernel_rstd = elementwise_triton.rms_norm(x, weight, 1e-5)
     dx = elementwise_triton.rms_norm_backward(dh, x, weight, kernel_rstd, residual if with_residual else None)
     check(dx, plain, true, inner)
-    assert dx.data_ptr() == dh.data_ptr() and torch.equal(residual, kept), "written over dh and nowhere else"
+    assert torch.equal(dh, kept[0]) and torch.equal(residual, kept[1])
     assert frame_is_whole(dh, dh_buffer) and frame_is_whole(residual, residual_buffer)
 
 
@@ -180,6 +188,21 @@ def test_rope(N, heads, head_dim, backward, dtype):
     assert torch.equal(qkv[:, rotated:], before[:, rotated:]) and frame_is_whole(qkv, buffer)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B, T, H, KV, head_dim", [(1, 1, 3, 1, 64), (2, 33, 9, 3, 64), (3, 2, 2, 2, 96)])
+def test_rope_backward(B, T, H, KV, head_dim, dtype):
+    """The bits of `rope_` on gradients that were put side by side first, from any memory order."""
+    angles = 100 * torch.rand(B * T, head_dim // 2, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    q = randn(B, H, T, head_dim, seed=0, dtype=dtype).transpose(1, 2)
+    k, v = (randn(B, T, KV + 1, head_dim, seed=seed, dtype=dtype)[:, :, 1:] for seed in (1, 2))
+    got = elementwise_triton.rope_backward(q, k, v, angles.cos(), angles.sin())
+    expected = torch.cat([d.flatten(2) for d in (q, k, v)], 2).flatten(0, 1)
+    elementwise_triton.rope_(expected, H + KV, head_dim, angles.cos(), angles.sin(), backward=True)
+    assert torch.equal(got, expected)
+    twin = block_parts.rope_backward(q, k, v, angles.cos(), angles.sin())
+    assert (twin.float() - got.float()).abs().max() <= (2**-8 if dtype == torch.bfloat16 else 1e-6) * 8
+
+
 def silu_error(z: Tensor) -> Tensor:
     """A bound on the relative error of s = 1 / (1 + exp(-z)) and of 1 - s in float32.
 
@@ -201,6 +224,8 @@ def test_swiglu(N, FF, dtype):
     tiny = 2.0**-126 * (1 + up.abs().double() * gate.abs().double())  # below it 1/x of a huge number is a zero
     check(act, elementwise.swiglu(gate, up), true, (silu_error(gate.double()) + 3 * E) * true.abs() + tiny)
     assert torch.equal(gate_up, before) and frame_is_whole(gate_up, buffer)
+    out, out_buffer = framed(torch.empty_like(act), right=16)
+    assert elementwise_triton.swiglu(gate_up, out) is out and torch.equal(out, act) and frame_is_whole(out, out_buffer)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -77,15 +77,17 @@ class Kernels(NamedTuple):
     """What a block with a hand-written backward pass is made of; `block_parts.py` and `lora_parts.py` explain each."""
 
     rms_norm: Callable
+    add_rms_norm: Callable
     rms_norm_backward: Callable
     rope_: Callable
+    rope_backward: Callable
     swiglu: Callable
     swiglu_backward_: Callable
+    place_adapter: Callable
     lora_down: Callable
-    lora_down_backward_A: Callable
+    lora_backward_A: Callable
+    lora_backward_B: Callable
     lora_dx_add_: Callable
-    lora_up_add_: Callable
-    lora_up_backward: Callable
 
 
 @lru_cache
@@ -96,7 +98,7 @@ def _kernels(is_cuda: bool) -> Kernels:
         from . import elementwise_triton, lora_triton
 
         modules = (elementwise_triton, lora_triton)
-    return Kernels(*(getattr(modules[name.startswith("lora_")], name) for name in names))
+    return Kernels(*(getattr(modules[0] if hasattr(modules[0], name) else modules[1], name) for name in names))
 
 
 def kernels(x: Tensor) -> Kernels:

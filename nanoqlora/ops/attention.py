@@ -40,6 +40,11 @@ class Segments:
                 end += length
         return spans
 
+    @cached_property
+    def one_each(self) -> bool:
+        """Whether every row is one document."""
+        return all(len(row) == 1 for row in self.lengths)
+
     @property
     def longest(self) -> int:
         """Tokens of the longest document."""

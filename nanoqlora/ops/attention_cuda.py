@@ -26,13 +26,12 @@ else:
 
 def can_run(q: Tensor, segments: Segments) -> bool:
     """Whether there is a kernel for these dtypes and documents."""
-    one_each = all(len(row) == 1 for row in segments.lengths)
-    return one_each or (varlen_attn is not None and q.dtype in (torch.bfloat16, torch.float16))
+    return segments.one_each or (varlen_attn is not None and q.dtype in (torch.bfloat16, torch.float16))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """As `attention.attention`."""
-    if all(len(row) == 1 for row in segments.lengths):
+    if segments.one_each:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
     ends, longest = segments.ends(q.device), segments.longest

@@ -12,27 +12,37 @@ from torch import Tensor
 from .elementwise import wide
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x / sqrt(mean(x^2) + eps) * weight, and the factor 1 / sqrt(...) of every row.
 
     Args:
         x: (N, D). weight: (D,).
+        out: (N, D) to write the first result to, its rows may be slices of wider ones. None makes a new one.
     Returns:
         h (N, D) in the dtype of x, rstd (N,) in float32 (float64 from float64).
     """
     y = wide(x)
     rstd = torch.rsqrt(y.square().mean(-1) + eps)
-    return (y * rstd[:, None]).mul_(weight).to(x.dtype), rstd
+    h = (y * rstd[:, None]).mul_(weight)
+    return h.to(x.dtype) if out is None else out.copy_(h), rstd
+
+
+def add_rms_norm(
+    x: Tensor, delta: Tensor, weight: Tensor, eps: float, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + delta, rounded, and `rms_norm` of it. delta: (N, D), its rows may be slices of wider ones."""
+    total = x + delta
+    return total, *rms_norm(total, weight, eps, out)
 
 
 def rms_norm_backward(dh: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor) -> Tensor:
-    """residual + the gradient of x through the norm, (N, D), summed wide and rounded once; written over `dh`.
+    """residual + the gradient of x through the norm, (N, D), summed wide and rounded once.
 
     With xhat = x * rstd and g = dh * weight: dx = rstd * (g - xhat * mean(g * xhat)).
     """
     xhat, g = wide(x) * rstd[:, None], wide(dh) * weight
     mean = (g * xhat).mean(-1, keepdim=True)
-    return dh.copy_(g.sub_(xhat.mul_(mean)).mul_(rstd[:, None]).add_(residual))
+    return g.sub_(xhat.mul_(mean)).mul_(rstd[:, None]).add_(residual).to(dh.dtype)
 
 
 def rope_(qkv: Tensor, num_heads: int, head_dim: int, cos: Tensor, sin: Tensor, backward: bool) -> None:
@@ -51,17 +61,30 @@ def rope_(qkv: Tensor, num_heads: int, head_dim: int, cos: Tensor, sin: Tensor, 
     first.copy_(turned)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up. gate_up: (N, 2 FF), gate first -> (N, FF)."""
+def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The gradient of what q, k and v were before `rope_`, side by side.
+
+    Args:
+        dq, dk, dv: (B, T, heads, hd), in any memory order.
+    Returns:
+        (B * T, heads of all three * hd).
+    """
+    dqkv = torch.cat([d.flatten(2) for d in (dq, dk, dv)], dim=2).flatten(0, 1)
+    rope_(dqkv, dq.shape[2] + dk.shape[2], dq.shape[3], cos, sin, backward=True)
+    return dqkv
+
+
+def swiglu(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+    """silu(gate) * up. gate_up: (N, 2 FF), gate first -> (N, FF), written to `out` if given; rows may be slices."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    return torch.mul(F.silu(gate), up, out=out)
 
 
 def swiglu_backward_(dact: Tensor, gate_up: Tensor) -> None:
     """Backward of `swiglu` in place: gate_up becomes its gradient, dact becomes act, made again.
 
     Args:
-        dact: (N, FF). gate_up: (N, 2 FF).
+        dact: (N, FF). gate_up: (N, 2 FF). Rows may be slices of wider ones.
     """
     gate, up = gate_up.chunk(2, dim=-1)
     silu = F.silu(gate)

@@ -1,4 +1,4 @@
-"""The Triton twins of `elementwise.py`: each pass reads its tensors once, writes once, and allocates almost nothing.
+"""The Triton twins of `block_parts.py`: each pass reads its tensors once, writes once, and allocates almost nothing.
 
 Between two matrix products there is little to compute and much to move: a norm takes five operations a number, and a
 GPU does hundreds in the time that memory needs to bring it. So what counts is the number of bytes, and every kernel
@@ -37,19 +37,32 @@ SWIGLU = Launch(2048, 4)
 SWIGLU_BACKWARD = Launch(2048, 8)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x / sqrt(mean(x^2) + eps) * weight, and what the backward pass needs of it.
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `block_parts.rms_norm`. x contiguous, D up to 16,384; rstd is float32."""
+    _, h, rstd = norm(x, None, weight, eps, out)
+    return h, rstd
 
-    Args:
-        x: (N, D), contiguous. weight: (D,), any float dtype. D up to 16,384.
-    Returns:
-        h: (N, D) in the dtype of x. rstd: (N,) float32, 1 / sqrt(mean(x^2) + eps); x is at hand anyway.
-    """
-    h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+def add_rms_norm(
+    x: Tensor, delta: Tensor, weight: Tensor, eps: float, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `block_parts.add_rms_norm`: the sum is read for its norm while it is still in registers."""
+    return norm(x, delta, weight, eps, out)
+
+
+def norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor | None) -> tuple[Tensor, ...]:
+    """x + delta, its norm, and the factors; without a delta the first is x itself."""
+    h = torch.empty_like(x) if out is None else out
+    total = x if delta is None else torch.empty_like(x)
     rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     grid, rows, columns, num_warps = whole_rows(x, RMS_NORM)
-    rms_norm_kernel[grid](x, weight, h, rstd, *x.shape, eps, ROWS=rows, COLUMNS=columns, num_warps=num_warps)
-    return h, rstd
+    rms_norm_kernel[grid](
+        *(x, delta, weight, total, h, rstd, *x.shape, 0 if delta is None else row_stride(delta), row_stride(h), eps),
+        ROWS=rows,
+        COLUMNS=columns,
+        num_warps=num_warps,
+    )
+    return total, h, rstd
 
 
 def rms_norm_backward(dh: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None) -> Tensor:
@@ -60,18 +73,22 @@ def rms_norm_backward(dh: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, resid
         dx = residual + rstd (g - n mean(g n))
 
     Args:
-        dh: (N, D), the gradient of the norm's result. x, weight, rstd: as in the forward pass; the weight is frozen.
-        residual: (N, D), the gradient that reaches x along the residual stream, or None. It is only read: it may be
-            what autograd handed in, which others may still need.
+        dh: (N, D), the gradient of the norm's result, rows may be slices of wider ones.
+        x, weight, rstd: as in the forward pass; the weight is frozen.
+        residual: (N, D), the gradient that reaches x along the residual stream, or None.
     Returns:
-        dx: (N, D), written over `dh`.
+        dx: (N, D).
     """
-    assert dh.is_contiguous() and (residual is None or residual.is_contiguous())
+    assert residual is None or residual.is_contiguous()
+    dx = torch.empty_like(x)
     grid, rows, columns, num_warps = whole_rows(x, RMS_NORM_BACKWARD)
     rms_norm_backward_kernel[grid](
-        dh, x, weight, rstd, residual, *x.shape, ROWS=rows, COLUMNS=columns, num_warps=num_warps
+        *(dh, x, weight, rstd, residual, dx, *x.shape, row_stride(dh)),
+        ROWS=rows,
+        COLUMNS=columns,
+        num_warps=num_warps,
     )
-    return dh
+    return dx
 
 
 def rope_(qkv: Tensor, num_heads: int, head_dim: int, cos: Tensor, sin: Tensor, backward: bool = False) -> None:
@@ -102,14 +119,39 @@ def rope_(qkv: Tensor, num_heads: int, head_dim: int, cos: Tensor, sin: Tensor, 
     )
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, silu(z) = z / (1 + exp(-z)). gate_up: (N, 2 FF), the gate first -> act: (N, FF)."""
+def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `block_parts.rope_backward`: each is turned back on its way to its place."""
+    B, T, _, head_dim = dq.shape
+    heads = [d.shape[2] for d in (dq, dk, dv)]
+    dqkv = torch.empty((B * T, sum(heads) * head_dim), dtype=dq.dtype, device=dq.device)
+    places = dqkv.split([count * head_dim for count in heads], dim=1)
+    half = head_dim // 2
+    pairs = triton.next_power_of_2(half)
+    for d, place, count, turned in zip((dq, dk, dv), places, heads, (True, True, False), strict=True):
+        assert d.stride(3) == 1
+        tile = max(1, min(ROPE.tile // (2 * pairs), triton.next_power_of_2(count)))
+        parts = triton.cdiv(count, tile)
+        rope_backward_kernel[(B * T * parts,)](
+            *(d, place, cos, sin, T, *d.stride()[:3], dqkv.stride(0), count),
+            HALF=half,
+            TURNED=turned,
+            PARTS=parts,
+            HEADS=tile,
+            PAIRS=pairs,
+            num_warps=ROPE.num_warps,
+        )
+    return dqkv
+
+
+def swiglu(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+    """As `block_parts.swiglu`, with silu(z) = z / (1 + exp(-z))."""
     N, width = gate_up.shape
-    assert gate_up.is_contiguous()
-    act = torch.empty((N, width // 2), dtype=gate_up.dtype, device=gate_up.device)
+    act = torch.empty((N, width // 2), dtype=gate_up.dtype, device=gate_up.device) if out is None else out
     tile, num_warps = SWIGLU
     parts = triton.cdiv(width // 2, tile)
-    swiglu_kernel[(N * parts,)](gate_up, act, width // 2, PARTS=parts, TILE=tile, num_warps=num_warps)
+    swiglu_kernel[(N * parts,)](
+        *(gate_up, act, width // 2, row_stride(gate_up), row_stride(act)), PARTS=parts, TILE=tile, num_warps=num_warps
+    )
     return act
 
 
@@ -122,13 +164,21 @@ def swiglu_backward_(dact: Tensor, gate_up: Tensor) -> None:
 
     Args:
         dact: (N, FF), becomes act, which was not kept: the next product needs it for its LoRA gradients.
-        gate_up: (N, 2 FF), the gate first, becomes (dgate, dup).
+        gate_up: (N, 2 FF), the gate first, becomes (dgate, dup). Rows of both may be slices of wider ones.
     """
     N, FF = dact.shape
-    assert dact.is_contiguous() and gate_up.is_contiguous() and gate_up.shape == (N, 2 * FF)
+    assert gate_up.shape == (N, 2 * FF)
     tile, num_warps = SWIGLU_BACKWARD
     parts = triton.cdiv(FF, tile)
-    swiglu_backward_kernel[(N * parts,)](dact, gate_up, FF, PARTS=parts, TILE=tile, num_warps=num_warps)
+    swiglu_backward_kernel[(N * parts,)](
+        *(dact, gate_up, FF, row_stride(dact), row_stride(gate_up)), PARTS=parts, TILE=tile, num_warps=num_warps
+    )
+
+
+def row_stride(x: Tensor) -> int:
+    """Elements from one row to the next; columns must be neighbours in memory."""
+    assert x.stride(1) == 1 or x.shape[1] == 1
+    return x.stride(0)
 
 
 def whole_rows(x: Tensor, launch: Launch) -> tuple[tuple[int], int, int, int]:
@@ -146,28 +196,58 @@ def whole_rows(x: Tensor, launch: Launch) -> tuple[tuple[int], int, int, int]:
 
 
 @triton.jit
-def rms_norm_kernel(x_ptr, weight_ptr, h_ptr, rstd_ptr, N, D, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def rms_norm_kernel(
+    x_ptr,
+    delta_ptr,
+    weight_ptr,
+    total_ptr,
+    h_ptr,
+    rstd_ptr,
+    N,
+    D,
+    delta_stride,
+    h_stride,
+    eps,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     inside = (row < N)[:, None] & (column < D)[None, :]
-    place = row.to(tl.int64)[:, None] * D + column[None, :]
-    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)  # (ROWS, COLUMNS)
+    wide_row = row.to(tl.int64)[:, None]
+    x = tl.load(x_ptr + wide_row * D + column[None, :], mask=inside, other=0.0)  # (ROWS, COLUMNS)
+    if delta_ptr is not None:
+        delta = tl.load(delta_ptr + wide_row * delta_stride + column[None, :], mask=inside, other=0.0)
+        x = (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)  # the norm sees the sum as the next block will
+        tl.store(total_ptr + wide_row * D + column[None, :], x, mask=inside)
+    x = x.to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
     rstd = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
-    tl.store(h_ptr + place, x * rstd[:, None] * weight[None, :], mask=inside)
+    tl.store(h_ptr + wide_row * h_stride + column[None, :], x * rstd[:, None] * weight[None, :], mask=inside)
     tl.store(rstd_ptr + row, rstd, mask=row < N)
 
 
 @triton.jit
 def rms_norm_backward_kernel(
-    dh_ptr, x_ptr, weight_ptr, rstd_ptr, residual_ptr, N, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    dh_ptr,
+    x_ptr,
+    weight_ptr,
+    rstd_ptr,
+    residual_ptr,
+    dx_ptr,
+    N,
+    D,
+    dh_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     inside = (row < N)[:, None] & (column < D)[None, :]
-    place = row.to(tl.int64)[:, None] * D + column[None, :]
-    dh = tl.load(dh_ptr + place, mask=inside, other=0.0).to(tl.float32)  # (ROWS, COLUMNS)
-    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    wide_row = row.to(tl.int64)[:, None]
+    place = wide_row * D + column[None, :]
+    dh = tl.load(dh_ptr + wide_row * dh_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)  # (ROWS, COLUMNS)
     # The residual is asked for before the sum, which waits for all warps, so that its way from memory overlaps.
     residual = 0.0 if residual_ptr is None else tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
@@ -175,8 +255,7 @@ def rms_norm_backward_kernel(
     g = dh * weight[None, :]
     n = x * rstd
     mean = tl.sum(g * n, axis=1)[:, None] / D
-    # Over dh: every program has read its own rows by now and touches no others.
-    tl.store(dh_ptr + place, residual + rstd * (g - n * mean), mask=inside)
+    tl.store(dx_ptr + place, residual + rstd * (g - n * mean), mask=inside)
 
 
 @triton.jit
@@ -208,24 +287,63 @@ def rope_kernel(
 
 
 @triton.jit
-def swiglu_kernel(gate_up_ptr, act_ptr, FF, PARTS: tl.constexpr, TILE: tl.constexpr):
+def rope_backward_kernel(
+    d_ptr,
+    place_ptr,
+    cos_ptr,
+    sin_ptr,
+    T,
+    batch_stride,
+    token_stride,
+    head_stride,
+    place_stride,
+    num_heads,
+    HALF: tl.constexpr,
+    TURNED: tl.constexpr,
+    PARTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
     row = (tl.program_id(0) // PARTS).to(tl.int64)
-    column = tl.program_id(0) % PARTS * TILE + tl.arange(0, TILE)
-    inside = column < FF
-    gate_ptr = gate_up_ptr + row * (2 * FF) + column
-    gate = tl.load(gate_ptr, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_ptr + FF, mask=inside, other=0.0).to(tl.float32)
-    s = 1 / (1 + tl.exp(-gate))
-    tl.store(act_ptr + row * FF + column, gate * s * up, mask=inside)
+    head = tl.program_id(0) % PARTS * HEADS + tl.arange(0, HEADS)
+    pair = tl.arange(0, PAIRS)
+    inside = (head < num_heads)[:, None] & (pair < HALF)[None, :]
+    d_ptr += row // T * batch_stride + row % T * token_stride
+    from_ptr = d_ptr + head[:, None] * head_stride + pair[None, :]
+    first = tl.load(from_ptr, mask=inside, other=0.0).to(tl.float32)  # (HEADS, PAIRS)
+    second = tl.load(from_ptr + HALF, mask=inside, other=0.0).to(tl.float32)
+    if TURNED:
+        cos = tl.load(cos_ptr + row * HALF + pair, mask=pair < HALF, other=0.0)[None, :]
+        sin = tl.load(sin_ptr + row * HALF + pair, mask=pair < HALF, other=0.0)[None, :]
+        turned = first * cos + second * sin
+        second = second * cos - first * sin
+        first = turned
+    to_ptr = place_ptr + row * place_stride + head[:, None] * (2 * HALF) + pair[None, :]
+    tl.store(to_ptr, first, mask=inside)
+    tl.store(to_ptr + HALF, second, mask=inside)
 
 
 @triton.jit
-def swiglu_backward_kernel(dact_ptr, gate_up_ptr, FF, PARTS: tl.constexpr, TILE: tl.constexpr):
+def swiglu_kernel(gate_up_ptr, act_ptr, FF, gate_up_stride, act_stride, PARTS: tl.constexpr, TILE: tl.constexpr):
     row = (tl.program_id(0) // PARTS).to(tl.int64)
     column = tl.program_id(0) % PARTS * TILE + tl.arange(0, TILE)
     inside = column < FF
-    gate_ptr = gate_up_ptr + row * (2 * FF) + column
-    dact_ptr += row * FF + column
+    gate_ptr = gate_up_ptr + row * gate_up_stride + column
+    gate = tl.load(gate_ptr, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptr + FF, mask=inside, other=0.0).to(tl.float32)
+    s = 1 / (1 + tl.exp(-gate))
+    tl.store(act_ptr + row * act_stride + column, gate * s * up, mask=inside)
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    dact_ptr, gate_up_ptr, FF, dact_stride, gate_up_stride, PARTS: tl.constexpr, TILE: tl.constexpr
+):
+    row = (tl.program_id(0) // PARTS).to(tl.int64)
+    column = tl.program_id(0) % PARTS * TILE + tl.arange(0, TILE)
+    inside = column < FF
+    gate_ptr = gate_up_ptr + row * gate_up_stride + column
+    dact_ptr += row * dact_stride + column
     gate = tl.load(gate_ptr, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_ptr + FF, mask=inside, other=0.0).to(tl.float32)
     dact = tl.load(dact_ptr, mask=inside, other=0.0).to(tl.float32)

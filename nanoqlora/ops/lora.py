@@ -82,10 +82,18 @@ def dropout_mask(shape: tuple[int, int, int], p: float, seed: Tensor, dtype: tor
         seed: (B,) int64, a number for each row that stands for (run, step, row, layer).
     """
     B, T, n_in = shape
-    index = torch.arange(T * n_in, device=seed.device, dtype=torch.int32).view(1, T, n_in)
-    bits = mix(mix(index) ^ fold(seed).view(B, 1, 1))
-    threshold = int(p * 2**32) - 2**31  # of a signed 32-bit number
-    return (bits >= threshold).to(dtype).mul_(1 / (1 - p))
+    pairs = (n_in + 1) // 2  # two neighbours share a hash, 16 bits each
+    index = torch.arange(T * pairs, device=seed.device, dtype=torch.int32).view(1, T, pairs)
+    both = mix(mix(index) ^ fold(seed).view(B, 1, 1))
+    bits = torch.stack([both & 0xFFFF, both >> 16 & 0xFFFF], dim=-1).flatten(2)[:, :, :n_in]
+    threshold, scale = threshold_and_scale(p)
+    return (bits >= threshold).to(dtype).mul_(scale)
+
+
+def threshold_and_scale(p: float) -> tuple[int, float]:
+    """Which of 65,536 values are dropped, and 1 / (1 - p) for exactly that share: 0.05 becomes 3277 / 65536."""
+    threshold = round(p * 2**16)
+    return threshold, 2**16 / (2**16 - threshold)
 
 
 def mix(x: Tensor) -> Tensor:

@@ -1,15 +1,16 @@
 """The parts of a low-rank update, for a block that writes its backward pass by hand. The reference, in plain PyTorch.
 
+    around W   [W  s B]                  place_adapter
+               [A   . ]
     forward    xa  = x' A^T              lora_down                 x' = dropout(x)
-               y  += s * xa B^T          lora_up_add_
-    backward   dxa = s * dy B            lora_up_backward
-               dB  = s * dy^T xa         lora_up_backward
-               dA  = dxa^T x'            lora_down_backward_A
+    backward   dB  = s * dy^T xa         lora_backward_B
+               dA  = dxa^T x'            lora_backward_A           dxa = s * dy B
                dx += dropout'(dxa A)     lora_dx_add_
 
-Everything is a matrix product with one dimension of 8 to 192, so the wide operand (x, y, dy or dx) decides the time:
-each part touches it once. Projections that read one x are put side by side: A is then (R, n_in) with R the sum of
-their ranks, xa is (N, R), and one mask serves them all. Batch and time are flattened to N = B * T rows.
+Everything here is a matrix product with one dimension of 8 to 192, so the wide operand (x, dy or dx) decides the time:
+each part touches it once. What touches y or dy anyway rides along in the product with W: `fused.py` says how.
+Projections that read one x are put side by side: A is then (R, n_in) with R the sum of their ranks, xa is (N, R), and
+one mask serves them all. Batch and time are flattened to N = B * T rows.
 
 Nothing here knows autograd; x' is made again where it is needed and never kept. Any float dtype, float64 included: it
 is what the tests measure the kernels of `lora_triton.py` against, and what a CPU runs. Where the two differ is in
@@ -44,6 +45,19 @@ def drop(x: Tensor, dropout: RowDropout | None) -> Tensor:
     return x if dropout is None else dropout.mask(x).mul_(x).to(x.dtype)
 
 
+def place_adapter(A: Tensor, B: Tensor, scaling: float, A_rows: Tensor, B_columns: Tensor, first: int) -> None:
+    """Write A and scaling * B beside a weight, each value rounded once.
+
+    Args:
+        A: (r, n_in). B: (n_out, r). Both float32.
+        A_rows: (r, n_in), becomes A.
+        B_columns: (n_out, at least first + r), becomes scaling * B in columns first to first + r - 1, 0 in all others,
+            which belong to projections beside this one.
+    """
+    A_rows.copy_(A)
+    B_columns.zero_()[:, first : first + B.shape[1]].copy_(B * scaling)
+
+
 def lora_down(x: Tensor, A: Tensor, dropout: RowDropout | None = None) -> Tensor:
     """xa = dropout(x) A^T.
 
@@ -55,7 +69,7 @@ def lora_down(x: Tensor, A: Tensor, dropout: RowDropout | None = None) -> Tensor
     return drop(x, dropout) @ A.t()
 
 
-def lora_down_backward_A(
+def lora_backward_A(
     dxa: Tensor, x: Tensor, dropout: RowDropout | None = None, out: Tensor | Sequence[Tensor] | None = None
 ) -> Tensor | Sequence[Tensor]:
     """dA = dxa^T dropout(x), the gradient of A.
@@ -87,31 +101,16 @@ def lora_dx_add_(dx: Tensor, dxa: Tensor, A: Tensor, dropout: RowDropout | None 
         dx.add_(dropout.mask(dx).mul_(dxa @ A))
 
 
-def lora_up_add_(y: Tensor, xa: Tensor, B: Tensor, scaling: float) -> None:
-    """y += scaling * xa B^T, in place.
+def lora_backward_B(dy: Tensor, xa: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
+    """dB = scaling * dy^T xa, the gradient of B.
 
     Args:
-        y: (N, n_out), changed; its rows may be slices of wider ones. xa: (N, r), likewise. B: (n_out, r).
-    """
-    y.addmm_(xa, B.t(), alpha=scaling)
-
-
-def lora_up_backward(
-    dy: Tensor, xa: Tensor, B: Tensor, scaling: float, dxa_out: Tensor | None = None, dB_out: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Both gradients of scaling * xa B^T.
-
-    Args:
-        dy: (N, n_out), rows may be slices. xa: (N, r), likewise. B: (n_out, r).
-        dxa_out: (N, r) to write dxa to, for example this projection's columns of an (N, R). None makes a new one.
-        dB_out: (n_out, r) float32 to add dB to. None makes a new one.
+        dy: (N, n_out), rows may be slices of wider ones. xa: (N, r), likewise.
+        out: (n_out, r) float32 to add to. None makes a new one.
     Returns:
-        dxa = scaling * dy B, (N, r) in the dtype of dy: `dxa_out` if it was given.
-        dB = scaling * dy^T xa, (n_out, r) float32 (float64 from float64): `dB_out` if it was given.
+        (n_out, r) float32 (float64 from float64); `out` if it was given.
     """
-    dxa = dy.new_empty(len(dy), B.shape[1]) if dxa_out is None else dxa_out
-    dxa.addmm_(dy, B, beta=0, alpha=scaling)
-    return dxa, gradient(dy.t(), xa, scaling, dB_out)
+    return gradient(dy.t(), xa, scaling, out)
 
 
 def gradient(left: Tensor, right: Tensor, scaling: float, out: Tensor | None) -> Tensor:

@@ -2,13 +2,13 @@
 
 A product of (8192, 4096) with (4096, 64) is 4.3 GFLOP over 68 MB: 6 us of an H100's arithmetic and 23 us of its
 memory traffic. So the wide operand is read once, and enough of it is kept on its way. PyTorch's own product does that
-well where nothing is added and nothing dropped, and is used there. To add a product to y it takes half as long again
+well where nothing is added and nothing dropped, and is used there. To add a product to dx it takes half as long again
 as the kernel here; and with dropout it would write the mask, read it, write dropout(x) and read that. Here the hash of
 `lora.py` is computed where a value has just been loaded, and no mask ever reaches memory.
 
     down_kernel    (N, K) (K, R) -> (N, R)     sums over K     xa with dropout
     rows_kernel    (R, N) (N, K) -> (R, K)     sums over N     dA and dB
-    add_kernel     (N, K) += (N, R) (R, K)     sums over R     y and dx
+    add_kernel     (N, K) += (N, R) (R, K)     sums over R     dx
 
 One H100, N = 8192, R = 64, in us (a copy of the wide operand's bytes at 3.0 TB/s; the kernel; the best of PyTorch, for
 which the mask was already there):
@@ -17,13 +17,12 @@ which the mask was already there):
     xa, dropout 0.05            23 / 49 / 94          79 / 143 / 316
     dA                          23 / 34 / 32 + add    80 /  89 /  85 + add
     dA, dropout 0.05            23 / 52 / 99          80 / 161 / 315
-    y and dx                    45 / 51 / 73         158 / 164 / 247
+    dx                          45 / 51 / 73         158 / 164 / 247
     dx, dropout 0.05            45 / 58 / 121        158 / 192 / 400
 
 Splitting a sum: 8192 rows are 128 tiles of 64, and R x K is fewer still, not enough to keep 132 multiprocessors busy.
 So several programs share one sum, each writes its part in float32, and `sum_kernel` adds the parts in a fixed order.
 Atomic additions would need no second kernel, but their order, and so the last bits, would change from run to run.
-dxa and dB from one pass over dy was tried: the parts of dxa, one for each block of columns, cost what it saved.
 
 The price of dropout: a value's hash takes about 16 instructions of the integer units, which do 64 a cycle in each
 multiprocessor, and that is longer than reading 2 bytes of x. The hash has two rounds; the first hashes a token's place
@@ -42,6 +41,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .lora import threshold_and_scale
 from .lora_parts import RowDropout
 
 
@@ -94,7 +94,7 @@ class Masking(NamedTuple):
     """A dropout as the kernels take it. Without one, the batch is one row and `seeds` is None."""
 
     seeds: Tensor | None
-    threshold: int  # kept where the hash, signed, is no less
+    threshold: int  # kept where the 16 bits of a feature are no less
     scale: float
     batch: int
     T: int
@@ -107,7 +107,8 @@ class Masking(NamedTuple):
         p, seeds, T = dropout
         assert len(seeds) * T == N and seeds.dtype == torch.int32, f"{len(seeds)} rows of {T} tokens are not {N}"
         group = next(g for g in (4, 2, 1) if len(seeds) % g == 0)
-        return cls(seeds, int(p * 2**32) - 2**31, 1 / (1 - p), len(seeds), T, group)
+        threshold, scale = threshold_and_scale(p)
+        return cls(seeds, threshold, scale, len(seeds), T, group)
 
     def tiles(self, rows: int) -> int:
         """How many tiles of so many rows cover the batch. No tile reaches past the end of a batch row."""
@@ -135,10 +136,10 @@ def lora_down(x: Tensor, A: Tensor, dropout: RowDropout | None = None) -> Tensor
     return xa
 
 
-def lora_down_backward_A(
+def lora_backward_A(
     dxa: Tensor, x: Tensor, dropout: RowDropout | None = None, out: Tensor | Sequence[Tensor] | None = None
 ) -> Tensor | Sequence[Tensor]:
-    """As `lora_parts.lora_down_backward_A`."""
+    """As `lora_parts.lora_backward_A`."""
     parts = products_over_rows(dxa, x, 1.0, dropout)
     if out is None:
         return add_parts(parts, x.new_empty(parts.shape[1:], dtype=torch.float32), add=False)
@@ -153,20 +154,21 @@ def lora_dx_add_(dx: Tensor, dxa: Tensor, A: Tensor, dropout: RowDropout | None 
     add_product(dx, dxa, A, 1.0, dropout)
 
 
-def lora_up_add_(y: Tensor, xa: Tensor, B: Tensor, scaling: float) -> None:
-    """As `lora_parts.lora_up_add_`."""
-    add_product(y, xa, B.t(), scaling, None)
+def lora_backward_B(dy: Tensor, xa: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
+    """As `lora_parts.lora_backward_B`."""
+    dB = dy.new_empty(dy.shape[1], xa.shape[1], dtype=torch.float32) if out is None else out
+    add_parts(products_over_rows(xa, dy, scaling, None), dB.t(), add=out is not None)
+    return dB
 
 
-def lora_up_backward(
-    dy: Tensor, xa: Tensor, B: Tensor, scaling: float, dxa_out: Tensor | None = None, dB_out: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """As `lora_parts.lora_up_backward`."""
-    dxa = dy.new_empty(xa.shape) if dxa_out is None else dxa_out
-    dB = dy.new_empty(B.shape, dtype=torch.float32) if dB_out is None else dB_out
-    dxa.addmm_(dy, B, beta=0, alpha=scaling)
-    add_parts(products_over_rows(xa, dy, scaling, None), dB.t(), add=dB_out is not None)
-    return dxa, dB
+def place_adapter(A: Tensor, B: Tensor, scaling: float, A_rows: Tensor, B_columns: Tensor, first: int) -> None:
+    """As `lora_parts.place_adapter`, in one launch."""
+    (r, n_in), (n_out, width) = A.shape, B_columns.shape
+    tiles_of_A, tiles_of_B = triton.cdiv(r * n_in, 2048), triton.cdiv(n_out * width, 2048)
+    place_kernel[(tiles_of_A + tiles_of_B,)](
+        A, B, scaling, A_rows, B_columns, *row_strides(A, B, A_rows, B_columns),
+        n_in, r, n_out, width, first, tiles_of_A, TILE=2048, num_warps=4,
+    )  # fmt: skip
 
 
 def products_over_rows(u: Tensor, x: Tensor, scale: float, dropout: RowDropout | None) -> Tensor:
@@ -228,10 +230,14 @@ def mix(x):
 
 @triton.jit
 def kept(t, k, seed, threshold, K: tl.constexpr):
-    """As `lora.dropout_mask`, True where kept, for tokens t and their seeds (BLOCK_T,) and features k (BLOCK_K,)."""
-    place = (t[:, None] * K + k[None, :]).to(tl.uint32)
+    """As `lora.dropout_mask`, True where kept, for tokens t and their seeds (BLOCK_T,) and features k (BLOCK_K,).
+
+    Two neighbours share a hash. It is written for each of them, and the compiler, which gives both to one thread and
+    sees that k // 2 is the same, computes it once.
+    """
+    place = (t[:, None] * ((K + 1) // 2) + (k // 2)[None, :]).to(tl.uint32)
     bits = mix(mix(place) ^ seed.to(tl.uint32)[:, None])
-    return bits.to(tl.int32, bitcast=True) >= threshold
+    return ((bits >> ((k % 2) * 16).to(tl.uint32)[None, :]) & 0xFFFF).to(tl.int32) >= threshold
 
 
 @triton.jit
@@ -340,6 +346,26 @@ def add_kernel(
     if seeds is not None:
         product = tl.where(kept(t, k, tl.load(seeds + b), threshold, K), product, 0.0)
     tl.store(here, (old + product).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def place_kernel(
+    A, B, scaling, A_rows, B_columns, stride_A, stride_B, stride_A_rows, stride_B_columns,
+    n_in, r, n_out, width, first, tiles_of_A, TILE: tl.constexpr,
+):  # fmt: skip
+    """The first programs copy A, the others B with its neighbours' zeros."""
+    tile = tl.program_id(0)
+    if tile < tiles_of_A:
+        place = tile * TILE + tl.arange(0, TILE)
+        i, j = place // n_in, place % n_in
+        a = tl.load(A + i * stride_A + j, mask=i < r, other=0.0)
+        tl.store(A_rows + i * stride_A_rows + j, a.to(A_rows.dtype.element_ty), mask=i < r)
+    else:
+        place = (tile - tiles_of_A) * TILE + tl.arange(0, TILE)
+        i, j = place // width, place % width
+        ours = (i < n_out) & (j >= first) & (j < first + r)
+        b = tl.load(B + i * stride_B + j - first, mask=ours, other=0.0) * scaling
+        tl.store(B_columns + i * stride_B_columns + j, b.to(B_columns.dtype.element_ty), mask=i < n_out)
 
 
 @triton.jit

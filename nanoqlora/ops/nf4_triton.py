@@ -72,19 +72,19 @@ def dequantize_nf4_folded(
     """W + scaling * B A in one matrix: added in float32, rounded once. Without dropout it stands for the whole layer.
 
     Args:
-        lora_A: (r, n_in). lora_B: (n_out, r), of the same dtype, contiguous. bfloat16 uses the matrix units and adds
-            2 r operations a weight, which hide under the memory; float32 is exact and slow.
+        lora_A: (r, n_in). lora_B: (n_out, r), of the same dtype, rows may be slices. bfloat16 uses the matrix units and
+            adds 2 r operations a weight, which hide under the memory; float32 is exact and slow.
         the others: as `dequantize_nf4_double`.
     """
     n_out, n_in = check_shapes(packed, codes, out)
     r = lora_A.shape[0]
     assert lora_A.shape == (r, n_in) and lora_B.shape == (n_out, r) and lora_A.dtype == lora_B.dtype
-    assert lora_A.is_contiguous() and lora_B.is_contiguous()
+    assert lora_A.stride(1) == lora_B.stride(1) == 1
     rows, columns, num_warps = FOLDED[lora_A.dtype]
     dequantize_folded_kernel[(triton.cdiv(n_in, columns), triton.cdiv(n_out, rows))](
         *(packed.view(torch.int32), codes, nested_absmax, nested_offset),
         *(nf4_levels(packed.device), nf4.dynamic_levels(packed.device), lora_A, lora_B, scaling, out),
-        *(n_out, out.stride(0), r),
+        *(n_out, out.stride(0), lora_A.stride(0), lora_B.stride(0), r),
         N_IN=n_in,
         RANK=max(16, triton.next_power_of_2(r)),  # the matrix units take no less than 16
         ROWS=rows,
@@ -159,6 +159,8 @@ def dequantize_folded_kernel(
     out_ptr,
     n_out,
     row_stride,
+    A_stride,
+    B_stride,
     r,
     N_IN: tl.constexpr,
     RANK: tl.constexpr,
@@ -170,8 +172,10 @@ def dequantize_folded_kernel(
     rank = tl.arange(0, RANK)
     real_row, real_column, real_rank = row < n_out, column < N_IN, rank < r
 
-    A = tl.load(lora_A_ptr + rank[:, None] * N_IN + column[None, :], mask=real_rank[:, None] & real_column, other=0.0)
-    B = tl.load(lora_B_ptr + row[:, None] * r + rank[None, :], mask=real_row[:, None] & real_rank, other=0.0)
+    A = tl.load(
+        lora_A_ptr + rank[:, None] * A_stride + column[None, :], mask=real_rank[:, None] & real_column, other=0.0
+    )
+    B = tl.load(lora_B_ptr + row[:, None] * B_stride + rank[None, :], mask=real_row[:, None] & real_rank, other=0.0)
     update = tl.dot(B, A, input_precision="ieee")  # (ROWS, COLUMNS) float32
 
     word = tl.program_id(0) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)

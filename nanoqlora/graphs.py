@@ -1,0 +1,142 @@
+"""The blocks of a training step as recorded CUDA graphs: launched as one, not kernel by kernel.
+
+A block of the fast path is some fifty launches, and Python needs about 5 microseconds for each. On an 8B model the GPU
+is slower than that; on a 1B model, or with short rows, it waits. A CUDA graph is recorded once and then costs one
+launch. What a graph reads and writes stays at the same addresses, so inputs are copied to where it looks for them:
+
+    x, the angles, the seeds of dropout, where documents end  ->  [blocks forward]  ->  hidden states
+    gradient of the hidden states                             ->  [blocks backward] ->  gradients of A and B, added
+
+Embedding, head, loss and optimizer are a few launches and stay outside. Rows of several documents: their number and
+the longest length are launch parameters, so each is rounded up to a power of two, and every pair has its own graphs.
+"""
+
+import torch
+from torch import Tensor
+
+from . import stats
+from .fused import FusedBlock
+from .model import Llama
+from .ops import Segments
+from .qlora import lora_layers
+
+
+def can_record(model: Llama) -> bool:
+    """Whether every block is one that a graph can hold: on a GPU, with all that it keeps there."""
+    blocks = model.model.layers
+    on_gpu = model.model.embed_tokens.weight.is_cuda
+    return on_gpu and all(isinstance(b, FusedBlock) and b.keep != "offload" and not b.is_spread for b in blocks)
+
+
+class RecordedSegments:
+    """Stands in for `Segments` in a graph: the same documents' ends at a fixed address, padded with empty documents."""
+
+    def __init__(self, segments: Segments, T: int, device: torch.device) -> None:
+        self.one_each = segments.one_each
+        self.longest = T if self.one_each else min(T, power_of_two(segments.longest))
+        self._ends = torch.zeros(power_of_two(len(segments.documents)) + 1, dtype=torch.int32, device=device)
+        self.set(segments)
+
+    def set(self, segments: Segments) -> None:
+        ends = segments.ends(self._ends.device)
+        self._ends[: len(ends)].copy_(ends)
+        self._ends[len(ends) :].copy_(ends[-1])
+
+    def ends(self, device: torch.device) -> Tensor:
+        return self._ends
+
+
+class Recording:
+    """Forward and backward graphs of all blocks and the last norm for B rows of T tokens."""
+
+    def __init__(self, model: Llama, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> None:
+        self.model, device = model, x.device
+        self.x = x.detach().clone().requires_grad_()
+        self.rope = tuple(c.clone() for c in rope)
+        self.segments = RecordedSegments(segments, x.shape[1], device)
+        self.layers = list(lora_layers(model).values())
+        current = self.layers[0].row_seeds
+        self.seeds = torch.zeros(len(x), dtype=torch.int64, device=device) if current is None else current.clone()
+        self.dy = torch.zeros_like(x)  # nothing is added to any gradient while we try
+        for layer in self.layers:
+            layer.row_seeds = self.seeds
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # whatever is compiled, chosen or allocated once, is so now
+            torch.autograd.grad(self.run(), self.x, self.dy)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+        before = torch.cuda.memory_stats()["active_bytes.all.current"]
+        torch.cuda.reset_peak_memory_stats()
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward):
+            y = self.run()
+        held = torch.cuda.memory_stats()["active_bytes.all.current"] - before
+        with torch.cuda.graph(self.backward, pool=self.forward.pool()):
+            torch.autograd.grad(y, self.x, self.dy)
+        self.y = y.detach()
+        peak = torch.cuda.memory_stats()["active_bytes.all.peak"]
+        stats.count_graph(held=held - self.y.nbytes, peak=peak)
+        for layer in self.layers:
+            layer.row_seeds = current
+
+    def run(self) -> Tensor:
+        h = self.x
+        for block in self.model.model.layers:
+            h = block(h, self.rope, self.segments, None)
+        return self.model.model.norm(h)
+
+
+class Replay(torch.autograd.Function):
+    """Autograd's view of a recording: one node whose backward pass launches the other graph."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, recording: Recording) -> Tensor:
+        ctx.recording = recording
+        recording.forward.replay()
+        return recording.y.view_as(recording.y)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        ctx.recording.dy.copy_(dy)
+        ctx.recording.backward.replay()
+        return None, None
+
+
+class GraphedBody:
+    """As `model.model(tokens, segments)` in training, from graphs recorded at the first batch of each kind.
+
+    Only batches of the first batch's shape are recorded; others, the last of an epoch say, take the plain way.
+    """
+
+    def __init__(self, model: Llama) -> None:
+        self.model, self.shape = model, None
+        self.recordings: dict[tuple, Recording] = {}
+
+    def __call__(self, tokens: Tensor, segments: Segments) -> Tensor:
+        self.shape = self.shape or tokens.shape
+        if tokens.shape != self.shape:
+            return self.model.model(tokens, segments)
+        body = self.model.model
+        x, rope = body.embed_tokens(tokens), body.rope(segments.positions.to(tokens.device))
+        kind = segments.one_each or (power_of_two(len(segments.documents)), power_of_two(segments.longest))
+        if kind not in self.recordings:
+            self.recordings[kind] = Recording(self.model, x, rope, segments)
+        recording = self.recordings[kind]
+        with torch.no_grad():
+            recording.x.copy_(x)
+            for ours, given in zip(recording.rope, rope, strict=True):
+                ours.copy_(given)
+        seeds = recording.layers[0].row_seeds
+        if seeds is not None:
+            recording.seeds.copy_(seeds)
+        recording.segments.set(segments)
+        return Replay.apply(recording.x, recording)
+
+
+def power_of_two(n: int) -> int:
+    """The next power of two that is no smaller."""
+    return 1 << (n - 1).bit_length()

@@ -52,7 +52,9 @@ class DatasetConfig:
     type: Literal["alpaca", "chat_template", "completion"] = key("how a row becomes text")
     ds_type: Literal["json", "jsonl", "csv", "parquet", "text"] | None = key("file format; unset: by the suffix", None)
     data_files: tuple[str, ...] = key("the files of a folder or a hub data set to read", ())
-    split: str | None = key("split of a hub data set; unset: train", None)
+    split: str | None = key("split of a folder or hub data set; unset: train", None)
+    name: str | None = key("configuration of a data set whose card lists several", None)
+    revision: str | None = key("branch, tag or commit of a hub data set", None)
     field: str = key("completion: the column with the text", "text")
     field_messages: str = key("chat_template: the column with the list of messages", "messages")
     message_property_mappings: dict[str, str] = key(
@@ -145,7 +147,7 @@ class Config:
     sample_packing: bool = key("several samples in a row, which do not see each other", False)
     eval_sample_packing: bool | None = key("the same for evaluation; unset: as sample_packing", None)
     pad_to_sequence_len: bool | None = key("pad every row to sequence_len; unset: where fixed shapes pay", None)
-    dataset_prepared_path: str | None = key("folder that keeps tokenised data between runs", None)
+    dataset_prepared_path: str = key("folder that keeps tokenised data between runs", "last_run_prepared")
     shuffle_merged_datasets: bool = key("mix the rows of all datasets, anew in every epoch", True)
     seed: int = key("of the data order, the adapter's start and dropout", 42, "[0, 4294967295]")
 

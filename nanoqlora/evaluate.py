@@ -12,10 +12,10 @@ import torch
 from . import distributed, ops
 from .cli import Parser, UserError, run_command, write_text
 from .data import Sample, collate
+from .data_files import find_files
 from .model import Llama
 from .packing import pack
 from .prepare import Encoding, read_samples
-from .rows import find_files
 from .serving import load_for_use
 
 BATCH_TOKENS = 1024  # of a row when the samples are short

@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 from .cli import UserError, whole_folder, write_text
 from .data import SUPERVISED, Samples
+from .data_files import DataFile
 from .prompts import PromptFormat, detect_format
-from .rows import Block, DataFile, read_blocks
+from .rows import Block, read_blocks
 from .tokenizer import Tokenizer
 
 SMALL = 8 << 20  # bytes of data; below, to start processes takes longer than the work

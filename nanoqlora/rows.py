@@ -1,15 +1,13 @@
-"""From what a data set is called to its rows: files, folders, globs and hub names; JSON, CSV, Parquet and text.
+"""From files to rows: JSON, CSV, Parquet and text.
 
-    find_files     a path, a folder, a glob, a hub name -> files of one kind
     read_blocks    a file -> blocks of about a megabyte, as it streams by; cheap, so that one process can do it
     Block.rows     a block -> rows, each with its place ("a.jsonl, line 7"); the work, which many processes share
 
-A row is a map from column names to values. Whatever is wrong with one is told with its place. Left out: files of
-several data sets, and columns that hold files. Read next: prepare.py, which turns rows into tokens.
+A row is a map from column names to values. Whatever is wrong with one is told with its place. Which files there are
+says data_files.py; read next: prepare.py, which turns rows into tokens.
 """
 
 import csv
-import glob
 import gzip
 import io
 import json
@@ -20,123 +18,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .cli import UserError
-from .hub import hub_files, is_hub_name
+from .data_files import DataFile
 
 Row = dict[str, Any]
 Placed = tuple[str, Row]  # where it stands, for messages; and the row
 
-KINDS = {  # file name ending -> how it is read; `.gz` may follow
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".text": "text",
-}
-NOT_DATA = ("dataset_infos.json", "dataset_dict.json", "dataset_info.json", "state.json")  # of the datasets library
-SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")  # words of file names that tell a split
 BLOCK_BYTES = 1 << 20
 LONGEST_CSV_FIELD = 1 << 26  # bytes; a quote that nobody closes would take the rest of the file for one field
 SPACE = re.compile(r"[ \t\r\n]*")
-
-
-# ------------------------------------------------------------------------------------------------ files
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """A file of rows. `kind` is json (a list, or a row a line), csv, parquet or text (a row a line)."""
-
-    path: Path
-    kind: str
-
-
-def find_files(
-    path: str | Path, ds_type: str | None = None, data_files: tuple[str, ...] = (), split: str | None = None
-) -> list[DataFile]:
-    """The files of a data set, sorted by name.
-
-    Args:
-        path: a file, a folder, a glob, or a hub name. Of a folder and of the hub only data files are taken.
-        ds_type: json, jsonl, csv, parquet or text; None: the file's ending tells.
-        data_files: names or globs of files within a folder or hub data set; or the files themselves.
-        split: of a folder or hub data set whose file names tell splits; None: train, where they do.
-    Raises:
-        UserError: nothing found, or files of several kinds.
-    """
-    where, kind = f"data {path}", {"jsonl": "json"}.get(ds_type, ds_type)
-    if split and not re.fullmatch(r"[\w.-]+", split):
-        raise UserError(f"{where}: split is {split!r}. Only whole splits are read: name one, such as train.")
-    if Path(path).is_file():
-        return [_data_file(Path(path), kind)]
-    if glob.has_magic(str(path)):
-        found = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
-    elif Path(path).is_dir():
-        found = _in_folder(Path(path), data_files, kind, split)
-    elif data_files and all(Path(name).is_file() for name in data_files):
-        found = [Path(name) for name in data_files]  # Axolotl's way to name local files: path is only a word
-    elif is_hub_name(path):
-        found = _on_the_hub(str(path), data_files, kind, split)
-    else:
-        raise UserError(
-            f"{where}: no such file. Give the path of a .jsonl, .json, .csv, .parquet or .txt file, a folder or a "
-            "glob of such files, or the name of a data set on the hub."
-        )
-    if not found:
-        wanted = ", ".join(data_files) or f"{kind or 'json, csv, parquet or text'} of the split {split or 'train'}"
-        raise UserError(f"{where}: no file found there ({wanted}). Check path, data_files, ds_type and split.")
-    files = [_data_file(file, kind) for file in sorted(found)]
-    kinds = sorted({file.kind for file in files})
-    if len(kinds) > 1:
-        raise UserError(f"{where}: files of several kinds ({', '.join(kinds)}). Say which to read with ds_type.")
-    return files
-
-
-def _ending(path: Path) -> str:
-    return Path(path.name.lower().removesuffix(".gz")).suffix
-
-
-def _data_file(path: Path, kind: str | None) -> DataFile:
-    kind = kind or KINDS.get(_ending(path))
-    if kind is None:
-        raise UserError(
-            f"data {path}: {_ending(path) or 'no ending'} tells no kind of file. Set ds_type to json, csv, parquet or "
-            "text."
-        )
-    return DataFile(path, kind)
-
-
-def _in_folder(folder: Path, data_files: tuple[str, ...], kind: str | None, split: str | None) -> list[Path]:
-    """The named files of a folder, or all of its data files that are of the split."""
-    if data_files:
-        return [path for name in data_files for path in folder.glob(name) if path.is_file()]
-    files = [
-        path
-        for path in folder.rglob("*")
-        if (KINDS.get(_ending(path)) == kind if kind else _ending(path) in KINDS)
-        and path.is_file()
-        and path.name not in NOT_DATA
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    words = {path: set(re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())) for path in files}
-    if split or any(words[path] & set(SPLITS) for path in files):
-        of_split = [path for path in files if (split or "train") in words[path]]
-        none_tells = split in (None, "train") and not any(words[path] & set(SPLITS) for path in files)
-        return files if none_tells else of_split
-    return files
-
-
-def _on_the_hub(name: str, data_files: tuple[str, ...], kind: str | None, split: str | None) -> list[Path]:
-    """The data files of a hub data set: the named ones, else those of the split."""
-    if data_files:
-        return _in_folder(hub_files(name, data_files, "dataset"), data_files, kind, split)
-    endings = [ending for ending in KINDS if KINDS[ending] == kind or not kind]
-    for part in (f"*{split or 'train'}*", "*"):  # so that no other split is fetched where the names tell them
-        patterns = [f"{part}{ending}{gz}" for ending in endings for gz in ("", ".gz")]
-        if found := _in_folder(hub_files(name, patterns, "dataset"), (), kind, split):
-            return found
-    return []
 
 
 # ------------------------------------------------------------------------------------------------ blocks

@@ -28,12 +28,13 @@ from .checkpoint import fill_adapter, read_adapter, read_json, save_adapter
 from .cli import UserError, whole_folder, write_text
 from .config import Config, DatasetConfig
 from .data import Samples, join
+from .data_files import DataFile, find_files
 from .evaluate import mean_loss, score_samples
 from .packing import Plan, plan_steps
 from .prepare import Encoding, Reading, prepare_samples
 from .prompts import CHAT_TEMPLATES, PromptFormat
 from .report import plot_metrics, write_report
-from .rows import DataFile, find_files, read_rows
+from .rows import read_rows
 from .serving import Usable
 from .tokenizer import Tokenizer, save_tokenizer
 
@@ -61,7 +62,7 @@ def prepare_data(config: Config, tokenizer: Tokenizer, ranks: int) -> Data:
     for dataset, prompt_format in zip((*config.datasets, *config.test_datasets), formats, strict=True):
         name = f"{dataset.path}{f', split {dataset.split}' if dataset.split else ''}"
         encoding = Encoding(prompt_format, tokenizer, config.sequence_len, config.excess_length_strategy)
-        folder = Path(config.dataset_prepared_path or "last_run_prepared")
+        folder = Path(config.dataset_prepared_path)
         name += f" ({len(readings) + 1})" * (name in readings)
         readings[name] = prepare_samples(data_files(dataset), encoding, folder)
     parts = [reading.samples for reading in readings.values()]
@@ -93,7 +94,8 @@ def prepare_data(config: Config, tokenizer: Tokenizer, ranks: int) -> Data:
 
 
 def data_files(dataset: DatasetConfig) -> list[DataFile]:
-    return find_files(dataset.path, dataset.ds_type, dataset.data_files, dataset.split)
+    names = ("ds_type", "data_files", "split", "name", "revision")
+    return find_files(dataset.path, **{name: getattr(dataset, name) for name in names})
 
 
 def prompt_format_of(config: Config, dataset: DatasetConfig, tokenizer: Tokenizer) -> PromptFormat:

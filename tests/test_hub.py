@@ -18,8 +18,9 @@ from test_train import save_tiny_model
 
 import nanoqlora as nq
 from nanoqlora.cli import UserError
+from nanoqlora.data_files import find_files
 from nanoqlora.hub import hub_files, is_hub_name
-from nanoqlora.rows import find_files, read_rows
+from nanoqlora.rows import read_rows
 
 COMMIT = "c0ffee" * 6 + "c0ff"
 
@@ -172,18 +173,42 @@ def test_a_data_set_by_its_name(hub):
 
 
 def test_rows_of_a_data_set_by_its_name(hub):
-    """Only the split that is asked for is fetched; a data set whose names tell no split is fetched whole."""
+    """Only the split that is asked for is fetched, and the card; if no name tells a split, all files are."""
     hub.files["datasets/someone/plain"] = {"one.jsonl": b'{"n": 1}\n', "two.jsonl": b'{"n": 2}\n', "README.md": b"x"}
     assert [row for _, row in read_rows(find_files("someone/rows"))] == [{}] * 9
-    assert hub.downloaded() == {"data/train.jsonl"}
+    assert hub.downloaded() - {"README.md"} == {"data/train.jsonl"}
     assert [row for _, row in read_rows(find_files("someone/rows", split="test"))] == [{}]
     assert [row for _, row in read_rows(find_files("someone/plain"))] == [{"n": 1}, {"n": 2}]
     assert [row for _, row in read_rows(find_files("someone/plain", data_files=("two.jsonl",)))] == [{"n": 2}]
-    assert "README.md" not in hub.downloaded()
+    hub.log.clear()
+    assert [row for _, row in read_rows(find_files("someone/rows"))] == [{}] * 9 and not hub.log, "from the cache"
     with pytest.raises(UserError, match="someone/rows: no file found"):
         find_files("someone/rows", split="dev")
     with pytest.raises(UserError, match="someone/absent"):
         find_files("someone/absent")
+
+
+def test_the_card_of_a_data_set_lists_its_files(hub):
+    configs = [{"config_name": name, "data_files": [{"split": "train", "path": f"{name}/*"}]} for name in ("en", "de")]
+    configs[1]["data_files"].append({"split": "dev", "path": ["x.jsonl", "y.jsonl"]})
+    files = {f"{name}.jsonl": json.dumps({"n": name}).encode() for name in ("en/a", "de/a", "de/b", "x", "y")}
+    hub.files["datasets/someone/carded"] = files | {
+        "README.md": f"---\n{json.dumps({'configs': configs})}\n---".encode()
+    }
+
+    def found(**keys: str) -> list[str]:
+        return [row["n"] for _, row in read_rows(find_files("someone/carded", **keys))]
+
+    assert found(name="de") == ["de/a", "de/b"]
+    assert hub.downloaded() == {"README.md", "de/a.jsonl", "de/b.jsonl"}
+    assert found(name="en") == ["en/a"] and found(name="de", split="dev") == ["x", "y"]
+    for keys, said in (
+        ({}, "Name one .* en, de"),
+        ({"name": "fr"}, "no configuration fr"),
+        ({"name": "en", "split": "dev"}, "no split dev"),
+    ):
+        with pytest.raises(UserError, match=said):
+            found(**keys)
 
 
 def test_a_download_goes_on_where_it_stopped(hub, model_files, monkeypatch):

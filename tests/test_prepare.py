@@ -15,9 +15,9 @@ import pytest
 from nanoqlora import prepare, rows
 from nanoqlora.byte_pairs import LETTERS
 from nanoqlora.cli import UserError
+from nanoqlora.data_files import find_files
 from nanoqlora.prepare import Encoding, Reading, prepare_samples, read_samples
 from nanoqlora.prompts import PromptFormat
-from nanoqlora.rows import find_files
 from nanoqlora.tokenizer import Tokenizer
 from nanoqlora.vocabulary import CONTROL, NORMAL
 

@@ -14,7 +14,8 @@ import pytest
 
 from nanoqlora import rows as rows_room
 from nanoqlora.cli import UserError
-from nanoqlora.rows import find_files, read_blocks, read_rows
+from nanoqlora.data_files import find_files
+from nanoqlora.rows import read_blocks, read_rows
 
 ROWS = [
     {"text": "one", "n": "1"},
@@ -145,6 +146,8 @@ def test_folders_give_the_files_of_a_split(folder):
     assert names(folder / "extra") == ["more.csv"], "no name tells a split: all of them"
     with pytest.raises(UserError, match="no file found there .*split dev"):
         names(folder, split="dev")
+    write(folder / "my.valid.json", ROWS)
+    assert names(folder, split="validation") == names(folder, split="dev") == ["my.valid.json"]
     with pytest.raises(UserError, match="whole splits"):
         names(folder, split="train[:10%]")
     write(folder / "train.csv", ROWS)

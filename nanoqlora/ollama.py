@@ -16,7 +16,7 @@ from nanoqlora.chat_template import Messages
 from nanoqlora.cli import UserError
 from nanoqlora.gguf import Metadata
 from nanoqlora.prompts import PromptFormat, say
-from nanoqlora.sentencepieces import LOWEST
+from nanoqlora.sentencepieces import UNREACHED
 from nanoqlora.tokenizer import Tokenizer
 from nanoqlora.vocabulary import UNUSED
 
@@ -45,7 +45,7 @@ def tokenizer_metadata(tok: Tokenizer, fmt: PromptFormat, num_rows: int, model: 
     if end is None:
         raise UserError(f"{model}: nothing says which token ends an answer. Set eos_token in tokenizer_config.json.")
     if tok.is_sentencepiece:
-        scores = [max(score, LOWEST) for score in tok.scores] + [LOWEST] * (num_rows - len(tok.scores))
+        scores = tok.scores + [UNREACHED] * (num_rows - len(tok.scores))
         words = {"scores": ("f32[]", scores)}
     else:
         words = {"merges": ("string[]", merges_of(tok))}

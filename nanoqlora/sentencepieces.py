@@ -12,7 +12,6 @@ ourselves, as only a few of its fields matter; so a vocabulary from tokenizer.js
     3 normalizer         2 table of rewritings          3 space in front        4 fewer spaces    5 U+2581 for spaces
 """
 
-import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +23,7 @@ from nanoqlora.cli import UserError
 from nanoqlora.vocabulary import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Vocabulary
 
 BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
-UNREACHED = -math.inf  # the score of a piece that no merge leads to
-LOWEST = -1e9  # the same where a file wants a number
+UNREACHED = -2e9  # the score of a piece that no merge leads to; Mistral has pieces with half of it
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # how protocol buffers store a field
 BPE = 2
 NAMED_IDS = {"unk": (40, 0), "bos": (41, 1), "eos": (42, 2), "pad": (43, -1)}  # field and default
@@ -46,7 +44,10 @@ class SentencePieces:
             kinds[kinds.index(CONTROL)] = UNKNOWN
         self._width_of = [1 if kind == BYTE else width(piece) for piece, kind in zip(vocab, kinds, strict=True)]
         model = write_model(vocabulary, kinds, space_in_front=False)
-        self._engine = sentencepiece.SentencePieceProcessor(model_proto=model)
+        try:
+            self._engine = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:  # an empty piece, or one with a character NUL
+            raise UserError(f"the tokenizer's vocabulary is not one that sentencepiece can use ({error}).") from error
 
     def tokens(self, text: str) -> Iterator[tuple[int, int]]:
         """For each token its id, and how many bytes of the text it is, where U+2581 counts as one: as a space does."""
@@ -127,7 +128,7 @@ def write_model(vocabulary: Vocabulary, kinds: list[int], space_in_front: bool) 
     """A tokenizer.model: BPE with byte fallback that rewrites no characters."""
     out = bytearray()
     for piece, score, kind in zip(vocabulary.vocab, vocabulary.scores, kinds, strict=True):
-        out += _field(1, _field(1, piece.encode()) + _field(2, max(float(score), LOWEST)) + _field(3, kind))
+        out += _field(1, _field(1, piece.encode()) + _field(2, float(score)) + _field(3, kind))
     ids = {number: getattr(vocabulary, f"{name}_id") for name, (number, _) in NAMED_IDS.items()}
     ids[NAMED_IDS["unk"][0]] = kinds.index(UNKNOWN)
     none = 2**64 - 1  # -1: negative numbers are stored as their complement

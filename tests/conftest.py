@@ -16,6 +16,25 @@ def smollm2_path() -> Path:
     return path
 
 
+def _witness(name: str) -> Path:
+    """A folder with the real tokenizer.model of a family, which `make witnesses` puts there."""
+    folder = ROOT / "models" / name
+    assert (folder / "tokenizer.model").exists(), f"{folder / 'tokenizer.model'} is missing; make witnesses brings it"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama3_ranks_folder() -> Path:
+    """Llama-3's list of tokens, as Meta publishes it."""
+    return _witness("llama-3")
+
+
+@pytest.fixture(scope="session")
+def mistral_folder() -> Path:
+    """The sentencepiece model of Mistral 7B."""
+    return _witness("mistral")
+
+
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)

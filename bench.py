@@ -10,17 +10,21 @@ attention, alone, measured in the same run. Prints a table and one JSON line; ev
 import argparse
 import json
 import math
+import re
+import shlex
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from nanoqlora import distributed, ops
 from nanoqlora.checkpoint import load_model
-from nanoqlora.cli import Parser, run_command, write_text
+from nanoqlora.cli import Parser, UserError, run_command, write_text
 from nanoqlora.fused import fuse_blocks, keep_dense_weights
 from nanoqlora.graphs import GraphedBody, can_record
 from nanoqlora.model import Llama, ModelConfig, rope_frequencies
@@ -94,6 +98,41 @@ def timed(step: Callable[[], None], steps: int, warmup: int, device: torch.devic
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+# Names of kernels on a GPU, of operations on a CPU; the first pattern that is found in a name decides.
+KINDS = {
+    "attention": r"cudnn|fmha|flash|sdpa|bmm|softmax_backward",
+    "dequantise": r"dequantize",
+    "loss": r"cross_entropy|softmax|gather|scatter",
+    "optimizer": r"[Aa]dam",
+    "low-rank update": r"\b(down|rows|add|sum|place)_kernel",
+    "matrix products": r"gemm|nvjet|cutlass|splitK|::mm|::addmm",
+}
+
+
+def breakdown(step: Callable[[], None], device: torch.device) -> dict[str, float]:
+    """Milliseconds of one step by kind, as the profiler counts them; whatever has no kind is elementwise."""
+    activities = [ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]
+    with profile(activities=activities) as recorded:
+        step()
+        synchronize(device)
+    kinds = dict.fromkeys([*reversed(KINDS), "elementwise"], 0.0)
+    for event in recorded.key_averages():
+        kind = next((kind for kind, names in KINDS.items() if re.search(names, event.key)), "elementwise")
+        time_us = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        kinds[kind] += time_us / 1e3
+    return {kind: round(ms, 1) for kind, ms in kinds.items()}
+
+
+def peer_figures(command: str) -> dict:
+    """Run another trainer's benchmark and read the JSON line that it prints last."""
+    done = subprocess.run(shlex.split(command), capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"--peer {command}: no JSON line came back ({last}); run it alone to see why")
+    return json.loads(lines[-1])
 
 
 def floor_ms(config: ModelConfig, B: int, T: int, dtype: torch.dtype, device: torch.device, repeats: int = 5) -> float:
@@ -170,6 +209,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--packed", action="store_true", help="rows of several documents of uneven length")
     parser.add_argument("--bf16", default="auto", type=lambda text: {"true": True, "false": False}.get(text, text))
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument(
+        "--peer", action="append", default=[], help="a command to measure first, whose last line is JSON"
+    )
     parser.add_argument("--json", help="write the figures to this file")
     return parser.parse_args()
 
@@ -178,6 +220,7 @@ def main() -> None:
     args = arguments()
     B, T = args.micro_batch_size, args.sequence_len
 
+    peers = [peer_figures(command) for command in args.peer]  # before we take any memory
     rank, ranks, device = distributed.start()
     dtype = distributed.compute_dtype(args.bf16, device)
     torch.manual_seed(rank)
@@ -219,6 +262,7 @@ def main() -> None:
     memory_figures(device)
     times = timed(step, args.steps, 0, device)
     memory = {key.removeprefix("memory/"): value for key, value in memory_figures(device).items()}
+    kinds = breakdown(step, device)
     floor = floor_ms(model.config, B, T, dtype, device)
     median = statistics.median(times)
     figures = {
@@ -242,11 +286,17 @@ def main() -> None:
         "kept": " ".join(f"{keeps.count(level)} {level}" for level in dict.fromkeys(keeps)),
         "predicted_gib": round(step_bytes(model, B * T, keeps) / GIB, 2),
         "loss": round(losses[-1], 4),
+        "breakdown_ms": kinds,
     }
     if rank == 0:
         for key, value in figures.items():
             print(f"{key:28} {value}")
         print(f"{'share of the floor':28} {floor / median:.0%}")
+        for kind, ms in kinds.items():
+            print(f"  {kind:26} {ms:.1f} ms")
+        for peer in peers:
+            ratio = figures["tokens_per_second"] / peer["tokens_per_second"]
+            print(f"{ratio:.2f} times {json.dumps(peer)}")
         line = json.dumps(figures)
         print(line)
         if args.json:

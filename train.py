@@ -16,6 +16,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,9 @@ from nanoqlora.config import Config, load_command
 from nanoqlora.data import Samples, collate, micro_batches
 from nanoqlora.evaluate import mean_loss, score_samples
 from nanoqlora.fused import can_fuse, fuse_blocks, keep_dense_weights
+from nanoqlora.graphs import GraphedBody, can_record
 from nanoqlora.model import Llama
+from nanoqlora.ops import Segments
 from nanoqlora.optim import clip_gradient, learning_rate_at, make_optimizer
 from nanoqlora.packing import Plan
 from nanoqlora.plan import dense_fits, keeps_for
@@ -57,6 +60,7 @@ class Run:
     ranks: int
     device: torch.device
     model: Llama
+    body: Callable[[torch.Tensor, Segments], torch.Tensor]  # model.model, or the same from recorded graphs
     samples: Samples
     held_out: Samples
     plan: Plan
@@ -72,13 +76,11 @@ def train_step(run: Run, number: int) -> tuple[float, float, float, int]:
     num_targets = sum(sample.num_targets for row in rows for sample in row)  # of all ranks: the plan is the same
     total = torch.zeros((), device=run.device)
     run.flat.grad.zero_()
-    # Packed rows are nearly full anyway, and tensors of one size find their place in memory again.
-    pad = config.sample_packing if config.pad_to_sequence_len is None else config.pad_to_sequence_len
-    width = config.sequence_len if pad else 0
+    width = config.sequence_len if pads_rows(config) else 0
     for first, mine in micro_batches(rows, config.micro_batch_size, run.rank, run.ranks):
         batch = collate(mine, width).to(run.device)
         set_dropout_rows(run.model, row_seeds(config.seed, number, first, len(mine)).to(run.device))
-        hidden = run.model.model(batch.tokens, batch.segments).flatten(0, 1)  # (B * T, D)
+        hidden = run.body(batch.tokens, batch.segments).flatten(0, 1)  # (B * T, D)
         loss = ops.linear_cross_entropy(hidden[batch.supervised], run.model.lm_head.weight, batch.targets)
         (loss / num_targets).backward()
         total += loss.detach()
@@ -99,6 +101,12 @@ def train_step(run: Run, number: int) -> tuple[float, float, float, int]:
     run.optimizer.param_groups[0]["lr"] = rate
     run.optimizer.step()
     return loss, grad_norm, rate, sum(len(sample) for row in rows for sample in row)
+
+
+def pads_rows(config: Config) -> bool:
+    """Whether every row has `sequence_len` tokens. Packed rows are nearly full anyway, and tensors of one size find
+    their place in memory again."""
+    return config.sample_packing if config.pad_to_sequence_len is None else config.pad_to_sequence_len
 
 
 def row_seeds(seed: int, step: int, first: int, count: int) -> torch.Tensor:
@@ -190,7 +198,8 @@ def main() -> None:
     model.train()
     if can_fuse(model):
         keeps = keeps_for(model, config.gradient_checkpointing, config.micro_batch_size * config.sequence_len)
-        fuse_blocks(model, keeps)
+        # Folding makes a GPU's step shorter; a CPU keeps the rebuilt weights instead. With dropout nothing is folded.
+        fuse_blocks(model, keeps, fold=device.type == "cuda")
         if dense_fits(model):
             keep_dense_weights(model)
         if set(keeps) != {"all"}:
@@ -202,7 +211,10 @@ def main() -> None:
     adamw = {"betas": betas, "eps": config.adam_epsilon, "weight_decay": config.weight_decay}
     optimizer = make_optimizer(config.optimizer, flat, **adamw)
     metrics = Metrics(Path(config.output_dir) / "metrics.jsonl", writes=rank == 0)
-    run = Run(config, rank, ranks, device, model, data.samples, data.held_out, data.plan, flat, optimizer, metrics)
+    body = GraphedBody(model) if pads_rows(config) and can_record(model) else model.model
+    run = Run(
+        config, rank, ranks, device, model, body, data.samples, data.held_out, data.plan, flat, optimizer, metrics
+    )
     same_on_all_ranks(run)
     start = load_checkpoint(run)
     say(f"{flat.numel():,} trained values, {len(run.plan)} steps, computing in {str(dtype).removeprefix('torch.')}")

@@ -1,0 +1,46 @@
+"""Recorded graphs against the same blocks launched kernel by kernel."""
+
+import pytest
+import torch
+from test_fused import build, fuse
+from tiny import save_random_llama
+
+from nanoqlora.graphs import GraphedBody, can_record
+from nanoqlora.ops import Segments
+from nanoqlora.qlora import lora_layers, set_dropout_rows
+
+CUDA = torch.cuda.is_available()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("keep", ["all", "no_mlp", "input"])
+@pytest.mark.parametrize("dropout, fold", [(0.0, True), (0.05, False)])
+def test_replayed_equals_launched(tmp_path, keep, dropout, fold):
+    """Over batches of other tokens, seeds, documents and numbers of documents: the same bits, forward and back."""
+    save_random_llama(tmp_path)
+    batches = [((64,), (64,)), ((40, 24), (10, 54)), ((64,), (64,)), ((20, 20, 24), (1, 63)), ((64,),)]
+    models = [build(tmp_path, torch.bfloat16, dropout) for _ in range(2)]
+    for model in models:
+        fuse(model, keep, fold)
+    assert can_record(models[1])
+    bodies = models[0].model, GraphedBody(models[1])
+    for i, lengths in enumerate(batches):
+        tokens = torch.randint(300, (len(lengths), 64), generator=torch.Generator().manual_seed(i)).cuda()
+        results = []
+        for model, body in zip(models, bodies, strict=True):
+            set_dropout_rows(model, torch.arange(len(lengths), device="cuda") + 7 * i)
+            y = body(tokens, Segments(lengths))
+            (y.float() * torch.linspace(-1, 1, y.shape[-1], device="cuda")).sum().backward()
+            results.append([y.detach().clone(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+        for ours, theirs in zip(*reversed(results), strict=True):
+            assert torch.equal(ours, theirs), f"batch {i}"
+    assert len(bodies[1].recordings) == 3 and all(layer.lora_A.grad.any() for layer in lora_layers(models[1]).values())
+
+
+def test_a_cpu_records_nothing(tmp_path):
+    save_random_llama(tmp_path)
+    model = build(tmp_path, torch.float32, 0.0)
+    assert not can_record(model), "plain blocks"
+    fuse(model)
+    assert can_record(model) == CUDA

@@ -15,23 +15,24 @@ import shlex
 import statistics
 import subprocess
 import time
+import zlib
 from collections.abc import Callable
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from nanoqlora import distributed, ops
-from nanoqlora.checkpoint import load_model
+from nanoqlora.checkpoint import Fill, empty_model, open_model
 from nanoqlora.cli import Parser, UserError, run_command, write_text
 from nanoqlora.fused import fuse_blocks, keep_dense_weights
 from nanoqlora.graphs import GraphedBody, can_record
-from nanoqlora.model import Llama, ModelConfig, rope_frequencies
+from nanoqlora.model import Llama, ModelConfig
 from nanoqlora.ops import Segments
-from nanoqlora.optim import make_optimizer
-from nanoqlora.plan import dense_fits, keeps_for, step_bytes
-from nanoqlora.qlora import QLoRALinear, block_linears, flatten_trainable, inject_lora, set_dropout_rows
+from nanoqlora.optim import make_optimizer, state_bytes
+from nanoqlora.plan import choose_sharding, dense_fits, held_bytes, keeps_for, memory_budget, step_bytes
+from nanoqlora.qlora import flatten_trainable, inject_lora, set_dropout_rows
+from nanoqlora.sharding import fill_over_ranks
 from nanoqlora.stats import GIB, memory_figures
 
 
@@ -61,25 +62,16 @@ GEOMETRIES = {
 }
 
 
-def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Llama:
+def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[Llama, Fill]:
     """A 4-bit Llama with N(0, 0.02) weights, made and quantised on the device, one tensor at a time."""
-    with torch.device("meta"):
-        model = Llama(config)
-    model.model.rope_frequencies = rope_frequencies(config).to(device)
-    quantised = {f"{name}.weight" for name, _ in block_linears(model)}
-    for name, parameter in list(model.named_parameters()):
-        w = torch.ones if parameter.ndim == 1 else lambda *shape, **kw: torch.randn(*shape, **kw).mul_(0.02)
-        w = w(*parameter.shape, dtype=dtype, device=device)
-        module, _, attribute = name.rpartition(".")
-        if name in quantised:
-            layer = QLoRALinear(w)
-            layer.quantize()
-            model.set_submodule(module, layer)
-        else:
-            setattr(model.get_submodule(module), attribute, nn.Parameter(w))
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model
+
+    def make(name: str, shape: torch.Size) -> torch.Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=dtype, device=device)
+        same_everywhere = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+        return torch.randn(shape, dtype=dtype, device=device, generator=same_everywhere).mul_(0.02)
+
+    return empty_model(config, make, load_in_4bit=True, dtype=dtype, device=device)
 
 
 def timed(step: Callable[[], None], steps: int, warmup: int, device: torch.device) -> list[float]:
@@ -201,7 +193,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lora_alpha", type=float, default=32)
     parser.add_argument("--lora_dropout", type=float, default=0.0)
     parser.add_argument("--gradient_checkpointing", default="auto", choices=["auto", "false", "true", "offload"])
-    parser.add_argument("--memory_gib", type=float, default=0, help="limit for --gradient_checkpointing auto; 0: all")
+    parser.add_argument("--fsdp", default="auto", choices=["auto", "replicate", "full_shard"], help="see train.py")
+    parser.add_argument("--memory_gib", type=float, default=0, help="of a GPU that may be used; 0: all")
+    parser.add_argument("--optimizer", default="adamw_torch_fused", help="as in train.py")
     parser.add_argument(
         "--fold", default="auto", choices=["auto", "true", "false"], help="the update added to the weight"
     )
@@ -223,19 +217,37 @@ def main() -> None:
     peers = [peer_figures(command) for command in args.peer]  # before we take any memory
     rank, ranks, device = distributed.start()
     dtype = distributed.compute_dtype(args.bf16, device)
+    if args.memory_gib and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gib * GIB / total), device)
+
+    def empty() -> tuple[Llama, Fill]:
+        if args.model in GEOMETRIES:
+            return random_model(GEOMETRIES[args.model], dtype, device)
+        return open_model(args.model, load_in_4bit=True, dtype=dtype, device=device)
+
+    started = time.perf_counter()
+    shapes, _ = empty()
+    inject_lora(shapes, args.lora_r, args.lora_alpha)
+    budget = memory_budget(device, ranks)
+    sharding, offload, _ = choose_sharding(
+        shapes, B * T, ranks, budget, args.gradient_checkpointing, state_bytes(args.optimizer), args.fsdp
+    )
+    model, fill = empty()
+    options = {"sharding": sharding, "rank": rank, "ranks": ranks, "device": device, "offload": offload}
+    store = fill_over_ranks(model, fill, **options)
     torch.manual_seed(rank)
-    if args.model in GEOMETRIES:
-        model = random_model(GEOMETRIES[args.model], dtype, device)
-    else:
-        model = load_model(args.model, load_in_4bit=True, dtype=dtype, device=device)
     inject_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout)
     model.train()
-    keeps = keeps_for(model, args.gradient_checkpointing, B * T, int(args.memory_gib * GIB))
+    load_s = time.perf_counter() - started
+    keeps = keeps_for(model, args.gradient_checkpointing, B * T, optimizer_bytes=state_bytes(args.optimizer))
     fuse_blocks(model, keeps, fold=args.fold == "true" or (args.fold == "auto" and device.type == "cuda"))
-    if dense_fits(model):
+    if store:
+        store.attach(model)
+    elif dense_fits(model):
         keep_dense_weights(model)
-    flat = flatten_trainable(model)
-    optimizer = make_optimizer("adamw_torch_fused", flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    flat, base = flatten_trainable(model), held_bytes(model)
+    optimizer = make_optimizer(args.optimizer, flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     optimizer.param_groups[0]["lr"] = 1e-4
 
     body = GraphedBody(model) if args.graphs != "false" and can_record(model) else model.model
@@ -284,7 +296,11 @@ def main() -> None:
         "floor_ms": round(floor, 1),
         **memory,
         "kept": " ".join(f"{keeps.count(level)} {level}" for level in dict.fromkeys(keeps)),
-        "predicted_gib": round(step_bytes(model, B * T, keeps) / GIB, 2),
+        "fsdp": sharding,
+        "blocks_in_host_memory": offload,
+        "base_gib": round(base / GIB, 2),
+        "predicted_gib": round(step_bytes(model, B * T, keeps, state_bytes(args.optimizer)) / GIB, 2),
+        "load_s": round(load_s, 2),
         "loss": round(losses[-1], 4),
         "breakdown_ms": kinds,
     }

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from nanoqlora import distributed, ops
-from nanoqlora.checkpoint import load_adapter, load_model
+from nanoqlora.checkpoint import Fill, load_adapter, open_model
 from nanoqlora.cli import Stopped, UserError, run_command
 from nanoqlora.config import Config, load_command
 from nanoqlora.data import Samples, collate, micro_batches
@@ -33,12 +33,13 @@ from nanoqlora.fused import can_fuse, fuse_blocks, keep_dense_weights
 from nanoqlora.graphs import GraphedBody, can_record
 from nanoqlora.model import Llama
 from nanoqlora.ops import Segments
-from nanoqlora.optim import clip_gradient, learning_rate_at, make_optimizer
+from nanoqlora.optim import clip_gradient, learning_rate_at, make_optimizer, state_bytes
 from nanoqlora.packing import Plan
-from nanoqlora.plan import dense_fits, keeps_for
+from nanoqlora.plan import choose_sharding, dense_fits, keeps_for, memory_budget
 from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora, set_dropout_rows
 from nanoqlora.runs import (
     Metrics,
+    before_and_after,
     load_checkpoint,
     prepare_data,
     same_on_all_ranks,
@@ -47,6 +48,7 @@ from nanoqlora.runs import (
     save_results,
 )
 from nanoqlora.serving import check_vocabulary
+from nanoqlora.sharding import BlockStore, fill_over_ranks
 from nanoqlora.stats import Stopwatch, memory_figures
 from nanoqlora.tokenizer import load_tokenizer
 
@@ -67,6 +69,7 @@ class Run:
     flat: torch.nn.Parameter  # every trained value, and its gradient
     optimizer: torch.optim.Optimizer
     metrics: Metrics
+    store: BlockStore | None  # where the base is spread over the ranks
 
 
 def train_step(run: Run, number: int) -> tuple[float, float, float, int]:
@@ -77,13 +80,18 @@ def train_step(run: Run, number: int) -> tuple[float, float, float, int]:
     total = torch.zeros((), device=run.device)
     run.flat.grad.zero_()
     width = config.sequence_len if pads_rows(config) else 0
-    for first, mine in micro_batches(rows, config.micro_batch_size, run.rank, run.ranks):
+    share = list(micro_batches(rows, config.micro_batch_size, run.rank, run.ranks))
+    for first, mine in share:
         batch = collate(mine, width).to(run.device)
         set_dropout_rows(run.model, row_seeds(config.seed, number, first, len(mine)).to(run.device))
         hidden = run.body(batch.tokens, batch.segments).flatten(0, 1)  # (B * T, D)
         loss = ops.linear_cross_entropy(hidden[batch.supervised], run.model.lm_head.weight, batch.targets)
         (loss / num_targets).backward()
         total += loss.detach()
+    if run.store:  # in an epoch's last step the first rank may have more rows than this one
+        most = math.ceil(len(rows) / (config.micro_batch_size * run.ranks))
+        for _ in range(most - len(share)):
+            run.store.take_part()
     distributed.sum_over_ranks(run.flat.grad)
     distributed.sum_over_ranks(total)
     loss = total.item() / num_targets
@@ -170,6 +178,50 @@ def loop(run: Run, start: int, stop: list[bool]) -> None:
     bar.close()
 
 
+def prepare_model(
+    config: Config, rank: int, ranks: int, device: torch.device, dtype: torch.dtype, say: Callable[..., None]
+) -> tuple[Llama, BlockStore | None]:
+    """The model as it will train, on this rank, and where it is spread over the ranks its store."""
+
+    def add_lora(model: Llama) -> None:
+        torch.manual_seed(config.seed)
+        if config.lora_model_dir:
+            load_adapter(model, config.lora_model_dir, config.lora_dropout)
+        else:
+            targets = config.lora_target_modules or ALL_LINEAR
+            inject_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, targets, config.peft_use_rslora)
+
+    def empty() -> tuple[Llama, Fill]:
+        return open_model(config.base_model, load_in_4bit=config.load_in_4bit, dtype=dtype, device=device)
+
+    N = config.micro_batch_size * config.sequence_len
+    model, fill = empty()
+    shapes, _ = empty()
+    add_lora(shapes)
+    budget, state = memory_budget(device, ranks), state_bytes(config.optimizer)
+    wanted = config.gradient_checkpointing, state, config.sharding, config.offload_params
+    sharding, offload, why = choose_sharding(shapes, N, ranks, budget, *wanted)
+    if ranks > 1 or offload:
+        say(why)
+    options = {"sharding": sharding, "rank": rank, "ranks": ranks, "device": device, "offload": offload}
+    store = fill_over_ranks(model, fill, **options)
+    add_lora(model)
+    model.train()
+    if can_fuse(model):
+        keeps = keeps_for(model, config.gradient_checkpointing, N, optimizer_bytes=state)
+        # Folding makes a GPU's step shorter; a CPU keeps the rebuilt weights instead. With dropout nothing is folded.
+        fuse_blocks(model, keeps, fold=device.type == "cuda")
+        if store is None and dense_fits(model):
+            keep_dense_weights(model)
+        if set(keeps) != {"all"}:
+            say("kept for the backward pass: " + ", ".join(f"{keeps.count(k)} x {k}" for k in dict.fromkeys(keeps)))
+    else:
+        say("not all seven linear layers of a block are trained: the plain block is used, which is slower")
+    if store:
+        store.attach(model)
+    return model, store
+
+
 def main() -> None:
     config, _ = load_command(None, {}, __doc__.splitlines()[0])
     rank, ranks, device = distributed.start()
@@ -177,59 +229,46 @@ def main() -> None:
     for note in config.notes:
         say(note)
 
-    # Whatever is wrong with the input is found here, before anything is written.
-    tokenizer = load_tokenizer(config.base_model)
-    data = prepare_data(config, tokenizer, ranks)
+    # Whatever is wrong with the input is found here, before anything is written; on one rank, and all stop.
+    with distributed.together():
+        tokenizer = load_tokenizer(config.base_model)
+        data = prepare_data(config, tokenizer, ranks)
+        check_vocabulary(tokenizer, open_model(config.base_model)[0].config.vocab_size, config.base_model)
+    same_on_all_ranks(config, data, ranks)
     for path, reading in data.readings.items():
         say(f"{path}: {reading.describe(config.sequence_len, config.excess_length_strategy)}")
 
     dtype = distributed.compute_dtype(config.bf16, device)
     try:
-        model = load_model(config.base_model, load_in_4bit=config.load_in_4bit, dtype=dtype, device=device)
-        check_vocabulary(tokenizer, model.config.vocab_size, config.base_model)
-        torch.manual_seed(config.seed)
-        if config.lora_model_dir:
-            load_adapter(model, config.lora_model_dir, config.lora_dropout)
-        else:
-            targets = config.lora_target_modules or ALL_LINEAR
-            inject_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, targets, config.peft_use_rslora)
+        model, store = prepare_model(config, rank, ranks, device, dtype, say)
     except ValueError as error:  # a width that four bits cannot split, a name that no layer has
         raise UserError(str(error)) from error
-    model.train()
-    if can_fuse(model):
-        keeps = keeps_for(model, config.gradient_checkpointing, config.micro_batch_size * config.sequence_len)
-        # Folding makes a GPU's step shorter; a CPU keeps the rebuilt weights instead. With dropout nothing is folded.
-        fuse_blocks(model, keeps, fold=device.type == "cuda")
-        if dense_fits(model):
-            keep_dense_weights(model)
-        if set(keeps) != {"all"}:
-            say("kept for the backward pass: " + ", ".join(f"{keeps.count(k)} x {k}" for k in dict.fromkeys(keeps)))
-    else:
-        say("not all seven linear layers of a block are trained: the plain block is used, which is slower")
     flat = flatten_trainable(model)
     betas = config.adam_beta1, config.adam_beta2
     adamw = {"betas": betas, "eps": config.adam_epsilon, "weight_decay": config.weight_decay}
     optimizer = make_optimizer(config.optimizer, flat, **adamw)
     metrics = Metrics(Path(config.output_dir) / "metrics.jsonl", writes=rank == 0)
     body = GraphedBody(model) if pads_rows(config) and can_record(model) else model.model
-    run = Run(
-        config, rank, ranks, device, model, body, data.samples, data.held_out, data.plan, flat, optimizer, metrics
-    )
-    same_on_all_ranks(run)
-    start = load_checkpoint(run)
+    parts = body, data.samples, data.held_out, data.plan, flat, optimizer, metrics, store
+    run = Run(config, rank, ranks, device, model, *parts)
+    with distributed.together():
+        start = load_checkpoint(run)
     say(f"{flat.numel():,} trained values, {len(run.plan)} steps, computing in {str(dtype).removeprefix('torch.')}")
 
     stop: list[bool] = []  # from here on Ctrl-C ends the run after the step under way, with a checkpoint
     for received in (signal.SIGINT, signal.SIGTERM):
         signal.signal(received, lambda *_: stop.append(True))
-    before = {}
+    before, after = {}, {}
     if start == 0 and run.held_out:
         before = {"loss": evaluate(run, 0), "answers": sample_answers(run, tokenizer, data.prompt_format)}
     started = time.perf_counter()
     loop(run, start, stop)
+    seconds = time.perf_counter() - started
+    if before:  # on every rank, for the base may be spread over all of them
+        after = before_and_after(run, data, tokenizer, before)
     distributed.stop()
     if rank == 0:
-        save_results(run, data, tokenizer, before, time.perf_counter() - started, say)
+        save_results(run, data, tokenizer, after, seconds, say)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,16 @@
     open_weights(path)     a Hugging Face folder or a GGUF file, behind one face: config, names, load(name)
     load_model(path)       a Llama filled from it, its blocks quantised on the way if asked: nothing is ever held in
                            16 bits but the tensor at hand
+    open_model(path)       the same in two steps, for ranks that share the work (`sharding.py`)
     save_adapter, load_adapter    the trained part, in PEFT's layout
     ShardWriter            the files of a merged model
 
 Every fault of a file is told with the file's name. Files appear whole or not at all.
 """
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +26,7 @@ from .cli import UserError, whole_file, write_text
 from .gguf import gguf_name, hf_config, read_gguf
 from .hub import local_path
 from .model import Llama, ModelConfig, rope_frequencies
-from .qlora import QLoRALinear, block_linears, inject_lora, lora_layers
+from .qlora import QLoRALinear, inject_lora, lora_layers, quantize_model
 
 
 class Weights(Protocol):
@@ -48,6 +51,20 @@ def open_weights(path: str | Path) -> Weights:
         f"model {path}: found {found} there. A model is a folder with config.json and *.safetensors, or a .gguf file; "
         f"give the path of one."
     )
+
+
+def fingerprint(path: str | Path) -> str:
+    """A hash of the names, sizes and both ends of a checkpoint's files: cheap, and another one for another model."""
+    path, digest = local_path(path), hashlib.sha256()
+    suffixes = {".json", ".safetensors", ".pth", ".gguf", ".model"}
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in suffixes)
+    for file in files:
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        with open(file, "rb") as opened:
+            digest.update(opened.read(2**20))
+            opened.seek(max(0, file.stat().st_size - 2**20))
+            digest.update(opened.read(2**20))
+    return digest.hexdigest()
 
 
 class FolderWeights:
@@ -129,7 +146,24 @@ def expected_names(config: ModelConfig) -> list[str]:
         return list(dict(Llama(config).named_parameters()))
 
 
-def load_model(
+Fill = Callable[[int | None], None]  # fills one block's linear layers; None: everything else
+
+
+def load_model(path: str | Path, **options: Any) -> Llama:
+    """Build a Llama from a checkpoint, tensor by tensor. Arguments and errors: as `open_model`.
+
+    Returns:
+        The model in evaluation mode, nothing of it trainable.
+
+    Cost: host memory of about one tensor above what the model takes.
+    """
+    model, fill = open_model(path, **options)
+    for block in (None, *range(model.config.num_hidden_layers)):
+        fill(block)
+    return model
+
+
+def open_model(
     path: str | Path,
     *,
     load_in_4bit: bool = False,
@@ -137,8 +171,8 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     weights: Weights | None = None,
-) -> Llama:
-    """Build a Llama from a checkpoint, tensor by tensor.
+) -> tuple[Llama, Fill]:
+    """A Llama that takes no memory yet, its tensors on the meta device, and the function that fills it.
 
     Args:
         path: Hugging Face folder or .gguf file.
@@ -147,40 +181,69 @@ def load_model(
         dtype: of everything else. Default: float32 on a CPU, bfloat16 on a GPU.
         device: where the model lives; each tensor is moved there, then quantised.
         weights: the opened checkpoint, if there is one.
-    Returns:
-        The model in evaluation mode, nothing of it trainable.
     Raises:
-        UserError: a missing or damaged file, a tensor that is missing, has another shape, or holds NaN or infinity.
-
-    Cost: host memory of about one tensor above what the model takes.
+        UserError: here or while it is filled: a missing or damaged file, a tensor that is missing, has another shape,
+            or holds NaN or infinity.
     """
     weights = weights or open_weights(path)
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    with torch.device("meta"):
-        model = Llama(model_config(weights.config, path))
-    model.model.rope_frequencies = rope_frequencies(model.config).to(device)
-    quantised = {f"{name}.weight" for name, _ in block_linears(model)} if load_in_4bit else set()
-    for name, parameter in list(model.named_parameters()):
+
+    def load(name: str, shape: torch.Size) -> Tensor:
         w = weights.load(name)
-        if w.shape != parameter.shape:
+        if w.shape != shape:
             raise UserError(
                 f"{path}: tensor {name} has shape {tuple(w.shape)} where the configuration says "
-                f"{tuple(parameter.shape)}, so file and configuration are of different models."
+                f"{tuple(shape)}, so file and configuration are of different models."
             )
+        w = w.to(device)
         if not torch.isfinite(w).all():
             raise UserError(f"{path}: tensor {name} holds NaN or infinite values; training on it would give NaN.")
-        module_name, _, attribute = name.rpartition(".")
-        w = w.to(device)
-        if name in quantised:
-            layer = QLoRALinear(w)
-            layer.quantize(double_quant)
-            model.set_submodule(module_name, layer)
-        else:
-            setattr(model.get_submodule(module_name), attribute, nn.Parameter(w.to(dtype)))
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model.requires_grad_(False).eval()
+        return w if load_in_4bit and block_of(name) is not None else w.to(dtype)
+
+    config = model_config(weights.config, path)
+    return empty_model(config, load, load_in_4bit=load_in_4bit, double_quant=double_quant, dtype=dtype, device=device)
+
+
+def empty_model(
+    config: ModelConfig,
+    load: Callable[[str, torch.Size], Tensor],
+    *,
+    load_in_4bit: bool,
+    double_quant: bool = True,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Llama, Fill]:
+    """As `open_model`, from any source of tensors: `load(name, shape)` gives one on `device`."""
+    with torch.device("meta"):
+        model = Llama(config).to(dtype)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    if load_in_4bit:
+        quantize_model(model, double_quant)
+    model.model.rope_frequencies = rope_frequencies(config).to(device)
+
+    def fill(block: int | None) -> None:
+        for name, shape in shapes.items():
+            if block_of(name) != block:
+                continue
+            w = load(name, shape)
+            module_name, _, attribute = name.rpartition(".")
+            if load_in_4bit and block is not None:
+                layer = QLoRALinear(w)
+                layer.quantize(double_quant)
+                model.set_submodule(module_name, layer.eval())
+            else:
+                setattr(model.get_submodule(module_name), attribute, nn.Parameter(w, requires_grad=False))
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+
+    return model.requires_grad_(False).eval(), fill
+
+
+def block_of(name: str) -> int | None:
+    """The block whose linear layer a weight of this name is, None for embedding, head and norms."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[-2].endswith("_proj") else None
 
 
 # ------------------------------------------------------------------------------------------------ adapters
@@ -284,7 +347,8 @@ def fill_adapter(model: nn.Module, state: dict[str, Tensor], path: Path) -> None
                 f"{path}: {name} has shape {tuple(state[name].shape)} and the model needs {tuple(tensor.shape)}, "
                 f"so this adapter is of another model."
             )
-        tensor.copy_(state[name])
+        if not tensor.is_meta:  # of an empty model only the shapes are of interest
+            tensor.copy_(state[name])
 
 
 # ------------------------------------------------------------------------------------------------ writing models

@@ -39,7 +39,7 @@ DEFAULT_FILE = "train.yml"
 Cadence = Literal["no", "steps", "epoch"]
 Attention = Literal["flash_attention_2", "flash_attention_3", "sdpa", "flex_attention", "eager"]
 Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
-Sharding = Literal["full_shard", "shard_grad_op", "hybrid_shard", "no_shard", "auto_wrap", "offload"]
+Fsdp = Literal["auto", "replicate", "full_shard", "shard_grad_op", "hybrid_shard", "no_shard", "auto_wrap", "offload"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,11 +184,28 @@ class Config:
     resume_from_checkpoint: str | None = key("go on from this checkpoint-STEP folder", None)
     auto_resume_from_checkpoints: bool = key("go on from the newest checkpoint in output_dir, if any", False)
 
-    fsdp: tuple[Sharding, ...] = key("older way to ask for sharding", (), group="several GPUs")
+    fsdp: tuple[Fsdp, ...] = key(
+        "full_shard: each GPU holds its part of the base; replicate: all of it; auto: what memory allows; "
+        "unset: full_shard with fsdp_config, else auto",
+        (),
+        group="several GPUs",
+    )
     fsdp_version: Literal[1, 2] | None = key("accepted: there is one implementation", None)
     fsdp_config: FsdpConfig | None = key("spread the base over the GPUs", None)
 
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)  # to be said once at start; not a key
+
+    @property
+    def sharding(self) -> Literal["auto", "replicate", "full_shard"]:
+        """Where the base goes when several GPUs train."""
+        keeps_gathered = self.fsdp_config and not self.fsdp_config.reshard_after_forward
+        if keeps_gathered or set(self.fsdp) & {"replicate", "no_shard", "shard_grad_op"}:
+            return "replicate"
+        return "auto" if "auto" in self.fsdp or not (self.fsdp or self.fsdp_config) else "full_shard"
+
+    @property
+    def offload_params(self) -> bool:
+        return "offload" in self.fsdp or bool(self.fsdp_config and self.fsdp_config.offload_params)
 
     def to_yaml(self) -> str:
         """The resolved run, every default filled in. Loads again to an equal Config."""
@@ -247,6 +264,8 @@ CHECKS: dict[str, Callable[[Config], Any]] = {
     "chat_template_jinja.": lambda c: any(
         part.chat_template == "jinja" and not part.chat_template_jinja for part in (c, *c.datasets, *c.test_datasets)
     ),
+    "offload_params keeps each GPU's part of the base in host memory, and with fsdp: replicate there are no parts. "
+    "Write fsdp: full_shard, or leave out offload_params.": lambda c: c.offload_params and c.sharding == "replicate",
     "eval_strategy contradicts its counts: epoch goes without them, steps needs evals_per_epoch or eval_steps. "
     "Remove it, or correct them.": lambda c: (
         _evaluates(c) and not _fits(c.eval_strategy, c.evals_per_epoch, c.eval_steps)
@@ -267,6 +286,8 @@ CHECKS: dict[str, Callable[[Config], Any]] = {
 DIFFERENCES: dict[str, Callable[[Config], Any]] = {
     "loss is one mean over all supervised tokens of an optimizer step; Axolotl averages the means of its "
     "micro-batches": lambda c: c.gradient_accumulation_steps > 1,
+    "gathered weights that are kept from forward to backward take the memory of the whole base, so every GPU holds "
+    "all of it": lambda c: c.sharding == "replicate" and not {"replicate", "no_shard"} & set(c.fsdp),
     "nothing will be evaluated: there is neither val_set_size nor test_datasets": lambda c: (
         not _evaluates(c) and (c.evals_per_epoch or c.eval_steps)
     ),

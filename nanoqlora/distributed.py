@@ -1,16 +1,24 @@
 """Several processes, one run: start and stop under torchrun, sums over ranks, and the device to run on.
 
-Every rank holds the whole base and trains on its share of each step's rows. After the backward passes the flat
-gradient is summed over the ranks, once, and all take the same optimizer step.
+Every rank trains on its share of each step's rows. After the backward passes the flat gradient is summed over the
+ranks, once, and all take the same optimizer step. `sharding.py` says where the frozen base is.
 """
 
 import ctypes
 import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .cli import UserError
+
+# PyTorch 2.13 has other names for the same collectives; 2.11 does not know them yet.
+warnings.filterwarnings("ignore", message=".*is deprecated. Please use .torch.distributed", category=FutureWarning)
 
 
 def start() -> tuple[int, int, torch.device]:
@@ -38,6 +46,77 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
+
+
+def smallest(number: int, device: torch.device) -> int:
+    """The least of every rank's `number`."""
+    x = torch.tensor(number, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(x, dist.ReduceOp.MIN)
+    return int(x)
+
+
+def of_first_rank(x: Tensor) -> Tensor:
+    """`x` as rank 0 has it, in place."""
+    if dist.is_initialized():
+        dist.broadcast(x, 0)
+    return x
+
+
+def all_gather(whole: Tensor, part: Tensor) -> Callable[[], None] | None:
+    """Begin to put the parts (n,) of all ranks one after another into `whole` (ranks * n,).
+
+    `part` may be this rank's place in `whole`. Returns what waits for the end: on a GPU the current stream does, and
+    the gather itself begins when the stream that is current now has done all it was given.
+    """
+    if dist.is_initialized():
+        return dist.all_gather_into_tensor(whole, part, async_op=True).wait
+    if whole.data_ptr() != part.data_ptr():
+        whole.copy_(part)
+    if not whole.is_cuda:
+        return None
+    done = torch.cuda.current_stream().record_event()
+    return lambda: torch.cuda.current_stream().wait_event(done)
+
+
+def everyones(flat: Tensor) -> tuple[Tensor, ...]:
+    """`flat` (n,) of every rank, by rank."""
+    if not dist.is_initialized():
+        return (flat,)
+    whole = flat.new_empty(dist.get_world_size(), len(flat))
+    dist.all_gather_into_tensor(whole.view(-1), flat)
+    return whole.unbind()
+
+
+def exchange(flat: Tensor) -> tuple[Tensor, ...]:
+    """This rank's part of the `flat` (n,) of every rank, by rank: each (n / ranks,)."""
+    if not dist.is_initialized():
+        return (flat,)
+    parts = torch.empty_like(flat)
+    dist.all_to_all_single(parts, flat)
+    return parts.view(dist.get_world_size(), -1).unbind()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Work that every rank does for itself and that its input may spoil: if it does on one, all of them stop.
+
+    Raises:
+        UserError: on every rank, with what the first of them found.
+    """
+    problem = ""
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    problems = [problem]
+    if dist.is_initialized():
+        problems = [""] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    for rank, found in enumerate(problems):
+        if found:
+            everywhere = all(other == found for other in problems)
+            raise UserError(found if everywhere else f"rank {rank}: {found}")
 
 
 def wait_for_all() -> None:

@@ -29,7 +29,7 @@ def score_samples(model: Llama, samples: list[Sample], capacity: int = BATCH_TOK
         model: in evaluation mode (no dropout).
         capacity: tokens of a packed row; a longer sample gets a row of its own.
     """
-    device = model.model.embed_tokens.weight.device
+    device = model.model.norm.weight.device
     lengths = [len(sample) for sample in samples]
     scores: dict[int, tuple[float, int]] = {}
     for row in pack(lengths, list(range(len(samples))), max(capacity, max(lengths))):

@@ -24,7 +24,7 @@ from .qlora import lora_layers
 def can_record(model: Llama) -> bool:
     """Whether every block is one that a graph can hold: on a GPU, with all that it keeps there."""
     blocks = model.model.layers
-    on_gpu = model.model.embed_tokens.weight.is_cuda
+    on_gpu = model.model.norm.weight.is_cuda
     return on_gpu and all(isinstance(b, FusedBlock) and b.keep != "offload" and not b.is_spread for b in blocks)
 
 

@@ -45,6 +45,11 @@ def make_optimizer(
     return (kinds | {"paged_adamw_32bit": optim.PagedAdamW32bit})[name]([flat], **options)
 
 
+def state_bytes(name: str) -> float:
+    """GPU memory of an optimizer's two moments for each trained value; a scale for 256 values in 8 bits."""
+    return 2 + 2 * 4 / 256 if name.endswith("8bit") else 8
+
+
 def clip_gradient(grad: Tensor, max_norm: float) -> Tensor:
     """Scale the flat gradient down to `max_norm` where it is longer, in place; 0 leaves it. Returns its norm before."""
     norm = grad.norm()

@@ -17,10 +17,13 @@ from collections.abc import Sequence
 
 import torch
 
+from . import distributed
 from .fused import Keep
 from .model import Llama, ModelConfig
 from .ops.loss_fast import ROWS_ON_GPU
 from .qlora import lora_layers
+from .sharding import Sharding, block_bytes, frozen_tensors
+from .stats import GIB
 
 LEVELS: tuple[Keep, ...] = ("all", "no_mlp", "input")  # what `auto` chooses from
 SPARE = 0.06  # of the free memory, for what the allocator cannot use and for libraries
@@ -38,14 +41,35 @@ def kept_bytes(config: ModelConfig, N: int, rank: int, keep: Keep, itemsize: int
     return numbers[keep] * N * itemsize + lse
 
 
-def step_bytes(model: Llama, N: int, keeps: Sequence[Keep], optimizer_bytes: int = 8) -> int:
+def held_bytes(model: Llama) -> int:
+    """What the frozen part of a loaded model takes on its device; blocks may share memory."""
+    device = model.model.norm.weight.device
+    tensors = (t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad and t.device == device)
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+def base_bytes(model: Llama, sharding: Sharding, ranks: int, offload: int = 0) -> int:
+    """The same before it is loaded, from an empty model, for a rank that keeps it as `sharding.py` describes."""
+    frozen = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.requires_grad)
+    if sharding == "replicate":
+        return frozen
+    L, block = model.config.num_hidden_layers, block_bytes(model.model.layers[0], ranks)
+    outside = frozen - sum(t.nbytes for layer in model.model.layers for _, _, t, _ in frozen_tensors(layer))
+    if offload and not model.config.tie_word_embeddings:
+        outside -= model.model.embed_tokens.weight.nbytes
+    return outside + 2 * block + (L - offload) * block // ranks
+
+
+def step_bytes(model: Llama, N: int, keeps: Sequence[Keep], optimizer_bytes: float = 8, base: int | None = None) -> int:
     """The predicted peak of a training step, in bytes.
 
     Args:
         model: with LoRA injected, as it will train.
         N: tokens of a micro-batch, padding included. keeps: one for each block.
         optimizer_bytes: state for each trained value, 8 for AdamW in float32 and 2 in 8 bits.
+        base: what the frozen part takes; by default `held_bytes`.
     """
+    base = held_bytes(model) if base is None else base
     config = model.config
     D, FF, V = config.hidden_size, config.intermediate_size, config.vocab_size
     itemsize = model.model.embed_tokens.weight.element_size()
@@ -53,8 +77,6 @@ def step_bytes(model: Llama, N: int, keeps: Sequence[Keep], optimizer_bytes: int
     layers = lora_layers(model).values()
     trained = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers)
     rank = sum(layer.lora_A.shape[0] for layer in layers) // config.num_hidden_layers
-    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.requires_grad}
-    base = sum(tensors.values())
     kept = sum(kept_bytes(config, N, rank, keep, itemsize) for keep in keeps)
     rebuilt = itemsize * D * max(2 * FF, heads + kv)
     loss = itemsize * (min(N, ROWS_ON_GPU) * V + 4 * N * D)
@@ -62,10 +84,10 @@ def step_bytes(model: Llama, N: int, keeps: Sequence[Keep], optimizer_bytes: int
     again = {"all": 0, "no_mlp": 2 * FF, "input": 2 * FF + 2 * D + 2 * heads + kv}[keeps[-1]] * N * itemsize
     if "offload" in keeps:
         again += 2 * D * N * itemsize  # the inputs of this block and of the one below
-    return base + trained * (8 + optimizer_bytes) + kept + rebuilt + max(loss, turn + again)
+    return base + int(trained * (8 + optimizer_bytes)) + kept + rebuilt + max(loss, turn + again)
 
 
-def choose_keeps(model: Llama, N: int, budget: int, optimizer_bytes: int = 8) -> list[Keep]:
+def choose_keeps(model: Llama, N: int, budget: int, optimizer_bytes: float = 8) -> list[Keep]:
     """The most that the blocks can keep within `budget` bytes for the whole step; all "input" if even that is more.
 
     The multiplications saved for a byte kept are the same for every part of a block, except that "input" also repeats
@@ -82,11 +104,63 @@ def choose_keeps(model: Llama, N: int, budget: int, optimizer_bytes: int = 8) ->
 
 def gpu_budget(device: torch.device) -> int:
     """Bytes that this process may use in all: what it holds and what is free, less a spare part."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return int((free + torch.cuda.memory_reserved(device)) * (1 - SPARE))
+    free, total = torch.cuda.mem_get_info(device)
+    limit = torch.cuda.get_per_process_memory_fraction(device) * total
+    return int(min(free + torch.cuda.memory_reserved(device), limit) * (1 - SPARE))
 
 
-def keeps_for(model: Llama, checkpointing: bool | str, N: int, budget: int = 0, optimizer_bytes: int = 8) -> list[Keep]:
+def memory_budget(device: torch.device, ranks: int) -> int:
+    """What a step may take on the rank that has least; ranks on CPUs share what their host has free."""
+    if device.type == "cuda":
+        return distributed.smallest(gpu_budget(device), device)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // here
+    return distributed.smallest(int(free * (1 - SPARE)), device)
+
+
+def choose_sharding(
+    model: Llama,
+    N: int,
+    ranks: int,
+    budget: int,
+    checkpointing: bool | str,
+    optimizer_bytes: float = 8,
+    wanted: str = "auto",
+    offload_all: bool = False,
+) -> tuple[Sharding, int, str]:
+    """Where the base goes: on every rank if then nothing has to be computed twice for lack of memory, else spread.
+
+    Args:
+        model: empty, with LoRA injected. N, optimizer_bytes: as for `step_bytes`. budget: of the smallest device.
+        wanted: replicate or full_shard where that is decided. offload_all: and so is host memory for every block.
+    Returns:
+        The mode; of how many blocks a rank keeps its part in host memory, because even spread they are too large; and
+        why, for the user.
+    """
+    L, level = model.config.num_hidden_layers, str(checkpointing).lower()
+
+    def needed(keep: Keep, sharding: Sharding, offload: int = 0) -> int:
+        keeps: list[Keep] = [keep] * (L - 1) + ["input" if keep == "offload" else keep]
+        return step_bytes(model, N, keeps, optimizer_bytes, base_bytes(model, sharding, ranks, offload))
+
+    most: dict[str, Keep] = {"true": "input", "offload": "offload"}
+    whole = needed(most.get(level, "all"), "replicate")
+    needs = f"a step with the base on every rank needs {whole / GIB:.1f} of {budget / GIB:.1f} GiB"
+    least = (most | {"false": "all"}).get(level, "input")
+    fewest = next((n for n in range(L + 1) if needed(least, "full_shard", n) <= budget), L)
+    offload = L if offload_all else fewest
+    fits = wanted == "auto" and not offload_all and whole <= budget
+    if wanted == "replicate" or fits or (ranks == 1 and not offload):
+        return "replicate", 0, f"every rank holds the whole base: {needs}"
+    why = f"each of {ranks} ranks holds its part of the base: {needs}"
+    if offload:
+        why += f"; the parts of {offload} of {L} blocks stay in host memory"
+    return "full_shard", offload, why
+
+
+def keeps_for(
+    model: Llama, checkpointing: bool | str, N: int, budget: int = 0, optimizer_bytes: float = 8
+) -> list[Keep]:
     """What each block keeps for the configuration's `gradient_checkpointing`.
 
     Args:
@@ -94,7 +168,7 @@ def keeps_for(model: Llama, checkpointing: bool | str, N: int, budget: int = 0, 
             host's memory, auto keeps as much as fits.
         budget: bytes for the whole step, for auto; 0 takes what the device has.
     """
-    L, device = model.config.num_hidden_layers, model.model.embed_tokens.weight.device
+    L, device = model.config.num_hidden_layers, model.model.norm.weight.device
     if checkpointing == "offload":
         return ["offload"] * (L - 1) + ["input"]
     if str(checkpointing).lower() != "auto" or (device.type != "cuda" and not budget):
@@ -104,7 +178,7 @@ def keeps_for(model: Llama, checkpointing: bool | str, N: int, budget: int = 0, 
 
 def dense_fits(model: Llama) -> bool:
     """Whether the rebuilt weights of all blocks, kept for good, take less than an eighth of a CPU's free memory."""
-    weight = model.model.embed_tokens.weight
+    weight = model.model.norm.weight
     if weight.device.type != "cpu":
         return False
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -41,6 +41,7 @@ class QLoRALinear(nn.Module):
         self.scaling = self.alpha = self.dropout_p = 0.0
         self.use_rslora = False
         self.layer_seed = 0
+        self.resident = True  # False: the frozen tensors are views of memory that other blocks use in turn
         self.dense: Tensor | None = None  # W as rebuilt, within `dense_weights`
         self.row_seeds: Tensor | None = None  # (B,) int64, set for each batch by `set_dropout_rows`
 
@@ -195,7 +196,7 @@ def dense_weights(model: nn.Module) -> Iterator[None]:
     """Within it the 4-bit layers keep their rebuilt weights: for chat on a CPU, at two or four bytes a weight."""
     dtype = model.model.embed_tokens.weight.dtype
     layers = [m for _, m in block_linears(model) if isinstance(m, QLoRALinear)]
-    layers = [layer for layer in layers if hasattr(layer, "packed") and layer.dense is None]
+    layers = [layer for layer in layers if hasattr(layer, "packed") and layer.resident and layer.dense is None]
     try:
         for layer in layers:
             layer.dense = layer.rebuild(dtype)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from . import distributed
 from .chat import answer
-from .checkpoint import fill_adapter, read_adapter, read_json, save_adapter
+from .checkpoint import fill_adapter, fingerprint, read_adapter, read_json, save_adapter
 from .cli import UserError, whole_folder, write_text
 from .config import Config, DatasetConfig
 from .data import Samples, join
@@ -163,9 +163,9 @@ class Metrics:
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def plan_fingerprint(run: "Run") -> str:
+def plan_fingerprint(samples: Samples, plan: Plan) -> str:
     """A hash of everything that decides which tokens stand in which step."""
-    return hashlib.sha256((run.samples.fingerprint + run.plan.fingerprint()).encode()).hexdigest()
+    return hashlib.sha256((samples.fingerprint + plan.fingerprint()).encode()).hexdigest()
 
 
 def save_checkpoint(run: "Run", step: int) -> None:
@@ -179,7 +179,7 @@ def save_checkpoint(run: "Run", step: int) -> None:
         with whole_folder(folder / f"checkpoint-{step}") as temporary:
             save_adapter(run.model, temporary, run.config.base_model)
             torch.save(run.optimizer.state_dict(), temporary / "optimizer.pt")
-            state = {"step": step, "plan": plan_fingerprint(run), "ranks": run.ranks}
+            state = {"step": step, "plan": plan_fingerprint(run.samples, run.plan), "ranks": run.ranks}
             write_text(temporary / "trainer_state.json", json.dumps(state) + "\n")
         by_age = sorted(checkpoints(folder), key=lambda path: (path / "trainer_state.json").stat().st_mtime_ns)
         for old in by_age[: -run.config.save_total_limit]:  # not by step: an earlier run here may have gone further
@@ -205,7 +205,7 @@ def load_checkpoint(run: "Run") -> int:
     if not path.is_dir():
         raise UserError(f"resume_from_checkpoint: {path} is no folder. Name a checkpoint-STEP folder of a run.")
     state = read_json(path / "trainer_state.json")
-    if state.get("plan") != plan_fingerprint(run):
+    if state.get("plan") != plan_fingerprint(run.samples, run.plan):
         raise UserError(
             f"{path}: its run had other data, another seed or other batches, so going on would train on the wrong "
             f"samples. Resume with the same configuration, or start anew with lora_model_dir: {path}."
@@ -247,12 +247,12 @@ def questions(config: Config, count: int = 3) -> Iterator[list[dict[str, str]]]:
 
 
 def save_results(
-    run: "Run", data: Data, tokenizer: Tokenizer, before: dict[str, Any], seconds: float, say: Callable[..., None]
+    run: "Run", data: Data, tokenizer: Tokenizer, compared: dict[str, Any], seconds: float, say: Callable[..., None]
 ) -> None:
     """Write everything that a finished run leaves in output_dir.
 
     Args:
-        before: {"loss": held-out loss, "answers": list of str} of the untrained model, or empty.
+        compared: of `before_and_after`, or empty.
         seconds: that training took.
     """
     config, folder = run.config, Path(run.config.output_dir)
@@ -264,8 +264,8 @@ def save_results(
     plot_metrics(run.metrics.rows, folder / "Fine-Tuning.png", folder.name)
 
     facts = run_facts(run, data, seconds)
-    if run.held_out and before:
-        facts |= before_and_after(run, data, tokenizer, before)
+    if compared:
+        facts |= compared
         say("Held-out perplexity: {before:.3f} before, {after:.3f} after".format(**facts["perplexity"]))
     write_report(folder / "report.md", facts)
     say(f"adapter, report and figure: {folder}/adapter_model.safetensors, report.md, Fine-Tuning.png")
@@ -312,7 +312,11 @@ def run_facts(run: "Run", data: Data, seconds: float) -> dict[str, Any]:
 
 
 def before_and_after(run: "Run", data: Data, tokenizer: Tokenizer, before: dict[str, Any]) -> dict[str, Any]:
-    """Loss, perplexity and sample answers of the model before it was trained and now."""
+    """Loss, perplexity and sample answers of the model before it was trained and now.
+
+    Args:
+        before: {"loss": held-out loss, "answers": list of str} of the untrained model.
+    """
     evaluated = [row for row in run.metrics.rows if "eval_loss" in row]
     if evaluated and evaluated[-1]["step"] == len(run.plan):
         after = evaluated[-1]["eval_loss"]
@@ -341,15 +345,18 @@ def _describe_data(name: str, reading: Reading) -> dict[str, Any]:
     }
 
 
-def same_on_all_ranks(run: "Run") -> None:
-    """Stop before step 1 if a rank has another configuration or other data than rank 0."""
-    if run.ranks > 1:
-        mine = hashlib.sha256((plan_fingerprint(run) + run.config.to_yaml()).encode()).hexdigest()
-        all_of_them: list[str] = [""] * run.ranks
-        dist.all_gather_object(all_of_them, mine)
-        different = [rank for rank, theirs in enumerate(all_of_them) if theirs != all_of_them[0]]
-        if different:
-            raise UserError(
-                f"rank {different[0]} has other data or another configuration than rank 0, so the ranks would train "
-                f"on different steps. Give every rank the same files and options."
-            )
+def same_on_all_ranks(config: Config, data: Data, ranks: int) -> None:
+    """Stop before anything is loaded if a rank has another configuration, other data or another model than rank 0."""
+    if ranks > 1:
+        mine = {"configuration": config.to_yaml(), "data": plan_fingerprint(data.samples, data.plan)}
+        mine |= {"model files": fingerprint(config.base_model), "host": platform.node()}
+        everyone: list[dict[str, str]] = [{}] * ranks
+        dist.all_gather_object(everyone, mine)
+        for rank, theirs in enumerate(everyone):
+            different = [kind for kind in mine if kind != "host" and theirs[kind] != everyone[0][kind]]
+            if different:
+                raise UserError(
+                    f"rank {rank} on host {theirs['host']} has other {' and other '.join(different)} than rank 0 on "
+                    f"host {everyone[0]['host']}, so the ranks would train on different things. Give every rank the "
+                    f"same files and options."
+                )

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from . import distributed
 from .checkpoint import load_adapter, load_model
 from .cli import UserError
-from .distributed import compute_dtype
 from .model import KVCache, Llama
 from .prompts import PromptFormat
 from .qlora import dense_weights
@@ -28,7 +28,7 @@ class Usable:
 def load_for_use(args: argparse.Namespace) -> Usable:
     """Load what `--model`, `--adapter`, `--load_in_4bit` and `--bf16` name, ready to score and to chat."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = compute_dtype(args.bf16, device)
+    dtype = distributed.compute_dtype(args.bf16, device)
     try:
         model = load_model(args.model, load_in_4bit=args.load_in_4bit, dtype=dtype, device=device)
     except ValueError as error:  # a width that four bits cannot split
@@ -67,7 +67,7 @@ def generate(
     Args:
         temperature: 0 always takes the likeliest token; above, draws from softmax(logits / temperature).
     """
-    device = model.model.embed_tokens.weight.device
+    device = model.model.norm.weight.device
     keep_dense = device.type == "cpu"  # where rebuilding every weight for every token is most of the work
     with dense_weights(model) if keep_dense else nullcontext():
         yield from _generate(model, tokens, stop_ids, max_new_tokens, temperature, generator, device)
@@ -78,7 +78,7 @@ def _generate(model, tokens, stop_ids, max_new_tokens, temperature, generator, d
     for _ in range(max_new_tokens):
         logits = model.lm_head(model.model(step, cache=cache)[0, -1]).float()  # (V,)
         if temperature == 0:
-            token = int(logits.argmax())
+            token = int(distributed.of_first_rank(logits.argmax()))
         else:
             token = int(torch.multinomial((logits / temperature).softmax(0).cpu(), 1, generator=generator))
         if token in stop_ids:

@@ -398,12 +398,36 @@ BROKEN = {
     "lora_alpha is": least(lora_alpha=None),
     "lora_target_linear is": least(lora_target_linear=False),
     "chat_template is": least(chat_template="jinja"),
+    "offload_params keeps": least(fsdp=["replicate"], fsdp_config={"offload_params": True}),
     "eval_strategy contradicts": least(eval_strategy="epoch", eval_steps=5, val_set_size=0.1),
     "save_strategy contradicts": least(save_strategy="steps"),
     "eval_steps and": least(save_steps=2.5),
     "val_set_size is": least(val_set_size=2.5),
     "cosine_min_lr_ratio": least(cosine_min_lr_ratio=0.1, lr_scheduler="linear"),
 }
+
+
+@pytest.mark.parametrize(
+    ("keys", "sharding", "offload"),
+    [
+        ({}, "auto", False),
+        ({"fsdp": "auto"}, "auto", False),
+        ({"fsdp": ["full_shard", "auto_wrap"]}, "full_shard", False),
+        ({"fsdp": ["full_shard", "auto_wrap", "offload"]}, "full_shard", True),
+        ({"fsdp": "hybrid_shard"}, "full_shard", False),
+        ({"fsdp": ["shard_grad_op", "auto_wrap"]}, "replicate", False),
+        ({"fsdp": "no_shard"}, "replicate", False),
+        ({"fsdp": "replicate"}, "replicate", False),
+        ({"fsdp_config": {"fsdp_offload_params": True}, "fsdp_version": 2}, "full_shard", True),
+        ({"fsdp_config": {"reshard_after_forward": True}}, "full_shard", False),
+        ({"fsdp_config": {"reshard_after_forward": False}}, "replicate", False),
+        ({"fsdp": "auto", "fsdp_config": {"activation_checkpointing": True}}, "auto", False),
+    ],
+)
+def test_where_the_base_goes(keys, sharding, offload):
+    """Axolotl's keys: what is kept gathered takes the memory of a whole base on every GPU, so it is one."""
+    c = make_config(least(**keys))
+    assert (c.sharding, c.offload_params) == (sharding, offload)
 
 
 @pytest.mark.parametrize("message", CHECKS)

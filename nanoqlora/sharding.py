@@ -1,0 +1,197 @@
+"""The frozen base over several ranks: who holds what, how it is read, and when it travels.
+
+    replicate     every rank holds the whole base; nothing of it travels after loading
+    full_shard    every rank holds 1/N of each block's bytes; a block is gathered just before it is used
+
+The unit is a block. All that its seven linear layers never change (four-bit codes and their scales, or 16-bit
+weights) lies in one flat buffer of bytes, laid out the same for every block, and a rank keeps the rank-th of N equal
+parts of it. Two slots take gathered blocks in turn, block i in slot i % 2; the layers' tensors are views of the slot:
+
+    forward    block i is computed from one slot while block i + 1 is gathered into the other
+    backward   the same with block i - 1; the two blocks at the turn are still there, so two gathers are saved
+
+A matrix is quantised whole, by one rank, and cut after: its scales, and so the loss, do not depend on how many ranks
+there are. Loading goes in rounds: each rank reads and quantises one block, then all exchange, so that N ranks read a
+checkpoint together, each tensor once. LoRA's values and their gradients are no part of this: every rank holds them
+all and they are summed once a step (`distributed.py`).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from . import distributed
+from .model import Llama
+
+Sharding = Literal["replicate", "full_shard"]
+FROZEN = ("packed", "absmax", "nested_absmax", "nested_offset", "weight")
+ALIGNMENT = 256  # bytes: where tensors begin in the buffer, for the kernels that read them
+
+
+def frozen_tensors(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
+    """(layer, name, tensor, where it begins in the block's bytes) of all that its linear layers never change."""
+    start = 0
+    for name, layer in block.named_modules():
+        if name.endswith("_proj"):
+            for kind in FROZEN:
+                if getattr(layer, kind, None) is not None:
+                    tensor = getattr(layer, kind)
+                    yield layer, kind, tensor, start
+                    start += math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
+
+
+def block_bytes(block: nn.Module, ranks: int) -> int:
+    """Length of the flat buffer of a block, which `ranks` divides."""
+    _, _, last, start = list(frozen_tensors(block))[-1]
+    return math.ceil((start + last.nbytes) / (ranks * ALIGNMENT)) * ranks * ALIGNMENT
+
+
+def to_bytes(block: nn.Module, flat: Tensor) -> Tensor:
+    """Copy the frozen tensors of a block into `flat`, uint8."""
+    for _, _, tensor, start in frozen_tensors(block):
+        flat[start : start + tensor.nbytes] = tensor.detach().reshape(-1).view(torch.uint8)
+    return flat
+
+
+def point_at(block: nn.Module, flat: Tensor, resident: bool) -> None:
+    """Make the frozen tensors of a block views of `flat`, uint8, whatever they were before."""
+    for layer, name, tensor, start in list(frozen_tensors(block)):
+        view = flat[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        setattr(layer, name, nn.Parameter(view, requires_grad=False) if name == "weight" else view)
+        layer.resident = resident
+
+
+class HostEmbedding(nn.Module):
+    """An embedding whose table stays in host memory; only the rows that a batch needs go to the GPU."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.cpu(), requires_grad=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens.cpu(), self.weight).to(tokens.device)
+
+
+class BlockStore(nn.Module):
+    """This rank's part of every block, and the two slots that whole blocks are gathered into."""
+
+    def __init__(self, rank: int, ranks: int, num_bytes: int, offload: int, device: torch.device) -> None:
+        """offload: so many blocks, the first ones, have their part in host memory."""
+        super().__init__()
+        self.rank, self.ranks, self.offload = rank, ranks, offload
+        self.register_buffer("slots", torch.zeros(2, num_bytes, dtype=torch.uint8, device=device), persistent=False)
+        self.inside: list[int | None] = [None, None]  # the block in each slot
+        self.waits: list[Callable[[], None] | None] = [None, None]  # for the gather that fills it
+        self.num_blocks = 0
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" and offload else None
+
+    def add(self, part: Tensor) -> None:
+        """Keep this rank's part (bytes / ranks,) of the next block."""
+        if self.num_blocks < self.offload and part.is_cuda:
+            part = torch.empty_like(part, device="cpu", pin_memory=True).copy_(part)
+        self.register_buffer(f"part{self.num_blocks}", part, persistent=False)
+        self.num_blocks += 1
+
+    def attach(self, model: Llama) -> None:
+        """Have the blocks, as they will train, ask for their weights."""
+        for i, block in enumerate(model.model.layers):
+            if hasattr(block, "bring_weights"):
+                block.bring_weights = partial(self.bring, i)
+            else:
+                block.register_forward_pre_hook(lambda *_, i=i: self.bring(i, backward=False))
+                block.register_full_backward_pre_hook(lambda *_, i=i: self.bring(i, backward=True))
+
+    def bring(self, i: int, backward: bool) -> None:
+        """Return when block i stands in its slot, for the current stream; begin to gather the one that follows.
+
+        Every rank has to come here for the same blocks in the same order.
+        """
+        if self.inside[i % 2] != i:
+            self._gather(i)
+        self._wait(i % 2)
+        following = i - 1 if backward else i + 1
+        if 0 <= following < self.num_blocks and self.inside[following % 2] != following:
+            self._gather(following)
+
+    def take_part(self) -> None:
+        """Gather as for a forward and a backward pass: on a rank that has no rows while others have."""
+        for i in range(self.num_blocks):
+            self.bring(i, backward=False)
+        for i in reversed(range(self.num_blocks)):
+            self.bring(i, backward=True)
+
+    def _wait(self, slot: int) -> None:
+        wait, self.waits[slot] = self.waits[slot], None
+        if wait:
+            wait()
+
+    def _gather(self, i: int) -> None:
+        """Begin to fill the slot of block i. The current stream is done with what it holds: NCCL waits for that."""
+        slot, part = i % 2, getattr(self, f"part{i}")
+        self._wait(slot)
+        whole, self.inside[slot] = self.slots.data[slot], i  # .data: autograd need not know
+        if part.device == whole.device:
+            self.waits[slot] = distributed.all_gather(whole, part)
+            return
+        self.copies.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.copies):
+            mine = whole.view(self.ranks, -1)[self.rank]
+            mine.copy_(part, non_blocking=True)
+            self.waits[slot] = distributed.all_gather(whole, mine)
+
+
+def fill_over_ranks(
+    model: Llama,
+    fill: Callable[[int | None], None],
+    *,
+    sharding: Sharding,
+    rank: int,
+    ranks: int,
+    device: torch.device,
+    offload: int = 0,
+) -> BlockStore | None:
+    """Fill an empty model, the ranks reading its blocks in turn and exchanging them.
+
+    Args:
+        model, fill: of `checkpoint.open_model`.
+        offload: for full_shard, so many blocks have this rank's part in pinned host memory; the embedding then
+            stays in host memory too, unless the head is the same tensor.
+    Returns:
+        For full_shard the store, to be attached when the blocks are as they will train.
+    Raises:
+        UserError: on all ranks, if any of them cannot read its tensors; naming that rank.
+    """
+    layers = model.model.layers
+    with distributed.together():
+        fill(None)
+    if offload and model.lm_head.weight is not model.model.embed_tokens.weight:
+        model.model.embed_tokens = HostEmbedding(model.model.embed_tokens.weight.data)
+    num_bytes, store = block_bytes(layers[0], ranks), None
+    if sharding == "full_shard":
+        store = BlockStore(rank, ranks, num_bytes, offload, device)
+    rounds = range(0, len(layers), ranks)
+    for first in tqdm(rounds, "loading", disable=None if rank == 0 else True, leave=False):  # None: on a terminal
+        mine = min(first + rank, len(layers) - 1)  # in the last round some read the last block along with its reader
+        with distributed.together():
+            fill(mine)
+        if ranks == 1 and store is None:
+            continue
+        flat = to_bytes(layers[mine], torch.zeros(num_bytes, dtype=torch.uint8, device=device))
+        blocks = range(first, min(first + ranks, len(layers)))
+        if store is None:
+            for i, whole in zip(blocks, distributed.everyones(flat), strict=False):
+                point_at(layers[i], whole, resident=True)
+            continue
+        for i, part in zip(blocks, distributed.exchange(flat), strict=False):
+            store.add(part if len(blocks) == ranks else part.clone())
+            point_at(layers[i], store.slots[i % 2], resident=False)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the 16-bit tensors left holes of every size
+    return store

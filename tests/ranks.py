@@ -1,0 +1,130 @@
+"""Ranks as processes on this machine, and what the tests have them do.
+
+They are forked from a server that has imported torch, so this file imports nothing that is slow besides.
+"""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import train
+from nanoqlora import distributed
+from nanoqlora.checkpoint import open_model
+from nanoqlora.cli import run_command
+from nanoqlora.fused import fuse_blocks
+from nanoqlora.ops import Segments
+from nanoqlora.plan import held_bytes
+from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora
+from nanoqlora.sharding import fill_over_ranks, frozen_tensors
+
+LAYERS = 5  # more than the two slots, and no multiple of 2 or 3 ranks
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "bitsandbytes", "safetensors.torch", "matplotlib.pyplot"])
+
+
+def _be_rank(rank: int, ranks: int, port: int, pipe: Any, work: Callable, arguments: tuple) -> None:
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    os.environ |= {name: str(value) for name, value in places.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    pipe.send_bytes(pickle.dumps(work(*arguments)))  # by value: torch would share memory that ends with the process
+
+
+def on_ranks(ranks: int, work: Callable, *arguments: Any) -> list[Any]:
+    """What `work(*arguments)`, a function of a module, gives on each rank; it joins the others by itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes = [CONTEXT.Pipe() for _ in range(ranks)]
+    processes = [
+        CONTEXT.Process(target=_be_rank, args=(rank, ranks, port, pipe, work, arguments))
+        for rank, (_, pipe) in enumerate(pipes)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        for receiver, sender in pipes:
+            sender.close()
+            assert receiver.poll(100), "a rank has not answered for 100 s"
+        return [pickle.loads(receiver.recv_bytes()) for receiver, _ in pipes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+# ------------------------------------------------------------------------------------------------ what they do
+
+
+def load_spread(path: Path, load_in_4bit: bool, offload: int = 0) -> tuple[Any, Any]:
+    rank, ranks, device = distributed.start()
+    model, fill = open_model(path, load_in_4bit=load_in_4bit, dtype=torch.float32)
+    options = {"sharding": "full_shard", "rank": rank, "ranks": ranks, "device": device, "offload": offload}
+    return model, fill_over_ranks(model, fill, **options)
+
+
+def brought_blocks(path: Path, load_in_4bit: bool) -> dict[str, Any]:
+    """Every block as it stands in its slot, asked for in the order of a step, twice, and out of order."""
+    model, store = load_spread(path, load_in_4bit)
+    there_and_back = [(i, False) for i in range(LAYERS)] + [(i, True) for i in reversed(range(LAYERS))]
+    seen = []
+    for i, backward in there_and_back * 2 + [(3, False), (0, True), (4, False), (1, False)]:
+        store.bring(i, backward)
+        blocks = frozen_tensors(model.model.layers[i])
+        seen.append((i, [tensor.detach().clone() for _, _, tensor, _ in blocks]))
+    parts = [getattr(store, f"part{i}").nbytes for i in range(LAYERS)]
+    rest = {name: p.detach() for name, p in model.named_parameters() if not name.endswith("_proj.weight")}
+    return {"seen": seen, "parts": parts, "held": held_bytes(model) + sum(parts) + store.slots.nbytes, "rest": rest}
+
+
+ROWS = [(9, 4), (3, 14), (20, 0), (5, 5), (11, 2)]  # tokens before and among those that count
+
+
+def gradient(model: torch.nn.Module, store: Any, rank: int, ranks: int) -> torch.Tensor:
+    """Of the sum of losses over ROWS, rows dealt to the ranks; the last ones have one row less."""
+    g = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if name.endswith("lora_B"):
+            p.data.normal_(0, 0.05, generator=g)
+    flat = flatten_trainable(model)
+    for i in range(rank, len(ROWS) + -len(ROWS) % ranks, ranks):
+        if i >= len(ROWS):
+            store.take_part()
+            continue
+        tokens = torch.arange(1, sum(ROWS[i]) + 2)[None] * 7 % 300
+        hidden = model.model(tokens, Segments.one_per_row(*tokens.shape))[0, ROWS[i][0] : -1]
+        logits = model.lm_head(hidden)
+        torch.nn.functional.cross_entropy(logits, tokens[0, ROWS[i][0] + 1 :], reduction="sum").backward()
+    return distributed.sum_over_ranks(flat.grad)
+
+
+def spread_gradient(path: Path, load_in_4bit: bool, targets: tuple[str, ...], keep: str) -> torch.Tensor:
+    model, store = load_spread(path, load_in_4bit)
+    torch.manual_seed(0)
+    inject_lora(model, 4, 8, target_modules=targets)
+    model.train()
+    if targets == ALL_LINEAR:
+        fuse_blocks(model, [keep] * LAYERS)
+    store.attach(model)
+    return gradient(model, store, torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def end_of_run(*words: object) -> tuple[int, str, str]:
+    """train.py with these words after its name: exit code, stdout, stderr."""
+    out, err, sys.argv = io.StringIO(), io.StringIO(), ["train.py", *map(str, words)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run_command(train.main)
+        return 0, out.getvalue(), err.getvalue()
+    except SystemExit as end:
+        return int(end.code or 0), out.getvalue(), err.getvalue()

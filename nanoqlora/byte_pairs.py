@@ -12,7 +12,6 @@ Split rules that are not in `SPLIT_RULES` are refused, because a wrong rule give
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -131,15 +130,15 @@ class BytePairs:
         ranks = {token: rank for rank, token in enumerate(spelled)}
         self._tiktoken = tiktoken.Encoding("words", pat_str=rule.pattern, mergeable_ranks=ranks, special_tokens={})
 
-    def tokens(self, text: str) -> Iterator[tuple[int | None, int]]:
+    def tokens(self, text: str) -> tuple[list[int | None], list[int]]:
         """Split and merge: for each token its id, if it has one, and how many bytes of the text it is."""
         if len(text) > LONGEST_BLANK and max(map(len, re.findall(r"\s+", text)), default=0) > LONGEST_BLANK:
             raise UserError(
                 f"a text has more than {LONGEST_BLANK} characters of white space in a row. The split rule takes such a "
                 "run for one word, and its stack overflows. Shorten the run."
             )
-        for rank in self._tiktoken.encode_ordinary(text):
-            yield self._id_of_rank[rank], self._width_of_rank[rank]
+        ranks = self._tiktoken.encode_ordinary(text)
+        return [self._id_of_rank[rank] for rank in ranks], [self._width_of_rank[rank] for rank in ranks]
 
 
 def merges_of(vocabulary: Vocabulary) -> list[str]:

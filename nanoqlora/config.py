@@ -49,7 +49,7 @@ class DatasetConfig:
     fates: ClassVar[Fates] = key_fates.DATASET
 
     path: str = key("a file, a folder, or the name of a data set on the hub")
-    type: Literal["alpaca", "chat_template", "completion"] = key("how a row becomes text")
+    type: Literal["alpaca", "chat_template", "completion", "prompt_completion"] = key("how a row becomes text")
     ds_type: Literal["json", "jsonl", "csv", "parquet", "text"] | None = key("file format; unset: by the suffix", None)
     data_files: tuple[str, ...] = key("the files of a folder or a hub data set to read", ())
     split: str | None = key("split of a folder or hub data set; unset: train", None)
@@ -63,7 +63,10 @@ class DatasetConfig:
     )
     roles: dict[str, tuple[str, ...]] = key("role of the template -> its names in this file", {})
     roles_to_train: tuple[str, ...] = key("roles whose tokens count in the loss", ("assistant",))
-    train_on_eos: Literal["turn", "last", "all"] = key("end tokens that count: of trained turns, the last, all", "turn")
+    field_tools: str = key("chat_template: the column with the list of tools, if there are any", "tools")
+    train_on_eos: Literal["turn", "last", "all", "none"] = key(
+        "end tokens that count: of trained turns, of the last, of all, none", "turn"
+    )
     chat_template: str | None = key("template of this file only; unset: the run's chat_template", None)
     chat_template_jinja: str | None = key("its Jinja text, or the path of a file with it", None)
 

@@ -161,7 +161,7 @@ def _key(encoding: Encoding, files: list[DataFile], hashes: dict[str, str]) -> s
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.path} {file.kind} {hashes[str(file.path)]}\n".encode())
-    for item in dataclasses.fields(encoding.tokenizer):
+    for item in (item for item in dataclasses.fields(encoding.tokenizer) if item.compare):  # equal ones encode alike
         digest.update(f"{item.name} {getattr(encoding.tokenizer, item.name)!r}\n".encode())
     digest.update(f"{encoding.prompt_format} {encoding.sequence_len} {encoding.strategy}\n".encode())
     template = encoding.prompt_format and encoding.prompt_format.jinja(encoding.tokenizer)

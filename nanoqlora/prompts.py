@@ -1,35 +1,30 @@
 """Rows of data to tokens, and to a mask that says which of the tokens the model shall learn to write.
 
-Three kinds of row:
+Four kinds of row:
 
-    chat_template   {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
-    alpaca          {"instruction": ..., "input": ..., "output": ...}
-    completion      {"text": ...}
+    chat_template       {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
+    alpaca              {"instruction": ..., "input": ..., "output": ...}
+    prompt_completion   {"prompt": ..., "completion": ...}
+    completion          {"text": ...}
 
-In a chat the mask covers what the assistant says and the token that ends its turn. That token matters most: a model
-that is never told to write it never learns to stop. In ChatML, with "^" below the tokens that count:
-
-    <|im_start|>user\\nWho are you?<|im_end|>\\n<|im_start|>assistant\\nA pirate.<|im_end|>\\n
-                                                                      ^^^^^^^^^^^^^^^^^^^^^
-
-A chat template is a program, and does not say which part of its text is whose. So we let it run on the start of the
-conversation: the messages before an answer, with the header for the answer behind them, must come out as the first part
-of the whole text. Where that part ends, the answer begins. The whole text is encoded at once and never in parts, so the
-ids are those that other programs get from the same template.
+A chat may have several turns, a system message, and `tools` with the calls and answers of them; masks.py says which of
+its tokens count. Alpaca puts instruction and input into a fixed frame; a prompt stands as it is. What is to be written,
+and the end token behind it, count; of a completion everything does.
 
 The format is saved beside what was trained, as prompt.json: the same file that made the training tokens makes the
-prompt of a chat, and the template of an Ollama Modelfile (ollama.py). Left out: tool calls, and content in parts.
-Read next: data.py, which reads the rows and packs the tokens.
+prompt of a chat, and the template of an Ollama Modelfile (ollama.py). Left out: content in parts.
+Read next: masks.py; prepare.py, which has all rows of a run encoded.
 """
 
 import dataclasses
 import json
-from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from nanoqlora.chat_template import Messages
 from nanoqlora.cli import UserError
+from nanoqlora.masks import ENDS, encode_chat
 from nanoqlora.tokenizer import Tokenizer
 
 ALPACA_WITH_INPUT = (
@@ -54,28 +49,27 @@ CHAT_TEMPLATES = {  # for models that bring none of their own; the tokenizer mus
 }
 SAME_ROLE = {"human": "user", "gpt": "assistant"}  # names in data files -> names in templates
 DEFAULT_NAMES = {"role": "role", "content": "content"}
+TYPES = ("chat_template", "alpaca", "prompt_completion", "completion")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptFormat:
     """How a row becomes tokens. The fields are named after the YAML keys that set them."""
 
-    type: str  # chat_template, alpaca or completion
+    type: str  # one of TYPES
     chat_template: str | None = None  # Jinja; None: the tokenizer's own
     train_on_inputs: bool = False  # count the prompt as well
     roles_to_train: tuple[str, ...] = ("assistant",)
-    train_on_eos: str = "turn"  # which end tokens count: of every trained turn, of the last one, or of all turns
+    train_on_eos: str = "turn"  # which end tokens of a chat count: of trained turns, of the last one, of all, none
     field: str = "text"  # completion: the column with the text
     field_messages: str = "messages"  # chat_template: the column with the messages
+    field_tools: str = "tools"  # chat_template: the column with the tools that the assistant may call, if there are any
     # What the template calls a field of a message, or a role -> what the file calls it.
     message_property_mappings: dict[str, str] = dataclasses.field(default_factory=dict)
     roles: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, allowed in {
-            "type": ("chat_template", "alpaca", "completion"),
-            "train_on_eos": ("turn", "last", "all"),
-        }.items():
+        for name, allowed in {"type": TYPES, "train_on_eos": ENDS}.items():
             if getattr(self, name) not in allowed:
                 raise UserError(
                     f"{name} is {getattr(self, name)!r}. It decides how rows become tokens. Use {' or '.join(allowed)}."
@@ -155,7 +149,7 @@ class PromptFormat:
             UserError: the row is not of this format. It does not say which row: the caller knows the file and the line.
         """
         if self.type == "chat_template":
-            ids, mask = self._encode_chat(tok, self._messages(row))
+            ids, mask = self._encode_chat(tok, self._messages(row), self._tools(row))
         else:
             if tok.eos_id is None:
                 raise UserError(
@@ -172,9 +166,11 @@ class PromptFormat:
         return ids, mask
 
     def _texts(self, row: dict[str, Any]) -> tuple[str, str]:
-        """What a row of alpaca or completion prompts with, and what is to be written."""
+        """What a row that is no chat prompts with, and what is to be written."""
         if self.type == "completion":
             return "", _text(row, self.field)
+        if self.type == "prompt_completion":
+            return _text(row, "prompt"), _text(row, "completion")
         instruction, answer = _text(row, "instruction"), _text(row, "output")
         context = row.get("input") and _text(row, "input", empty=True)
         prompt = ALPACA_WITH_INPUT if context else ALPACA
@@ -197,8 +193,12 @@ class PromptFormat:
                 raise UserError(f"message {i + 1} is {_show(message)}, without role and content. Make it an object.")
             message = {**message, **{ours: message.get(theirs) for ours, theirs in names.items()}}
             role = _text(message, "role", f"message {i + 1}: ", called=names["role"])
-            empty = role == "system"  # an empty system message switches off a template's default one
-            _text(message, "content", f"message {i + 1}: ", called=names["content"], empty=empty)
+            calls = message.get("tool_calls")
+            if calls:
+                message["tool_calls"] = _parsed_arguments(calls, f"message {i + 1}: ")
+            if not (calls and message["content"] is None):
+                empty = role == "system" or bool(calls)  # an empty system message switches off a template's default one
+                _text(message, "content", f"message {i + 1}: ", called=names["content"], empty=empty)
             messages.append({**message, "role": roles.get(role, role)})
         if not any(message["role"] in self.roles_to_train for message in messages):
             raise UserError(
@@ -206,60 +206,64 @@ class PromptFormat:
                 f"{', '.join(dict.fromkeys(message['role'] for message in messages))}. There is nothing to learn from. "
                 "Add an answer, or map the names with roles."
             )
+        _check_order([message["role"] for message in messages])
         return messages
 
-    def _encode_chat(self, tok: Tokenizer, messages: Messages) -> tuple[list[int], list[bool]]:
-        """The tokens of a conversation, and the mask of its trained turns."""
-        guarded, mark = tok.guard(messages)
-        text = self.render(tok, guarded)
-        ids, starts = tok.encode_guarded(text, mark)
-        mask = [False] * len(ids)
-        controls = set(tok.special_tokens.values())
+    def _tools(self, row: dict[str, Any]) -> list[Any] | None:
+        """The tools of a row; a text is taken for JSON, as tables cannot hold objects of many shapes."""
+        tools = row.get(self.field_tools)
+        if isinstance(tools, str):
+            tools = _parsed(tools) if tools.strip() else None
+        if tools is not None and not isinstance(tools, list):
+            raise UserError(f"{self.field_tools} is {_show(tools)}, not a list of tools. Correct the row.")
+        return tools or None
 
-        def token_at(character: int) -> int:
-            """The first token that starts at this character of the text or behind it."""
-            return bisect_left(starts, tok.width(text[:character].replace(mark, "")))
+    def _encode_chat(self, tok: Tokenizer, messages: Messages, tools: list[Any] | None) -> tuple[list[int], list[bool]]:
+        (guarded, tools), mark = tok.guard([messages, tools])
+        template = self.jinja(tok)
 
-        last_trained = max(i for i, message in enumerate(messages) if message["role"] in self.roles_to_train)
-        for i, message in enumerate(guarded):
-            trained = message["role"] in self.roles_to_train
-            if not trained and self.train_on_eos != "all":
-                continue
-            if message["role"] == "assistant":
-                begin = self._length_of_start(tok, guarded[:i], text, header=True)
-            else:  # no template writes only the header of a question: put something findable in place of the question
-                before = self._length_of_start(tok, guarded[:i], text) if i else 0
-                begin = self.render(tok, [*guarded[:i], {**message, "content": mark}]).find(mark, before)
-                if begin < 0:  # the template leaves such messages out
-                    continue
-            turn_end = self._length_of_start(tok, guarded[: i + 1], text)
-            content = message["content"].strip()  # many templates strip it too
-            found = text.find(content, begin, turn_end)
-            content_end = begin if found < 0 else found + len(content)
-            behind = token_at(turn_end)
-            end = next((t for t in range(token_at(content_end), behind) if ids[t] in controls), None)
-            if end is None and i == last_trained:
-                raise UserError(
-                    "the chat template puts no special token behind the last answer. The model would never learn to "
-                    "stop. Use a template whose end token this tokenizer has, or a built-in one by its name under "
-                    f"chat_template: {', '.join(CHAT_TEMPLATES)}."
-                )
-            if trained:
-                first, stop = token_at(begin), behind if end is None else end
-                mask[first:stop] = [True] * (stop - first)
-            if end is not None:
-                mask[end] = self.train_on_eos != "last" or i == last_trained
-        return ids, mask
+        def render(some: Messages, header: bool) -> str:
+            return tok.render_chat(some, header, template, tools)
 
-    def _length_of_start(self, tok: Tokenizer, messages: Messages, text: str, header: bool = False) -> int:
-        """How much of the text comes from the first messages, and from the header of the answer to them."""
-        start = self.render(tok, messages, add_generation_prompt=header)
-        if not text.startswith(start):
+        return encode_chat(tok, render, guarded, mark, self.roles_to_train, self.train_on_eos)
+
+
+def _check_order(roles: list[str]) -> None:
+    """System first, question and answer in turn, tools after who called them; other roles as they like."""
+    for number, (before, role) in enumerate(pairwise(roles), start=2):
+        what = ""
+        if role == "system":
+            what = "a system message stands at the beginning"
+        elif role == before and role in ("user", "assistant"):
+            what = "questions and answers take turns"
+        elif role == "tool" and before not in ("assistant", "tool"):
+            what = "a tool answers the assistant that called it"
+        if what:
             raise UserError(
-                f"the chat template writes the first {len(messages)} messages in another way when more follow. So the "
-                "answers cannot be found in its text. Give a plainer template with chat_template_jinja."
+                f"message {number}: the role {role} behind {before}, but {what}. A model trained on another order "
+                "learns to talk out of turn. Correct the row, join the two messages, or map the names with roles."
             )
-        return len(start)
+
+
+def _parsed(text: str) -> Any:
+    """What a text says as JSON; the text itself if it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _parsed_arguments(calls: Any, where: str) -> list[Any]:
+    """Tool calls whose arguments are objects; many files have them as texts, which templates would quote once more."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise UserError(f"{where}tool_calls is {_show(calls)}, not a list of calls. Correct the row.")
+    parsed = []
+    for call in calls:
+        inner = call.get("function") if isinstance(call.get("function"), dict) else call
+        if isinstance(inner.get("arguments"), str):
+            inner = {**inner, "arguments": _parsed(inner["arguments"])}
+        parsed.append({**call, "function": inner} if "function" in call else inner)
+    return parsed
 
 
 def say(*turns: str) -> Messages:
@@ -295,9 +299,11 @@ def detect_format(row: dict[str, Any]) -> PromptFormat:
         return PromptFormat(type="chat_template")
     if "instruction" in row and "output" in row:
         return PromptFormat(type="alpaca")
+    if "prompt" in row and "completion" in row:
+        return PromptFormat(type="prompt_completion")
     if "text" in row:
         return PromptFormat(type="completion")
     raise UserError(
         f"a row has the columns {', '.join(row) or 'none'}, which tell no format. It decides how rows become tokens. "
-        "Name the columns messages, or instruction and output, or text."
+        "Name the columns messages, or instruction and output, or prompt and completion, or text."
     )

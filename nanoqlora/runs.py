@@ -117,6 +117,7 @@ def prompt_format_of(config: Config, dataset: DatasetConfig, tokenizer: Tokenize
         train_on_eos=dataset.train_on_eos,
         field=dataset.field,
         field_messages=dataset.field_messages,
+        field_tools=dataset.field_tools,
         message_property_mappings=dataset.message_property_mappings,
         roles=dataset.roles,
     )
@@ -238,8 +239,8 @@ def questions(config: Config, count: int = 3) -> Iterator[list[dict[str, str]]]:
     """The messages before the first answer of a file's first rows; nothing for those without questions."""
     dataset = (config.test_datasets or config.datasets)[0]
     for _, row in islice(read_rows(data_files(dataset)), count):
-        if dataset.type == "alpaca":
-            yield [{"role": "user", "content": row["instruction"]}]
+        if dataset.type in ("alpaca", "prompt_completion"):
+            yield [{"role": "user", "content": row["instruction" if dataset.type == "alpaca" else "prompt"]}]
         elif dataset.type == "chat_template" and dataset.field_messages == "messages":
             roles = [message.get("role") for message in row["messages"]]
             if "assistant" in roles[1:]:

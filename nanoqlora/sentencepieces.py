@@ -13,7 +13,6 @@ ourselves, as only a few of its fields matter; so a vocabulary from tokenizer.js
 """
 
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +48,10 @@ class SentencePieces:
         except RuntimeError as error:  # an empty piece, or one with a character NUL
             raise UserError(f"the tokenizer's vocabulary is not one that sentencepiece can use ({error}).") from error
 
-    def tokens(self, text: str) -> Iterator[tuple[int, int]]:
+    def tokens(self, text: str) -> tuple[list[int], list[int]]:
         """For each token its id, and how many bytes of the text it is, where U+2581 counts as one: as a space does."""
-        for id in self._engine.encode(text.replace(" ", SPACE)):
-            yield id, self._width_of[id]
+        ids = self._engine.encode(text.replace(" ", SPACE))
+        return ids, [self._width_of[id] for id in ids]
 
 
 def width(text: str) -> int:

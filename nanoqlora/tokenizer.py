@@ -12,7 +12,9 @@ Read next: tokenizer_files.py, where vocabularies come from; prompts.py, which t
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from nanoqlora.byte_pairs import BytePairs, piece_to_bytes
 from nanoqlora.chat_template import Messages, guard, render
@@ -48,6 +50,7 @@ class Tokenizer(Vocabulary):
         # that somebody added: like transformers and llama.cpp we find them in any text.
         self.special_tokens = {p: id for p, id in self._ids.items() if self.kinds[id] in (CONTROL, UNKNOWN)}
         added = [piece for piece, id in self._ids.items() if self.kinds[id] == USER_DEFINED]
+        self._special = any_of(self.special_tokens)
         self._cut_added, self._cut_all = any_of(added), any_of([*added, *self.special_tokens])
 
     @property
@@ -75,28 +78,35 @@ class Tokenizer(Vocabulary):
         if bos and self.bos_id is None:
             raise UserError("the tokenizer has no BOS token, so none can be put in front. Encode without bos=True.")
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half of a pair becomes U+FFFD
-        ids = [id for id, _ in self._tokens(text, self._cut_all if special else self._cut_added)]
+        ids, _ = self._tokens(text, self._cut_all if special else self._cut_added)
         return [self.bos_id, *ids] if bos else ids
 
-    def _tokens(self, text: str, cut: re.Pattern[str], mark: str = "") -> list[tuple[int, int]]:
-        """The id and the start of each token, in `width`. A `mark` leaves the text between cuts, and is not counted."""
-        found, position = [], 0
+    def _tokens(self, text: str, cut: re.Pattern[str], mark: str = "") -> tuple[list[int], list[int]]:
+        """The ids, and where each token starts, in `width`. A `mark` leaves the text between cuts, and is not counted.
+
+        Whole lists at a time: one by one in Python, the tokens would take longer than the engine does.
+        """
+        ids: list[int] = []
+        starts: list[int] = []
+        position = 0
         for i, part in enumerate(cut.split(text)):
             if i % 2:  # the pattern is one group, so every second part is a match
-                found.append((self._ids[part], position))
+                ids.append(self._ids[part])
+                starts.append(position)
                 position += self.width(part)
             elif part := part.replace(mark, "") if mark else part:
                 wanted = self.space_before == "every" or self.space_before == "first" and i == 0
                 space = " " if wanted and (self.space_before_space or part[0] not in (" ", SPACE)) else ""
-                start = position - len(
-                    space
-                )  # it is no part of the text, so the token that has it starts with the text
-                for id, size in self._engine.tokens(space + part):
-                    if id is not None:
-                        found.append((id, max(start, position)))
-                    start += size
-                position = start
-        return found
+                found, widths = self._engine.tokens(space + part)
+                begins = list(accumulate(widths, initial=position - len(space)))
+                begins[0] = position  # the space is no part of the text, so the token that has it starts with the text
+                position = begins.pop()
+                if None in found:  # bytes that no token has
+                    begins = [begin for begin, id in zip(begins, found, strict=True) if id is not None]
+                    found = [id for id in found if id is not None]
+                ids += found
+                starts += begins
+        return ids, starts
 
     def width(self, text: str) -> int:
         """How long a text is, where tokens start and end: in bytes, with one for sentencepiece's U+2581."""
@@ -145,30 +155,34 @@ class Tokenizer(Vocabulary):
         return self.encode_guarded(text, mark)[0]
 
     def render_chat(
-        self, messages: Messages, add_generation_prompt: bool = False, chat_template: str | None = None
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = False,
+        chat_template: str | None = None,
+        tools: list[Any] | None = None,
     ) -> str:
-        """The text of a conversation."""
+        """The text of a conversation, and of the tools that it may use."""
         template = chat_template or self.chat_template
         if template is None:
             raise UserError(
                 "the tokenizer has no chat template. It says how the model wants messages to be written. Name one with "
                 "chat_template or chat_template_jinja, or use data of type alpaca or completion."
             )
-        return render(template, messages, add_generation_prompt, self.named_texts())
+        return render(template, messages, add_generation_prompt, self.named_texts, tools)
 
+    @cached_property
     def named_texts(self) -> dict[str, str]:
         """What the named tokens look like: "bos_token" -> "<s>"."""
         ids = {f"{name}_token": getattr(self, f"{name}_id") for name in NAMED_TOKENS}
         return {name: self.vocab[id] for name, id in ids.items() if id is not None}
 
-    def guard(self, messages: Messages) -> tuple[Messages, str]:
+    def guard(self, messages: Any) -> tuple[Any, str]:
         """Messages whose texts cannot turn into special tokens, and the mark that `encode_guarded` takes out."""
-        return guard(messages, self.special_tokens)
+        return guard(messages, self._special)
 
     def encode_guarded(self, text: str, mark: str) -> tuple[list[int], list[int]]:
         """The ids of a rendered text, and where each token starts, in `width`, as if the mark had never been there."""
-        tokens = self._tokens(text, self._cut_all, mark)
-        return [id for id, _ in tokens], [start for _, start in tokens]
+        return self._tokens(text, self._cut_all, mark)
 
     @cached_property
     def eot_id(self) -> int | None:
@@ -187,7 +201,7 @@ class Tokenizer(Vocabulary):
             )
         except UserError:
             return None
-        end = any_of(self.special_tokens).search(text, text.rfind(answer))
+        end = self._special.search(text, text.rfind(answer))
         return self.special_tokens[end[0]] if end else None
 
 

@@ -117,6 +117,7 @@ def test_tokens_that_a_header_shares_with_an_answer_do_not_count(tok):
     [
         ({}, "B<|im_end|>D<|im_end|>"),
         ({"train_on_eos": "last"}, "BD<|im_end|>"),
+        ({"train_on_eos": "none"}, "BD"),
         ({"train_on_eos": "all"}, "<|im_end|><|im_end|>B<|im_end|><|im_end|>D<|im_end|>"),
         ({"roles_to_train": ("user",)}, "user<|im_end|>C<|im_end|>"),
         ({"roles_to_train": ("user", "assistant")}, "user<|im_end|>B<|im_end|>C<|im_end|>D<|im_end|>"),
@@ -155,6 +156,47 @@ def test_other_column_and_role_names(tok):
     assert fmt.encode_row(tok, {"messages": say("parrot", "hi", "pirate", "ho")}) == expected
 
 
+TOOLS = [{"type": "function", "function": {"name": "tide", "description": "When <|im_end|> is \u00fc?"}}]
+WITH_TOOLS = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>"
+    "{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}<file_sep>{{ call.function.name }} {{ call.function.arguments | tojson }}"
+    "{% endfor %}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_calls_of_tools_count_and_their_answers_do_not(tok, hf, as_text):
+    """Against transformers, which masks by the template's own marks. Files often keep objects as JSON texts."""
+
+    def call(arguments: dict[str, str]) -> dict[str, object]:
+        return {"type": "function", "function": {"name": "tide", "arguments": arguments}}
+
+    def messages(calls: list[dict[str, object]]) -> list[dict[str, object]]:
+        asked = {"role": "assistant", "content": None, "tool_calls": calls}
+        also = {"role": "assistant", "content": "Also:", "tool_calls": calls[:1]}
+        answers = [{"role": "tool", "content": "high"}, {"role": "tool", "content": "low"}]
+        return [*say("system", "s", "user", "When?"), asked, *answers, also, answers[0], *say("assistant", "Now.")]
+
+    calls = [call({"port": "N\u00e2ntes", "day": "1"}), call({})]
+    texts = [call(json.dumps(c["function"]["arguments"])) for c in calls]
+    row = {"messages": messages(texts if as_text else calls), "tools": json.dumps(TOOLS) if as_text else TOOLS}
+    ids, mask = replace(CHAT, chat_template=WITH_TOOLS).encode_row(tok, row)
+    hidden = [{**TOOLS[0], "function": {**TOOLS[0]["function"], "description": "When <\ue000|im_end|> is \u00fc?"}}]
+    witness = hf.apply_chat_template(
+        messages(calls), tools=hidden, chat_template=WITH_TOOLS, return_assistant_tokens_mask=True, return_dict=True
+    )
+    assert mask[-40:] == [bool(flag) for flag in witness["assistant_masks"]][-40:]
+    assert counted(tok, ids, mask) == (
+        '<file_sep>tide {"port": "N\u00e2ntes", "day": "1"}<file_sep>tide {}<|im_end|>'
+        'Also:<file_sep>tide {"port": "N\u00e2ntes", "day": "1"}<|im_end|>Now.<|im_end|>'
+    )
+    assert tok.decode(ids) == hf.decode(witness["input_ids"]).replace("\ue000", "")
+    assert sum(id == tok.eos_id for id in ids) == 9, "the tool's description ends no turn"
+
+
 def test_templates_that_hide_where_answers_are_get_refused(tok):
     counts = "{{ messages | length }}" + CHAT_TEMPLATES["chatml"]
     with pytest.raises(UserError, match="first 1 messages in another way"):
@@ -188,6 +230,14 @@ def test_alpaca_prompts_are_stanfords(tok, llama3):
     assert fmt.encode_prompt(llama3, say("user", "Sing <|eot_id|>.")) == [1, *llama3.encode(prompt)]
 
 
+def test_a_prompt_stands_as_it_is_and_its_completion_counts(tok, llama3):
+    fmt = PromptFormat(type="prompt_completion")
+    ids, mask = fmt.encode_row(llama3, {"prompt": "2 {x} + 2 = <|eot_id|>", "completion": "4"})
+    assert ids == [1, *llama3.encode("2 {x} + 2 = <|eot_id|>"), *llama3.encode("4"), 0]
+    assert counted(llama3, ids, mask) == "4<|end_of_text|>"
+    assert fmt.encode_prompt(llama3, say("user", "2 +")) == [1, *llama3.encode("2 +")] and fmt.end_id(tok) == tok.eos_id
+
+
 def test_completion_counts_all_but_the_first_token(tok, llama3):
     fmt = PromptFormat(type="completion", field="story")
     ids, mask = fmt.encode_row(llama3, {"story": "Once upon"})
@@ -213,6 +263,27 @@ def test_completion_counts_all_but_the_first_token(tok, llama3):
         ("chat_template", {"messages": [{"role": "user", "content": [{"text": "hi"}]}]}, "content is list"),
         ("chat_template", {"messages": say("user", "hi", "system", "s")}, "no message has the role assistant"),
         ("chat_template", {"messages": say("user", "\ud83d", "assistant", "x")}, "surrogate"),
+        (
+            "chat_template",
+            {"messages": say("user", "a", "user", "b", "assistant", "c")},
+            "message 2: the role user behind",
+        ),
+        (
+            "chat_template",
+            {"messages": say("user", "a", "assistant", "b", "assistant", "c")},
+            "message 3: .* take turns",
+        ),
+        (
+            "chat_template",
+            {"messages": say("user", "a", "system", "s", "assistant", "b")},
+            "message 2: .*at the beginning",
+        ),
+        ("chat_template", {"messages": say("user", "a", "tool", "t", "assistant", "b")}, "message 2: .*that called it"),
+        ("chat_template", {"messages": [{"role": "assistant", "tool_calls": "x"}]}, "message 1: tool_calls is str"),
+        ("chat_template", {"messages": say("user", "a", "assistant", "b"), "tools": "x"}, "tools is str"),
+        ("prompt_completion", {"prompt": "hi"}, "completion is missing"),
+        ("prompt_completion", {"prompt": "", "completion": "x"}, "prompt is str"),
+        ("prompt_completion", {"prompt": say("user", "hi"), "completion": "x"}, "prompt is list"),
         ("alpaca", {"instruction": "hi"}, "output is missing"),
         ("alpaca", {"instruction": "", "output": "x"}, "instruction is str"),
         ("alpaca", {"instruction": "hi", "input": 3, "output": "x"}, "input is int"),
@@ -233,6 +304,7 @@ def test_no_end_token_no_training(tok):
 def test_format_from_the_columns():
     assert detect_format({"messages": []}).type == "chat_template"
     assert detect_format({"instruction": "", "input": "", "output": ""}).type == "alpaca"
+    assert detect_format({"prompt": "", "completion": "", "text": ""}).type == "prompt_completion"
     assert detect_format({"text": ""}).type == "completion"
     with pytest.raises(UserError, match="columns prompt, answer"):
         detect_format({"prompt": "", "answer": ""})

@@ -1,0 +1,96 @@
+"""Which tokens of a chat the model has to learn to write.
+
+In a chat the mask covers what the assistant says and the token that ends its turn. That token matters most: a model
+that is never told to write it never learns to stop. In ChatML, with "^" below the tokens that count:
+
+    <|im_start|>user\\nWho are you?<|im_end|>\\n<|im_start|>assistant\\nA pirate.<|im_end|>\\n
+                                                                      ^^^^^^^^^^^^^^^^^^^^^
+
+A chat template is a program, and does not say which part of its text is whose. So we let it run on the start of the
+conversation: the messages before an answer, with the header for the answer behind them, must come out as the first part
+of the whole text. Where that part ends, the answer begins. The whole text is encoded at once and never in parts, so the
+ids are those that other programs get from the same template. A token that reaches from a header into an answer does not
+count: the model is given it. Read next: prepare.py.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+
+from nanoqlora.chat_template import Messages
+from nanoqlora.cli import UserError
+from nanoqlora.tokenizer import Tokenizer
+
+ENDS = ("turn", "last", "all", "none")  # end tokens that count: of every trained turn, of the last, of all turns, none
+
+
+def encode_chat(
+    tok: Tokenizer,
+    render: Callable[[Messages, bool], str],
+    messages: Messages,
+    mark: str,
+    roles_to_train: Sequence[str],
+    train_on_eos: str,
+) -> tuple[list[int], list[bool]]:
+    """The tokens of a conversation, and for each whether it counts.
+
+    Args:
+        render: the chat template, from messages and whether to add the header of an answer.
+        messages: guarded by `mark`, so that what they say becomes no special token.
+        roles_to_train: whose turns count; at least one message is theirs.
+        train_on_eos: one of `ENDS`.
+    Raises:
+        UserError: the template hides where an answer begins, or puts no token behind the last one.
+    """
+    text = render(messages, False)
+    ids, starts = tok.encode_guarded(text, mark)
+    mask = [False] * len(ids)
+    controls = set(tok.special_tokens.values())
+
+    def token_at(character: int) -> int:
+        """The first token that starts at this character of the text or behind it."""
+        return bisect_left(starts, tok.width(text[:character].replace(mark, "")))
+
+    def end_of_start(count: int, header: bool = False) -> int:
+        """Where the text of the first messages ends, with the header of the answer to them."""
+        if count == len(messages):
+            return len(text)
+        start = render(messages[:count], header)
+        if not text.startswith(start):
+            raise UserError(
+                f"the chat template writes the first {count} messages in another way when more follow. So the "
+                "answers cannot be found in its text. Give a plainer template with chat_template_jinja."
+            )
+        return len(start)
+
+    last_trained = max(i for i, message in enumerate(messages) if message["role"] in roles_to_train)
+    for i, message in enumerate(messages):
+        trained = message["role"] in roles_to_train
+        if not trained and train_on_eos != "all":
+            continue
+        if message["role"] == "assistant":
+            begin = end_of_start(i, header=True)
+        else:  # no template writes only the header of a question: put something findable in place of the question
+            before = end_of_start(i) if i else 0
+            begin = render([*messages[:i], {**message, "content": mark}], False).find(mark, before)
+            if begin < 0:  # the template leaves such messages out
+                continue
+        turn_end = end_of_start(i + 1)
+        ends = [t for t in range(token_at(begin), token_at(turn_end)) if ids[t] in controls]
+        if not message.get("tool_calls"):  # the first end token behind the content; behind tool calls, the last one
+            content = (message.get("content") or "").strip()  # many templates strip it too
+            found = text.find(content, begin, turn_end)
+            content_end = token_at(begin if found < 0 else found + len(content))
+            ends = [t for t in ends if t >= content_end][:1]
+        end = ends[-1] if ends else None
+        if end is None and i == last_trained:
+            raise UserError(
+                "the chat template puts no special token behind the last answer. The model would never learn to "
+                "stop. Use a template whose end token this tokenizer has, or a built-in one by its name under "
+                "chat_template."
+            )
+        if trained:
+            first, stop = token_at(begin), token_at(turn_end) if end is None else end
+            mask[first:stop] = [True] * (stop - first)
+        if end is not None:
+            mask[end] = train_on_eos in ("turn", "all") or train_on_eos == "last" and i == last_trained
+    return ids, mask

@@ -13,14 +13,14 @@ The sum is made in float32 and rounded once. Memory: about one shard of the outp
 
 import hashlib
 import json
-import math
 from pathlib import Path
 
 import torch
 import yaml
 from torch import Tensor
 
-from nanoqlora.checkpoint import ShardWriter, Weights, model_config, open_weights, read_adapter
+from nanoqlora.adapter import read_updates
+from nanoqlora.checkpoint import ShardWriter, Weights, model_config, open_weights
 from nanoqlora.cli import UserError, run_command, whole_folder, write_text
 from nanoqlora.config import Config, Option, load_command
 from nanoqlora.gguf import tensor_shapes
@@ -54,31 +54,23 @@ def as_training_saw(w: Tensor, in_4bit: bool, seen: torch.dtype) -> Tensor:
 
 
 class Adapter:
-    """The low-rank pairs of an adapter's folder by layer, each handed out once."""
+    """The updates of an adapter's folder by layer, each handed out once."""
 
     def __init__(self, folder: Path) -> None:
-        self.config, state = read_adapter(folder)
-        self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
-        for key in state:
-            name = key.removeprefix("base_model.model.").rpartition(".lora_")[0]
-            a, b = (f"base_model.model.{name}.lora_{side}.weight" for side in "AB")
-            if a not in state or b not in state:
-                raise UserError(f"{folder}: has {key} without its other half, so the adapter is cut. Save it again.")
-            self.pairs[name] = state[a].float(), state[b].float()
-        r, alpha = self.config["r"], self.config["lora_alpha"]
-        self.scaling = alpha / math.sqrt(r) if self.config.get("use_rslora") else alpha / r
+        self.config, self.updates = read_updates(folder)
         self.used: set[str] = set()
 
-    def update(self, name: str, shape: torch.Size) -> Tensor:
-        """s B A of a layer, (n_out, n_in) float32."""
+    def merged(self, name: str, w: Tensor) -> Tensor:
+        """Base and update of a layer as one weight, (n_out, n_in) float32, from the base's."""
         self.used.add(name)
-        a, b = self.pairs[name]
-        if (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
+        update = self.updates[name]
+        a, b = update.lora_A, update.lora_B
+        if (b.shape[0], a.shape[1]) != w.shape:
             raise UserError(
                 f"adapter: {name} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, which make no update of "
-                f"{tuple(shape)}, the shape of its weight in the base model. Wrong base?"
+                f"{tuple(w.shape)}, the shape of its weight in the base model. Wrong base?"
             )
-        return self.scaling * (b @ a)
+        return update.merged(w)
 
 
 def write_merged(weights: Weights, adapter: Adapter, folder: Path, in_4bit: bool, seen, dtype, max_shard_bytes) -> dict:
@@ -96,10 +88,10 @@ def write_merged(weights: Weights, adapter: Adapter, folder: Path, in_4bit: bool
                 w = as_training_saw(w, in_4bit, seen)
             except ValueError as error:  # a width that four bits cannot split
                 raise UserError(f"base model: {name}: {error}") from error
-            if layer in adapter.pairs:
-                update = adapter.update(layer, w.shape)
-                merged = (w + update).to(dtype)
-                changes[layer] = (update.norm() / w.norm()).item()
+            if layer in adapter.updates:
+                whole = adapter.merged(layer, w)
+                merged = whole.to(dtype)
+                changes[layer] = ((whole - w).norm() / w.norm()).item()
                 if torch.equal(merged, w.to(dtype)):
                     raise UserError(
                         f"adapter: {layer} does not change its weight in {dtype}, so the merged model would be the "
@@ -116,7 +108,7 @@ def write_merged(weights: Weights, adapter: Adapter, folder: Path, in_4bit: bool
             )
         writer.add(name, w)
     writer.close()
-    left = sorted(adapter.pairs.keys() - adapter.used)
+    left = sorted(adapter.updates.keys() - adapter.used)
     if left:
         raise UserError(f"adapter: {left[0]} and {len(left) - 1} more layers are not in the base model. Wrong base?")
     return {"merged_layers": len(changes), "mean_relative_change": sum(changes.values()) / max(1, len(changes))}

@@ -24,7 +24,8 @@ import torch
 from tqdm import tqdm
 
 from nanoqlora import distributed, ops
-from nanoqlora.checkpoint import Fill, load_adapter, open_model
+from nanoqlora.adapter import continue_adapter
+from nanoqlora.checkpoint import Fill, open_model
 from nanoqlora.cli import Stopped, UserError, run_command
 from nanoqlora.config import Config, load_command
 from nanoqlora.data import Samples, collate, micro_batches
@@ -32,8 +33,16 @@ from nanoqlora.evaluate import mean_loss, score_samples
 from nanoqlora.fused import can_fuse, fuse_blocks, keep_dense_weights
 from nanoqlora.graphs import GraphedBody, can_record
 from nanoqlora.model import Llama
+from nanoqlora.neftune import add_noise, set_noise_rows
 from nanoqlora.ops import Segments
-from nanoqlora.optim import clip_gradient, learning_rate_at, make_optimizer, state_bytes
+from nanoqlora.optim import (
+    clip_gradient,
+    learning_rate_at,
+    loraplus_groups,
+    make_optimizer,
+    set_learning_rate,
+    state_bytes,
+)
 from nanoqlora.packing import Plan
 from nanoqlora.plan import choose_sharding, dense_fits, keeps_for, memory_budget
 from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora, set_dropout_rows
@@ -83,7 +92,9 @@ def train_step(run: Run, number: int) -> tuple[float, float, float, int]:
     share = list(micro_batches(rows, config.micro_batch_size, run.rank, run.ranks))
     for first, mine in share:
         batch = collate(mine, width).to(run.device)
-        set_dropout_rows(run.model, row_seeds(config.seed, number, first, len(mine)).to(run.device))
+        seeds = row_seeds(config.seed, number, first, len(mine)).to(run.device)
+        set_dropout_rows(run.model, seeds)
+        set_noise_rows(run.model, seeds, batch.segments)
         hidden = run.body(batch.tokens, batch.segments).flatten(0, 1)  # (B * T, D)
         loss = ops.linear_cross_entropy(hidden[batch.supervised], run.model.lm_head.weight, batch.targets)
         (loss / num_targets).backward()
@@ -106,7 +117,7 @@ def train_step(run: Run, number: int) -> tuple[float, float, float, int]:
         config.lr_scheduler,
         config.cosine_min_lr_ratio or 0.0,
     )
-    run.optimizer.param_groups[0]["lr"] = rate
+    set_learning_rate(run.optimizer, rate)
     run.optimizer.step()
     return loss, grad_norm, rate, sum(len(sample) for row in rows for sample in row)
 
@@ -183,13 +194,15 @@ def prepare_model(
 ) -> tuple[Llama, BlockStore | None]:
     """The model as it will train, on this rank, and where it is spread over the ranks its store."""
 
-    def add_lora(model: Llama) -> None:
+    def add_lora(model: Llama, say: Callable[..., None]) -> None:
         torch.manual_seed(config.seed)
         if config.lora_model_dir:
-            load_adapter(model, config.lora_model_dir, config.lora_dropout)
+            keys = ("lora_r", "lora_alpha", "lora_target_modules", "peft_use_rslora", "peft_use_dora")
+            wanted = {key: getattr(config, key) for key in keys}
+            say(continue_adapter(model, config.lora_model_dir, config.lora_dropout, **wanted))
         else:
-            targets = config.lora_target_modules or ALL_LINEAR
-            inject_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, targets, config.peft_use_rslora)
+            targets, variants = config.lora_target_modules or ALL_LINEAR, (config.peft_use_rslora, config.peft_use_dora)
+            inject_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, targets, *variants)
 
     def empty() -> tuple[Llama, Fill]:
         return open_model(config.base_model, load_in_4bit=config.load_in_4bit, dtype=dtype, device=device)
@@ -197,7 +210,7 @@ def prepare_model(
     N = config.micro_batch_size * config.sequence_len
     model, fill = empty()
     shapes, _ = empty()
-    add_lora(shapes)
+    add_lora(shapes, lambda *_: None)
     budget, state = memory_budget(device, ranks), state_bytes(config.optimizer)
     wanted = config.gradient_checkpointing, state, config.sharding, config.offload_params
     sharding, offload, why = choose_sharding(shapes, N, ranks, budget, *wanted)
@@ -205,7 +218,14 @@ def prepare_model(
         say(why)
     options = {"sharding": sharding, "rank": rank, "ranks": ranks, "device": device, "offload": offload}
     store = fill_over_ranks(model, fill, **options)
-    add_lora(model)
+    if config.peft_use_dora and store and not config.lora_model_dir:
+        raise UserError(
+            f"peft_use_dora starts from the length of every row of the weights, and with {sharding} no rank has whole "
+            f"weights then. Write fsdp: no_shard, or start from a DoRA adapter with lora_model_dir."
+        )
+    add_lora(model, say)
+    if config.neftune_noise_alpha:
+        add_noise(model, config.neftune_noise_alpha)
     model.train()
     if can_fuse(model):
         keeps = keeps_for(model, config.gradient_checkpointing, N, optimizer_bytes=state)
@@ -216,7 +236,7 @@ def prepare_model(
         if set(keeps) != {"all"}:
             say("kept for the backward pass: " + ", ".join(f"{keeps.count(k)} x {k}" for k in dict.fromkeys(keeps)))
     else:
-        say("not all seven linear layers of a block are trained: the plain block is used, which is slower")
+        say("plain blocks are used, which is slower: the fused one needs all seven linear layers, without DoRA")
     if store:
         store.attach(model)
     return model, store
@@ -246,7 +266,8 @@ def main() -> None:
     flat = flatten_trainable(model)
     betas = config.adam_beta1, config.adam_beta2
     adamw = {"betas": betas, "eps": config.adam_epsilon, "weight_decay": config.weight_decay}
-    optimizer = make_optimizer(config.optimizer, flat, **adamw)
+    groups = loraplus_groups(model, config.loraplus_lr_ratio) if config.loraplus_lr_ratio else None
+    optimizer = make_optimizer(config.optimizer, flat, groups=groups, **adamw)
     metrics = Metrics(Path(config.output_dir) / "metrics.jsonl", writes=rank == 0)
     body = GraphedBody(model) if pads_rows(config) and can_record(model) else model.model
     parts = body, data.samples, data.held_out, data.plan, flat, optimizer, metrics, store

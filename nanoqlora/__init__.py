@@ -1,6 +1,6 @@
 """nanoqlora: QLoRA fine-tuning of Llama models, from scratch. Start with model.py, ops/nf4.py, qlora.py, train.py."""
 
-from .checkpoint import load_adapter, save_adapter
+from .adapter import load_adapter, save_adapter
 from .model import Llama, ModelConfig
 from .ops import dequantize_nf4, quantize_nf4
 from .qlora import inject_lora

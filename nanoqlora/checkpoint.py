@@ -1,10 +1,9 @@
 """Weights in and out, one tensor at a time.
 
-    open_weights(path)     a Hugging Face folder or a GGUF file, behind one face: config, names, load(name)
+    open_weights(path)     a Hugging Face folder, Meta's or a GGUF file, behind one face: config, names, load(name)
     load_model(path)       a Llama filled from it, its blocks quantised on the way if asked: nothing is ever held in
                            16 bits but the tensor at hand
     open_model(path)       the same in two steps, for ranks that share the work (`sharding.py`)
-    save_adapter, load_adapter    the trained part, in PEFT's layout
     ShardWriter            the files of a merged model
 
 Every fault of a file is told with the file's name. Files appear whole or not at all.
@@ -19,20 +18,22 @@ from typing import Any, Protocol
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from .cli import UserError, whole_file, write_text
+from .cli import UserError, read_json, write_text
 from .gguf import gguf_name, hf_config, read_gguf
 from .hub import local_path
+from .meta import MetaWeights, is_meta_folder
 from .model import Llama, ModelConfig, rope_frequencies
-from .qlora import QLoRALinear, inject_lora, lora_layers, quantize_model
+from .qlora import QLoRALinear, quantize_model
 
 
 class Weights(Protocol):
-    """A checkpoint on disk. `config` is config.json as a dict; names are Hugging Face's."""
+    """A checkpoint on disk. `config` is config.json as a dict and `where` its file; names are Hugging Face's."""
 
     config: dict[str, Any]
+    where: Path
 
     def names(self) -> list[str]: ...
 
@@ -40,10 +41,10 @@ class Weights(Protocol):
 
 
 def open_weights(path: str | Path) -> Weights:
-    """Open a Hugging Face folder, a .gguf file, or a model by its hub name, without reading its weights."""
+    """Open a Hugging Face or Meta folder, a .gguf file, or a model by its hub name, without reading its weights."""
     path = local_path(path)
     if path.is_dir():
-        return FolderWeights(path)
+        return MetaWeights(path) if is_meta_folder(path) else FolderWeights(path)
     if path.is_file() and path.suffix == ".gguf":
         return GGUFWeights(path)
     found = "a file of another kind" if path.exists() else "nothing"
@@ -71,11 +72,28 @@ class FolderWeights:
     """A Hugging Face folder: config.json and one or more safetensors files, which are mapped, not read."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config = read_json(folder / "config.json")
+        self.folder, self.where = folder, folder / "config.json"
+        self.config = read_json(self.where)
+        if self.config.get("quantization_config"):
+            method = dict(self.config["quantization_config"]).get("quant_method", "unknown")
+            raise UserError(
+                f"{self.where}: quantization_config.quant_method is {method!r}, so the weights are quantised "
+                f"already in a way that is not read here. Use the folder of the original weights, or a GGUF file."
+            )
         index = folder / "model.safetensors.index.json"
+        self.handles: dict[str, Any] = {}
         if index.exists():
-            self.files: dict[str, str] = read_json(index).get("weight_map", {})
+            self.files: dict[str, str] = read_json(index).get("weight_map")
+            if not isinstance(self.files, dict) or not all(isinstance(file, str) for file in self.files.values()):
+                raise UserError(f"{index}: weight_map is no map from tensors to files. Download the checkpoint again.")
+            for file in sorted(set(self.files.values())):
+                if Path(file).name != file:
+                    raise UserError(f"{index}: weight_map names {file}, which is outside of the folder. Refused.")
+                if not (folder / file).is_file():
+                    raise UserError(
+                        f"{folder / file}: {index.name} names this file and it is not in the folder, so weights are "
+                        f"missing. Download the checkpoint again."
+                    )
         else:
             files = sorted(file.name for file in folder.glob("*.safetensors") if not file.name.startswith("adapter"))
             if not files:
@@ -84,19 +102,16 @@ class FolderWeights:
                     f"Give the folder of a whole checkpoint."
                 )
             self.files = {name: file for file in files for name in self._open(file).keys()}  # noqa: SIM118
-        self.handles: dict[str, Any] = {}
 
     def _open(self, file: str) -> Any:
-        path = self.folder / file
-        if Path(file).name != file or not path.exists():
-            raise UserError(
-                f"{path}: the index names this file and it is not in the folder, so weights are missing. "
-                f"Download the checkpoint again."
-            )
-        try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a whole safetensors file ({error}). Download or copy it again.") from error
+        if file not in self.handles:
+            try:
+                self.handles[file] = safe_open(self.folder / file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"{self.folder / file}: not a whole safetensors file ({error}). Download or copy it again."
+                ) from error
+        return self.handles[file]
 
     def names(self) -> list[str]:
         return list(self.files)
@@ -105,19 +120,23 @@ class FolderWeights:
         if name not in self.files:
             raise UserError(f"{self.folder}: has no tensor {name}, which the model of its config.json needs.")
         file = self.files[name]
-        if file not in self.handles:
-            self.handles[file] = self._open(file)
         try:
-            return self.handles[file].get_tensor(name)
+            w = self._open(file).get_tensor(name)
         except SafetensorError as error:
             raise UserError(f"{self.folder / file}: tensor {name} cannot be read ({error}).") from error
+        if w.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise UserError(
+                f"{self.folder / file}: tensor {name} is of type {str(w.dtype).removeprefix('torch.')}; float32, "
+                f"float16 and bfloat16 are read. Use the folder of the original weights."
+            )
+        return w
 
 
 class GGUFWeights:
     """A GGUF file of the llama architecture, dequantised to float32 tensor by tensor."""
 
     def __init__(self, path: Path) -> None:
-        self.file = read_gguf(path)
+        self.file, self.where = read_gguf(path), path
         self.config = hf_config(self.file)
 
     def names(self) -> list[str]:
@@ -163,6 +182,25 @@ def load_model(path: str | Path, **options: Any) -> Llama:
     return model
 
 
+def check_names(weights: Weights, expected: list[str], path: str | Path) -> None:
+    """Before anything is read: the tensors have to be those of this Llama, none missing and none left over."""
+    here = set(weights.names())
+    missing = [name for name in expected if name not in here]
+    if missing:
+        raise UserError(
+            f"{path}: {missing[0]} and {len(missing) - 1} more tensors are missing of those that {weights.where.name} "
+            f"asks for, and the model cannot be built without them. Get a whole checkpoint."
+        )
+    # Angles can be computed, and the head of a tied model is its embedding.
+    known = {*expected, "lm_head.weight"}
+    left = sorted(name for name in here - known if not name.endswith("rotary_emb.inv_freq"))
+    if left:
+        raise UserError(
+            f"{path}: has a tensor {left[0]} and {len(left) - 1} more for which a plain Llama has no place, so without "
+            f"them the model would compute something else. Only LlamaForCausalLM without biases and extras is read."
+        )
+
+
 def open_model(
     path: str | Path,
     *,
@@ -175,7 +213,7 @@ def open_model(
     """A Llama that takes no memory yet, its tensors on the meta device, and the function that fills it.
 
     Args:
-        path: Hugging Face folder or .gguf file.
+        path: Hugging Face folder, Meta's folder, .gguf file or hub name.
         load_in_4bit: quantise the linear layers of the blocks to NF4 from the values in the file.
         double_quant: and their scales to 8 bits.
         dtype: of everything else. Default: float32 on a CPU, bfloat16 on a GPU.
@@ -193,16 +231,21 @@ def open_model(
         w = weights.load(name)
         if w.shape != shape:
             raise UserError(
-                f"{path}: tensor {name} has shape {tuple(w.shape)} where the configuration says "
-                f"{tuple(shape)}, so file and configuration are of different models."
+                f"{path}: tensor {name} has shape {tuple(w.shape)} where {weights.where.name} says {tuple(shape)}, "
+                f"so the weights and {weights.where.name} are of different models."
             )
         w = w.to(device)
         if not torch.isfinite(w).all():
             raise UserError(f"{path}: tensor {name} holds NaN or infinite values; training on it would give NaN.")
         return w if load_in_4bit and block_of(name) is not None else w.to(dtype)
 
-    config = model_config(weights.config, path)
-    return empty_model(config, load, load_in_4bit=load_in_4bit, double_quant=double_quant, dtype=dtype, device=device)
+    config = model_config(weights.config, weights.where)
+    check_names(weights, expected_names(config), path)
+    options = {"load_in_4bit": load_in_4bit, "double_quant": double_quant, "dtype": dtype, "device": device}
+    try:
+        return empty_model(config, load, **options)
+    except ValueError as error:  # a width that four bits cannot split
+        raise UserError(f"{path}: {error}") from error
 
 
 def empty_model(
@@ -246,111 +289,6 @@ def block_of(name: str) -> int | None:
     return int(parts[2]) if parts[-2].endswith("_proj") else None
 
 
-# ------------------------------------------------------------------------------------------------ adapters
-
-PEFT_PREFIX = "base_model.model."
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The trained tensors under PEFT's names: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight, ..."""
-    state = {}
-    for name, layer in lora_layers(model).items():
-        state[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A.data
-        state[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.lora_B.data
-    return state
-
-
-def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> None:
-    """Write adapter_model.safetensors and adapter_config.json as PEFT reads them.
-
-    Args:
-        model: with LoRA injected.
-        base_model: what the adapter belongs to, kept as base_model_name_or_path.
-    """
-    layers = lora_layers(model)
-    first = next(iter(layers.values()))
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base_model),
-        "r": first.lora_A.shape[0],
-        "lora_alpha": first.alpha,
-        "lora_dropout": first.dropout_p,
-        "use_rslora": first.use_rslora,
-        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "modules_to_save": None,
-    }
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in adapter_state(model).items()}
-    with whole_file(Path(folder) / "adapter_model.safetensors") as file:
-        save_file(state, file, metadata={"format": "pt"})
-    write_text(Path(folder) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-
-
-def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """adapter_config.json and the tensors of an adapter's folder.
-
-    Raises:
-        UserError: files missing or damaged, or a kind of adapter that is more than plain LoRA.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"adapter {folder}: no such folder. Give the folder with adapter_model.safetensors.")
-    config = read_json(folder / "adapter_config.json")
-    path = folder / "adapter_model.safetensors"
-    only = {"peft_type": "LORA", "bias": "none", "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    only |= {"modules_to_save": None, "fan_in_fan_out": False, "layers_to_transform": None}
-    for key, value in only.items():
-        if config.get(key, value) not in (value, None, []):
-            raise UserError(
-                f"{folder / 'adapter_config.json'}: {key} is {config[key]!r}. Only plain LoRA with {key}={value!r} is "
-                f"read; without that part the adapter would compute something else."
-            )
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float):
-            raise UserError(f"{folder / 'adapter_config.json'}: {key} is missing, and the update's scale needs it.")
-    try:
-        return config, load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}). Save or copy the adapter again.") from error
-
-
-def load_adapter(model: Llama, folder: str | Path, dropout: float = 0.0) -> None:
-    """Inject what an adapter needs and fill it. Every tensor of the file is used and every layer filled.
-
-    Raises:
-        UserError: as `read_adapter`, or the adapter does not fit the model.
-    """
-    config, state = read_adapter(folder)
-    targets = tuple(dict.fromkeys(name.split(".")[-3] for name in state))
-    try:
-        inject_lora(model, config["r"], config["lora_alpha"], dropout, targets, config.get("use_rslora", False))
-    except ValueError as error:
-        raise UserError(f"{folder}: {error}") from error
-    fill_adapter(model, state, Path(folder) / "adapter_model.safetensors")
-
-
-def fill_adapter(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Copy tensors under PEFT's names into the injected layers; both sides have to have the same names and shapes."""
-    ours = adapter_state(model)
-    for name in sorted(ours.keys() ^ state.keys()):
-        here, there = ("the model", "the file") if name in ours else ("the file", "the model")
-        raise UserError(f"{path}: {here} has {name} and {there} has not, so this adapter is of another model or cut.")
-    for name, tensor in ours.items():
-        if tensor.shape != state[name].shape:
-            raise UserError(
-                f"{path}: {name} has shape {tuple(state[name].shape)} and the model needs {tuple(tensor.shape)}, "
-                f"so this adapter is of another model."
-            )
-        if not tensor.is_meta:  # of an empty model only the shapes are of interest
-            tensor.copy_(state[name])
-
-
 # ------------------------------------------------------------------------------------------------ writing models
 
 
@@ -387,16 +325,3 @@ class ShardWriter:
         if count > 1:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
             write_text(self.folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that has to hold an object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file. It is needed to know what the other files mean.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}). Copy the file again.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__} where an object is expected.")
-    return value

@@ -5,6 +5,7 @@ Exit codes: 0 done; 2 the user's input is wrong (one line, nothing changed); 130
 """
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -12,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
@@ -88,6 +89,19 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that has to hold an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. It is needed to know what the other files mean.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}). Copy the file again.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__} where an object is expected.")
+    return value
 
 
 class Parser(argparse.ArgumentParser):

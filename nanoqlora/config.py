@@ -136,6 +136,7 @@ class Config:
     lora_target_modules: tuple[str, ...] = key("names of the layers to adapt, such as q_proj", ())
     lora_model_dir: str | None = key("start from the adapter in this folder", None)
     peft_use_rslora: bool = key("scale by lora_alpha / sqrt(lora_r) instead", False)
+    peft_use_dora: bool = key("DoRA: learn the length of every row of a weight apart from its direction", False)
 
     datasets: tuple[DatasetConfig, ...] = key("training data, a list of maps", group="data")
     test_datasets: tuple[DatasetConfig, ...] = key("evaluation data, a list of maps", ())
@@ -168,6 +169,8 @@ class Config:
     adam_beta1: float = key("decay of the mean of gradients", 0.9, "[0, 1)")
     adam_beta2: float = key("decay of the mean of squared gradients", 0.999, "[0, 1)")
     adam_epsilon: float = key("added to the denominator", 1e-8, "(0, inf)")
+    loraplus_lr_ratio: float | None = key("LoRA+: lora_B learns so many times as fast as lora_A", None, "(0, inf)")
+    neftune_noise_alpha: float | None = key("NEFTune: noise on the embeddings in training", None, "(0, inf)")
     max_grad_norm: float = key("clip the global gradient norm; 0: do not clip", 1.0, "[0, inf)")
     gradient_checkpointing: bool | Literal["offload", "auto"] | None = key(
         "recompute blocks in backward; offload: keep their inputs in host memory; auto: if memory needs it; "

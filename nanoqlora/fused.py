@@ -363,5 +363,6 @@ def keep_dense_weights(model: Llama) -> None:
 
 
 def can_fuse(model: Llama) -> bool:
-    """Whether all seven linear layers of every block learn, which the fused block takes for granted."""
-    return len(lora_layers(model)) == 7 * model.config.num_hidden_layers
+    """Whether all seven linear layers of every block learn, without DoRA: what the fused block takes for granted."""
+    layers = lora_layers(model).values()
+    return len(layers) == 7 * model.config.num_hidden_layers and all(layer.magnitude is None for layer in layers)

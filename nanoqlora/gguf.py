@@ -404,7 +404,7 @@ def hf_config(gguf: GGUFFile) -> dict[str, Any]:
         "num_attention_heads": num_heads,
         "num_key_value_heads": gguf.number("llama.attention.head_count_kv", int, num_heads),
         "head_dim": head_dim,
-        "vocab_size": gguf.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in gguf.tensors else 0,
+        "vocab_size": gguf.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in gguf.tensors else 1,
         "max_position_embeddings": gguf.number("llama.context_length", int),
         "rms_norm_eps": gguf.number("llama.attention.layer_norm_rms_epsilon", float),
         "rope_theta": gguf.number("llama.rope.freq_base", float, 10000.0),
@@ -456,7 +456,10 @@ def _refuse_other_models(gguf: GGUFFile) -> None:
 def _check_tensors(gguf: GGUFFile, config: dict[str, Any]) -> None:
     """The tensors have to be those of this Llama: none missing, none left over, each of the right shape."""
     num_layers = min(config["num_hidden_layers"], len(gguf.tensors))  # a damaged count would keep us busy for hours
-    shapes = tensor_shapes(ModelConfig.from_hf(config | {"num_hidden_layers": num_layers}))
+    try:
+        shapes = tensor_shapes(ModelConfig.from_hf(config | {"num_hidden_layers": num_layers}))
+    except ValueError as error:
+        raise UserError(f"{gguf.path}: by its metadata {error}.") from error
     expected = {gguf_name(name): shape for name, shape in shapes.items()}
     missing = [name for name in expected if name not in gguf.tensors]
     if missing:
@@ -494,7 +497,7 @@ def _llama3_scaling(gguf: GGUFFile, config: dict[str, Any]) -> dict[str, Any] | 
         height = (1 / divisors[on_line] - 1 / factor) / (1 - 1 / factor)
         slope, start = np.polyfit(frequencies[on_line] / (2 * math.pi), height, deg=1)
         if start < -1e-6:  # the line is (context * frequency / 2 pi - 1) / (high - 1)
-            candidates.append((round(1 - 1 / start, 4), round(slope * -1 / start)))
+            candidates.append((round(float(1 - 1 / start), 4), round(float(slope * -1 / start))))
     for high, context in candidates:
         scaling = {
             "rope_type": "llama3",

@@ -22,6 +22,7 @@ RUN = Fates(
         "sdp_attention": ("attn_implementation", when_on("sdpa")),
         "flex_attention": ("attn_implementation", when_on("flex_attention")),
         "eager_attention": ("attn_implementation", when_on("eager")),
+        "noisy_embedding_alpha": ("neftune_noise_alpha", None),
         "bfloat16": ("bf16", when_on(True)),
         "float32": ("bf16", when_on(False)),
     },
@@ -56,6 +57,7 @@ RUN = Fates(
         "there is one way to recompute": "gradient_checkpointing_kwargs",
         "weights are handled one tensor at a time": "low_cpu_mem_usage lora_on_cpu qlora_sharded_model_loading",
         "adapters are always saved whole, as safetensors": "save_safetensors fsdp_final_state_dict_type",
+        "the embedding is not trained": "loraplus_lr_embedding",
         "trained values are always float32": "peft_autocast_adapter_dtype",
         "tokens per second are always logged": "include_tokens_per_second include_tkps",
         "there is one way to shard": "fsdp_use_orig_params fsdp_sync_module_states fsdp_limit_all_gathers "
@@ -104,9 +106,8 @@ RUN = Fates(
         "name a local folder of that revision as base_model": "revision_of_model",
         "one learning rate for all, and the schedules of lr_scheduler as they are: remove it": "lr_scheduler_kwargs "
         "lr_quadratic_warmup lr_div_factor lr_groups cosine_constant_lr_ratio",
-        "not supported yet: remove it": "peft_use_dora loraplus_lr_* neftune_noise_alpha noisy_embedding_alpha "
-        "early_stopping_patience load_best_model_at_end metric_for_best_model wandb_project wandb_entity wandb_name "
-        "wandb_mode use_wandb use_tensorboard loss_watchdog_* save_first_step",
+        "not supported yet: remove it": "early_stopping_patience load_best_model_at_end metric_for_best_model "
+        "wandb_project wandb_entity wandb_name wandb_mode use_wandb use_tensorboard loss_watchdog_* save_first_step",
         "AdamW is the only optimizer: remove it, or write adam_beta1, adam_beta2, adam_epsilon": "optim_args "
         "optim_target_modules adam_beta3 adam_epsilon2 dion_* qgalore_*",
         "write gradient_checkpointing: auto, which keeps what fits": "selective_checkpointing activation_offloading "

@@ -54,35 +54,60 @@ class ModelConfig:
         """
         architectures = config.get("architectures") or ["LlamaForCausalLM"]
         if not set(architectures) & {"LlamaForCausalLM", "MistralForCausalLM"}:
-            raise ValueError(f"architecture {architectures[0]} is not supported; only Llama and Mistral models are")
-        unsupported = {
-            "attention_bias": config.get("attention_bias"),
-            "mlp_bias": config.get("mlp_bias"),
-            "hidden_act": config.get("hidden_act", "silu") != "silu" and config["hidden_act"],
-            "sliding_window": config.get("sliding_window"),
-        }
-        for key, value in unsupported.items():
-            if value:
-                raise ValueError(f"{key}={value} is not supported; the model would compute something else without it")
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+            raise ValueError(
+                f"architectures is {architectures}, and only LlamaForCausalLM and MistralForCausalLM are read"
+            )
+        plain = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "sliding_window": None}
+        plain |= {"partial_rotary_factor": 1.0}
+        for key, value in plain.items():
+            if config.get(key) not in (value, None):
+                raise ValueError(f"{key} is {config[key]!r}, which is not supported: only {value!r} is computed here")
+        rope_key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+        rope = dict(config.get(rope_key) or {})
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "linear", "llama3"):
-            raise ValueError(f"rope type {kind!r} is not supported; known are default, linear and llama3")
+        if kind not in ROPE_NUMBERS:
+            raise ValueError(
+                f"{rope_key}.rope_type is {kind!r}, which is not supported; known are {', '.join(ROPE_NUMBERS)}"
+            )
         heads = config["num_attention_heads"]
+        theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+        numbers = {
+            "hidden_size": config["hidden_size"],
+            "intermediate_size": config["intermediate_size"],
+            "num_hidden_layers": config["num_hidden_layers"],
+            "num_attention_heads": heads,
+            "num_key_value_heads": config.get("num_key_value_heads") or heads,
+            "vocab_size": config["vocab_size"],
+            "max_position_embeddings": config.get("max_position_embeddings", 2048),
+        }
+        factors = {f"{rope_key}.{key}": rope.get(key) for key in ROPE_NUMBERS[kind]}
+        for key, value in (numbers | factors | {"rope_theta": theta}).items():
+            if type(value) not in (int, *(() if key in numbers else (float,))) or not value > 0:
+                raise ValueError(
+                    f"{key} is {value!r}, where a Llama needs a {'whole ' * (key in numbers)}number above zero"
+                )
+        head_dim = config.get("head_dim") or numbers["hidden_size"] // heads
+        if heads % numbers["num_key_value_heads"] or head_dim % 2:
+            raise ValueError(
+                f"num_attention_heads is {heads}, num_key_value_heads {numbers['num_key_value_heads']} and head_dim "
+                f"{head_dim}: the first has to be a multiple of the second, and the third has to be even"
+            )
         return cls(
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_hidden_layers=config["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            vocab_size=config["vocab_size"],
-            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            **numbers,
+            head_dim=head_dim,
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0),
+            rope_theta=float(theta),
             rope_scaling={} if kind == "default" else rope | {"rope_type": kind},
             tie_word_embeddings=config.get("tie_word_embeddings", False),
         )
+
+
+# The kinds of RoPE, each with the numbers that it needs.
+ROPE_NUMBERS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:

@@ -5,6 +5,7 @@ state of its own to save or lose.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,21 +29,47 @@ def learning_rate_at(step: int, num_steps: int, warmup: int, peak: float, schedu
     return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+def loraplus_groups(model: nn.Module, ratio: float) -> list[dict[str, Any]]:
+    """LoRA+ (arXiv:2402.12354): every B learns `ratio` times as fast as what else is trained.
+
+    The parameters are views of the flat buffer, so its norm, its clip and its sum over ranks hold for both groups.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for name, p in trained if not name.endswith("lora_B")]},
+        {"params": [p for name, p in trained if name.endswith("lora_B")], "lr_ratio": ratio},
+    ]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The rate of the next step; a group with an `lr_ratio` takes so many times as much."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_ratio", 1.0)
+
+
 def make_optimizer(
-    name: str, flat: nn.Parameter, *, betas: tuple[float, float], eps: float, weight_decay: float
+    name: str,
+    flat: nn.Parameter,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    groups: list[dict[str, Any]] | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW on the flat buffer. Its learning rate is set before each step.
 
     Args:
         name: adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_8bit or paged_adamw_32bit.
+        groups: views of the buffer that learn at rates of their own, in its place.
     """
+    params = groups or [flat]
     options = {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     if name.startswith("adamw_torch"):
-        return torch.optim.AdamW([flat], fused=name.endswith("fused"), **options)
+        return torch.optim.AdamW(params, fused=name.endswith("fused"), **options)
     from bitsandbytes import optim
 
     kinds = {"adamw_8bit": optim.AdamW8bit, "paged_adamw_8bit": optim.PagedAdamW8bit}
-    return (kinds | {"paged_adamw_32bit": optim.PagedAdamW32bit})[name]([flat], **options)
+    return (kinds | {"paged_adamw_32bit": optim.PagedAdamW32bit})[name](params, **options)
 
 
 def state_bytes(name: str) -> float:

@@ -29,7 +29,7 @@ class QLoRALinear(nn.Module):
 
     Buffers in NF4: packed (n_out, n_in / 2) uint8; absmax (n_out, n_in / 64) uint8 codes with nested_absmax
     (ceil(n / 256),) and nested_offset () float32, or, without double quantisation, float32 scales alone.
-    Parameters: lora_A (r, n_in) and lora_B (n_out, r), float32.
+    Parameters: lora_A (r, n_in) and lora_B (n_out, r), float32; with DoRA also magnitude (n_out,).
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -38,6 +38,7 @@ class QLoRALinear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.lora_A: nn.Parameter | None = None
         self.lora_B: nn.Parameter | None = None
+        self.magnitude: nn.Parameter | None = None  # (n_out,) float32, DoRA's length of each row of W
         self.scaling = self.alpha = self.dropout_p = 0.0
         self.use_rslora = False
         self.layer_seed = 0
@@ -86,8 +87,13 @@ class QLoRALinear(nn.Module):
     def is_double_quantised(self) -> bool:
         return hasattr(self, "nested_absmax")
 
-    def add_lora(self, r: int, alpha: float, dropout: float, use_rslora: bool, layer_seed: int) -> None:
-        """Start an update at exactly zero: A uniform as in PEFT (Kaiming with a = sqrt(5)), B zero."""
+    def add_lora(
+        self, r: int, alpha: float, dropout: float, use_rslora: bool, layer_seed: int, use_dora: bool = False
+    ) -> None:
+        """Start an update at exactly zero: A uniform as in PEFT (Kaiming with a = sqrt(5)), B zero.
+
+        DoRA's magnitudes are ones until they are set to the rows' lengths, or loaded.
+        """
         device = self.weight.device if hasattr(self, "weight") else self.packed.device
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
@@ -95,6 +101,8 @@ class QLoRALinear(nn.Module):
         self.alpha, self.use_rslora = alpha, use_rslora
         self.scaling = alpha / math.sqrt(r) if use_rslora else alpha / r
         self.dropout_p, self.layer_seed = dropout, layer_seed
+        if use_dora:
+            self.magnitude = nn.Parameter(torch.ones(self.out_features, device=device))
 
     def delta(self) -> Tensor:
         """The update s B A, (n_out, n_in) float32."""
@@ -106,14 +114,33 @@ class QLoRALinear(nn.Module):
         dropout = None
         if self.training and self.dropout_p > 0:
             dropout = ops.Dropout(self.dropout_p, self.row_seeds ^ self.layer_seed)
+        if self.magnitude is not None:
+            return self.dora(x, dropout)
         return ops.lora_linear(x, self.rebuild, self.lora_A, self.lora_B, self.scaling, dropout)
+
+    def dora(self, x: Tensor, dropout: ops.Dropout | None) -> Tensor:
+        """y = c * (x (W + s B A)^T), c (n_out,) bringing every row of W + s B A to its learnt length `magnitude`.
+
+        The row's length as it is counts as a constant in the backward pass, as section 4.3 of the paper proposes.
+        With dropout the dropped inputs go through both products, and what was dropped through W alone.
+        Source: DoRA (arXiv:2402.09353). Cost: W is rebuilt once more, in float32, for the lengths.
+        """
+        with torch.no_grad():
+            length = (self.rebuild(torch.float32) + self.delta()).norm(dim=1)
+        c = self.magnitude / length
+        dropped = x if dropout is None else (x * dropout.mask(x)).to(x.dtype)
+        y = c * ops.lora_linear(dropped, self.rebuild, self.lora_A, self.lora_B, self.scaling, None)  # float32
+        return y.to(x.dtype) if dropout is None else (y + ops.frozen_linear(x - dropped, self.rebuild)).to(x.dtype)
 
 
 def quantize_model(model: Llama, double_quant: bool = True) -> None:
     """Replace every linear layer of the blocks by its 4-bit form, one at a time. Embedding, head and norms stay."""
     for name, linear in list(block_linears(model)):
         layer = QLoRALinear(linear.weight.data)
-        layer.quantize(double_quant)
+        try:
+            layer.quantize(double_quant)
+        except ValueError as error:
+            raise ValueError(f"tensor {name}.weight: {error}") from error
         model.set_submodule(name, layer)
 
 
@@ -124,6 +151,7 @@ def inject_lora(
     dropout: float = 0.0,
     target_modules: tuple[str, ...] = ALL_LINEAR,
     use_rslora: bool = False,
+    use_dora: bool = False,
 ) -> None:
     """Freeze the model and give the named linear layers of its blocks an update of rank r.
 
@@ -132,6 +160,7 @@ def inject_lora(
         alpha: the update is scaled by alpha / r, or by alpha / sqrt(r) with `use_rslora` (arXiv:2312.03732).
         dropout: probability with which an input of the update's path is dropped in training.
         target_modules: last parts of the layers' names.
+        use_dora: learn the length of each row of W apart from its direction (arXiv:2402.09353).
     Raises:
         ValueError: a name that no layer has.
     """
@@ -142,15 +171,25 @@ def inject_lora(
             f"trained there. Known are {', '.join(ALL_LINEAR)}."
         )
     model.requires_grad_(False)
-    for name, linear in list(block_linears(model)):
-        path, _, kind = name.rpartition(".")
-        if kind not in target_modules:
-            continue
-        if not isinstance(linear, QLoRALinear):
-            linear = QLoRALinear(linear.weight.data)
-            model.set_submodule(name, linear)
-        layer_input = 4 * int(path.split(".")[2]) + INPUT_OF[kind]
-        linear.add_lora(r, alpha, dropout, use_rslora, layer_seed=layer_input * 0x9E3779B97F4A7C1 % 2**62)
+    for name, _ in list(block_linears(model)):
+        if name.rpartition(".")[2] in target_modules:
+            layer = add_update(model, name, r, alpha, dropout, use_rslora, use_dora)
+            if use_dora and not layer.magnitude.is_meta:
+                layer.magnitude.data = layer.rebuild(torch.float32).norm(dim=1)
+
+
+def add_update(
+    model: Llama, name: str, r: int, alpha: float, dropout: float, use_rslora: bool, use_dora: bool
+) -> QLoRALinear:
+    """Give one linear layer of a block, by its whole name, an update. Arguments as in `inject_lora`."""
+    linear = model.get_submodule(name)
+    if not isinstance(linear, QLoRALinear):
+        linear = QLoRALinear(linear.weight.data)
+        model.set_submodule(name, linear)
+    path, _, kind = name.rpartition(".")
+    layer_input = 4 * int(path.split(".")[2]) + INPUT_OF[kind]
+    linear.add_lora(r, alpha, dropout, use_rslora, layer_input * 0x9E3779B97F4A7C1 % 2**62, use_dora)
+    return linear
 
 
 def block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

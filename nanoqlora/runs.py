@@ -23,9 +23,10 @@ import torch
 import torch.distributed as dist
 
 from . import distributed
+from .adapter import fill_adapter, read_adapter, save_adapter
 from .chat import answer
-from .checkpoint import fill_adapter, fingerprint, read_adapter, read_json, save_adapter
-from .cli import UserError, whole_folder, write_text
+from .checkpoint import fingerprint
+from .cli import UserError, read_json, whole_folder, write_text
 from .config import Config, DatasetConfig
 from .data import Samples, join
 from .data_files import DataFile, find_files

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from . import distributed
-from .checkpoint import load_adapter, load_model
+from .adapter import load_adapter
+from .checkpoint import load_model
 from .cli import UserError
 from .model import KVCache, Llama
 from .prompts import PromptFormat

@@ -316,6 +316,7 @@ def test_refused_key_says_what_to_do_and_may_stay_when_off(cls, name, advice):
 
 OLD = {
     "evaluation_strategy": ("no", "no"),
+    "noisy_embedding_alpha": (5, 5.0),
     "flash_attention": (True, "flash_attention_2"),
     "sdp_attention": (True, "sdpa"),
     "flex_attention": (True, "flex_attention"),

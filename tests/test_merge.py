@@ -270,7 +270,7 @@ def refused(ended: Ended, *words: str) -> None:
 
 Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
 CHANGES = {
-    "half a pair": (lambda state: state.pop(f"{Q}B.weight"), ["q_proj.lora_A", "half"]),
+    "half a pair": (lambda state: state.pop(f"{Q}B.weight"), ["q_proj lacks lora_B.weight"]),
     "B is zero": (lambda state: state[f"{Q}B.weight"].zero_(), ["layers.1.self_attn.q_proj", "does not change"]),
     "not a number": (lambda state: state[f"{Q}A.weight"].fill_(float("nan")), ["layers.1.self_attn.q_proj"]),
     "other width": (

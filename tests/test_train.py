@@ -32,7 +32,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import nanoqlora as nq
 import train
-from nanoqlora.checkpoint import load_adapter, load_model
+from nanoqlora.adapter import load_adapter
+from nanoqlora.checkpoint import load_model
 from nanoqlora.cli import run_command
 from nanoqlora.config import load_config, make_config
 from nanoqlora.data import Sample, collate

@@ -1,0 +1,166 @@
+"""LoRA+ and NEFTune against their formulas and against PEFT's and transformers' own; runs with every variant."""
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft.optimizers import create_loraplus_optimizer
+from test_qlora import TOKENS, dequantised_copy, randomise
+from test_train import alpaca_rows, run_here, save_random_adapter, save_tiny_model, steps_of, write_rows, write_run
+from tiny import save_random_llama
+from transformers.integrations.neftune import neftune_post_forward_hook
+
+import nanoqlora as nq
+import train
+from nanoqlora.neftune import add_noise, set_noise_rows
+from nanoqlora.ops import Segments
+from nanoqlora.optim import loraplus_groups, make_optimizer, set_learning_rate
+from nanoqlora.qlora import flatten_trainable, lora_layers
+
+
+def test_loraplus_steps_equal_peft(tmp_path, rng):
+    """Ten steps of AdamW with a decreasing rate on the same gradients, B sixteen times as fast: PEFT's values."""
+    save_random_llama(tmp_path)
+    model = nq.Llama.from_pretrained(tmp_path, load_in_4bit=True)
+    base = dequantised_copy(model, tmp_path)
+    nq.inject_lora(model, r=4, alpha=8)
+    randomise(model)
+    nq.save_adapter(model, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    reference = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, eps=1e-8)
+    flat = flatten_trainable(model)
+    options = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    optimizer = make_optimizer("adamw_torch", flat, groups=loraplus_groups(model, 16.0), **options)
+    start, rates = flat.detach().clone(), [group["lr"] for group in reference.param_groups]
+    values = {name.replace(".default", ""): p for name, p in theirs.named_parameters()}
+    pairs = [
+        (getattr(layer, part), values[f"base_model.model.{name}.{part}.weight"])
+        for name, layer in lora_layers(model).items()
+        for part in ("lora_A", "lora_B")
+    ]
+    for step in range(10):
+        flat.grad.normal_(generator=rng)
+        for ours, expected in pairs:
+            expected.grad = ours.grad.clone()
+        share = 1 - step / 10
+        set_learning_rate(optimizer, 1e-3 * share)
+        for group, rate in zip(reference.param_groups, rates, strict=True):
+            group["lr"] = rate * share
+        optimizer.step()
+        reference.step()
+    assert all((ours - expected).abs().max() < 1e-6 for ours, expected in pairs)
+    assert (flat - start).abs().max() > 0.02, "B moves faster than 1e-3 a step"
+
+
+def noisy(tmp_path: Path, alpha: float = 5.0) -> nq.Llama:
+    save_random_llama(tmp_path, tie_word_embeddings=True)
+    model = nq.Llama.from_pretrained(tmp_path)
+    add_noise(model, alpha)
+    return model.train()
+
+
+def noise_of(model: nq.Llama, seeds: list[int], lengths: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    segments = Segments(lengths)
+    tokens = torch.zeros(len(lengths), sum(lengths[0]), dtype=torch.int64)
+    set_noise_rows(model, torch.tensor(seeds), segments)
+    return model.model.embed_tokens(tokens) - model.model.embed_tokens.weight[0]
+
+
+def test_noise_is_uniform_and_as_long_as_the_paper_says(tmp_path):
+    """Range, mean and variance of s * uniform(-1, 1), s = 5 / sqrt(L D), as transformers' hook makes it."""
+    model = noisy(tmp_path)
+    hook = torch.nn.Embedding(300, 128).train()
+    hook.neftune_noise_alpha = 5.0
+    L, D = 400, 128
+    s, n = 5.0 / (L * D) ** 0.5, 2 * L * D
+    theirs = neftune_post_forward_hook(hook, None, torch.zeros(2, L, D))
+    for noise in (noise_of(model, [1, 2], ((L,), (L,))), theirs):
+        assert 0.999 * s < noise.abs().max() <= s * (1 + 1e-5)
+        assert abs(noise.mean()) < 5 * s / (3 * n) ** 0.5
+        # the square of a uniform number has mean s^2 / 3 and a standard deviation of s^2 * sqrt(4 / 45)
+        assert abs(noise.square().mean() - s * s / 3) < 5 * s * s * (4 / 45 / n) ** 0.5
+    ours = noise_of(model, [1, 2], ((L,), (L,)))
+    for other in (ours.roll(1, 0), ours.roll(1, 1), ours.roll(1, 2)):
+        assert abs((ours * other).mean()) < 5 * s * s / 3 / n**0.5, "rows, tokens and dimensions are independent"
+
+
+def test_noise_depends_on_the_row_and_the_documents_length_alone(tmp_path):
+    model = noisy(tmp_path)
+    alone = noise_of(model, [7], ((10,),))
+    both = noise_of(model, [7, 8], ((10, 30), (40,)))
+    assert torch.allclose(both[0, :10], alone[0], atol=1e-7), "packed with others: the same"
+    assert (both[0, 10:].abs().max() / both[0, :10].abs().max()) == pytest.approx((10 / 30) ** 0.5, rel=0.02)
+    assert torch.allclose(noise_of(model, [8, 7], ((40,), (10, 30)))[0], both[1], atol=1e-7), (
+        "in another place: the same"
+    )
+    assert (noise_of(model, [9], ((10,),)) - alone).abs().max() > 0.01
+    assert not noise_of(model.eval(), [7], ((10,),)).any(), "none in evaluation"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("variants")
+    return save_tiny_model(root / "model"), write_rows(root / "data.jsonl", alpaca_rows(8))
+
+
+def run(world: tuple[Path, Path], folder: Path, *words: str, **keys) -> tuple[list[dict], str]:
+    """Four steps of a tiny run: its logged steps and what it said."""
+    options = {"max_steps": 4, "output_dir": str(folder), "learning_rate": 1e-3, "saves_per_epoch": 2} | keys
+    file = write_run(folder.parent / f"{folder.name}.yml", *world, **options)
+    ended = run_here(train.main, file, *words)
+    assert ended.code == 0, ended.err
+    return steps_of(folder), ended.out
+
+
+VARIANTS = {
+    "plain": {},
+    "DoRA": {"peft_use_dora": True, "lora_dropout": 0.1},
+    "LoRA+": {"loraplus_lr_ratio": 8},
+    "NEFTune": {"neftune_noise_alpha": 5},
+    "one kind": {"lora_target_modules": ["v_proj"]},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_runs_of_every_variant_learn_resume_and_load_in_peft(world, tmp_path, variant):
+    keys = VARIANTS[variant]
+    steps, said = run(world, tmp_path / "whole", save_steps=2, saves_per_epoch=None, **keys)
+    assert said.count("plain blocks are used") == (variant in ("DoRA", "one kind"))
+    resumed, _ = run(
+        world,
+        tmp_path / "again",
+        *("--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-2")),
+        save_steps=2,
+        saves_per_epoch=None,
+        **keys,
+    )
+    figures = ("step", "loss", "grad_norm", "learning_rate")
+    assert [[row[key] for key in figures] for row in resumed[-2:]] == [
+        [row[key] for key in figures] for row in steps[2:]
+    ]
+    model = nq.Llama.from_pretrained(world[0], load_in_4bit=True)
+    base = dequantised_copy(model, world[0])
+    nq.load_adapter(model, tmp_path / "whole")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "whole").eval()
+    with torch.no_grad():
+        assert (model(TOKENS) - theirs(TOKENS).logits).abs().max() < 1e-4
+    config = json.loads((tmp_path / "whole" / "adapter_config.json").read_text())
+    assert config["use_dora"] == (variant == "DoRA")
+    if variant != "plain":
+        plain, _ = run(world, tmp_path / "plain")
+        assert [row["loss"] for row in plain[1:]] != [row["loss"] for row in steps[1:]], "the variant changes the run"
+
+
+def test_a_run_goes_on_from_an_adapter(world, tmp_path):
+    """It starts where the adapter left, says its rank, and refuses another one."""
+    adapter = save_random_adapter(world[0], tmp_path / "adapter", r=4)
+    first, said = run(world, tmp_path / "on", lora_model_dir=str(adapter), lora_r=None, lora_alpha=None)
+    assert "rank 4, alpha" in said and "on 14 layers" in said
+    fresh, _ = run(world, tmp_path / "fresh")
+    assert first[0]["loss"] != fresh[0]["loss"]
+    file = write_run(tmp_path / "wrong.yml", *world, max_steps=1, lora_r=8, output_dir=str(tmp_path / "none"))
+    ended = run_here(train.main, file, "--lora_model_dir", str(adapter))
+    assert ended.code == 2 and "lora_r is 8" in ended.err and "has 4" in ended.err and ended.err.count("\n") == 1
+    assert not (tmp_path / "none").exists()

@@ -15,6 +15,7 @@ count: the model is given it. Read next: prepare.py.
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from os.path import commonprefix
 
 from nanoqlora.chat_template import Messages
 from nanoqlora.cli import UserError
@@ -50,17 +51,19 @@ def encode_chat(
         """The first token that starts at this character of the text or behind it."""
         return bisect_left(starts, tok.width(text[:character].replace(mark, "")))
 
-    def end_of_start(count: int, header: bool = False) -> int:
-        """Where the text of the first messages ends, with the header of the answer to them."""
+    def shared(count: int, header: bool = False) -> tuple[int, bool]:
+        """How far the text of the first messages, with the header of an answer, is that of all; is it to its end?"""
         if count == len(messages):
-            return len(text)
+            return len(text), True
         start = render(messages[:count], header)
-        if not text.startswith(start):
-            raise UserError(
-                f"the chat template writes the first {count} messages in another way when more follow. So the "
-                "answers cannot be found in its text. Give a plainer template with chat_template_jinja."
-            )
-        return len(start)
+        length = len(start) if text.startswith(start) else len(commonprefix([start, text]))
+        return length, length == len(start)
+
+    def hidden(count: int) -> UserError:
+        return UserError(
+            f"the chat template writes the first {count} messages in another way when more follow. So the "
+            "answers cannot be found in its text. Give a plainer template with chat_template_jinja."
+        )
 
     last_trained = max(i for i, message in enumerate(messages) if message["role"] in roles_to_train)
     for i, message in enumerate(messages):
@@ -68,13 +71,18 @@ def encode_chat(
         if not trained and train_on_eos != "all":
             continue
         if message["role"] == "assistant":
-            begin = end_of_start(i, header=True)
+            begin, is_whole = shared(i, header=True)
+            if not is_whole:
+                raise hidden(i)
         else:  # no template writes only the header of a question: put something findable in place of the question
-            before = end_of_start(i) if i else 0
-            begin = render([*messages[:i], {**message, "content": mark}], False).find(mark, before)
+            before, _ = shared(i) if i else (0, True)
+            start = render([*messages[:i], {**message, "content": mark}], False)
+            begin = start.find(mark, before)
             if begin < 0:  # the template leaves such messages out
                 continue
-        turn_end = end_of_start(i + 1)
+            if not text.startswith(start[:begin]):
+                raise hidden(i + 1)
+        turn_end, is_whole = shared(i + 1)
         ends = [t for t in range(token_at(begin), token_at(turn_end)) if ids[t] in controls]
         if not message.get("tool_calls"):  # the first end token behind the content; behind tool calls, the last one
             content = (message.get("content") or "").strip()  # many templates strip it too
@@ -82,6 +90,10 @@ def encode_chat(
             content_end = token_at(begin if found < 0 else found + len(content))
             ends = [t for t in ends if t >= content_end][:1]
         end = ends[-1] if ends else None
+        # Llama-3's first template writes the header of an answer behind whatever comes last. So the text goes on in
+        # another way behind a turn, and only the token at its end tells where that is.
+        if not is_whole and (end is None or message.get("tool_calls")):
+            raise hidden(i + 1)
         if end is None and i == last_trained:
             raise UserError(
                 "the chat template puts no special token behind the last answer. The model would never learn to "

@@ -6,6 +6,7 @@ where it is missing.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -91,7 +92,7 @@ def _has_space_before(tok: Tokenizer, fmt: PromptFormat, model: Path) -> bool:
 def _is_written(tok: Tokenizer, fmt: PromptFormat, messages: Messages) -> bool:
     """Whether the template takes such a conversation: some allow no system message."""
     try:
-        return bool(fmt.render(tok, messages))
+        return bool(fmt.render(tok, messages, add_generation_prompt=True))
     except UserError:
         return False
 
@@ -123,36 +124,23 @@ class GoTemplate(NamedTuple):
     stops: list[str]
 
 
-class Frame(NamedTuple):
-    """A chat template in four strings: before the role, between role and content, behind the content."""
-
-    before: str
-    after: str
-    end: str
-    intro: str  # stands in front of every system message, in some Llama-3 templates
-
-    def write(self, messages: Messages) -> str:
-        """What the Go template will write: every turn, then the header of the answer."""
-        turns = [{**m, "content": self.intro + m["content"]} if m["role"] == "system" else m for m in messages]
-        return "".join(self.header(m["role"]) + m["content"] + self.end for m in turns) + self.header("assistant")
-
-    def header(self, role: str) -> str:
-        return self.before + role + self.after
-
-
 def go_template(fmt: PromptFormat, tok: Tokenizer) -> GoTemplate:
     """The template of an Ollama Modelfile, proven to write what the training format writes.
 
-    Jinja cannot be translated in general. But nearly every chat template frames each message by the same few strings.
-    We read the strings off one conversation, and use them only if on other conversations they give the same text as
+    Jinja cannot be translated in general. But nearly every chat template puts the same few strings around messages:
+    either one `Frame` for all of them, or for each pair of roles what stands between two messages (`Joints`). We read
+    the strings off one or two conversations, and use them only if on other conversations they give the same text as
     the Jinja. White space around contents is not part of the proof: many templates strip it, and Go cannot.
 
     Raises:
         UserError: the template does more than that.
     """
-    if fmt.type != "chat_template":
-        stops = [] if tok.eos_id is None else [tok.vocab[tok.eos_id]]
-        return GoTemplate(fmt.render(tok, say("user", "{{ .Prompt }}")), None, stops)
+    if fmt.type != "chat_template":  # then the last message alone is prompted with
+        before, after = map(_literal, fmt.render(tok, say("user", "\0")).split("\0"))
+        last = '{{ $last := "" }}{{ range .Messages }}{{ $last = .Content }}{{ end }}'
+        return GoTemplate(
+            f"{last}{before}{{{{ $last }}}}{after}", None, [] if tok.eos_id is None else [tok.vocab[tok.eos_id]]
+        )
 
     def render(messages: Messages) -> str:
         text = fmt.render(tok, messages, add_generation_prompt=True)
@@ -160,28 +148,15 @@ def go_template(fmt: PromptFormat, tok: Tokenizer) -> GoTemplate:
 
     if "strftime_now" in fmt.jinja(tok):
         raise _inexpressible("it writes today's date")
-    frame = _find_frame(render)
-    system = None
-    question = say("user", "question?")
-    if render(question) != frame.write(question):  # the template puts in a system message of its own
-        before, behind = frame.header("system") + frame.intro, frame.end + frame.write(question)
-        system = render(question).removeprefix(before).removesuffix(behind)
-    for probe in PROBES:
-        has_system = system is None or probe[0]["role"] == "system"
-        if render(probe) != frame.write(probe if has_system else say("system", system) + probe):
-            raise _inexpressible("it does not write every message in the same way")
-
-    turns = "{{ range .Messages }}" + frame.header("{{ .Role }}")
-    if frame.intro:
-        turns += '{{ if eq .Role "system" }}' + frame.intro + "{{ end }}"
-    turns += "{{ .Content }}" + frame.end + "{{ end }}" + frame.header("assistant")
-    if system == "":  # SYSTEM cannot be empty, so the template has to begin with the empty message itself
-        unless_given = '{{ if ne (index .Messages 0).Role "system" }}'
-        turns = unless_given + frame.header("system") + frame.intro + frame.end + "{{ end }}" + turns
-    if any("{{" in part or "}}" in part for part in frame):
-        raise _inexpressible("it writes double braces, which mean something else in Go")
-    stops = [text for text in tok.special_tokens if text in frame.end] or [frame.end.strip()]
-    return GoTemplate(turns, system or None, stops)
+    joints = Joints.read(render)
+    frame = Frame.read(joints, render)
+    probes = [chat for chat in PROBES if _is_written(tok, fmt, chat)]
+    writer = next((w for w in (frame, joints) if w and all(w.write(chat) == render(chat) for chat in probes)), None)
+    if writer is None:
+        raise _inexpressible("what it writes around a message depends on more than the message before")
+    ends = dict.fromkeys(id for id in (fmt.end_id(tok), tok.eos_id) if id is not None)
+    stops = [tok.vocab[id] for id in ends] or [joints.gaps["assistant", "user"].strip()]
+    return GoTemplate(writer.go(), writer.system or None, stops)
 
 
 PROBES = [
@@ -191,26 +166,118 @@ PROBES = [
     say(
         "system", "s", "user", "u", "assistant", "a", "user", "\u00fc \u4f60 \U0001f642", "assistant", "b", "user", "v"
     ),
+    say("user", "u", "assistant", "an answer to go on with"),
     say("user", "u", "assistant", "<think>hm</think> so", "user", "v", "assistant", "w", "user", "x" * 500),
 ]
 
 
-def _find_frame(render: Callable[[Messages], str]) -> Frame:
-    """Read the strings around the messages off one conversation."""
-    names = ["first content", "second content", "third content", "fourth content"]
-    text = render(say("system", names[0], "user", names[1], "assistant", names[2], "user", names[3]))
-    gaps = []
-    for name in names:
-        gap, found, text = text.partition(name)
-        if not found:
-            raise _inexpressible("it leaves out a message")
-        gaps.append(gap)
-    to_end, _, after = gaps[1].rpartition("user")  # the end of one turn and the header of the next
-    before, _, after_system = gaps[0].partition("system")
-    frame = Frame(before, after, to_end.removesuffix(before), after_system.removeprefix(after))
-    if not frame.end:
-        raise _inexpressible("nothing stands between two messages")
-    return frame
+class Joints(NamedTuple):
+    """A chat template as the texts between two messages, by their roles; beginning and end have the role ""."""
+
+    gaps: dict[tuple[str, str], str]
+    system = None  # a message that the template puts in by itself is in the gap at the beginning
+
+    @classmethod
+    def read(cls, render: Callable[[Messages], str]) -> "Joints":
+        """Read the strings off three conversations; a template may refuse the shorter one, and a system message."""
+        gaps: dict[tuple[str, str], str] = {}
+        turns = say("user", "first content", "assistant", "second content", "user", "third content")
+        for messages in (turns, turns[:2], say("system", "fourth content") + turns):
+            try:
+                rest = render(messages)
+            except UserError:
+                if messages is turns:
+                    raise
+                continue
+            role = ""
+            for message in messages:
+                gap, found, rest = rest.partition(message["content"])
+                if not found:
+                    raise _inexpressible("it leaves out a message")
+                gaps.setdefault((role, message["role"]), gap)
+                role = message["role"]
+            gaps.setdefault((role, ""), rest)
+        if not gaps["assistant", "user"]:
+            raise _inexpressible("nothing stands between two messages")
+        return cls(gaps)
+
+    def write(self, messages: Messages) -> str | None:
+        """What the Go template will write, None where two roles meet that we have not seen together."""
+        text, role = "", ""
+        for message in messages:
+            if (role, message["role"]) not in self.gaps:
+                return None
+            text += self.gaps[role, message["role"]] + message["content"]
+            role = message["role"]
+        return text + self.gaps.get((role, ""), "")
+
+    def go(self) -> str:
+        """For each role what stands in front of its content, which may depend on the role before."""
+
+        def gap_before(role: str) -> str:
+            cases = {before: _literal(gap) for (before, after), gap in self.gaps.items() if after == role}
+            (_, otherwise), *others = cases.items()
+            tests = [f'if eq $before "{before}" }}}}{gap}' for before, gap in others if gap != otherwise]
+            return "{{ " + "{{ else ".join(tests) + "{{ else }}" + otherwise + "{{ end }}" if tests else otherwise
+
+        turns = [
+            f'if eq .Role "{role}" }}}}{gap_before(role)}{{{{ .Content }}}}{{{{ $before = .Role }}}}'
+            for role in dict.fromkeys(role for _, role in self.gaps if role)
+        ]
+        every = "{{ " + "{{ else ".join(turns) + "{{ end }}"
+        return '{{ $before := "" }}{{ range .Messages }}' + every + "{{ end }}" + gap_before("")
+
+
+class Frame(NamedTuple):
+    """A chat template in four strings: before the role, between role and content, behind the content."""
+
+    before: str
+    after: str
+    end: str
+    intro: str  # stands in front of every system message, in some Llama-3 templates
+    system: str | None = None  # what the template says by itself where no system message is given
+
+    @classmethod
+    def read(cls, joints: Joints, render: Callable[[Messages], str]) -> "Frame | None":
+        """Read the strings off the texts between messages, None where these are not of that form."""
+        between, first = joints.gaps["assistant", "user"], joints.gaps.get(("", "system"))
+        if first is None or "user" not in between or "system" not in first:
+            return None
+        to_end, _, after = between.rpartition("user")  # the end of one turn and the header of the next
+        before, _, after_system = first.partition("system")
+        frame = cls(before, after, to_end.removesuffix(before), after_system.removeprefix(after))
+        question = say("user", "question?")
+        if render(question) != frame.write(question):  # the template puts in a system message of its own
+            header, behind = frame.header("system") + frame.intro, frame.end + frame.write(question)
+            frame = frame._replace(system=render(question).removeprefix(header).removesuffix(behind))
+        return frame
+
+    def header(self, role: str) -> str:
+        return self.before + role + self.after
+
+    def write(self, messages: Messages) -> str:
+        """What the Go template will write: every turn, then the header of the answer."""
+        if self.system is not None and messages[0]["role"] != "system":
+            messages = say("system", self.system) + messages
+        turns = [{**m, "content": self.intro + m["content"]} if m["role"] == "system" else m for m in messages]
+        return "".join(self.header(m["role"]) + m["content"] + self.end for m in turns) + self.header("assistant")
+
+    def go(self) -> str:
+        """One loop over the messages. A system message of the template's own becomes the Modelfile's SYSTEM."""
+        before, after, end, intro = map(_literal, self[:4])
+        turns = "{{ range .Messages }}" + before + "{{ .Role }}" + after
+        if intro:
+            turns += '{{ if eq .Role "system" }}' + intro + "{{ end }}"
+        turns += "{{ .Content }}" + end + "{{ end }}" + before + "assistant" + after
+        if self.system == "":  # SYSTEM cannot be empty, so the template has to begin with the empty message itself
+            unless_given = '{{ if ne (index .Messages 0).Role "system" }}'
+            turns = unless_given + before + "system" + after + intro + end + "{{ end }}" + turns
+        return turns
+
+
+def _literal(text: str) -> str:
+    """A text as Go's template language has it: braces that would begin an action, and the quotes that end TEMPLATE."""
+    return re.sub(r'\{\{|\}\}|"""|\{$', lambda found: f"{{{{ {json.dumps(found[0])} }}}}", text)
 
 
 def _inexpressible(why: str) -> UserError:

@@ -46,6 +46,21 @@ CHAT_TEMPLATES = {  # for models that bring none of their own; the tokenizer mus
         "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
         "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
     ),
+    # The answer ends with the tokenizer's end token. A system message stands in front of the first question.
+    "alpaca": (
+        "{{ bos_token }}{% for message in messages %}{{ '\\n\\n' if not loop.first }}"
+        "{% if message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] }}"
+        "{% elif message['role'] == 'assistant' %}{{ '### Response:\\n' + message['content'] + eos_token }}"
+        "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"
+    ),
+    "mistral": (
+        "{{ bos_token }}{% for message in messages %}"
+        "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
+        "{% elif message['role'] == 'system' %}{{ ' [INST] ' + message['content'] + '\\n\\n' }}"
+        "{% else %}{{ '' if loop.previtem is defined and loop.previtem['role'] == 'system' else ' [INST] ' }}"
+        "{{ message['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
+    ),
 }
 SAME_ROLE = {"human": "user", "gpt": "assistant"}  # names in data files -> names in templates
 DEFAULT_NAMES = {"role": "role", "content": "content"}

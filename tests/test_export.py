@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from go_text import go_write, needs_go
 from safetensors.torch import load_file, save_file
 from tiny import save_random_llama
 
@@ -269,15 +270,6 @@ HARD_TEXTS = [
 ]
 
 
-def go_render(template: str, messages: list[dict[str, str]]) -> str:
-    """As much of Go's text/template as these Modelfiles need."""
-    if "{{ .Prompt }}" in template:
-        return template.replace("{{ .Prompt }}", messages[-1]["content"])
-    before, turn, after = re.fullmatch(r"(.*)\{\{ range \.Messages \}\}(.*?)\{\{ end \}\}(.*)", template, re.S).groups()
-    turns = [turn.replace("{{ .Role }}", m["role"]).replace("{{ .Content }}", m["content"]) for m in messages]
-    return before + "".join(turns) + after
-
-
 def read_modelfile(path: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for command, long, short in re.findall(
@@ -313,8 +305,9 @@ PROMPTS = {  # tokenizer, format, end of an answer
 }
 
 
+@pytest.mark.parametrize("by", ["llama.cpp", pytest.param("Ollama", marks=needs_go)])
 @pytest.mark.parametrize("case", PROMPTS)
-def test_prompts_are_those_of_training(case: str, folder: Path, tok: Tokenizer, tmp_path: Path):
+def test_prompts_are_those_of_training(case: str, by: str, folder: Path, tok: Tokenizer, tmp_path: Path):
     """llama.cpp with the Jinja, and Ollama with the Modelfile, see the very tokens that the model was trained on."""
     make, fmt, end = PROMPTS[case]
     tok = make(tok)
@@ -323,17 +316,17 @@ def test_prompts_are_those_of_training(case: str, folder: Path, tok: Tokenizer, 
     export_gguf.export(folder, tmp_path / "model.gguf", "F16")
     recipe = read_modelfile(tmp_path / "Modelfile")
     assert recipe["FROM"] == ["./model.gguf"]
-    assert recipe["PARAMETER stop"] == [tok.vocab[end]]
+    assert recipe["PARAMETER stop"] == list(dict.fromkeys([tok.vocab[end], tok.vocab[tok.eos_id]]))
     with LlamaCpp(tmp_path / "model.gguf", vocab_only=True) as llama:
         assert llama.is_eog(end) and llama.meta()["tokenizer.ggml.eos_token_id"] == str(end)
         for messages in CHATS:
             expected = fmt.encode_prompt(tok, messages)
-            text = llama.chat_prompt(messages)
-            assert llama.tokenize(text, add_special=True, parse_special=True) == expected
-            is_chat = fmt.type == "chat_template"
-            default = [{"role": "system", "content": text} for text in recipe.get("SYSTEM", [])]
-            given = default + messages if is_chat and messages[0]["role"] != "system" else messages
-            text = go_render(recipe["TEMPLATE"][0], given)
+            if by == "llama.cpp":
+                text = llama.chat_prompt(messages)
+            else:
+                default = [{"role": "system", "content": text} for text in recipe.get("SYSTEM", [])]
+                given = default + messages if messages[0]["role"] != "system" else messages
+                (text,) = go_write(recipe["TEMPLATE"][0], [given])
             assert llama.tokenize(text, add_special=True, parse_special=True) == expected
 
 
@@ -363,9 +356,7 @@ def test_padded_embedding(folder: Path, tok: Tokenizer, tmp_path: Path):
 
 @pytest.mark.usefixtures("known_tokenizer")
 def test_a_template_that_go_cannot_write_leaves_no_modelfile(folder: Path, tmp_path: Path, capsys):
-    fmt = replace(
-        CHAT, chat_template=CHAT_TEMPLATES["chatml"].replace("message['role'] }}", "message['role'] | upper }}")
-    )
+    fmt = replace(CHAT, chat_template=CHAT_TEMPLATES["chatml"].replace("<|im_end|>", "<|im_end|>{{ loop.index }}"))
     (folder / "prompt.json").write_text(fmt.to_json())
     (tmp_path / "Modelfile").write_text("of an earlier export")
     export_gguf.export(folder, tmp_path / "model.gguf", "F16")

@@ -1,12 +1,11 @@
 """Rows to tokens and masks, against transformers; the Ollama template, against Go where there is one."""
 
 import json
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from go_text import go_write, needs_go
 from transformers import AutoTokenizer
 
 from nanoqlora.cli import UserError
@@ -38,6 +37,13 @@ def hf(tok: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
     return AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.fixture(scope="module")
+def llama3_hf(llama3: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("llama3")
+    save_tokenizer(llama3, folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def say(*turns: str) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in zip(turns[::2], turns[1::2], strict=True)]
 
@@ -62,18 +68,27 @@ CHATS = [
 # Chats
 
 
-@pytest.mark.parametrize("messages", CHATS)
-@pytest.mark.parametrize("name", ["smollm", "chatml", "llama3"])
-def test_answers_and_their_end_tokens_count(tok, llama3, hf, messages, name):
-    if name == "llama3":
-        ids, mask = CHAT.encode_row(llama3, {"messages": messages})
-        expected = "".join(m["content"] + "<|eot_id|>" for m in messages if m["role"] == "assistant")
-        assert counted(llama3, ids, mask) == expected and ids.count(llama3.bos_id) == 1
-        return
-    fmt = CHAT if name == "smollm" else replace(CHAT, chat_template=CHAT_TEMPLATES["chatml"])
-    ids, mask = fmt.encode_row(tok, {"messages": messages})
-    assert counted(tok, ids, mask) == "".join(m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant")
-    assert ids == hf.apply_chat_template(messages, chat_template=fmt.chat_template, return_dict=False)
+ANSWER_HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+FIRST_LLAMA3 = CHAT_TEMPLATES["llama3"].split("{% if add")[0] + "{{ " + repr(ANSWER_HEADER) + " }}"  # always there
+
+
+@pytest.mark.parametrize("name", ["smollm", "first llama3", *CHAT_TEMPLATES])
+def test_answers_and_their_end_tokens_count(tok, llama3, hf, llama3_hf, name):
+    template = {"smollm": None, "first llama3": FIRST_LLAMA3}.get(name) or CHAT_TEMPLATES.get(name)
+    used, witness = (tok, hf) if name in ("smollm", "chatml") else (llama3, llama3_hf)
+    end = {"alpaca": "<|end_of_text|>", "mistral": "<|end_of_text|>"}.get(name, used.vocab[2])
+    space = " " if name == "mistral" else ""
+    fmt = replace(CHAT, chat_template=template)
+    for messages in CHATS:
+        ids, mask = fmt.encode_row(used, {"messages": messages})
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        assert counted(used, ids, mask) == "".join(space + answer + end for answer in answers)
+        assert ids == witness.apply_chat_template(messages, chat_template=template, return_dict=False)
+        assert ids.count(llama3.bos_id) == 1 or used is tok
+        prompt = fmt.encode_prompt(used, messages)
+        assert prompt == witness.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=True, return_dict=False
+        )
 
 
 @pytest.mark.parametrize("messages", CHATS)
@@ -340,9 +355,13 @@ DATED = (  # as in Llama-3.1: a system message is always there, with lines of th
     "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
     "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
+LLAMA3_STOPS = ["<|eot_id|>", "<|end_of_text|>"]  # what ends a turn, and the end token of the tokenizer
 LLAMA3_HEADER = "<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n"
 LLAMA3_ANSWER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 LLAMA3_SYSTEM = "<|start_header_id|>system<|end_header_id|>\n\n"
+
+
+LAST = '{{ $last := "" }}{{ range .Messages }}{{ $last = .Content }}{{ end }}'
 
 
 def test_go_templates(tok, llama3):
@@ -350,11 +369,28 @@ def test_go_templates(tok, llama3):
     assert go_template(CHAT, tok) == (chatml, DEFAULT_SYSTEM, ["<|im_end|>"])
     assert go_template(replace(CHAT, chat_template=CHAT_TEMPLATES["chatml"]), tok) == (chatml, None, ["<|im_end|>"])
     turns = "{{ range .Messages }}" + LLAMA3_HEADER + "{{ .Content }}<|eot_id|>{{ end }}" + LLAMA3_ANSWER
-    assert go_template(CHAT, llama3) == (turns, None, ["<|eot_id|>"])
+    assert go_template(CHAT, llama3) == (turns, None, LLAMA3_STOPS)
     template, system, stops = go_template(PromptFormat(type="alpaca"), llama3)
-    assert template.endswith("### Instruction:\n{{ .Prompt }}\n\n### Response:\n") and template.startswith("Below is")
+    assert template.startswith(LAST + "Below is") and template.endswith(
+        "### Instruction:\n{{ $last }}\n\n### Response:\n"
+    )
     assert (system, stops) == (None, ["<|end_of_text|>"])
-    assert go_template(PromptFormat(type="completion"), tok) == ("{{ .Prompt }}", None, ["<|im_end|>"])
+    assert go_template(PromptFormat(type="completion"), tok) == (LAST + "{{ $last }}", None, ["<|im_end|>"])
+
+
+def test_go_templates_that_ask_for_the_role_before(llama3):
+    """No frame fits all messages of these, but what stands between two depends on their roles alone."""
+    go_on = "{{ .Content }}{{ $before = .Role }}{{ else "
+    expected = (
+        '{{ $before := "" }}{{ range .Messages }}{{ if eq .Role "user" }}{{ if eq $before "assistant" }}<|end_of_text|>'
+        ' [INST] {{ else if eq $before "system" }}\n\n{{ else }} [INST] {{ end }}'
+        + go_on
+        + 'if eq .Role "assistant" }}'
+        " [/INST] " + go_on + 'if eq .Role "system" }} [INST] {{ .Content }}{{ $before = .Role }}{{ end }}{{ end }}'
+        '{{ if eq $before "assistant" }}<|end_of_text|>{{ else }} [/INST]{{ end }}'
+    )
+    mistral = replace(CHAT, chat_template=CHAT_TEMPLATES["mistral"])
+    assert go_template(mistral, llama3) == (expected, None, ["<|end_of_text|>"])
 
 
 def test_go_template_with_lines_before_every_system_message(llama3):
@@ -364,7 +400,7 @@ def test_go_template_with_lines_before_every_system_message(llama3):
         "{{ range .Messages }}" + LLAMA3_HEADER + '{{ if eq .Role "system" }}' + intro + "{{ end }}"
         "{{ .Content }}<|eot_id|>{{ end }}" + LLAMA3_ANSWER
     )
-    assert go_template(replace(CHAT, chat_template=DATED), llama3) == (expected, None, ["<|eot_id|>"])
+    assert go_template(replace(CHAT, chat_template=DATED), llama3) == (expected, None, LLAMA3_STOPS)
 
 
 CHATML = CHAT_TEMPLATES["chatml"]
@@ -374,13 +410,14 @@ CHATML = CHAT_TEMPLATES["chatml"]
     ("template", "said"),
     [
         (CHATML.replace("message['content'] }}", "message['content'] | upper }}"), "leaves out a message"),
-        (CHATML.replace("message['content'] }}", "message['content'].split('</think>')[-1] }}"), "in the same way"),
-        (CHATML.replace("<|im_end|>\n", "<|im_end|>{{ '\n' if not loop.last }}"), "in the same way"),
-        ("{{ messages | length }}" + CHATML, "in the same way"),
-        (CHATML.replace("message['role'] }}", "message['role'] | replace('system', 'user') }}"), "in the same way"),
+        (
+            CHATML.replace("message['content'] }}", "message['content'].split('</think>')[-1] }}"),
+            "more than the message",
+        ),
+        (CHATML.replace("<|im_end|>", "<|im_end|>{{ loop.index }}"), "more than the message"),
+        ("{{ messages | length }}" + CHATML, "more than the message"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "nothing stands between"),
         ("{{ strftime_now('%Y') }}" + CHATML, "date"),
-        (CHATML.replace("<|im_end|>", "<|im_end|>{{ '}}' }}"), "double braces"),
     ],
 )
 def test_templates_that_go_cannot_write_are_refused(tok, template, said):
@@ -388,34 +425,40 @@ def test_templates_that_go_cannot_write_are_refused(tok, template, said):
         go_template(replace(CHAT, chat_template=template), tok)
 
 
-GO = """package main
-import ("encoding/json"; "os"; "text/template")
-type Message struct { Role, Content string }
-func main() {
-    var in struct { Template string; Chats [][]Message }
-    if err := json.NewDecoder(os.Stdin).Decode(&in); err != nil { panic(err) }
-    t := template.Must(template.New("").Parse(in.Template))
-    for _, chat := range in.Chats {
-        if err := t.Execute(os.Stdout, map[string]any{"Messages": chat}); err != nil { panic(err) }
-        os.Stdout.WriteString("\\x00")
-    }
+NO_SYSTEM = CHATML.replace(
+    "<|im_start|>{{", "{{ raise_exception('no') if message['role'] == 'system' }}<|im_start|>{{", 1
+)
+TO_GO = {
+    **{"smollm": None, "dated": DATED, **CHAT_TEMPLATES},
+    "no newline at the end": CHATML.replace("<|im_end|>\n", "<|im_end|>{{ '\n' if not loop.last }}"),
+    "system as user": CHATML.replace("message['role'] }}", "message['role'] | replace('system', 'user') }}"),
+    "own system, in the question": (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ '<<SYS>>Hi.<</SYS>>' if loop.first }}"
+        "{{ m.content }} [/INST]{% elif m.role == 'assistant' %} {{ m.content }} {{ eos_token }}"
+        "{% else %}{{ 1 / 0 }}{% endif %}{% endfor %}"
+    ),
+    "no system": NO_SYSTEM,
+    "braces and quotes": CHATML.replace("<|im_end|>", '<|im_end|>{{ "}}{{ .X }} {%" }}"""').replace(
+        "\n{{", "\n{ {{ '{' }}{{"
+    ),
 }
-"""
 
 
-@pytest.mark.skipif(not shutil.which("go"), reason="no Go here to run the templates")
-@pytest.mark.parametrize("name", ["smollm", "chatml", "llama3", "dated"])
-def test_go_writes_what_jinja_writes(tok, llama3, tmp_path, name):
-    own = {"smollm": tok.chat_template, "dated": DATED}
-    fmt = replace(CHAT, chat_template=own.get(name) or CHAT_TEMPLATES[name])
-    tok = llama3 if name in ("llama3", "dated") else tok
-    template, system, _ = go_template(fmt, tok)
-    (tmp_path / "main.go").write_text(GO)
-    chats = [say("system", system) * bool(system and m[0]["role"] != "system") + m for m in CHATS]
-    given = json.dumps({"Template": template, "Chats": chats})
-    run = subprocess.run(
-        ["go", "run", str(tmp_path / "main.go")], input=given, capture_output=True, text=True, check=True
-    )
-    expected = [fmt.render(tok, messages, add_generation_prompt=True) for messages in CHATS]
-    bos = tok.vocab[tok.bos_id] if fmt.add_bos(tok) else ""
-    assert run.stdout.split("\x00")[:-1] == [text.removeprefix(bos) for text in expected]
+@needs_go
+def test_go_writes_what_jinja_writes(tok, llama3):
+    """For one, several and system turns. Chats that the template itself refuses are left out."""
+    formats = {name: replace(CHAT, chat_template=template) for name, template in TO_GO.items()}
+    formats |= {"alpaca prompt": PromptFormat(type="alpaca"), "completion": PromptFormat(type="completion")}
+    for name, fmt in formats.items():
+        used = llama3 if name in ("llama3", "dated", "mistral", "alpaca", "alpaca prompt") else tok
+        template, system, _ = go_template(fmt, used)
+        assert '"""' not in template  # it would end the TEMPLATE of a Modelfile
+        chats = [
+            chat
+            for chat in CHATS
+            if name not in ("no system", "own system, in the question") or chat[0]["role"] == "user"
+        ]
+        given = [say("system", system) * bool(system and chat[0]["role"] != "system") + chat for chat in chats]
+        expected = [fmt.render(used, chat, add_generation_prompt=True) for chat in chats]
+        bos = used.vocab[used.bos_id] if fmt.add_bos(used) else ""
+        assert go_write(template, given) == [text.removeprefix(bos) for text in expected], name

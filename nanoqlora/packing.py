@@ -18,6 +18,7 @@ import math
 import random
 from array import array
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -81,29 +82,32 @@ def pack(lengths: Sequence[int] | np.ndarray, ids: Iterable[int], capacity: int)
     if len(sizes) and not 0 < sizes[-1] <= sizes[0] <= capacity:
         raise ValueError(f"lengths from {sizes[-1]} to {sizes[0]} do not fit into rows of {capacity} tokens")
     row_of = np.empty(len(ids), np.int64)
-    with_space: list[np.ndarray] = [np.empty(0, np.int64)] * capacity  # free tokens -> the rows that have them, sorted
-    num_with_space = np.zeros(capacity, np.int64)
-    num_rows = 0
+    with_space: defaultdict[int, list[np.ndarray]] = defaultdict(list)  # free tokens -> the rows that have them
+    bits, num_rows = 0, 0  # bit f is set if there are rows with f free tokens
 
     def put(rows: np.ndarray, space: int) -> None:
+        nonlocal bits
         if space and len(rows):
-            with_space[space] = np.sort(np.concatenate([with_space[space], rows]))
-            num_with_space[space] += len(rows)
+            with_space[space].append(rows)
+            bits |= 1 << space
 
-    ends = [*np.flatnonzero(np.diff(sizes)) + 1, len(sizes)] if len(sizes) else []
+    ends = [*(np.flatnonzero(np.diff(sizes)) + 1).tolist(), len(sizes)] if len(sizes) else []
     for start, end in zip([0, *ends], ends, strict=False):
         size = int(sizes[start])
-        spaces = (np.flatnonzero(num_with_space[size:]) + size).tolist()  # the tightest first
         while start < end:
-            space = spaces.pop(0) if spaces else capacity
+            enough = bits >> size
+            space = size + (enough & -enough).bit_length() - 1 if enough else capacity  # the lowest bit: the tightest
             each = space // size
             wanted = -(-(end - start) // each)
-            if space == capacity:
-                rows, left = np.arange(num_rows, num_rows + wanted), None
-                num_rows += wanted
+            if enough:
+                parts = with_space.pop(space)
+                rows = parts[0] if len(parts) == 1 else np.sort(np.concatenate(parts))
+                bits ^= 1 << space
+                put(rows[wanted:], space)
+                rows = rows[:wanted]
             else:
-                rows, left = with_space[space][:wanted], with_space[space][wanted:]
-                with_space[space], num_with_space[space] = left, len(left)
+                rows = np.arange(num_rows, num_rows + wanted)
+                num_rows += wanted
             placed = min(end - start, len(rows) * each)
             row_of[start : start + placed] = np.repeat(rows, each)[:placed]
             start += placed

@@ -6,7 +6,10 @@
 Which W? Training saw the base through four bits, and the adapter learnt to work with exactly those values. So
 `--base nf4`, the default, adds the update to the dequantised weights: what is written is what was trained and
 measured. `--base original` adds it to the weights as they were before quantisation; that takes the quantisation noise
-out, often for the better, but it is another model than the one that was evaluated. Score both before choosing.
+out, often for the better, but it is another model than the one that was evaluated.
+
+So nothing has to be believed: all forms read the run's held-out texts, and the certificate, `merge.json`, says how far
+each is from the trained model, those of the GGUF types in `--types` too. Over `--max_kl` nothing is written.
 
 The sum is made in float32 and rounded once. Memory: about one shard of the output.
 """
@@ -14,107 +17,89 @@ The sum is made in float32 and rounded once. Memory: about one shard of the outp
 import hashlib
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import yaml
-from torch import Tensor
 
-from nanoqlora.adapter import read_updates
+from nanoqlora.adapter import Update, read_updates
+from nanoqlora.certificate import GGUF, ON_NF4, ON_ORIGINAL, TRAINED, Form, certificate, recommend, score_forms
 from nanoqlora.checkpoint import ShardWriter, Weights, model_config, open_weights
-from nanoqlora.cli import UserError, run_command, whole_folder, write_text
+from nanoqlora.cli import UserError, check_space, run_command, whole_folder, write_text
 from nanoqlora.config import Config, Option, load_command
-from nanoqlora.gguf import tensor_shapes
+from nanoqlora.file_types import FILE_TYPES
+from nanoqlora.forms import Merged, Rounded, bytes_in_4bit
+from nanoqlora.held_out import held_out_texts
 from nanoqlora.prompts import PromptFormat
-from nanoqlora.qlora import QLoRALinear
 from nanoqlora.serving import check_vocabulary
-from nanoqlora.tokenizer import load_tokenizer, save_tokenizer
+from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 OPTIONS = {
     "model": Option("the base: Hugging Face folder or .gguf file"),
     "adapter": Option("folder of the trained adapter"),
     "out": Option("folder to write; must not exist, or hold an earlier merge"),
     "base": Option("nf4: the values that training saw; original: the weights before quantisation"),
-    "dtype": Option("bfloat16, float16 or float32; unset: what training computed in"),
+    "dtype": Option("bf16, fp16 or fp32; unset: what training computed in"),
     "max_shard_size": Option("GB in a file of the output", float, 5.0),
+    "data": Option("held-out texts for the certificate; default: those of the run"),
+    "types": Option("GGUF types to score as well, as q8_0,q4_k_m"),
+    "max_kl": Option("nats a token; above it nothing is written; unset: 0.05 for --base nf4", float),
+    "max_tokens": Option("held-out tokens to score on; 0: no scores", int, 1024),
 }
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES |= {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MAX_KL = 0.05  # of a merge on nf4, which differs from the trained model by one rounding: 0.001 is usual in bfloat16
 
 
-def as_training_saw(w: Tensor, in_4bit: bool, seen: torch.dtype) -> Tensor:
-    """A linear layer's weight from the file -> its values in every product of the training, float32.
+class Plan(NamedTuple):
+    """What the command line and the run's train.yml ask for."""
 
-    Args:
-        in_4bit: through NF4 and back first.
-        seen: what training computed in; a weight was rounded to it before every product.
-    """
-    layer = QLoRALinear(w)
-    if in_4bit:
-        layer.quantize()
-    return layer.rebuild(seen).float()
-
-
-class Adapter:
-    """The updates of an adapter's folder by layer, each handed out once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.config, self.updates = read_updates(folder)
-        self.used: set[str] = set()
-
-    def merged(self, name: str, w: Tensor) -> Tensor:
-        """Base and update of a layer as one weight, (n_out, n_in) float32, from the base's."""
-        self.used.add(name)
-        update = self.updates[name]
-        a, b = update.lora_A, update.lora_B
-        if (b.shape[0], a.shape[1]) != w.shape:
-            raise UserError(
-                f"adapter: {name} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, which make no update of "
-                f"{tuple(w.shape)}, the shape of its weight in the base model. Wrong base?"
-            )
-        return update.merged(w)
+    base: str
+    adapter: Path
+    out: Path
+    in_4bit: bool  # W goes through NF4
+    seen: torch.dtype  # W was rounded to it in training
+    dtype: torch.dtype  # to write
+    trained: tuple[bool, torch.dtype]  # the same two as in training, whatever --base says
+    types: list[str]  # of GGUF, to score
 
 
-def write_merged(weights: Weights, adapter: Adapter, folder: Path, in_4bit: bool, seen, dtype, max_shard_bytes) -> dict:
+def plan(config: Config | None, options: dict[str, Any]) -> Plan:
+    base = options["model"] or (config and config.base_model)
+    adapter = Path(options["adapter"] or config.output_dir)
+    out = Path(options["out"] or Path(config.output_dir if config else adapter) / "merged")
+    run = adapter / "train.yml"  # the resolved configuration of the training, if the adapter is ours
+    trained = yaml.safe_load(run.read_text("utf-8")) if run.exists() else {}
+    if options["base"] not in (None, "nf4", "original"):
+        raise UserError(f"--base {options['base']}: known are nf4 (what training saw) and original.")
+    trained_in_4bit = trained.get("load_in_4bit", True)
+    in_4bit = (options["base"] or ("nf4" if trained_in_4bit else "original")) == "nf4"
+    computed = torch.float32 if trained.get("bf16") is False else torch.bfloat16
+    seen = torch.float32 if options["base"] == "original" else computed  # who asks for the original gets it unrounded
+    if options["dtype"] and options["dtype"] not in DTYPES:
+        raise UserError(f"--dtype {options['dtype']}: known are {', '.join(DTYPES)}.")
+    types = [name.strip().upper() for name in (options["types"] or "").split(",") if name.strip()]
+    for name in types:
+        if name not in FILE_TYPES:
+            raise UserError(f"--types {name.lower()}: known are {', '.join(FILE_TYPES).lower()}.")
+    if out.exists() and not (out / "merge.json").exists() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is no earlier merge, so nothing is written over it. Name another --out.")
+    dtype = DTYPES.get(options["dtype"], computed)
+    return Plan(base, adapter, out, in_4bit, seen, dtype, (trained_in_4bit, computed), types)
+
+
+def write_merged(merged: Merged, folder: Path, max_shard_bytes: int) -> dict[str, Any]:
     """All tensors of the model, in its order. Returns the facts for the certificate."""
-    config = model_config(weights.config, "base model")
     writer = ShardWriter(folder, max_shard_bytes)
-    changes = {}
-    for name, shape in tensor_shapes(config).items():
-        w = weights.load(name)
-        if tuple(w.shape) != shape:
-            raise UserError(f"base model: {name} has shape {tuple(w.shape)} where its configuration says {shape}.")
-        layer = name.removesuffix(".weight")
-        if ".layers." in name and w.ndim == 2:
-            try:
-                w = as_training_saw(w, in_4bit, seen)
-            except ValueError as error:  # a width that four bits cannot split
-                raise UserError(f"base model: {name}: {error}") from error
-            if layer in adapter.updates:
-                whole = adapter.merged(layer, w)
-                merged = whole.to(dtype)
-                changes[layer] = ((whole - w).norm() / w.norm()).item()
-                if torch.equal(merged, w.to(dtype)):
-                    raise UserError(
-                        f"adapter: {layer} does not change its weight in {dtype}, so the merged model would be the "
-                        f"base there. Train further, or leave this layer out of the adapter."
-                    )
-                w = merged
-        else:
-            w = w.to(seen)
-        w = w.to(dtype)
-        if not torch.isfinite(w).all():
-            raise UserError(
-                f"{name}: holds NaN or infinite values in {dtype}, which would be in every answer. Base or adapter is "
-                f"damaged, or a value is too large for this --dtype."
-            )
-        writer.add(name, w)
+    for name in merged.names():
+        writer.add(name, merged.load(name).cpu())
     writer.close()
-    left = sorted(adapter.updates.keys() - adapter.used)
-    if left:
-        raise UserError(f"adapter: {left[0]} and {len(left) - 1} more layers are not in the base model. Wrong base?")
-    return {"merged_layers": len(changes), "mean_relative_change": sum(changes.values()) / max(1, len(changes))}
+    changes = merged.changes.values()
+    assert len(changes) == len(merged.updates)
+    return {"merged_layers": len(changes), "mean_relative_change": sum(changes) / max(1, len(changes))}
 
 
-def hf_config(config: dict, dtype: torch.dtype, tokenizer, end_id: int | None) -> dict:
+def hf_config(config: dict, dtype: torch.dtype, tokenizer: Tokenizer, end_id: int | None) -> dict:
     """config.json of the merged model, in the older form that every reader knows."""
     config = dict(config)
     rope = dict(config.pop("rope_parameters", None) or {})
@@ -127,55 +112,97 @@ def hf_config(config: dict, dtype: torch.dtype, tokenizer, end_id: int | None) -
     return config | ids | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
 
-def paths_and_modes(config: Config | None, options: dict) -> tuple[str, Path, Path, bool, torch.dtype, torch.dtype]:
-    """(base, adapter, output, through 4 bits?, dtype that training saw, dtype to write) of a command line."""
-    model = options["model"] or (config and config.base_model)
-    adapter = Path(options["adapter"] or config.output_dir)
-    out = Path(options["out"] or Path(config.output_dir if config else adapter) / "merged")
-    run = adapter / "train.yml"  # the resolved configuration of the training, if the adapter is ours
-    trained = yaml.safe_load(run.read_text("utf-8")) if run.exists() else {}
-    if options["base"] not in (None, "nf4", "original"):
-        raise UserError(f"--base {options['base']}: known are nf4 (what training saw) and original.")
-    in_4bit = (options["base"] or ("nf4" if trained.get("load_in_4bit", True) else "original")) == "nf4"
-    computed = torch.float32 if trained.get("bf16") is False else torch.bfloat16
-    seen = torch.float32 if options["base"] == "original" else computed  # who asks for the original gets it unrounded
-    if options["dtype"] and options["dtype"] not in DTYPES:
-        raise UserError(f"--dtype {options['dtype']}: known are {', '.join(DTYPES)}.")
-    return model, adapter, out, in_4bit, seen, DTYPES.get(options["dtype"], computed)
+def all_forms(asked: Plan, weights: Weights, updates: dict[str, Update], folder: Path, device) -> list[Form]:
+    """The trained model first; then what was written, what `--base` could have been instead, and the GGUF types."""
+    trained_in_4bit, computed = asked.trained
+    trained = Merged(weights, updates, trained_in_4bit, computed, torch.float32, device)
+    written, written_name = open_weights(folder), ON_NF4 if asked.in_4bit else ON_ORIGINAL
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    small = bytes_in_4bit(trained.shapes, updates) if trained_in_4bit else trained.num_bytes // 2
+    forms = [
+        Form(TRAINED if trained_in_4bit else "adapter on base", trained, small),
+        Form("base without adapter", Merged(weights, {}, trained_in_4bit, computed, torch.float32, device), small),
+    ]
+    for name, in_4bit in ((ON_NF4, True), (ON_ORIGINAL, False)):
+        if name == written_name:
+            forms.append(Form(name, written, size))
+        elif trained_in_4bit:
+            seen = computed if in_4bit else torch.float32
+            forms.append(Form(name, Merged(weights, updates, in_4bit, seen, asked.dtype, device), size))
+    rounded = [(name.lower(), Rounded(written, name, device)) for name in asked.types]
+    return forms + [Form(GGUF + name, form, form.num_bytes) for name, form in rounded]
 
 
 def main() -> None:
     config, options = load_command(None, OPTIONS, __doc__.splitlines()[0], yaml_unless=("model", "adapter"))
-    base, adapter_folder, out, in_4bit, seen, dtype = paths_and_modes(config, options)
-    if out.exists() and not (out / "merge.json").exists() and (out.is_file() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is no earlier merge, so nothing is written over it. Name another --out.")
-    weights, adapter, tokenizer = open_weights(base), Adapter(adapter_folder), load_tokenizer(base)
-    check_vocabulary(tokenizer, model_config(weights.config, base).vocab_size, base)
-    saved = adapter_folder / "prompt.json"
+    asked = plan(config, options)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights, (about, updates), tokenizer = (
+        open_weights(asked.base),
+        read_updates(asked.adapter),
+        load_tokenizer(asked.base),
+    )
+    check_vocabulary(tokenizer, model_config(weights.config, asked.base).vocab_size, asked.base)
+    its_base = about.get("base_model_name_or_path")
+    if its_base and Path(its_base).resolve() != Path(asked.base).resolve():
+        print(f"note: {asked.adapter} says that its base is {its_base}; merged onto {asked.base}, as told.")
+    saved = asked.adapter / "prompt.json"
     prompt_format = PromptFormat.from_json(saved.read_text("utf-8")) if saved.exists() else None
     end_id = prompt_format.end_id(tokenizer) if prompt_format else tokenizer.eos_id
-    with whole_folder(out) as folder:
-        facts = write_merged(weights, adapter, folder, in_4bit, seen, dtype, int(options["max_shard_size"] * 1e9))
-        described = hf_config(weights.config, dtype, tokenizer, end_id)
+    merged = Merged(weights, updates, asked.in_4bit, asked.seen, asked.dtype, device)
+    check_space(asked.out, merged.num_bytes)
+    texts = None
+    if options["max_tokens"]:
+        texts = held_out_texts(asked.adapter, tokenizer, prompt_format, options["data"], options["max_tokens"])
+    with whole_folder(asked.out) as folder:
+        facts = write_merged(merged, folder, int(options["max_shard_size"] * 1e9))
+        described = hf_config(weights.config, asked.dtype, tokenizer, end_id)
         write_text(folder / "config.json", json.dumps(described, indent=2) + "\n")
         ids = {key: described[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         write_text(folder / "generation_config.json", json.dumps(ids, indent=2) + "\n")
         save_tokenizer(tokenizer, folder, prompt_format and prompt_format.jinja(tokenizer))
         if prompt_format:
             write_text(folder / "prompt.json", prompt_format.to_json())
-        certificate = {
-            "base_model": str(base),
-            "base": "nf4" if in_4bit else "original",
-            "adapter": str(adapter_folder),
-            "adapter_sha256": hashlib.sha256((adapter_folder / "adapter_model.safetensors").read_bytes()).hexdigest(),
-            "dtype": str(dtype).removeprefix("torch."),
+        record = {
+            "base_model": str(asked.base),
+            "base": "nf4" if asked.in_4bit else "original",
+            "adapter": str(asked.adapter),
+            "adapter_sha256": hashlib.sha256((asked.adapter / "adapter_model.safetensors").read_bytes()).hexdigest(),
+            "dtype": str(asked.dtype).removeprefix("torch."),
             **facts,
         }
-        write_text(folder / "merge.json", json.dumps(certificate, indent=2) + "\n")
-    print(
-        f"merged {facts['merged_layers']} layers onto the {certificate['base']} weights of {base} "
-        f"({certificate['dtype']}, mean change {facts['mean_relative_change']:.2%}): {out}"
-    )
+        print(
+            f"merged {facts['merged_layers']} layers onto the {record['base']} weights of {asked.base} "
+            f"({record['dtype']}, mean change {facts['mean_relative_change']:.2%})"
+        )
+        if texts:
+            record |= scored(
+                asked, all_forms(asked, weights, updates, folder, device), *texts, options["max_kl"], device
+            )
+        write_text(folder / "merge.json", json.dumps(record, indent=2) + "\n")
+    print(f"{asked.out}: merged model and merge.json, its certificate")
+
+
+def scored(asked: Plan, forms: list[Form], data: str, texts, max_kl: float | None, device) -> dict[str, Any]:
+    """Score all forms and print them. An error if what the user relies on is too far from the trained model."""
+    print(f"against the trained model, on {len(texts.targets)} held-out tokens of {data}:")
+    scores = score_forms(forms, texts, device)
+    judged = {ON_NF4: MAX_KL} if max_kl is None and asked.in_4bit else {}
+    if max_kl is not None:
+        judged = {ON_NF4 if asked.in_4bit else ON_ORIGINAL: max_kl} | {
+            GGUF + name.lower(): max_kl for name in asked.types
+        }
+    for score in scores:
+        if not score.mean_kl <= judged.get(score.form, float("inf")):
+            raise UserError(
+                f"{score.form}: {score.mean_kl:.3g} nats a token from the trained model, where --max_kl allows "
+                f"{judged[score.form]:g}, so it would answer differently. Nothing is written. Leave it out, choose "
+                f"a larger --dtype or type, or set a higher --max_kl."
+            )
+    advice = recommend(scores, *([max_kl] if max_kl else []))
+    if advice:
+        print(f"recommended: {advice}")
+    return certificate(scores, data, texts, advice) | {"max_kl": judged}
 
 
 if __name__ == "__main__":

@@ -104,6 +104,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def check_space(path: str | Path, num_bytes: int) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises:
+        UserError: `path`, which need not exist yet, is on a disk with less than `num_bytes` free.
+    """
+    folder = next(parent for parent in (Path(path).absolute(), *Path(path).absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise UserError(
+            f"{path}: takes {num_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free, so it would break off "
+            f"half-way. Free some, or write elsewhere with --out."
+        )
+
+
 class Parser(argparse.ArgumentParser):
     """Options of the commands that need no YAML file; a wrong one ends like every other wrong input."""
 

@@ -1,0 +1,157 @@
+"""The forms that a trained model can take, each as weights that are made when they are asked for, one tensor at a time.
+
+    Merged(base, updates, ...)      base and adapter as one weight: what merge.py writes, what training computed with
+    Rounded(weights, "Q4_K_M")      the same after a trip through the block formats of a GGUF file
+
+Both have the face of an opened checkpoint (`checkpoint.Weights`), so a form can be written, loaded or scored alike, and
+none of them is ever whole in memory.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapter import Update
+from .checkpoint import Weights, model_config
+from .cli import UserError
+from .file_types import tensor_type
+from .ggml_blocks import FORMATS, dequantize, quantize
+from .gguf import gguf_name, tensor_shapes
+from .qlora import QLoRALinear
+
+
+class Merged:
+    """W + s B A, summed in float32 and rounded once.
+
+    Args:
+        base: where W comes from.
+        updates: of the adapter, by the name of the layer; none leaves the base alone.
+        in_4bit: W of the blocks' linear layers goes through NF4 and back first, as in training.
+        seen: the dtype that training computed in: a weight was rounded to it before every product.
+        dtype: of the result; float32 keeps the sum as it is.
+        device: where the arithmetic is done, and where the result is.
+    """
+
+    def __init__(
+        self,
+        base: Weights,
+        updates: dict[str, Update],
+        in_4bit: bool,
+        seen: torch.dtype,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.base, self.updates, self.in_4bit = base, updates, in_4bit
+        self.seen, self.dtype, self.device = seen, dtype, device
+        self.config: dict[str, Any] = base.config
+        self.where: Path = base.where
+        self.shapes = tensor_shapes(model_config(base.config, base.where))
+        self.changes: dict[str, float] = {}  # by layer: the norm of what was added over the norm of W
+        for layer in updates:
+            if f"{layer}.weight" not in self.shapes:
+                raise UserError(f"adapter: has an update of {layer}, which {self.where} has not. Wrong base?")
+
+    def names(self) -> list[str]:
+        return list(self.shapes)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(_count(shape) for shape in self.shapes.values()) * self.dtype.itemsize
+
+    def load(self, name: str) -> Tensor:
+        """One tensor of the merged model.
+
+        Raises:
+            UserError: the adapter does not fit, changes nothing there, or the result holds NaN or infinity.
+        """
+        w, layer = self.base.load(name), name.removesuffix(".weight")
+        if tuple(w.shape) != self.shapes[name]:
+            raise UserError(
+                f"{self.where}: {name} has shape {tuple(w.shape)}, and by its configuration it should have "
+                f"{self.shapes[name]}. Get a whole, matching checkpoint."
+            )
+        w = w.to(self.device)
+        if not (".layers." in name and w.ndim == 2):
+            merged = w.to(self.seen).to(self.dtype)
+        else:
+            w = self.as_training_saw(name, w)
+            merged = w.to(self.dtype)
+            if layer in self.updates:
+                merged = self._with_update(layer, w)
+        if not torch.isfinite(torch.stack(merged.aminmax())).all():
+            raise UserError(
+                f"{name}: holds NaN or infinite values in {self.dtype}, which would be in every answer. Base or "
+                f"adapter is damaged, or a value is too large for this --dtype."
+            )
+        return merged
+
+    def as_training_saw(self, name: str, w: Tensor) -> Tensor:
+        """A linear layer's weight from the file -> its values in every product of the training, float32."""
+        layer = QLoRALinear(w)
+        if self.in_4bit:
+            try:
+                layer.quantize()
+            except ValueError as error:  # a width that four bits cannot split
+                raise UserError(f"{self.where}: {name}: {error}") from error
+        return layer.rebuild(self.seen).float()
+
+    def _with_update(self, layer: str, w: Tensor) -> Tensor:
+        parts = (part.to(self.device) if isinstance(part, Tensor) else part for part in self.updates[layer])
+        update = Update(*parts)
+        a, b = update.lora_A, update.lora_B
+        if (b.shape[0], a.shape[1]) != w.shape:
+            raise UserError(
+                f"adapter: {layer} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, which make no update of "
+                f"{tuple(w.shape)}, the shape of its weight in the base model. Wrong base?"
+            )
+        whole = update.merged(w)
+        merged = whole.to(self.dtype)
+        if torch.equal(merged, w.to(self.dtype)):
+            raise UserError(
+                f"adapter: {layer} does not change its weight in {self.dtype}, so the merged model would be the base "
+                f"there. Train further, or leave this layer out of the adapter."
+            )
+        self.changes[layer] = ((whole - w).norm() / w.norm()).item()
+        return merged
+
+
+class Rounded:
+    """Weights as a GGUF file of some type holds them, float32: quantized and read back, no file needed.
+
+    Rows of q_proj and k_proj stand in another order in a file, and blocks run along rows, so the values are the same.
+    """
+
+    def __init__(self, weights: Weights, file_type: str, device: torch.device) -> None:
+        self.weights, self.device = weights, device
+        self.config, self.where = weights.config, weights.where
+        config = model_config(weights.config, weights.where)
+        is_gqa, is_tied = config.num_key_value_heads < config.num_attention_heads, config.tie_word_embeddings
+        self.types = {
+            name: tensor_type(gguf_name(name), shape, file_type, is_tied, config.num_hidden_layers, is_gqa)
+            for name, shape in tensor_shapes(config).items()
+        }
+        self.num_bytes = sum(
+            FORMATS[self.types[name]].num_bytes(_count(shape)) for name, shape in tensor_shapes(config).items()
+        )
+
+    def names(self) -> list[str]:
+        return self.weights.names()
+
+    def load(self, name: str) -> Tensor:
+        w = self.weights.load(name).to(self.device)
+        return dequantize(quantize(w, self.types[name]), self.types[name], tuple(w.shape))
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def bytes_in_4bit(shapes: dict[str, tuple[int, ...]], updates: dict[str, Update]) -> int:
+    """What base and adapter take in training: NF4 with its scales, 16 bits for the rest, float32 for the update."""
+    total = 0.0
+    for name, shape in shapes.items():
+        is_linear = ".layers." in name and len(shape) == 2
+        total += _count(shape) * (0.5 + 1 / 64 + 4 / 64 / 256 if is_linear else 2)
+    return round(total) + sum(4 * (update.lora_A.numel() + update.lora_B.numel()) for update in updates.values())

@@ -1,0 +1,50 @@
+"""The texts that certificates are made on: what the run kept away from training."""
+
+from pathlib import Path
+
+from .certificate import Texts
+from .cli import UserError
+from .config import Config, load_config
+from .data_files import find_files
+from .prepare import Encoding, read_samples
+from .prompts import PromptFormat
+from .runs import data_files, prepare_data, prompt_format_of
+from .tokenizer import Tokenizer
+
+LIMIT = 4096  # tokens of a text when no run says sequence_len
+
+
+def held_out_texts(
+    adapter: Path, tokenizer: Tokenizer, prompt_format: PromptFormat | None, data: str | None, max_tokens: int
+) -> tuple[str, Texts] | None:
+    """What was held out, by its name, or None with a line that says why there is nothing.
+
+    Args:
+        adapter: output folder of a run; its train.yml names the evaluation data.
+        prompt_format: of the run, for `data`.
+        data: a file that the user names; it wins.
+        max_tokens: the first samples, up to so many tokens.
+    Raises:
+        UserError: `data` cannot be read. That the run's own data is gone is none.
+    """
+    if data:
+        reading = read_samples(find_files(data), Encoding(prompt_format, tokenizer, LIMIT, "drop"))
+        return data, Texts.of(reading.samples, max_tokens)
+    if not (adapter / "train.yml").exists():
+        print(f"{adapter}: no train.yml that names held-out data, so nothing is scored. Name a file with --data.")
+        return None
+    try:
+        return _of_run(load_config([str(adapter / "train.yml")]), tokenizer, max_tokens)
+    except UserError as error:
+        print(f"Nothing is scored, because the run's held-out data cannot be read: {error} Name a file with --data.")
+        return None
+
+
+def _of_run(config: Config, tokenizer: Tokenizer, max_tokens: int) -> tuple[str, Texts]:
+    if config.test_datasets:
+        dataset = config.test_datasets[0]
+        encoding = Encoding(prompt_format_of(config, dataset, tokenizer), tokenizer, config.sequence_len, "drop")
+        return dataset.path, Texts.of(read_samples(data_files(dataset), encoding).samples, max_tokens)
+    if config.val_set_size:
+        return f"val_set_size {config.val_set_size}", Texts.of(prepare_data(config, tokenizer, 1).held_out, max_tokens)
+    raise UserError("it has neither test_datasets nor val_set_size.")

@@ -1,0 +1,177 @@
+"""merge.json: its figures against transformers and the gguf package in float64, its advice, and what it stops."""
+
+import json
+import math
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from test_train import (
+    alpaca_rows,
+    dequantised_transformers,
+    encoded_by_tokenizers,
+    peft_on_dequantised,
+    run_here,
+    save_random_adapter,
+    save_tiny_model,
+    snapshot,
+    write_rows,
+    write_run,
+)
+
+import merge
+from nanoqlora.certificate import GGUF, ON_NF4, ON_ORIGINAL, TRAINED, Score, recommend
+from nanoqlora.prompts import PromptFormat
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a float32 run: base in `model`, adapter in `out`, held-out rows in `held.jsonl`."""
+    folder = tmp_path_factory.mktemp("run")
+    model = save_tiny_model(folder / "model")
+    save_random_adapter(model, folder / "out")
+    held = write_rows(folder / "held.jsonl", alpaca_rows(8, seed=3))
+    write_run(folder / "out" / "train.yml", model, held, test_datasets=[{"path": str(held), "type": "alpaca"}])
+    (folder / "out" / "prompt.json").write_text(PromptFormat(type="alpaca").to_json())
+    return folder
+
+
+def merged(run: Path, out: Path, *words: object):
+    return run_here(merge.main, "--model", run / "model", "--adapter", run / "out", "--out", out, *words)
+
+
+def distributions(model: torch.nn.Module, run: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """log-probabilities (N, V), float64, at the supervised tokens of the held-out rows, and those tokens."""
+    found, targets = [], []
+    for line in (run / "held.jsonl").read_text().splitlines():
+        row = encoded_by_tokenizers(run / "model", json.loads(line))
+        with torch.no_grad():
+            logits = model.double()(torch.tensor([row.ids])).logits[0]
+        places = torch.tensor(row.counted)
+        found.append(torch.log_softmax(logits, -1)[places - 1])
+        targets.append(torch.tensor(row.ids)[places])
+    return torch.cat(found), torch.cat(targets)
+
+
+def test_figures_are_those_of_transformers(run, tmp_path):
+    """Every form built anew by others: PEFT, a plain sum, numpy's quantizer of the gguf package; 1e-5 of float32."""
+    package = pytest.importorskip("gguf")
+    ended = merged(run, tmp_path / "out", "--dtype", "bf16", "--types", "q8_0, Q4_0", "--max_tokens", "100000")
+    assert ended.code == 0, ended.err
+    written = json.loads((tmp_path / "out" / "merge.json").read_text())
+    found = {form.pop("form"): form for form in written["forms"]}
+
+    load = transformers.LlamaForCausalLM.from_pretrained
+    trained, targets = distributions(peft_on_dequantised(run / "model", run / "out"), run)
+    whole = peft_on_dequantised(run / "model", run / "out").merge_and_unload()
+    original = load(run / "model", dtype=torch.float32)
+    original = merge_in_peft(original, run / "out")
+    expected = {
+        TRAINED: whole,
+        "base without adapter": dequantised_transformers(run / "model"),
+        ON_NF4: in_bfloat16(peft_on_dequantised(run / "model", run / "out").merge_and_unload()),
+        ON_ORIGINAL: in_bfloat16(original),
+        GGUF + "q8_0": load(tmp_path / "out", dtype=torch.float32),
+        GGUF + "q4_0": load(tmp_path / "out", dtype=torch.float32),
+    }
+    for name in ("Q8_0", "Q4_0"):
+        kind = package.GGMLQuantizationType[name]
+        for key, parameter in expected[GGUF + name.lower()].named_parameters():
+            if parameter.ndim == 2:
+                is_head = key == "lm_head.weight" and name == "Q4_0"
+                used = package.GGMLQuantizationType.Q8_0 if is_head else kind  # 64 is no multiple of 256: no Q6_K
+                raw = package.quantize(parameter.data.numpy(), used)
+                parameter.data = torch.from_numpy(package.dequantize(raw, used))
+    assert found.keys() == expected.keys() and written["held_out"]["tokens"] == len(targets)
+    for name, model in expected.items():
+        log_q, _ = distributions(model, run)
+        kl = (trained.exp() * (trained - log_q)).sum(-1).mean().item()
+        assert found[name]["mean_kl"] == pytest.approx(kl, abs=1e-5, rel=1e-3), name
+        equal = (trained.argmax(-1) == log_q.argmax(-1)).double().mean().item()
+        assert found[name]["top1_agreement"] == pytest.approx(equal, abs=1.5 / len(targets)), name
+        loss = -log_q.gather(1, targets[:, None]).mean().item()
+        assert found[name]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4), name
+    assert found[ON_ORIGINAL]["mean_kl"] > 100 * found[ON_NF4]["mean_kl"] > 0
+    assert found[ON_NF4]["num_bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert "recommended" in ended.out and written["recommendation"] in ended.out
+
+
+def merge_in_peft(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:
+    import peft
+
+    return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+
+def in_bfloat16(model: torch.nn.Module) -> torch.nn.Module:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().double()
+    return model
+
+
+def test_too_far_from_the_trained_model_writes_nothing(run, tmp_path):
+    before = snapshot(tmp_path)
+    ended = merged(run, tmp_path / "out", "--base", "original", "--max_kl", "1e-4")
+    assert ended.code == 2 and "merged on original" in ended.err and "--max_kl allows 0.0001" in ended.err, ended.err
+    ended = merged(run, tmp_path / "out", "--types", "q4_0", "--max_kl", "1e-6")
+    assert ended.code == 2 and "GGUF q4_0" in ended.err, ended.err
+    assert snapshot(tmp_path) == before
+
+
+def test_default_limit_holds_what_is_not_the_trained_model(run, tmp_path, monkeypatch):
+    """As if the merge had taken weights that training never saw."""
+    good = merge.Merged.as_training_saw
+    monkeypatch.setattr(merge, "MAX_KL", 1e-4)
+    monkeypatch.setattr(
+        merge.Merged,
+        "as_training_saw",
+        lambda self, name, w: w.float() if self.dtype == torch.bfloat16 else good(self, name, w),
+    )
+    ended = merged(run, tmp_path / "out", "--dtype", "bf16")
+    assert ended.code == 2 and "merged on nf4" in ended.err and not (tmp_path / "out").exists()
+
+
+def test_texts_that_are_not_there(run, tmp_path):
+    """The run's own: a line that says so. Named by the user: an error."""
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    (other / "out" / "train.yml").unlink()
+    ended = merged(other, tmp_path / "a")
+    assert ended.code == 0 and "nothing is scored" in ended.out
+    assert "forms" not in json.loads((tmp_path / "a" / "merge.json").read_text())
+    ended = merged(other, tmp_path / "b", "--data", run / "held.jsonl")
+    assert ended.code == 0 and ON_NF4 in ended.out
+    ended = merged(other, tmp_path / "c", "--data", tmp_path / "nothing.jsonl")
+    assert ended.code == 2 and "nothing.jsonl" in ended.err and not (tmp_path / "c").exists()
+
+
+def test_no_space_is_noticed_before(run, tmp_path, monkeypatch):
+    before = snapshot(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("usage", "free")(100_000))
+    ended = merged(run, tmp_path / "out")
+    assert ended.code == 2 and "0.00 GB free" in ended.err and snapshot(tmp_path) == before
+
+
+def test_another_base_than_the_adapter_names_is_noted(run, tmp_path):
+    shutil.copytree(run / "model", tmp_path / "copy")
+    words = ("--model", tmp_path / "copy", "--adapter", run / "out", "--out", tmp_path / "out", "--max_tokens", 0)
+    ended = run_here(merge.main, *words)
+    assert ended.code == 0 and "note:" in ended.out and str(run / "model") in ended.out
+
+
+def score(form: str, kl: float, perplexity: float, size: int = 100) -> Score:
+    return Score(form, kl, 1.0, perplexity, size)
+
+
+def test_advice():
+    better = recommend([score(ON_NF4, 0.0001, 10.0), score(ON_ORIGINAL, 0.03, 9.0)])
+    assert better.startswith("--base original") and "10.0% lower" in better
+    same = recommend([score(ON_NF4, 0.0001, 10.0), score(ON_ORIGINAL, 0.03, 9.95)])
+    assert same.startswith("--base nf4") and "gain only 0.5%" in same
+    assert "lose 5.0%" in recommend([score(ON_NF4, 0.0001, 10.0), score(ON_ORIGINAL, 0.03, 10.5)])
+    files = [score("GGUF q8_0", 0.001, 10, 80), score("GGUF q5_k_m", 0.015, 10, 60), score("GGUF q4_0", 0.2, 12, 40)]
+    assert recommend(files).startswith("GGUF q5_k_m")
+    assert recommend(files, limit=0.01).startswith("GGUF q8_0")
+    assert recommend(files[2:]).startswith("GGUF q4_0: none of these")

@@ -2,6 +2,7 @@
 
     python export_gguf.py [train.yml] [--type q8_0]              what merge.py made of the run in train.yml
     python export_gguf.py --model FOLDER [--out FILE] [--type TYPE]
+    python export_gguf.py --adapter FOLDER [--model BASE]        the adapter alone, for a base model's .gguf
     ollama create my-model -f output_dir/Modelfile
 
 Weights that are right are half of it. The other half is that the model is prompted the way it was trained, and that it
@@ -11,6 +12,9 @@ and, in Go's template language, into the Modelfile; the token that ends an answe
 One tensor at a time is read, brought into llama.cpp's row order, quantized and written. Read next: nanoqlora/gguf.py.
 """
 
+import math
+import os
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +22,13 @@ import torch
 from torch import Tensor
 
 from nanoqlora import gguf
+from nanoqlora.adapter import read_updates
 from nanoqlora.checkpoint import Weights, model_config, open_weights
-from nanoqlora.cli import UserError, run_command, write_text
+from nanoqlora.cli import UserError, check_space, read_json, run_command, write_text
 from nanoqlora.config import Option, load_command
 from nanoqlora.file_types import FILE_TYPES, tensor_type
-from nanoqlora.ggml_blocks import quantize
+from nanoqlora.ggml_blocks import FORMATS, quantize
+from nanoqlora.gguf_adapter import adapter_metadata, plan_adapter
 from nanoqlora.model import ModelConfig
 from nanoqlora.ollama import GoTemplate, go_template, tokenizer_metadata
 from nanoqlora.prompts import PromptFormat
@@ -31,18 +37,27 @@ from nanoqlora.tokenizer import Tokenizer, load_tokenizer
 OPTIONS = {
     "model": Option("the Hugging Face folder to export; default: merged, in the run's output_dir"),
     "out": Option("the file to write; default: model-TYPE.gguf in output_dir, or in the folder given by --model"),
-    "type": Option(f"how weights are stored: {', '.join(FILE_TYPES).lower()}", default="q8_0"),
+    "type": Option(f"how weights are stored: {', '.join(FILE_TYPES).lower()}; default: q8_0, of an adapter f32"),
+    "adapter": Option("folder of a trained adapter, to be written alone; its base is --model, or what it names"),
 }
 
 
 def main() -> None:
-    config, options = load_command(None, OPTIONS, "Write a model as .gguf with a Modelfile.", yaml_unless=["model"])
-    file_type = options["type"].upper()
+    given = next(
+        (name for name in ("adapter", "model") if any(w.split("=")[0] == f"--{name}" for w in sys.argv)), "model"
+    )
+    config, options = load_command(None, OPTIONS, "Write a model as .gguf with a Modelfile.", yaml_unless=[given])
+    file_type = (options["type"] or ("f32" if options["adapter"] else "q8_0")).upper()
     if file_type not in FILE_TYPES:
         raise UserError(
             f"command line: --type {options['type']} is not a type that can be written here, so there is no file to "
             f"make. Choose one of {', '.join(FILE_TYPES).lower()}."
         )
+    if options["adapter"]:
+        adapter = Path(options["adapter"])
+        out = Path(options["out"] or adapter / f"adapter-{file_type.lower()}.gguf")
+        export_adapter(adapter, options["model"] or base_of(adapter), out, file_type)
+        return
     model = Path(options["model"] or Path(config.output_dir) / "merged")
     if not model.exists():
         raise UserError(f"{model}: no such folder, so there is no model to export. Run merge.py first, or use --model.")
@@ -60,12 +75,45 @@ def export(model: Path, out: Path, file_type: str) -> None:
     folder = model.resolve()
     name = folder.parent.name if folder.name == "merged" else folder.stem
     metadata = gguf.model_metadata(config, name, file_type) | tokenizer_metadata(tok, fmt, config.vocab_size, model)
+    write(out, metadata, tensors, [f"FROM ./{out.name}"], tok, fmt)
+
+
+def base_of(adapter: Path) -> str:
+    """The base model that an adapter names."""
+    about = read_json(adapter / "adapter_config.json")
+    base = about.get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{adapter}: its adapter_config.json names no base model. Give it with --model.")
+    return base
+
+
+def export_adapter(adapter: Path, base: str | Path, out: Path, file_type: str) -> None:
+    """Write the adapter alone as `out`, and beside it a Modelfile that puts it on the base model."""
+    _, updates = read_updates(adapter)
+    config = model_config(open_weights(base).config, base)
+    tok = load_tokenizer(base)
+    fmt = prompt_format(adapter, tok)
+    alpha, tensors = plan_adapter(updates, config, file_type, adapter)
+    if Path(base).suffix == ".gguf":
+        path = os.path.relpath(base, out.parent)
+        base_file = path if path.startswith(".") else f"./{path}"
+    else:
+        base_file = "./base-bf16.gguf"
+        path = out.parent / base_file
+        if not path.exists():
+            print(f"The base is needed too: python export_gguf.py --model {base} --type bf16 --out {path}")
+    head = [f"FROM {base_file}", f"ADAPTER ./{out.name}"]
+    write(out, adapter_metadata(adapter.resolve().name, alpha, file_type), tensors, head, tok, fmt)
+
+
+def write(out: Path, metadata: gguf.Metadata, tensors: list[gguf.NewTensor], head: list[str], tok, fmt) -> None:
+    """The file, and the Modelfile, which begins with `head`."""
     recipe = out.parent / "Modelfile"
     try:
-        text, problem = modelfile(out, go_template(fmt, tok)), None
+        text, problem = modelfile(head, go_template(fmt, tok)), None
     except UserError as error:
         text, problem = None, error
-
+    check_space(out, sum(FORMATS[t.ggml_type].num_bytes(math.prod(t.shape)) for t in tensors))
     gguf.write_gguf(out, metadata, tensors)
     print(f"{out}: {len(tensors)} tensors, {out.stat().st_size / 1e6:.1f} MB")
     if text is not None:
@@ -103,7 +151,7 @@ def plan_tensors(weights: Weights, config: ModelConfig, file_type: str, model: P
 
     def produce(name: str, ggml_type: str) -> Tensor:
         """The bytes of one tensor, called when its turn to be written has come."""
-        w = weights.load(name)
+        w = weights.load(name).to(device)
         if tuple(w.shape) != shapes[name]:
             raise UserError(
                 f"{model}: tensor {name} has shape {tuple(w.shape)}, but config.json makes it {shapes[name]}, so they "
@@ -118,6 +166,7 @@ def plan_tensors(weights: Weights, config: ModelConfig, file_type: str, model: P
         heads = gguf.heads_to_permute(gguf.gguf_name(name), config.num_attention_heads, config.num_key_value_heads)
         return quantize(gguf.permute_rows(w, heads) if heads else w, ggml_type)
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tensors, is_tied = [], head not in shapes
     is_gqa = config.num_key_value_heads < config.num_attention_heads
     for hf_name, shape in shapes.items():
@@ -130,9 +179,9 @@ def plan_tensors(weights: Weights, config: ModelConfig, file_type: str, model: P
     return tensors
 
 
-def modelfile(out: Path, template: GoTemplate) -> str:
+def modelfile(head: list[str], template: GoTemplate) -> str:
     """The Modelfile: where the weights are, how messages become text, and at which texts an answer ends."""
-    lines = [f"FROM ./{out.name}", f'TEMPLATE """{template.template}"""']
+    lines = [*head, f'TEMPLATE """{template.template}"""']
     if template.system is not None:
         lines.append(f'SYSTEM """{template.system}"""')
     lines += [f'PARAMETER stop "{stop}"' for stop in template.stops]

@@ -389,7 +389,7 @@ WRONG = {
     "layers": ({}, {"num_hidden_layers": 1}, "Q8_0", r"model.layers.1.*has no place in the model"),
     "shape": ({}, {"intermediate_size": 96}, "Q8_0", r"has shape \(192, 64\), but config.json makes it \(96, 64\)"),
     "vocabulary": ({}, {"vocab_size": 1000}, "Q8_0", "49152 tokens and the embedding 1000 rows"),
-    "activation": ({}, {"hidden_act": "gelu"}, "Q8_0", "hidden_act=gelu"),
+    "activation": ({}, {"hidden_act": "gelu"}, "Q8_0", "hidden_act is .gelu."),
 }
 
 

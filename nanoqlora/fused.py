@@ -119,19 +119,20 @@ class Group:
         beside[:, self.R :].zero_()
         return room @ wx[: self.n_out].t(), xa
 
-    def backward_x(self, dy: Tensor, dropout: RowDropout | None, fold: bool) -> tuple[Tensor, Tensor]:
-        """dx (N, n_in) and dxa (N, R), slices of one tensor."""
+    def backward_x(self, dy: Tensor, fold: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """dx (N, n_in) and dxa (N, R), slices of one tensor; and A (R, n_in) unless folded: dx lacks dxa A then."""
         wx = self.weight(dy.dtype, fold)
         both = dy @ wx[: self.n_out]
-        dx, dxa = both[:, : self.n_in], both[:, self.n_in : self.n_in + self.R]
-        if not fold:
-            ops.kernels(dy).lora_dx_add_(dx, dxa, self.rows_of_A(wx), dropout)
-        return dx, dxa
+        A = None if fold else self.rows_of_A(wx)
+        return both[:, : self.n_in], both[:, self.n_in : self.n_in + self.R], A
 
-    def backward_adapters(self, dy: Tensor, x: Tensor, xa: Tensor, dxa: Tensor, dropout: RowDropout | None) -> None:
-        """Add the gradients of every A and B. x: (N, n_in), the input that the projections read."""
+    def backward_B(self, dy: Tensor, xa: Tensor) -> None:
+        """Add the gradients of every B."""
         for layer, dy_, xa_ in zip(self.layers, dy.split(self.widths, 1), xa.split(self.ranks, 1), strict=True):
-            ops.kernels(x).lora_backward_B(dy_, xa_, layer.scaling, gradient_of(layer.lora_B))
+            ops.kernels(dy).lora_backward_B(dy_, xa_, layer.scaling, gradient_of(layer.lora_B))
+
+    def backward_A(self, dxa: Tensor, x: Tensor, dropout: RowDropout | None) -> None:
+        """Add the gradients of every A, from the input x (N, n_in) that the projections read."""
         ops.kernels(x).lora_backward_A(dxa, x, dropout, [gradient_of(layer.lora_A) for layer in self.layers])
 
 
@@ -146,39 +147,54 @@ class HostMemory:
     """Inputs of blocks, in pinned memory of the host from the forward pass to the backward pass.
 
     Copies have a stream of their own, so they run beside the products: while one block goes back, the input of the
-    block below is on its way. On a CPU there is nothing to move.
+    block below is on its way. No input is let go before the main stream has waited for its copy, two blocks later, and
+    the way back has two places on the device in turn: so the memory in use does not depend on who is ahead of whom.
+    On a CPU there is nothing to move.
     """
 
     def __init__(self) -> None:
         self.copies: dict[int, Tensor] = {}  # by block
-        self.coming: dict[int, Tensor] = {}
+        self.leaving: list[tuple[Tensor, torch.cuda.Event]] = []
+        self.places: list[Tensor] = []
         self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
     def put(self, block: int, x: Tensor) -> None:
         if block not in self.copies or self.copies[block].shape != x.shape:
             self.copies[block] = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
-        if self.stream:
-            self.stream.wait_stream(torch.cuda.current_stream())
+        if not x.is_cuda:
+            self.copies[block].copy_(x)
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             self.copies[block].copy_(x, non_blocking=True)
-        if self.stream:
-            x.record_stream(self.stream)  # its memory is not given away before it is copied
+            self.leaving.append((x, self.stream.record_event()))
+        if len(self.leaving) > 2:
+            _, copied = self.leaving.pop(0)
+            copied.wait()
 
-    def get(self, block: int, device: torch.device) -> Tensor:
+    def get(self, block: int, like: Tensor) -> Tensor:
         """The input of `block`; that of the block below is asked for."""
-        self.ask_for(block, device)
-        x = self.coming.pop(block)
-        if self.stream:
-            torch.cuda.current_stream().wait_stream(self.stream)
-            x.record_stream(torch.cuda.current_stream())
+        if not like.is_cuda:
+            return self.copies[block]
+        main = torch.cuda.current_stream()
+        if self.leaving or not self.places or self.places[0].shape != self.copies[block].shape:  # the way back begins
+            main.wait_stream(self.stream)
+            self.leaving.clear()
+            self.places = [torch.empty_like(self.copies[block], device=like.device) for _ in range(2)]
+            self.stream.wait_stream(main)
+            self.bring(block)
+        main.wait_stream(self.stream)
+        self.stream.wait_stream(main)  # the block above is done with the place that is filled next
         if block - 1 in self.copies:
-            self.ask_for(block - 1, device)
-        return x
+            self.bring(block - 1)
+        else:
+            places, self.places = self.places, []
+            return places[block % 2]
+        return self.places[block % 2]
 
-    def ask_for(self, block: int, device: torch.device) -> None:
-        if block not in self.coming:
-            with torch.cuda.stream(self.stream):
-                self.coming[block] = self.copies[block].to(device, non_blocking=True)
+    def bring(self, block: int) -> None:
+        with torch.cuda.stream(self.stream):
+            self.places[block % 2].copy_(self.copies[block], non_blocking=True)
 
 
 @dataclass
@@ -213,7 +229,7 @@ class BlockFunction(torch.autograd.Function):
         y, xa = down.forward(room, ctx.dropouts[3], ctx.fold)
         del room
         kept.xa_down = xa.clone()
-        y = kept.middle + y
+        y = kernels.add(kept.middle, y)
         if block.keep in ("input", "offload"):
             kept = Kept(kept.x, xa_down=kept.xa_down)
         elif block.keep == "no_mlp":
@@ -233,31 +249,42 @@ class BlockFunction(torch.autograd.Function):
         kernels = ops.kernels(dy)
         dy = dy.reshape(-1, D)
         if kept.x is None:
-            kept.x = block.host.get(block.index, dy.device)
+            kept.x = block.host.get(block.index, dy)
         run_forward(ctx, kept)  # makes what was not kept
 
-        # MLP: y = middle + down(swiglu(gate_up(norm(middle)))). act is made again while SwiGLU goes back, over dact.
-        act, dxa = down.backward_x(dy, drop_down, fold)  # still dact
-        kernels.swiglu_backward_(act, kept.gate_up)  # gate_up is now its gradient, dact is act
-        down.backward_adapters(dy, act, kept.xa_down, dxa, drop_down)
-        del act, dxa
-        dh, dxa = gate_up.backward_x(kept.gate_up, drop_gate_up, fold)
+        # MLP: y = middle + down(swiglu(gate_up(norm(middle)))). gate_up becomes its own gradient.
+        down.backward_B(dy, kept.xa_down)
+        dact, dxa, A = down.backward_x(dy, fold)
+        gate, up, down_ = *gate_up.layers, down.layers[0]
+        dBs = gradient_of(gate.lora_B), gradient_of(up.lora_B)
+        scalings, dA = (gate.scaling, up.scaling), gradient_of(down_.lora_A)
+        kernels.mlp_backward_(dact, kept.gate_up, dxa, A, drop_down, dA, kept.xa_gate_up, scalings, dBs)
+        del dact, dxa, A
+        dh, dxa, A = gate_up.backward_x(kept.gate_up, fold)
+        kept.gate_up = kept.xa_gate_up = None
+        if A is not None:
+            kernels.lora_dx_add_(dh, dxa, A, drop_gate_up)
         h, rstd = block.norm2(kept.middle)
-        gate_up.backward_adapters(kept.gate_up, h, kept.xa_gate_up, dxa, drop_gate_up)
-        kept.gate_up = kept.xa_gate_up = h = None
+        gate_up.backward_A(dxa, h, drop_gate_up)
         dmiddle = kernels.rms_norm_backward(dh, kept.middle, block.post_attention_layernorm.weight, rstd, dy)
-        del dh, dxa
+        del h, dh, dxa, A
 
         # Attention: middle = x + o(attention(rope(qkv(norm(x)))))
         q, k, v, y = kept.attention
-        dattended, dxa = o.backward_x(dmiddle, drop_o, fold)
-        o.backward_adapters(dmiddle, y.detach().reshape(B * T, -1), kept.xa_o, dxa, drop_o)
+        o.backward_B(dmiddle, kept.xa_o)
+        dattended, dxa, A = o.backward_x(dmiddle, fold)
+        if A is not None:
+            kernels.lora_dx_add_(dattended, dxa, A, drop_o)
+        o.backward_A(dxa, y.detach().reshape(B * T, -1), drop_o)
         grads = torch.autograd.grad(y, (q, k, v), dattended.unflatten(0, (B, T)).unflatten(2, y.shape[2:]))
         dqkv = kernels.rope_backward(*grads, *ctx.rope)
         kept.attention = q = k = v = y = grads = dattended = None
-        dh, dxa = qkv.backward_x(dqkv, drop_qkv, fold)
+        qkv.backward_B(dqkv, kept.xa_qkv)
+        dh, dxa, A = qkv.backward_x(dqkv, fold)
+        if A is not None:
+            kernels.lora_dx_add_(dh, dxa, A, drop_qkv)
         h, rstd = block.norm1(kept.x)
-        qkv.backward_adapters(dqkv, h, kept.xa_qkv, dxa, drop_qkv)
+        qkv.backward_A(dxa, h, drop_qkv)
         dx = kernels.rms_norm_backward(dh, kept.x, block.input_layernorm.weight, rstd, dmiddle)
         ctx.kept = None
         return dx.view(B, T, D), None, None, None

@@ -24,6 +24,7 @@ from . import (
     lora_parts,
     loss,
     loss_fast,
+    mlp_backward,
     nf4,
     nf4_fast,
 )
@@ -82,7 +83,8 @@ class Kernels(NamedTuple):
     rope_: Callable
     rope_backward: Callable
     swiglu: Callable
-    swiglu_backward_: Callable
+    add: Callable
+    mlp_backward_: Callable
     place_adapter: Callable
     lora_down: Callable
     lora_backward_A: Callable
@@ -93,12 +95,12 @@ class Kernels(NamedTuple):
 @lru_cache
 def _kernels(is_cuda: bool) -> Kernels:
     names = Kernels._fields
-    modules = (block_parts, lora_parts)
+    modules = (block_parts, lora_parts, mlp_backward)
     if is_cuda:
-        from . import elementwise_triton, lora_triton
+        from . import elementwise_triton, lora_triton, mlp_backward_triton
 
-        modules = (elementwise_triton, lora_triton)
-    return Kernels(*(getattr(modules[0] if hasattr(modules[0], name) else modules[1], name) for name in names))
+        modules = (elementwise_triton, lora_triton, mlp_backward_triton)
+    return Kernels(*(next(getattr(m, name) for m in modules if hasattr(m, name)) for name in names))
 
 
 def kernels(x: Tensor) -> Kernels:

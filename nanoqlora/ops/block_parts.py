@@ -35,6 +35,11 @@ def add_rms_norm(
     return total, *rms_norm(total, weight, eps, out)
 
 
+def add(x: Tensor, delta: Tensor) -> Tensor:
+    """x + delta, (N, D). delta: rows may be slices of wider ones."""
+    return x + delta
+
+
 def rms_norm_backward(dh: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor) -> Tensor:
     """residual + the gradient of x through the norm, (N, D), summed wide and rounded once.
 

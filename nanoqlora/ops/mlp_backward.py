@@ -1,0 +1,45 @@
+"""SwiGLU's way back together with every low-rank gradient that reads its tensors. The reference, in plain PyTorch.
+
+Between the backward products of down_proj and of gate_proj and up_proj stand, at width FF,
+
+    dact += dropout'(dxa A)                         down_proj's update, where it is not folded into the weight
+    dgate, dup = swiglu'(dact; gate, up)
+    dA    = dxa^T dropout(act)                      of down_proj; act = silu(gate) * up is made again on the way
+    dB    = s * dgate^T xa, s * dup^T xa            of gate_proj and of up_proj
+
+Each is simple, and together they read and write the widest tensors of a block nine times. `mlp_backward_triton.py`
+does it in five: dact, gate and up in, dgate and dup out.
+"""
+
+from torch import Tensor
+
+from .block_parts import swiglu_backward_
+from .lora_parts import RowDropout, lora_backward_A, lora_backward_B, lora_dx_add_
+
+
+def mlp_backward_(
+    dact: Tensor,
+    gate_up: Tensor,
+    dxa: Tensor,
+    A: Tensor | None,
+    dropout: RowDropout | None,
+    dA: Tensor,
+    xa: Tensor,
+    scalings: tuple[float, float],
+    dBs: tuple[Tensor, Tensor],
+) -> None:
+    """gate_up becomes its gradient; three low-rank gradients are added to; what is in dact afterwards is of no use.
+
+    Args:
+        dact: (N, FF), the gradient of act, rows may be slices of wider ones. gate_up: (N, 2 FF), likewise.
+        dxa: (N, r) of down_proj. A: (r, FF) of down_proj, whose part of dact is still to be added, or None.
+        dropout: down_proj's. dA: (r, FF) float32.
+        xa: (N, r_gate + r_up). scalings: of gate_proj and up_proj. dBs: (FF, r_gate) and (FF, r_up) float32.
+    """
+    if A is not None:
+        lora_dx_add_(dact, dxa, A, dropout)
+    swiglu_backward_(dact, gate_up)
+    lora_backward_A(dxa, dact, dropout, dA)
+    parts = zip(gate_up.chunk(2, 1), xa.split([dB.shape[1] for dB in dBs], 1), scalings, dBs, strict=True)
+    for dy, xa_, scaling, dB in parts:
+        lora_backward_B(dy, xa_, scaling, dB)

@@ -1,0 +1,118 @@
+"""The Triton twin of `mlp_backward.py`: one trip over the widest tensors of a block.
+
+A program owns a block of FF's columns and walks down the rows, as `rows_kernel` of `lora_triton.py` does, with three
+sums of (r, columns) in its registers. For each tile it loads dact, gate and up, does the elementwise work, stores dgate
+and dup, and multiplies act, dgate and dup, which are in registers anyway, by the rows of dxa and xa. act is never
+written. The dropout of down_proj's input is hashed once and serves dact and dA.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import elementwise_triton, lora_triton
+from .lora_parts import RowDropout
+from .lora_triton import Masking, Tile, add_parts, ceil_div, kept, row_strides, rows_of
+
+TILES = {False: Tile(64, 64, 8, 2, 448), True: Tile(64, 64, 8, 2, 448)}  # by dropout; see `lora_triton.TILES`
+LARGEST_RANK = 64  # three sums of a larger one do not fit the registers
+
+
+def mlp_backward_(
+    dact: Tensor,
+    gate_up: Tensor,
+    dxa: Tensor,
+    A: Tensor | None,
+    dropout: RowDropout | None,
+    dA: Tensor,
+    xa: Tensor,
+    scalings: tuple[float, float],
+    dBs: tuple[Tensor, Tensor],
+) -> None:
+    """As `mlp_backward.mlp_backward_`."""
+    N, FF = dact.shape
+    ranks = [len(dA), *(dB.shape[1] for dB in dBs)]
+    if max(ranks) > LARGEST_RANK or dact.dtype == torch.float32:
+        one_by_one(dact, gate_up, dxa, A, dropout, dA, xa, scalings, dBs)
+        return
+    masking = Masking.of(dropout, N)
+    tile = TILES[dropout is not None]
+    blocks, tiles = triton.cdiv(FF, tile.columns), masking.tiles(tile.rows)
+    splits = max(1, min(tile.programs // blocks, tiles))
+    parts = dact.new_empty(splits, sum(ranks), FF, dtype=torch.float32)
+    mlp_backward_kernel[(blocks, splits)](
+        dact, gate_up, dxa, A, xa, parts, masking.seeds, masking.threshold, masking.scale, *scalings,
+        masking.T, tiles, *row_strides(dact, gate_up, dxa, xa), 0 if A is None else A.stride(0),
+        FF=FF, R=ranks[0], R_GATE=ranks[1], R_UP=ranks[2], BLOCK_T=tile.rows, BLOCK_K=tile.columns,
+        BLOCK_R=max(16, triton.next_power_of_2(max(ranks))), GROUP=masking.group,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    for ours, place in zip(parts.split(ranks, 1), (dA, dBs[0].t(), dBs[1].t()), strict=True):
+        add_parts(ours, place, add=True)
+
+
+def one_by_one(dact, gate_up, dxa, A, dropout, dA, xa, scalings, dBs) -> None:
+    """With the kernels of the parts, for large ranks."""
+    if A is not None:
+        lora_triton.lora_dx_add_(dact, dxa, A, dropout)
+    elementwise_triton.swiglu_backward_(dact, gate_up)
+    lora_triton.lora_backward_A(dxa, dact, dropout, dA)
+    parts = zip(gate_up.chunk(2, 1), xa.split([dB.shape[1] for dB in dBs], 1), scalings, dBs, strict=True)
+    for dy, xa_, scaling, dB in parts:
+        lora_triton.lora_backward_B(dy, xa_, scaling, dB)
+
+
+@triton.jit
+def mlp_backward_kernel(
+    dact, gate_up, dxa, A, xa, parts, seeds, threshold, scale, scaling_gate, scaling_up,
+    T, tiles, stride_dact, stride_gate_up, stride_dxa, stride_xa, stride_A,
+    FF: tl.constexpr, R: tl.constexpr, R_GATE: tl.constexpr, R_UP: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Program (block of columns, part of the tiles of rows)."""
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    r = tl.arange(0, BLOCK_R)
+    share = ceil_div(tiles, tl.num_programs(1))
+    begin = tl.program_id(1) * share
+    sum_A = tl.full((BLOCK_R, BLOCK_K), 0.0, tl.float32)
+    sum_gate = tl.full((BLOCK_R, BLOCK_K), 0.0, tl.float32)
+    sum_up = tl.full((BLOCK_R, BLOCK_K), 0.0, tl.float32)
+    if A is not None:
+        A_ = tl.load(A + r[:, None] * stride_A + k[None, :], mask=(r < R)[:, None] & (k < FF)[None, :], other=0.0)
+    for tile in range(begin, tl.minimum(begin + share, tiles)):
+        b, t, rows = rows_of(tile, T, BLOCK_T, GROUP)
+        inside = (t < T)[:, None] & (k < FF)[None, :]
+        gate_place = gate_up + rows[:, None] * stride_gate_up + k[None, :]
+        gate = tl.load(gate_place, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gate_place + FF, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(dact + rows[:, None] * stride_dact + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        real = (t < T)[:, None]
+        dxa_ = tl.load(dxa + rows[:, None] * stride_dxa + r[None, :], mask=real & (r < R)[None, :], other=0.0)
+        xa_place = xa + rows[:, None] * stride_xa + r[None, :]
+        xa_gate = tl.load(xa_place, mask=real & (r < R_GATE)[None, :], other=0.0)
+        xa_up = tl.load(xa_place + R_GATE, mask=real & (r < R_UP)[None, :], other=0.0)
+        if seeds is not None:
+            keep = kept(t, k, tl.load(seeds + b), threshold, FF)
+        if A is not None:
+            update = tl.dot(dxa_, A_, input_precision="ieee") * scale
+            if seeds is not None:
+                update = tl.where(keep, update, 0.0)
+            d += update
+        s = 1 / (1 + tl.exp(-gate))
+        silu = gate * s
+        act = (silu * up).to(dact.dtype.element_ty)
+        if seeds is not None:
+            act = tl.where(keep, act, 0.0)
+        dgate = (d * up * (s + silu * (1 - s))).to(dact.dtype.element_ty)
+        dup = (d * silu).to(dact.dtype.element_ty)
+        tl.store(gate_place, dgate, mask=inside)
+        tl.store(gate_place + FF, dup, mask=inside)
+        sum_A = tl.dot(tl.trans(dxa_), act, sum_A, input_precision="ieee")
+        sum_gate = tl.dot(tl.trans(xa_gate), dgate, sum_gate, input_precision="ieee")
+        sum_up = tl.dot(tl.trans(xa_up), dup, sum_up, input_precision="ieee")
+    here = parts + (tl.program_id(1) * (R + R_GATE + R_UP) + r)[:, None] * FF + k[None, :]
+    real = (k < FF)[None, :]
+    tl.store(here, sum_A * scale, mask=real & (r < R)[:, None])
+    tl.store(here + R * FF, sum_gate * scaling_gate, mask=real & (r < R_GATE)[:, None])
+    tl.store(here + (R + R_GATE) * FF, sum_up * scaling_up, mask=real & (r < R_UP)[:, None])

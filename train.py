@@ -17,8 +17,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -28,8 +29,9 @@ from nanoqlora.adapter import continue_adapter
 from nanoqlora.checkpoint import Fill, open_model
 from nanoqlora.cli import Stopped, UserError, run_command
 from nanoqlora.config import Config, load_command
-from nanoqlora.data import Samples, collate, micro_batches
+from nanoqlora.data import Sample, Samples, collate, micro_batches
 from nanoqlora.evaluate import mean_loss, score_samples
+from nanoqlora.forecast import measure
 from nanoqlora.fused import can_fuse, fuse_blocks, keep_dense_weights
 from nanoqlora.graphs import GraphedBody, can_record
 from nanoqlora.model import Llama
@@ -45,21 +47,25 @@ from nanoqlora.optim import (
 )
 from nanoqlora.packing import Plan
 from nanoqlora.plan import choose_sharding, dense_fits, keeps_for, memory_budget
+from nanoqlora.preview import plan_text
 from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora, set_dropout_rows
+from nanoqlora.results import judge, save_results
 from nanoqlora.runs import (
     Metrics,
-    before_and_after,
+    best_step,
+    load_best,
     load_checkpoint,
     prepare_data,
+    reason_to_stop,
     same_on_all_ranks,
-    sample_answers,
     save_checkpoint,
-    save_results,
 )
 from nanoqlora.serving import check_vocabulary
 from nanoqlora.sharding import BlockStore, fill_over_ranks
 from nanoqlora.stats import Stopwatch, memory_figures
 from nanoqlora.tokenizer import load_tokenizer
+from nanoqlora.trackers import make_trackers
+from nanoqlora.typed_yaml import Option, plain
 
 
 @dataclass
@@ -79,6 +85,19 @@ class Run:
     optimizer: torch.optim.Optimizer
     metrics: Metrics
     store: BlockStore | None  # where the base is spread over the ranks
+    before: dict[str, Any] = field(default_factory=dict)  # what the untrained model could do, for the report
+
+
+def forward_backward(run: Run, rows: list[list[Sample]], number: int, first: int, num_targets: int) -> torch.Tensor:
+    """Add the gradient of one micro-batch, row `first` and on of step `number`. Returns the sum of its losses."""
+    batch = collate(rows, run.config.row_width).to(run.device)
+    seeds = row_seeds(run.config.seed, number, first, len(rows)).to(run.device)
+    set_dropout_rows(run.model, seeds)
+    set_noise_rows(run.model, seeds, batch.segments)
+    hidden = run.body(batch.tokens, batch.segments).flatten(0, 1)  # (B * T, D)
+    loss = ops.linear_cross_entropy(hidden[batch.supervised], run.model.lm_head.weight, batch.targets)
+    (loss / num_targets).backward()
+    return loss.detach()
 
 
 def train_step(run: Run, number: int) -> tuple[float, float, float, int]:
@@ -88,17 +107,9 @@ def train_step(run: Run, number: int) -> tuple[float, float, float, int]:
     num_targets = sum(sample.num_targets for row in rows for sample in row)  # of all ranks: the plan is the same
     total = torch.zeros((), device=run.device)
     run.flat.grad.zero_()
-    width = config.sequence_len if pads_rows(config) else 0
     share = list(micro_batches(rows, config.micro_batch_size, run.rank, run.ranks))
     for first, mine in share:
-        batch = collate(mine, width).to(run.device)
-        seeds = row_seeds(config.seed, number, first, len(mine)).to(run.device)
-        set_dropout_rows(run.model, seeds)
-        set_noise_rows(run.model, seeds, batch.segments)
-        hidden = run.body(batch.tokens, batch.segments).flatten(0, 1)  # (B * T, D)
-        loss = ops.linear_cross_entropy(hidden[batch.supervised], run.model.lm_head.weight, batch.targets)
-        (loss / num_targets).backward()
-        total += loss.detach()
+        total += forward_backward(run, mine, number, first, num_targets)
     if run.store:  # in an epoch's last step the first rank may have more rows than this one
         most = math.ceil(len(rows) / (config.micro_batch_size * run.ranks))
         for _ in range(most - len(share)):
@@ -112,7 +123,7 @@ def train_step(run: Run, number: int) -> tuple[float, float, float, int]:
     rate = learning_rate_at(
         number,
         len(run.plan),
-        config.warmup_steps or math.ceil(config.warmup_ratio * len(run.plan)),
+        warmup_steps(config, run.plan),
         config.learning_rate,
         config.lr_scheduler,
         config.cosine_min_lr_ratio or 0.0,
@@ -122,10 +133,9 @@ def train_step(run: Run, number: int) -> tuple[float, float, float, int]:
     return loss, grad_norm, rate, sum(len(sample) for row in rows for sample in row)
 
 
-def pads_rows(config: Config) -> bool:
-    """Whether every row has `sequence_len` tokens. Packed rows are nearly full anyway, and tensors of one size find
-    their place in memory again."""
-    return config.sample_packing if config.pad_to_sequence_len is None else config.pad_to_sequence_len
+def warmup_steps(config: Config, plan: Plan) -> int:
+    """Steps with a rising learning rate."""
+    return config.warmup_steps or math.ceil(config.warmup_ratio * len(plan))
 
 
 def row_seeds(seed: int, step: int, first: int, count: int) -> torch.Tensor:
@@ -142,6 +152,19 @@ def evaluate(run: Run, step: int) -> float:
     return loss
 
 
+def evaluations(run: Run) -> list[int]:
+    """The steps after which the held-out data is scored."""
+    c, steps = run.config, range(1, len(run.plan) + 1)
+    return [s for s in steps if run.held_out and due(s, run.plan, c.evals_per_epoch, c.eval_steps, c.eval_strategy)]
+
+
+def saves(run: Run) -> list[int]:
+    """The steps after which a checkpoint is written."""
+    c, steps = run.config, range(1, len(run.plan) + 1)
+    first = c.save_first_step
+    return [s for s in steps if s == first or due(s, run.plan, c.saves_per_epoch, c.save_steps, c.save_strategy)]
+
+
 def due(step: int, plan: Plan, per_epoch: int | None, every: float | None, strategy: str | None) -> bool:
     """Whether something that happens so often happens after `step` (from 1)."""
     if strategy == "no":
@@ -154,10 +177,14 @@ def due(step: int, plan: Plan, per_epoch: int | None, every: float | None, strat
     return int(plan[step - 1].epoch * times + 1e-9) > int(before * times + 1e-9)
 
 
-def loop(run: Run, start: int, stop: list[bool]) -> None:
-    """All steps from `start` on, evaluations and checkpoints between them. Raises Stopped when `stop` is filled."""
+def loop(run: Run, start: int, stop: list[bool]) -> int:
+    """All steps from `start` on, evaluations and checkpoints between them. Returns the last step that was taken.
+
+    Raises Stopped when `stop` is filled.
+    """
     config, plan = run.config, run.plan
-    watch, folder = Stopwatch(), Path(config.output_dir)
+    when_to_evaluate, when_to_save = set(evaluations(run)), set(saves(run))
+    watch, folder, step = Stopwatch(), Path(config.output_dir), start
     bar = tqdm(total=len(plan), initial=start, disable=run.rank != 0, unit="step", dynamic_ncols=True, smoothing=0.1)
     for number in range(start, len(plan)):
         step = number + 1
@@ -174,11 +201,12 @@ def loop(run: Run, start: int, stop: list[bool]) -> None:
             run.metrics.write(line | {"tokens_per_second": round(speed, 1)} | memory_figures(run.device))
             bar.set_postfix(loss=f"{loss:.3f}", norm=f"{grad_norm:.2f}", lr=f"{rate:.1e}", tok_s=f"{speed:.0f}")
         bar.update()
-        if run.held_out and due(step, plan, config.evals_per_epoch, config.eval_steps, config.eval_strategy):
+        if step in when_to_evaluate:
             bar.write(f"step {step}: held-out loss {evaluate(run, step):.4f}", file=sys.stderr)
         # Any rank may have got the signal first; all of them stop after the same step.
         stopped = distributed.sum_over_ranks(torch.tensor(float(bool(stop)), device=run.device)).item() > 0
-        if stopped or due(step, plan, config.saves_per_epoch, config.save_steps, config.save_strategy):
+        is_best = config.load_best_model_at_end and step in when_to_evaluate and step == best_step(run.metrics.rows)
+        if stopped or step in when_to_save or is_best:
             save_checkpoint(run, step)
         if stopped:
             bar.close()
@@ -186,7 +214,14 @@ def loop(run: Run, start: int, stop: list[bool]) -> None:
                 f"stopped after step {step} of {len(plan)}; it is saved. To go on: "
                 f"--resume_from_checkpoint {folder / f'checkpoint-{step}'}"
             )
+        if reason := reason_to_stop(config, run.metrics.rows):
+            bar.write(f"step {step}: ends here, {reason}", file=sys.stderr)
+            break
     bar.close()
+    return step
+
+
+OPTIONS = {"plan": Option("train nothing: say what would happen, what it needs and how long it takes", bool, False)}
 
 
 def prepare_model(
@@ -201,7 +236,8 @@ def prepare_model(
             wanted = {key: getattr(config, key) for key in keys}
             say(continue_adapter(model, config.lora_model_dir, config.lora_dropout, **wanted))
         else:
-            targets, variants = config.lora_target_modules or ALL_LINEAR, (config.peft_use_rslora, config.peft_use_dora)
+            targets = ALL_LINEAR if config.lora_target_linear else config.lora_target_modules
+            variants = config.peft_use_rslora, config.peft_use_dora
             inject_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, targets, *variants)
 
     def empty() -> tuple[Llama, Fill]:
@@ -243,7 +279,7 @@ def prepare_model(
 
 
 def main() -> None:
-    config, _ = load_command(None, {}, __doc__.splitlines()[0])
+    config, options = load_command(None, OPTIONS, __doc__.splitlines()[0])
     rank, ranks, device = distributed.start()
     say = print if rank == 0 else lambda *_: None
     for note in config.notes:
@@ -269,27 +305,33 @@ def main() -> None:
     groups = loraplus_groups(model, config.loraplus_lr_ratio) if config.loraplus_lr_ratio else None
     optimizer = make_optimizer(config.optimizer, flat, groups=groups, **adamw)
     metrics = Metrics(Path(config.output_dir) / "metrics.jsonl", writes=rank == 0)
-    body = GraphedBody(model) if pads_rows(config) and can_record(model) else model.model
+    body = GraphedBody(model) if config.row_width and can_record(model) else model.model
     parts = body, data.samples, data.held_out, data.plan, flat, optimizer, metrics, store
     run = Run(config, rank, ranks, device, model, *parts)
+    forecast = measure(run, forward_backward, len(evaluations(run)), len(saves(run)))
+    if options["plan"]:
+        say(plan_text(run, tokenizer, forecast, warmup_steps(config, data.plan)))
+        return distributed.stop()
     with distributed.together():
         start = load_checkpoint(run)
+    if rank == 0:
+        metrics.trackers += make_trackers(plain(config), start)
     say(f"{flat.numel():,} trained values, {len(run.plan)} steps, computing in {str(dtype).removeprefix('torch.')}")
 
     stop: list[bool] = []  # from here on Ctrl-C ends the run after the step under way, with a checkpoint
     for received in (signal.SIGINT, signal.SIGTERM):
         signal.signal(received, lambda *_: stop.append(True))
-    before, after = {}, {}
     if start == 0 and run.held_out:
-        before = {"loss": evaluate(run, 0), "answers": sample_answers(run, tokenizer, data.prompt_format)}
+        evaluate(run, 0)
+        run.before |= judge(run, data, tokenizer, 0)
     started = time.perf_counter()
-    loop(run, start, stop)
+    last = loop(run, start, stop)
     seconds = time.perf_counter() - started
-    if before:  # on every rank, for the base may be spread over all of them
-        after = before_and_after(run, data, tokenizer, before)
+    last_kept = load_best(run, last)
+    after = judge(run, data, tokenizer, last_kept) if run.before else {}
     distributed.stop()
     if rank == 0:
-        save_results(run, data, tokenizer, after, seconds, say)
+        save_results(run, data, tokenizer, after, forecast.of_part((last - start) / len(run.plan)), seconds, say)
 
 
 if __name__ == "__main__":

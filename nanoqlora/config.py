@@ -187,8 +187,24 @@ class Config:
     save_steps: int | float | None = key("steps between checkpoints; below 1: a share of all", None, "[0, inf)")
     saves_per_epoch: int | None = key("checkpoints in an epoch; 0: none", None, "[0, inf)")
     save_total_limit: int = key("checkpoints to keep, the newest ones", 4, "[1, inf)")
+    save_first_step: bool = key("a checkpoint after the first step too", False)
+    load_best_model_at_end: bool | None = key(
+        "keep the checkpoint of the best evaluation and end with it; unset: true with early_stopping_patience", None
+    )
+    metric_for_best_model: Literal["eval_loss", "loss"] = key("what is best: the held-out loss", "eval_loss")
+    early_stopping_patience: int | None = key("stop after so many evaluations without a better one", None, "[1, inf)")
+    loss_watchdog_threshold: float | None = key("stop when the loss stays above this", None, "(0, inf)")
+    loss_watchdog_patience: int = key("so many logged losses in a row", 3, "[1, inf)")
     resume_from_checkpoint: str | None = key("go on from this checkpoint-STEP folder", None)
     auto_resume_from_checkpoints: bool = key("go on from the newest checkpoint in output_dir, if any", False)
+
+    use_tensorboard: bool = key("write event files to output_dir/tensorboard too", False, group="logs")
+    use_wandb: bool | None = key("send metrics to Weights & Biases; unset: if wandb_project is given", None)
+    wandb_project: str | None = key("its project there", None)
+    wandb_entity: str | None = key("user or team there", None)
+    wandb_name: str | None = key("name of the run there", None)
+    wandb_mode: Literal["online", "offline", "disabled"] | None = key("offline writes to output_dir alone", None)
+    wandb_run_id: str | None = key("go on with this run there", None)
 
     fsdp: tuple[Fsdp, ...] = key(
         "full_shard: each GPU holds its part of the base; replicate: all of it; auto: what memory allows; "
@@ -212,6 +228,15 @@ class Config:
     @property
     def offload_params(self) -> bool:
         return "offload" in self.fsdp or bool(self.fsdp_config and self.fsdp_config.offload_params)
+
+    @property
+    def row_width(self) -> int:
+        """Tokens that every row is padded to; 0: to the longest row of its micro-batch.
+
+        Packed rows are nearly full anyway, and tensors of one size find their place in memory again.
+        """
+        pad = self.sample_packing if self.pad_to_sequence_len is None else self.pad_to_sequence_len
+        return self.sequence_len if pad else 0
 
     def to_yaml(self) -> str:
         """The resolved run, every default filled in. Loads again to an equal Config."""
@@ -251,6 +276,8 @@ DERIVED: dict[str, Callable[[Config], Any]] = {
     "gradient_checkpointing": lambda c: bool(c.fsdp_config and c.fsdp_config.activation_checkpointing),
     "eval_sample_packing": lambda c: c.sample_packing,
     "eval_batch_size": lambda c: c.micro_batch_size,
+    "use_wandb": lambda c: bool(c.wandb_project),
+    "load_best_model_at_end": lambda c: bool(c.early_stopping_patience),
     "eval_strategy": lambda c: _cadence(c.evals_per_epoch, c.eval_steps) if _evaluates(c) else "no",
     "save_strategy": lambda c: _cadence(c.saves_per_epoch, c.save_steps),
 }
@@ -282,6 +309,10 @@ CHECKS: dict[str, Callable[[Config], Any]] = {
     "number.": lambda c: any((steps or 0) > 1 and steps != int(steps) for steps in (c.eval_steps, c.save_steps)),
     "val_set_size is a whole number of rows, or a share below 1 of all. Write a whole number.": lambda c: (
         c.val_set_size > 1 and c.val_set_size != int(c.val_set_size)
+    ),
+    "early_stopping_patience and load_best_model_at_end need evaluations, and there are none. Set val_set_size or "
+    "test_datasets, and an eval_strategy other than no.": lambda c: (
+        (c.early_stopping_patience or c.load_best_model_at_end) and (not _evaluates(c) or c.eval_strategy == "no")
     ),
     "cosine_min_lr_ratio has a meaning for lr_scheduler: cosine only. Remove it, or choose cosine.": lambda c: (
         c.cosine_min_lr_ratio is not None and c.lr_scheduler != "cosine"
@@ -376,7 +407,9 @@ def _summary(config: Config, given: dict, over: dict, filled: dict, where: str) 
     unsaid = len(keys_of(Config)) - len(used) - len(over) - len(filled)
     lines = [f"{where}: {len(used)} keys used: {', '.join(used)}"]
     lines += [f"command line: {', '.join(over)}"] if over else []
-    values = ", ".join(f"{name} {yaml.safe_dump(value).split()[0]}" for name, value in filled.items())
+    values = ", ".join(
+        f"{name} {yaml.safe_dump(value).split()[0]}" for name, value in filled.items() if value is not None
+    )
     lines.append(f"filled in: {values}; {unsaid} others have their defaults, all in {config.output_dir}/train.yml")
     return lines
 

@@ -40,7 +40,6 @@ RUN = Fates(
         "a GPU is used where there is one": "device device_map max_memory gpu_memory_limit torchdistx_path "
         "experimental_skip_move_to_device",
         "numbers are logged, not weights or gradients": "wandb_watch wandb_log_model",
-        "every run is a new one there": "wandb_run_id",
         "kernels are chosen by measurement, and all compute the same": "lora_mlp_kernel lora_qkv_kernel "
         "lora_o_kernel lora_embedding_kernel liger_* unsloth_* cut_cross_entropy chunked_cross_entropy* "
         "flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_mlp xformers_attention torch_compile* "
@@ -106,8 +105,6 @@ RUN = Fates(
         "name a local folder of that revision as base_model": "revision_of_model",
         "one learning rate for all, and the schedules of lr_scheduler as they are: remove it": "lr_scheduler_kwargs "
         "lr_quadratic_warmup lr_div_factor lr_groups cosine_constant_lr_ratio",
-        "not supported yet: remove it": "early_stopping_patience load_best_model_at_end metric_for_best_model "
-        "wandb_project wandb_entity wandb_name wandb_mode use_wandb use_tensorboard loss_watchdog_* save_first_step",
         "AdamW is the only optimizer: remove it, or write adam_beta1, adam_beta2, adam_epsilon": "optim_args "
         "optim_target_modules adam_beta3 adam_epsilon2 dion_* qgalore_*",
         "write gradient_checkpointing: auto, which keeps what fits": "selective_checkpointing activation_offloading "

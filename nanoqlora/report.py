@@ -294,11 +294,13 @@ def write_report(path: str | Path, facts: dict[str, Any]) -> None:
             name: str, of the run.                      command: str, that repeats it.
             figure: str, path of Fine-Tuning.png as seen from the report.
             perplexity: {"before": x, "after": y}, on held-out data.    loss: the same, nats per token.
+            plain_perplexity: {"before": x, "after": y}, on plain text.
+            domain: {"before": x, "after": y, "data": z}, shares of words that mark the data; `quality.py` says which.
             data: list of {"path", "samples", "tokens", "supervised_tokens", "sha256"}, one per file.
             model: {label: value}, such as {"base": "...", "trained parameters": 1234}.
             hyper_parameters: {key of the YAML: value}.
             memory: {label: {"predicted": GiB, "measured": GiB}}.
-            time_s: {"predicted": s, "measured": s}.    tokens_per_second: x.
+            time_s: {"predicted": s, "measured": s}.    tokens_per_second: x.    basis: str, of the predictions.
             samples: list of {"prompt", "before", "after"}, all text.
             files: {file: what it is}.                  versions: {"torch": "2.13.0", ...}.
             notes: list of str, what the reader should know.
@@ -348,8 +350,14 @@ def _summary(facts: dict) -> str:
         _pair(facts, "perplexity", "**Held-out perplexity: {before:.2f} before, {after:.2f} after.**"),
         _pair(facts, "loss", "Held-out loss: {before:.4f} before, {after:.4f} after, in nats per supervised token."),
     ]
+    plain = "Perplexity on plain text, which shows what was forgotten: {before:.2f} before, {after:.2f} after."
+    domain = (
+        "Domain score, the share of words that mark the data: {before:.0%} of the answers below before, "
+        "{after:.0%} after, {data:.0%} of the data's own answers."
+    )
+    more = [_pair(facts, "domain", domain), _pair(facts, "plain_perplexity", plain)]
     figure = [f"![Loss, gradient norm, learning rate and memory]({facts['figure']})"] if facts.get("figure") else []
-    return "\n\n".join(part for part in (" ".join(filter(None, lines)), *figure) if part)
+    return "\n\n".join(part for part in (" ".join(filter(None, lines)), *more, *figure) if part)
 
 
 def _notes(facts: dict) -> str:
@@ -372,7 +380,8 @@ def _resources(facts: dict) -> str:
     rows = [[label, pair.get("predicted"), pair.get("measured")] for label, pair in rows]
     if facts.get("tokens_per_second"):
         rows.append(["tokens per second", None, facts["tokens_per_second"]])
-    return "## Memory and time\n\n" + _table(["", "predicted", "measured"], rows) if rows else ""
+    basis = f"\n\nPredicted before the first step, {_inline(facts['basis'])}." if facts.get("basis") else ""
+    return "## Memory and time\n\n" + _table(["", "predicted", "measured"], rows) + basis if rows else ""
 
 
 def _data(facts: dict) -> str:

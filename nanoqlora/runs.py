@@ -1,20 +1,16 @@
-"""What surrounds the training loop: its data, its log, its checkpoints, and what it leaves behind.
+"""What surrounds the training loop: its data, its log, its checkpoints. What it leaves behind is in `results.py`.
 
 `train.py` reads without this file; open it to see how a checkpoint becomes whole, or how a resumed run goes on.
 """
 
 import hashlib
 import json
-import math
 import platform
 import random
 import shutil
-import sys
 from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
-from itertools import islice
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,20 +20,15 @@ import torch.distributed as dist
 
 from . import distributed
 from .adapter import fill_adapter, read_adapter, save_adapter
-from .chat import answer
 from .checkpoint import fingerprint
 from .cli import UserError, read_json, whole_folder, write_text
 from .config import Config, DatasetConfig
 from .data import Samples, join
 from .data_files import DataFile, find_files
-from .evaluate import mean_loss, score_samples
 from .packing import Plan, plan_steps
 from .prepare import Encoding, Reading, prepare_samples
 from .prompts import CHAT_TEMPLATES, PromptFormat
-from .report import plot_metrics, write_report
-from .rows import read_rows
-from .serving import Usable
-from .tokenizer import Tokenizer, save_tokenizer
+from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from train import Run
@@ -141,6 +132,7 @@ class Metrics:
     def __init__(self, path: Path, writes: bool) -> None:
         self.path, self.writes = path, writes
         self.rows: list[dict[str, Any]] = []
+        self.trackers: list[Callable[[dict[str, Any]], None]] = []  # that want each row too
 
     def go_on_after(self, step: int) -> None:
         """Keep the lines up to `step` of an earlier run in the same folder, none for 0."""
@@ -160,6 +152,8 @@ class Metrics:
         if self.writes:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+            for track in self.trackers:
+                track(row)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -182,10 +176,13 @@ def save_checkpoint(run: "Run", step: int) -> None:
             save_adapter(run.model, temporary, run.config.base_model)
             torch.save(run.optimizer.state_dict(), temporary / "optimizer.pt")
             state = {"step": step, "plan": plan_fingerprint(run.samples, run.plan), "ranks": run.ranks}
+            state["before"] = run.before
             write_text(temporary / "trainer_state.json", json.dumps(state) + "\n")
         by_age = sorted(checkpoints(folder), key=lambda path: (path / "trainer_state.json").stat().st_mtime_ns)
+        best = best_step(run.metrics.rows) if run.config.load_best_model_at_end else None
         for old in by_age[: -run.config.save_total_limit]:  # not by step: an earlier run here may have gone further
-            shutil.rmtree(old, ignore_errors=True)
+            if old.name != f"checkpoint-{best}":
+                shutil.rmtree(old, ignore_errors=True)
     distributed.wait_for_all()
 
 
@@ -222,129 +219,40 @@ def load_checkpoint(run: "Run") -> int:
     fill_adapter(run.model, adapter, path)
     run.optimizer.load_state_dict(optimizer_state)
     run.metrics.go_on_after(state["step"])
+    run.before.update(state.get("before", {}))
     return state["step"]
 
 
-# ------------------------------------------------------------------------------------------------ results
+# ------------------------------------------------------------------------------------------------ the best so far
 
 
-def sample_answers(run: "Run", tokenizer: Tokenizer, prompt_format: PromptFormat, count: int = 3) -> list[str]:
-    """Greedy answers to the first questions of the held-out file, or of the training data without one."""
-    used = Usable(run.model.eval(), tokenizer, prompt_format)
-    texts = ["".join(answer(used, messages, max_new_tokens=80)) for messages in questions(run.config, count)]
-    run.model.train()
-    return texts
+def best_step(rows: list[dict[str, Any]]) -> int | None:
+    """The step after which held-out loss was lowest, of those with an evaluation; the first of equals."""
+    scored = [(row["eval_loss"], row["step"]) for row in rows if "eval_loss" in row and row["step"] > 0]
+    return min(scored)[1] if scored else None
 
 
-def questions(config: Config, count: int = 3) -> Iterator[list[dict[str, str]]]:
-    """The messages before the first answer of a file's first rows; nothing for those without questions."""
-    dataset = (config.test_datasets or config.datasets)[0]
-    for _, row in islice(read_rows(data_files(dataset)), count):
-        if dataset.type in ("alpaca", "prompt_completion"):
-            yield [{"role": "user", "content": row["instruction" if dataset.type == "alpaca" else "prompt"]}]
-        elif dataset.type == "chat_template" and dataset.field_messages == "messages":
-            roles = [message.get("role") for message in row["messages"]]
-            if "assistant" in roles[1:]:
-                yield row["messages"][: roles.index("assistant", 1)]
+def reason_to_stop(config: Config, rows: list[dict[str, Any]]) -> str:
+    """Why to end before the last step, in words, from the rows of metrics.jsonl; empty: go on."""
+    evaluated = [row["step"] for row in rows if "eval_loss" in row and row["step"] > 0]
+    patience = config.early_stopping_patience
+    if patience and evaluated and len(evaluated) - 1 - evaluated.index(best_step(rows)) >= patience:
+        return f"{patience} evaluations without a better one than after step {best_step(rows)}"
+    recent = [row["loss"] for row in rows if "loss" in row][-config.loss_watchdog_patience :]
+    threshold = config.loss_watchdog_threshold
+    if threshold and len(recent) == config.loss_watchdog_patience and min(recent) > threshold:
+        return f"the loss was above loss_watchdog_threshold {threshold} {len(recent)} times in a row"
+    return ""
 
 
-def save_results(
-    run: "Run", data: Data, tokenizer: Tokenizer, compared: dict[str, Any], seconds: float, say: Callable[..., None]
-) -> None:
-    """Write everything that a finished run leaves in output_dir.
-
-    Args:
-        compared: of `before_and_after`, or empty.
-        seconds: that training took.
-    """
-    config, folder = run.config, Path(run.config.output_dir)
-    save_adapter(run.model, folder, config.base_model)
-    save_tokenizer(tokenizer, folder, data.prompt_format.jinja(tokenizer))
-    write_text(folder / "prompt.json", data.prompt_format.to_json())
-    dtype = run.model.model.embed_tokens.weight.dtype
-    write_text(folder / "train.yml", replace(config, bf16=dtype == torch.bfloat16).to_yaml())
-    plot_metrics(run.metrics.rows, folder / "Fine-Tuning.png", folder.name)
-
-    facts = run_facts(run, data, seconds)
-    if compared:
-        facts |= compared
-        say("Held-out perplexity: {before:.3f} before, {after:.3f} after".format(**facts["perplexity"]))
-    write_report(folder / "report.md", facts)
-    say(f"adapter, report and figure: {folder}/adapter_model.safetensors, report.md, Fine-Tuning.png")
-
-
-def run_facts(run: "Run", data: Data, seconds: float) -> dict[str, Any]:
-    """What report.md says of a run, but for what held-out data tells."""
-    config, dtype = run.config, run.model.model.embed_tokens.weight.dtype
-    losses = [row for row in run.metrics.rows if "loss" in row]
-    memory = {key: max(row[key] for row in losses) for key in losses[-1] if key.startswith("memory/")}
-    return {
-        "name": Path(config.output_dir).name,
-        "command": " ".join(["python", *sys.argv]),
-        "figure": "Fine-Tuning.png",
-        "data": [_describe_data(name, reading) for name, reading in data.readings.items()],
-        "model": {
-            "base": config.base_model,
-            "base in 4 bits": config.load_in_4bit,
-            "trained parameters": run.flat.numel(),
-            "computed in": str(dtype).removeprefix("torch."),
-            "device": torch.cuda.get_device_name() if run.device.type == "cuda" else platform.processor() or "CPU",
-            "ranks": run.ranks,
-        },
-        "hyper_parameters": {
-            key: value
-            for key, value in asdict(config).items()
-            if key.startswith(
-                ("lora_", "learning", "num_", "micro", "gradient_acc", "sequence", "sample_", "lr_", "warm")
-            )
-            and value not in (None, (), "")
-        },
-        "memory": {key.removeprefix("memory/"): {"measured": value} for key, value in memory.items()},
-        "time_s": {"measured": round(seconds)},
-        "tokens_per_second": sum(row["tokens_per_second"] for row in losses) / len(losses),
-        "files": {
-            "adapter_model.safetensors, adapter_config.json": "the adapter, as PEFT reads it",
-            "metrics.jsonl": "every step and evaluation",
-            "train.yml": "the configuration with every default filled in",
-            "prompt.json, tokenizer files": "how to talk to it",
-        },
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "bitsandbytes", "safetensors", "tiktoken", "numpy")},
-    }
-
-
-def before_and_after(run: "Run", data: Data, tokenizer: Tokenizer, before: dict[str, Any]) -> dict[str, Any]:
-    """Loss, perplexity and sample answers of the model before it was trained and now.
-
-    Args:
-        before: {"loss": held-out loss, "answers": list of str} of the untrained model.
-    """
-    evaluated = [row for row in run.metrics.rows if "eval_loss" in row]
-    if evaluated and evaluated[-1]["step"] == len(run.plan):
-        after = evaluated[-1]["eval_loss"]
-    else:
-        after = mean_loss(score_samples(run.model.eval(), run.held_out, run.config.sequence_len))
-    pairs = zip(questions(run.config), before["answers"], strict=False)
-    answers = sample_answers(run, tokenizer, data.prompt_format)
-    return {
-        "loss": {"before": before["loss"], "after": after},
-        "perplexity": {"before": math.exp(before["loss"]), "after": math.exp(after)},
-        "samples": [
-            {"prompt": messages[-1]["content"], "before": text, "after": new}
-            for (messages, text), new in zip(pairs, answers, strict=False)
-        ],
-    }
-
-
-def _describe_data(name: str, reading: Reading) -> dict[str, Any]:
-    hashes = list(reading.files.values())
-    return {
-        "path": name,
-        "samples": len(reading.samples),
-        "tokens": int(reading.samples.lengths.sum()),
-        "supervised_tokens": int(reading.samples.num_targets.sum()),
-        "sha256": hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
-    }
+def load_best(run: "Run", last: int) -> int:
+    """Put the adapter of the best evaluation back, where the run asks for it. Returns the step that the model is of."""
+    best = best_step(run.metrics.rows) if run.config.load_best_model_at_end else None
+    path = Path(run.config.output_dir) / f"checkpoint-{best}"
+    if best in (None, last) or not path.is_dir():
+        return last
+    fill_adapter(run.model, read_adapter(path)[1], path)
+    return best
 
 
 def same_on_all_ranks(config: Config, data: Data, ranks: int) -> None:

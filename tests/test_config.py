@@ -404,6 +404,7 @@ BROKEN = {
     "save_strategy contradicts": least(save_strategy="steps"),
     "eval_steps and": least(save_steps=2.5),
     "val_set_size is": least(val_set_size=2.5),
+    "early_stopping_patience and": least(early_stopping_patience=2),
     "cosine_min_lr_ratio": least(cosine_min_lr_ratio=0.1, lr_scheduler="linear"),
 }
 

@@ -1,0 +1,188 @@
+"""What a run will need and take, measured on its own longest micro-batch before the first step.
+
+    memory   the peak of that micro-batch with the optimizer's state in place, as the allocator counts it
+    time     t(micro-batch) = a + b * operations, through the longest and the median micro-batch, summed over the plan;
+             the optimizer's step and an evaluation are timed once and counted as often as they will happen
+    disk     what output_dir will hold at its fullest
+
+Nothing has learnt afterwards: the step has a learning rate and gradients of zero, its state is dropped, and no random
+state is used. The memory model in `plan.py` needs no measurement, but knows nothing of an allocator or of a CPU's heap.
+"""
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from . import distributed
+from .cli import UserError
+from .evaluate import score_samples
+from .model import ModelConfig
+from .optim import state_bytes
+from .stats import GIB, memory_figures
+
+if TYPE_CHECKING:
+    from train import Run
+
+
+HEAP_GROWTH = 1.1  # tensors of changing sizes leave holes in a CPU's heap: so much the demo's process grew in its run
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds from the first step to the last, peaks in GiB by the names of metrics.jsonl, bytes on disk, and why."""
+
+    seconds: float
+    memory: dict[str, float]
+    disk_bytes: int
+    basis: str
+
+    def of_part(self, share: float) -> "Forecast":
+        """Of a run that takes only a share of the steps: resumed, or stopped early."""
+        return replace(self, seconds=self.seconds * share)
+
+
+def operations(config: ModelConfig, rows: Iterable[list[int]], width: int, supervised: float) -> float:
+    """Multiplications and additions of a micro-batch: 4 a weight and token, 4 a weight of the head and counted token.
+
+    Args:
+        rows: for each row the lengths of its documents. width: tokens that rows are padded to; 0: to the longest.
+        supervised: share of the tokens that count. The frozen weights have no gradient: 2 forward, 2 backward.
+    """
+    D, hd = config.hidden_size, config.head_dim
+    heads, kv = config.num_attention_heads * hd, config.num_key_value_heads * hd
+    block = D * (2 * heads + 2 * kv + 3 * config.intermediate_size)
+    rows = list(rows)
+    T = width or max(map(sum, rows))
+    squares = sum(n * n for row in rows for n in (*row, T - sum(row)))  # each document attends to itself alone
+    tokens = sum(map(sum, rows))
+    per_layer = 4 * block * T * len(rows) + 6 * heads * squares  # attention: 2 products forward, 4 back, half a square
+    return config.num_hidden_layers * per_layer + 4 * D * config.vocab_size * tokens * supervised
+
+
+def measure(run: "Run", forward_backward: Callable[..., torch.Tensor], num_evals: int, num_saves: int) -> Forecast:
+    """Time the longest micro-batch of the run, and what else a run consists of.
+
+    Args:
+        forward_backward: as in train.py: adds the gradient of some rows of samples.
+        num_evals, num_saves: how often they will happen between the first step and the last.
+    Raises:
+        UserError: the longest micro-batch does not fit the device, or the checkpoints the disk.
+    """
+    config, width, supervised = (
+        run.config,
+        run.config.row_width,
+        float(run.samples.num_targets.sum() / run.samples.lengths.sum()),
+    )
+    size, stride = config.micro_batch_size, config.micro_batch_size * run.ranks
+    costs: list[tuple[float, int, int]] = []  # of each micro-batch that rank 0 will run: operations, step, first row
+    for number, step in enumerate(run.plan):
+        for start in range(0, len(step.rows), stride):
+            lengths = [run.samples.lengths[row].tolist() for row in step.rows[start : start + size]]
+            costs.append((operations(run.model.config, lengths, width, supervised), number, start))
+    costs.sort()
+    longest, median = costs[-1], costs[len(costs) // 2]
+
+    def once(cost: tuple[float, int, int]) -> float:
+        rows = run.plan[cost[1]].rows[cost[2] : cost[2] + size]
+        samples = [[run.samples[i] for i in row] for row in rows]
+        return timed(lambda: forward_backward(run, samples, 0, 0, 1), run.device)
+
+    growth = HEAP_GROWTH if run.device.type == "cpu" else 1.0
+    try:
+        once(longest)  # compiles kernels, fills the allocator
+        optimizer_s, optimizer_bytes = _trial_step(run)
+        longest_s = once(longest)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the longest micro-batch, in step {longest[1] + 1}, does not fit {run.device}: "
+            f"{str(error).split('. ')[0]}. Set gradient_checkpointing to auto or true, or a smaller micro_batch_size "
+            f"or sequence_len."
+        ) from error
+    eval_s = _evaluation_s(run) if num_evals else 0.0
+    memory = {name: gib * growth for name, gib in memory_figures(run.device).items()}
+    run.optimizer.state.clear()
+    run.flat.grad.zero_()
+
+    slope, constant = longest_s / longest[0], 0.0
+    if median[0] < 0.75 * longest[0]:  # far enough apart for a line through both
+        once(median)
+        median_s = once(median)
+        slope = max(0.0, longest_s - median_s) / (longest[0] - median[0])
+        constant = max(0.0, median_s - slope * median[0])
+        run.flat.grad.zero_()
+    steps_s = constant * len(costs) + slope * sum(cost for cost, *_ in costs) + optimizer_s * len(run.plan)
+    disk = disk_bytes(run.flat.numel(), optimizer_bytes, min(num_saves, config.save_total_limit))
+    check_disk(Path(config.output_dir), disk)
+    basis = (
+        f"measured on {run.device.type.upper()}: the longest micro-batch {longest_s:.2f} s "
+        f"({longest[0] / longest_s / 1e12:.2f} TFLOP/s), optimizer {optimizer_s:.3f} s; {len(costs)} micro-batches in "
+        f"{len(run.plan)} steps, {num_evals} evaluations of {eval_s:.1f} s"
+    )
+    return Forecast(steps_s + num_evals * eval_s, memory, disk, basis)
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of a call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _trial_step(run: "Run") -> tuple[float, int]:
+    """Seconds of an optimizer step and of the sum over ranks, and bytes of its state, which is there afterwards.
+
+    The optimizers of bitsandbytes do not forget a state once made; theirs is counted and their step is not timed.
+    """
+    if not run.config.optimizer.startswith("adamw_torch"):
+        num_bytes = round(state_bytes(run.config.optimizer) * run.flat.numel())
+        run.optimizer.state[run.flat] = {"stand_in": torch.empty(num_bytes, dtype=torch.uint8, device=run.device)}
+        return 0.0, num_bytes
+    run.flat.grad.zero_()
+    run.optimizer.param_groups[0]["lr"] = 0.0  # value - 0 * update: every bit stays
+
+    def step() -> None:
+        distributed.sum_over_ranks(run.flat.grad)
+        run.optimizer.step()
+
+    timed(step, run.device)  # makes the state
+    seconds = timed(step, run.device)
+    state = run.optimizer.state[run.flat]
+    return seconds, sum(x.nbytes for x in state.values() if torch.is_tensor(x))
+
+
+def _evaluation_s(run: "Run") -> float:
+    """Seconds of one evaluation, from a row of held-out samples."""
+    lengths = run.held_out.lengths
+    count = max(1, int(np.searchsorted(lengths.cumsum(), run.config.sequence_len, "right")))
+    chosen = [run.held_out[i] for i in range(count)]
+    run.model.eval()
+    seconds = statistics.median(timed(lambda: score_samples(run.model, chosen), run.device) for _ in range(2))
+    run.model.train()
+    return seconds * lengths.sum() / lengths[:count].sum()
+
+
+def disk_bytes(num_trained: int, optimizer_bytes: int, num_checkpoints: int) -> int:
+    """The adapter in float32, and checkpoints of adapter and optimizer, one more while the oldest is not yet gone."""
+    return 4 * num_trained + (num_checkpoints + 1) * (4 * num_trained + optimizer_bytes)
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raise UserError where `needed` bytes are not free on the disk of `folder`, which need not exist."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise UserError(
+            f"output_dir {folder}: the run writes up to {needed / GIB:.2f} GiB and {free / GIB:.2f} GiB are free, so "
+            f"it would fail when it saves. Make room, lower save_total_limit, or name another disk."
+        )

@@ -1,0 +1,169 @@
+"""What a finished run leaves for people: the report with figures before and after, and all that is needed to use it."""
+
+import hashlib
+import math
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .adapter import save_adapter
+from .chat import answer
+from .cli import write_text
+from .config import Config
+from .evaluate import mean_loss, score_samples
+from .forecast import Forecast
+from .prepare import Reading
+from .prompts import PromptFormat
+from .quality import domain_score, domain_words, plain_samples, plain_text, supervised_texts
+from .report import plot_metrics, write_report
+from .rows import read_rows
+from .runs import Data, data_files
+from .serving import Usable
+from .tokenizer import Tokenizer, save_tokenizer
+
+if TYPE_CHECKING:
+    from train import Run
+
+
+def judge(run: "Run", data: Data, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
+    """What the model can do now: {"loss" on held-out data, "plain_loss", "answers" to some questions}.
+
+    Args:
+        step: steps taken; an evaluation that was logged after it is not repeated.
+    """
+    capacity = run.config.sequence_len
+    run.model.eval()
+    logged = [row["eval_loss"] for row in run.metrics.rows if row["step"] == step and "eval_loss" in row]
+    figures = {
+        "loss": logged[-1] if logged else mean_loss(score_samples(run.model, run.held_out, capacity)),
+        "plain_loss": mean_loss(score_samples(run.model, plain_samples(tokenizer, capacity), capacity)),
+        "answers": sample_answers(run, tokenizer, data.prompt_format),
+    }
+    run.model.train()
+    return figures
+
+
+def sample_answers(run: "Run", tokenizer: Tokenizer, prompt_format: PromptFormat, count: int = 3) -> list[str]:
+    """Greedy answers to the first questions of the held-out file, or of the training data without one."""
+    used = Usable(run.model, tokenizer, prompt_format)
+    return ["".join(answer(used, messages, max_new_tokens=80)) for messages in questions(run.config, count)]
+
+
+def questions(config: Config, count: int = 3) -> Iterator[list[dict[str, str]]]:
+    """The messages before the first answer of a file's first rows; nothing for those without questions."""
+    dataset = (config.test_datasets or config.datasets)[0]
+    for _, row in islice(read_rows(data_files(dataset)), count):
+        if dataset.type in ("alpaca", "prompt_completion"):
+            yield [{"role": "user", "content": row["instruction" if dataset.type == "alpaca" else "prompt"]}]
+        elif dataset.type == "chat_template" and dataset.field_messages == "messages":
+            roles = [message.get("role") for message in row["messages"]]
+            if "assistant" in roles[1:]:
+                yield row["messages"][: roles.index("assistant", 1)]
+
+
+def save_results(
+    run: "Run",
+    data: Data,
+    tokenizer: Tokenizer,
+    after: dict[str, Any],
+    forecast: Forecast,
+    seconds: float,
+    say: Callable[..., None],
+) -> None:
+    """Write everything that a finished run leaves in output_dir.
+
+    Args:
+        after: what `judge` says now; used where it was asked before training too.
+        forecast: what was predicted for the steps that this process took; seconds: what they took.
+    """
+    config, folder = run.config, Path(run.config.output_dir)
+    save_adapter(run.model, folder, config.base_model)
+    save_tokenizer(tokenizer, folder, data.prompt_format.jinja(tokenizer))
+    write_text(folder / "prompt.json", data.prompt_format.to_json())
+    dtype = run.model.model.embed_tokens.weight.dtype
+    write_text(folder / "train.yml", replace(config, bf16=dtype == torch.bfloat16).to_yaml())
+    plot_metrics(run.metrics.rows, folder / "Fine-Tuning.png", folder.name)
+
+    facts = run_facts(run, data, forecast, seconds)
+    if run.before:
+        facts |= before_and_after(run, data, tokenizer, after)
+        say("Held-out perplexity: {before:.3f} before, {after:.3f} after".format(**facts["perplexity"]))
+    write_report(folder / "report.md", facts)
+    say(f"adapter, report and figure: {folder}/adapter_model.safetensors, report.md, Fine-Tuning.png")
+
+
+def run_facts(run: "Run", data: Data, forecast: Forecast, seconds: float) -> dict[str, Any]:
+    """What report.md says of a run, but for what held-out data tells."""
+    config, dtype = run.config, run.model.model.embed_tokens.weight.dtype
+    losses = [row for row in run.metrics.rows if "loss" in row]
+    memory = {key: max(row[key] for row in losses) for key in losses[-1] if key.startswith("memory/")}
+    return {
+        "name": Path(config.output_dir).name,
+        "command": " ".join(["python", *sys.argv]),
+        "figure": "Fine-Tuning.png",
+        "data": [_describe_data(name, reading) for name, reading in data.readings.items()],
+        "model": {
+            "base": config.base_model,
+            "base in 4 bits": config.load_in_4bit,
+            "trained parameters": run.flat.numel(),
+            "computed in": str(dtype).removeprefix("torch."),
+            "device": torch.cuda.get_device_name() if run.device.type == "cuda" else platform.processor() or "CPU",
+            "ranks": run.ranks,
+        },
+        "hyper_parameters": {
+            key: value
+            for key, value in asdict(config).items()
+            if key.startswith(
+                ("lora_", "learning", "num_", "micro", "gradient_acc", "sequence", "sample_", "lr_", "warm")
+            )
+            and value not in (None, (), "")
+        },
+        "memory": {
+            key.removeprefix("memory/"): {"predicted": forecast.memory.get(key), "measured": value}
+            for key, value in memory.items()
+        },
+        "time_s": {"predicted": round(forecast.seconds), "measured": round(seconds)},
+        "basis": forecast.basis,
+        "tokens_per_second": sum(row["tokens_per_second"] for row in losses) / len(losses),
+        "files": {
+            "adapter_model.safetensors, adapter_config.json": "the adapter, as PEFT reads it",
+            "metrics.jsonl": "every step and evaluation",
+            "train.yml": "the configuration with every default filled in",
+            "prompt.json, tokenizer files": "how to talk to it",
+        },
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "bitsandbytes", "safetensors", "tiktoken", "numpy")},
+    }
+
+
+def before_and_after(run: "Run", data: Data, tokenizer: Tokenizer, after: dict[str, Any]) -> dict[str, Any]:
+    """What `judge` found before training and now, side by side, as facts of the report."""
+    texts = supervised_texts(run.samples, tokenizer)
+    marks, when = domain_words(texts, plain_text()), {"before": run.before, "after": after}
+    asked = zip(questions(run.config), run.before["answers"], after["answers"], strict=False)
+    return {
+        "loss": {time: found["loss"] for time, found in when.items()},
+        "perplexity": {time: math.exp(found["loss"]) for time, found in when.items()},
+        "plain_perplexity": {time: math.exp(found["plain_loss"]) for time, found in when.items()},
+        "domain": {time: domain_score(found["answers"], marks) for time, found in when.items()}
+        | {"data": domain_score(texts, marks)},
+        "samples": [{"prompt": m[-1]["content"], "before": old, "after": new} for m, old, new in asked],
+    }
+
+
+def _describe_data(name: str, reading: Reading) -> dict[str, Any]:
+    hashes = list(reading.files.values())
+    return {
+        "path": name,
+        "samples": len(reading.samples),
+        "tokens": int(reading.samples.lengths.sum()),
+        "supervised_tokens": int(reading.samples.num_targets.sum()),
+        "sha256": hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
+    }

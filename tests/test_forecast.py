@@ -1,0 +1,210 @@
+"""The forecast: operations against PyTorch's counter, time against brute force, disk against files; and the preview."""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from test_train import alpaca_rows, metrics_of, run_here, save_tiny_model, snapshot, write_rows, write_run
+from tiny import CONFIG, save_random_llama
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from nanoqlora import forecast
+from nanoqlora.cli import UserError, read_json
+from nanoqlora.data import SUPERVISED, Samples, collate, micro_batches
+from nanoqlora.forecast import disk_bytes, measure, operations
+from nanoqlora.model import ModelConfig
+from nanoqlora.packing import plan_steps
+from nanoqlora.preview import DIM, END, GREEN, duration, histogram
+
+ANSI = re.compile(r"\033\[[0-9;]*m")
+
+
+def test_operations_equal_those_that_pytorch_counts(tmp_path):
+    """transformers' forward, counted by PyTorch: we count it twice, once for the way back, and half a square."""
+    save_random_llama(tmp_path)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    ours = ModelConfig.from_hf(read_json(tmp_path / "config.json"))
+    B, T = 2, 32
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        theirs(torch.zeros(B, T, dtype=torch.int64))
+    counts = {str(op).split(".")[-1]: n for op, n in counter.get_flop_counts()["Global"].items()}
+    products = counts["mm"]
+    heads = CONFIG["num_attention_heads"] * CONFIG["head_dim"]
+    attention = CONFIG["num_hidden_layers"] * B * 4 * heads * T * T
+    assert counts["bmm"] == attention
+    assert operations(ours, [[T]] * B, 0, 1.0) == 2 * products + 3 * attention / 2
+    # Two documents of half the length attend to half as much, and padding to twice the width costs all but the head.
+    assert operations(ours, [[T // 2] * 2] * B, 0, 1.0) == 2 * products + 3 * attention / 4
+    head = 4 * B * T * CONFIG["hidden_size"] * CONFIG["vocab_size"]
+    assert operations(ours, [[T]] * B, 2 * T, 1.0) == 2 * (2 * products - head) + head + 2 * 3 * attention / 2
+
+
+class Clock:
+    """A device on which work takes exactly as long as we say."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(forecast.time, "perf_counter", lambda: self.now)
+
+
+def fake_run(lengths: list[int], ranks: int, **keys) -> SimpleNamespace:
+    flat = torch.nn.Parameter(torch.ones(5))
+    flat.grad = torch.zeros(5)
+    config = SimpleNamespace(
+        optimizer="adamw_torch",
+        micro_batch_size=2,
+        row_width=0,
+        sequence_len=64,
+        save_total_limit=3,
+        output_dir="/tmp",
+        **keys,
+    )
+    plan = plan_steps(
+        lengths, rows_per_step=4 * ranks, capacity=64, packing=False, num_epochs=2, max_steps=None, seed=0
+    )
+    words = np.concatenate([np.array([1] + [1 | SUPERVISED] * (n - 1), np.uint32) for n in lengths])
+    samples = Samples.of(words, np.array(lengths), np.array(lengths) - 1, "")
+    geometry = ModelConfig(**{name: value for name, value in CONFIG.items() if name != "rope"})
+    optimizer = torch.optim.AdamW([flat], lr=1.0, weight_decay=0.5)
+    return SimpleNamespace(
+        config=config,
+        plan=plan,
+        samples=samples,
+        held_out=[],
+        ranks=ranks,
+        rank=0,
+        device=torch.device("cpu"),
+        model=SimpleNamespace(config=geometry),
+        flat=flat,
+        optimizer=optimizer,
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_time_is_the_sum_over_the_micro_batches_of_rank_0(monkeypatch, ranks):
+    """Where time is a + b * operations of what `collate` really builds, the forecast is exact."""
+    clock, lengths = Clock(monkeypatch), [5 + (7 * i) % 60 for i in range(45)]
+    run = fake_run(lengths, ranks)
+    share = sum(n - 1 for n in lengths) / sum(lengths)
+
+    def cost(rows) -> float:
+        B, T = collate(rows).tokens.shape
+        squares = sum(len(s) ** 2 for row in rows for s in row) + sum((T - sum(map(len, row))) ** 2 for row in rows)
+        D, heads, kv = 128, 4 * 32, 2 * 32
+        products = 3 * 4 * B * T * D * (2 * heads + 2 * kv + 3 * 192)
+        return 0.5 + 1e-9 * (
+            products + 3 * 6 * heads * squares + 4 * D * 300 * share * sum(len(s) for r in rows for s in r)
+        )
+
+    def forward_backward(run, rows, number, first, num_targets):
+        clock.now += cost(rows)
+
+    expected = sum(
+        cost(mine)
+        for step in run.plan
+        for _, mine in micro_batches([[run.samples[i] for i in row] for row in step.rows], 2, 0, ranks)
+    )
+    got = measure(run, forward_backward, 0, 1)
+    assert got.seconds == pytest.approx(expected, rel=1e-9)
+    assert got.memory["memory/max_rss_gib"] > 0
+
+
+def test_measuring_leaves_no_trace(monkeypatch):
+    """Values, gradients, optimizer and random state are as before, down to the bit."""
+    run = fake_run([10, 20, 30], 1)
+    state, before = torch.random.get_rng_state(), run.flat.detach().clone()
+
+    def forward_backward(run, *_):
+        run.flat.grad += 3.0
+
+    measure(run, forward_backward, 0, 0)
+    assert torch.equal(run.flat, before) and not run.flat.grad.any() and not run.optimizer.state
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_what_does_not_fit_is_said_before_the_first_step(monkeypatch):
+    run = fake_run([10, 20, 30], 1)
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    with pytest.raises(
+        UserError, match="longest micro-batch, in step [12], does not fit cpu: CUDA out of memory.*auto"
+    ):
+        measure(run, out_of_memory, 0, 0)
+    usage = SimpleNamespace(free=100)
+    monkeypatch.setattr(forecast.shutil, "disk_usage", lambda path: usage)
+    usage.free = disk_bytes(5, 40 + 4, 1)  # AdamW keeps two numbers for each value, and its step
+    measure(run, lambda *_: None, 0, 1)
+    usage.free -= 1
+    with pytest.raises(UserError, match="output_dir /tmp: the run writes up to .* are free"):
+        measure(run, lambda *_: None, 0, 1)
+
+
+# ------------------------------------------------------------------------------------------------ --plan
+
+
+def test_plan_says_what_the_run_then_does(tmp_path):
+    """Steps, tokens and masks as the run has them; nothing is written; the report has both sides afterwards."""
+    model = save_tiny_model(tmp_path / "model")
+    rows = alpaca_rows(12)
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    tests = [{"path": str(write_rows(tmp_path / "tests.jsonl", alpaca_rows(3, seed=1))), "type": "alpaca"}]
+    path = write_run(tmp_path / "train.yml", model, data, warmup_ratio=0.2, test_datasets=tests, saves_per_epoch=1)
+    before = snapshot(tmp_path)
+    planned = run_here(train.main, path, "--plan")
+    assert planned.code == 0, planned.err
+    assert snapshot(tmp_path) == before
+
+    done = run_here(train.main, path)
+    assert done.code == 0, done.err
+    steps = [row for row in metrics_of(tmp_path / "out") if "loss" in row]
+    said = ANSI.sub("", planned.out)
+    assert f"steps      {len(steps)} in 2 epochs, {-(-len(steps) // 5)} of them warm-up" in said
+    counted = sum(row["supervised_tokens"] for row in steps)
+    tokens = int(re.search(r"tokens +([\d,]+) in", said)[1].replace(",", ""))
+    assert f"{counted / tokens:.1%} of the data's tokens are supervised" in said
+
+    theirs = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    for number in range(3):
+        shown = planned.out.split(f"sample {number + 1}: ")[1].split("\n", 1)[1]
+        green = shown.split(GREEN)[1].split(END)[0]
+        assert green == rows[number]["output"] + "<|im_end|>"
+        assert shown.startswith(f"{DIM}<|endoftext|>Below is an instruction")
+        assert theirs.encode(rows[number]["output"]).ids  # the text is that of the file, not of ids made up
+
+    report = (tmp_path / "out" / "report.md").read_text("utf-8")
+    for label in ("max_rss_gib, GiB", "time, s"):
+        predicted, measured = re.search(rf"\| {label} \| ([\d.,]+) \| ([\d.,]+) \|", report).groups()
+        assert f"max_rss_gib {float(predicted):.2f}"[:13] in said or label.startswith("time")
+        assert float(measured.replace(",", "")) >= 0
+    room = float(re.search(r"disk +([\d.]+) GiB", said)[1]) * 2**30
+    written = sum(len(data) for name, data in snapshot(tmp_path / "out").items() if name.startswith("checkpoint"))
+    assert written < room + 0.01 * 2**30
+
+
+def test_plan_ends_as_the_run_would(tmp_path):
+    """A row that is too long is an error of the plan already."""
+    data = write_rows(tmp_path / "data.jsonl", alpaca_rows(4))
+    path = write_run(tmp_path / "train.yml", save_tiny_model(tmp_path / "model"), data, excess_length_strategy="raise")
+    ended = run_here(train.main, path, "--plan", "--sequence_len", 40)
+    assert ended.code == 2 and "data.jsonl, line 1" in ended.err and ended.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (725, "12 min 5 s"), (12000, "3 h 20 min")]
+)
+def test_duration(seconds, words):
+    assert duration(seconds) == words
+
+
+def test_histogram_counts_every_length():
+    lengths = [1, 8, 9, 16, 64, 64, 64]
+    lines = histogram(lengths)
+    assert [int(line.split()[-1]) for line in lines] == [2, 2, 0, 0, 0, 0, 0, 3]
+    assert lines[-1].split()[:3] == ["57", "-", "64"] and lines[-1].count("#") == 40

@@ -102,6 +102,7 @@ def synchronize(device: torch.device) -> None:
 
 # Names of kernels on a GPU, of operations on a CPU; the first pattern that is found in a name decides.
 KINDS = {
+    "between GPUs": r"nccl",
     "attention": r"cudnn|fmha|flash|sdpa|bmm|softmax_backward",
     "dequantise": r"dequantize",
     "loss": r"cross_entropy|softmax|gather|scatter",
@@ -273,7 +274,7 @@ def main() -> None:
         hidden = body(batch, segments)[:, :-1].flatten(0, 1)
         targets = batch[:, 1:].flatten()
         loss = ops.linear_cross_entropy(hidden, model.lm_head.weight, targets) / len(targets)
-        loss.backward()
+        (loss / ranks).backward()
         distributed.sum_over_ranks(flat.grad)
         optimizer.step()
         losses.append(loss.detach())
@@ -284,7 +285,7 @@ def main() -> None:
     times = timed(step, args.steps, 0, device)
     memory = {key.removeprefix("memory/"): value for key, value in memory_figures(device).items()}
     kinds = breakdown(step, device)
-    floor = floor_ms(model.config, B, T, dtype, device)
+    floor = None if args.memory_gib else floor_ms(model.config, B, T, dtype, device)  # it needs room of its own
     median = statistics.median(times)
     figures = {
         "model": args.model,
@@ -302,7 +303,7 @@ def main() -> None:
         "tokens_per_second": round(B * T * ranks / median * 1e3, 1),
         "tokens_per_second_per_gpu": round(B * T / median * 1e3, 1),
         "tflops_useful": round(useful_flops(model.config, flat.numel(), B, T) / median / 1e9, 2),
-        "floor_ms": round(floor, 1),
+        "floor_ms": floor and round(floor, 1),
         **memory,
         "kept": " ".join(f"{keeps.count(level)} {level}" for level in dict.fromkeys(keeps)),
         "fsdp": sharding,
@@ -316,7 +317,8 @@ def main() -> None:
     if rank == 0:
         for key, value in figures.items():
             print(f"{key:28} {value}")
-        print(f"{'share of the floor':28} {floor / median:.0%}")
+        if floor:
+            print(f"{'share of the floor':28} {floor / median:.0%}")
         for kind, ms in kinds.items():
             print(f"  {kind:26} {ms:.1f} ms")
         for peer in peers:

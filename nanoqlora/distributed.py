@@ -31,7 +31,8 @@ def start() -> tuple[int, int, torch.device]:
     else:
         keep_freed_memory()
     if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        on_gpu = {"backend": "nccl", "device_id": device}  # so that it is set up now, not at the first exchange
+        dist.init_process_group(**on_gpu if device.type == "cuda" else {"backend": "gloo"})
     return int(os.environ.get("RANK", "0")), ranks, device
 
 

@@ -147,6 +147,19 @@ class BlockStore(nn.Module):
             self.waits[slot] = distributed.all_gather(whole, mine)
 
 
+def share_outside_blocks(model: Llama, device: torch.device) -> None:
+    """Give embedding, head and norms of the first rank, which has read them, to every rank."""
+    for name, parameter in list(model.named_parameters()):
+        path, _, attribute = name.rpartition(".")
+        if not path.endswith("_proj"):
+            w = torch.empty_like(parameter, device=device) if parameter.is_meta else parameter.data
+            setattr(
+                model.get_submodule(path), attribute, nn.Parameter(distributed.of_first_rank(w), requires_grad=False)
+            )
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
 def fill_over_ranks(
     model: Llama,
     fill: Callable[[int | None], None],
@@ -170,7 +183,9 @@ def fill_over_ranks(
     """
     layers = model.model.layers
     with distributed.together():
-        fill(None)
+        if rank == 0:
+            fill(None)
+    share_outside_blocks(model, device)
     if offload and model.lm_head.weight is not model.model.embed_tokens.weight:
         model.model.embed_tokens = HostEmbedding(model.model.embed_tokens.weight.data)
     num_bytes, store = block_bytes(layers[0], ranks), None

@@ -12,6 +12,7 @@ and, in Go's template language, into the Modelfile; the token that ends an answe
 One tensor at a time is read, brought into llama.cpp's row order, quantized and written. Read next: nanoqlora/gguf.py.
 """
 
+import json
 import math
 import os
 import sys
@@ -22,13 +23,17 @@ import torch
 from torch import Tensor
 
 from nanoqlora import gguf
+from nanoqlora import proof as proving
 from nanoqlora.adapter import read_updates
+from nanoqlora.certificate import Form
 from nanoqlora.checkpoint import Weights, model_config, open_weights
 from nanoqlora.cli import UserError, check_space, read_json, run_command, write_text
 from nanoqlora.config import Option, load_command
 from nanoqlora.file_types import FILE_TYPES, tensor_type
+from nanoqlora.forms import trained_form
 from nanoqlora.ggml_blocks import FORMATS, quantize
 from nanoqlora.gguf_adapter import adapter_metadata, plan_adapter
+from nanoqlora.held_out import held_out_texts
 from nanoqlora.model import ModelConfig
 from nanoqlora.ollama import GoTemplate, go_template, tokenizer_metadata
 from nanoqlora.prompts import PromptFormat
@@ -38,6 +43,9 @@ OPTIONS = {
     "model": Option("the Hugging Face folder to export; default: merged, in the run's output_dir"),
     "out": Option("the file to write; default: model-TYPE.gguf in output_dir, or in the folder given by --model"),
     "type": Option(f"how weights are stored: {', '.join(FILE_TYPES).lower()}; default: q8_0, of an adapter f32"),
+    "prove": Option("read the file back and compare it with what was trained; the result goes into merge.json", bool),
+    "data": Option("held-out texts for --prove; default: those of the run"),
+    "max_tokens": Option("held-out tokens for --prove", int, 1024),
     "adapter": Option("folder of a trained adapter, to be written alone; its base is --model, or what it names"),
 }
 
@@ -62,7 +70,10 @@ def main() -> None:
     if not model.exists():
         raise UserError(f"{model}: no such folder, so there is no model to export. Run merge.py first, or use --model.")
     folder = Path(config.output_dir) if config else model if model.is_dir() else model.parent
-    export(model, Path(options["out"] or folder / f"model-{file_type.lower()}.gguf"), file_type)
+    out = Path(options["out"] or folder / f"model-{file_type.lower()}.gguf")
+    export(model, out, file_type)
+    if options["prove"]:
+        prove_file(out, model, file_type, options["data"], options["max_tokens"])
 
 
 def export(model: Path, out: Path, file_type: str) -> None:
@@ -76,6 +87,37 @@ def export(model: Path, out: Path, file_type: str) -> None:
     name = folder.parent.name if folder.name == "merged" else folder.stem
     metadata = gguf.model_metadata(config, name, file_type) | tokenizer_metadata(tok, fmt, config.vocab_size, model)
     write(out, metadata, tensors, [f"FROM ./{out.name}"], tok, fmt)
+
+
+def prove_file(out: Path, model: Path, file_type: str, data: str | None, max_tokens: int) -> None:
+    """Compare the file with what was trained, print it, and write it into the certificate of the merged model.
+
+    The trained model is base and adapter, where the folder's merge.json names them and they are still there; else the
+    folder is the truth.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source, tok = open_weights(model), load_tokenizer(model)
+    fmt = prompt_format(model, tok)
+    certificate = model / "merge.json"
+    record = read_json(certificate) if certificate.exists() else {}
+    proof = proving.prove(out, source, tok, fmt, file_type, device)
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    merged = Form("merged", source, size)
+    trained, adapter = merged, Path(record.get("adapter", "."))
+    if record.get("adapter") and (adapter / "adapter_config.json").exists():
+        _, updates = read_updates(adapter)
+        trained = trained_form(open_weights(record["base_model"]), updates, adapter, device)
+    texts = held_out_texts(adapter, tok, fmt, data, max_tokens)
+    if texts:
+        proof |= {"held_out": texts[0], "forms": proving.score_file(out, trained, merged, texts[1], device)}
+    proof["llama_cpp"] = proving.ask_llama_cpp(out, tok, fmt, texts and texts[1])
+    if certificate.exists():
+        record.setdefault("gguf", {})[out.name] = proof
+        write_text(certificate, json.dumps(record, indent=2) + "\n")
+        print(f"{certificate}: has the proof of {out.name}")
+    else:
+        write_text(out.with_suffix(".proof.json"), json.dumps(proof, indent=2) + "\n")
+        print(f"{out.with_suffix('.proof.json')}: the proof")
 
 
 def base_of(adapter: Path) -> str:

@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 
 from nanoqlora.adapter import Update, read_updates
-from nanoqlora.certificate import GGUF, ON_NF4, ON_ORIGINAL, TRAINED, Form, certificate, recommend, score_forms
+from nanoqlora.certificate import GGUF, ON_NF4, ON_ORIGINAL, Form, certificate, recommend, score_forms
 from nanoqlora.checkpoint import ShardWriter, Weights, model_config, open_weights
 from nanoqlora.cli import UserError, check_space, run_command, whole_folder, write_text
 from nanoqlora.config import Config, Option, load_command
 from nanoqlora.file_types import FILE_TYPES
-from nanoqlora.forms import Merged, Rounded, bytes_in_4bit
+from nanoqlora.forms import Merged, Rounded, as_trained, trained_form
 from nanoqlora.held_out import held_out_texts
 from nanoqlora.prompts import PromptFormat
 from nanoqlora.serving import check_vocabulary
@@ -68,13 +67,10 @@ def plan(config: Config | None, options: dict[str, Any]) -> Plan:
     base = options["model"] or (config and config.base_model)
     adapter = Path(options["adapter"] or config.output_dir)
     out = Path(options["out"] or Path(config.output_dir if config else adapter) / "merged")
-    run = adapter / "train.yml"  # the resolved configuration of the training, if the adapter is ours
-    trained = yaml.safe_load(run.read_text("utf-8")) if run.exists() else {}
     if options["base"] not in (None, "nf4", "original"):
         raise UserError(f"--base {options['base']}: known are nf4 (what training saw) and original.")
-    trained_in_4bit = trained.get("load_in_4bit", True)
+    trained_in_4bit, computed = as_trained(adapter)
     in_4bit = (options["base"] or ("nf4" if trained_in_4bit else "original")) == "nf4"
-    computed = torch.float32 if trained.get("bf16") is False else torch.bfloat16
     seen = torch.float32 if options["base"] == "original" else computed  # who asks for the original gets it unrounded
     if options["dtype"] and options["dtype"] not in DTYPES:
         raise UserError(f"--dtype {options['dtype']}: known are {', '.join(DTYPES)}.")
@@ -115,14 +111,11 @@ def hf_config(config: dict, dtype: torch.dtype, tokenizer: Tokenizer, end_id: in
 def all_forms(asked: Plan, weights: Weights, updates: dict[str, Update], folder: Path, device) -> list[Form]:
     """The trained model first; then what was written, what `--base` could have been instead, and the GGUF types."""
     trained_in_4bit, computed = asked.trained
-    trained = Merged(weights, updates, trained_in_4bit, computed, torch.float32, device)
+    trained = trained_form(weights, updates, asked.adapter, device)
     written, written_name = open_weights(folder), ON_NF4 if asked.in_4bit else ON_ORIGINAL
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    small = bytes_in_4bit(trained.shapes, updates) if trained_in_4bit else trained.num_bytes // 2
-    forms = [
-        Form(TRAINED if trained_in_4bit else "adapter on base", trained, small),
-        Form("base without adapter", Merged(weights, {}, trained_in_4bit, computed, torch.float32, device), small),
-    ]
+    without = Merged(weights, {}, trained_in_4bit, computed, torch.float32, device)
+    forms = [trained, Form("base without adapter", without, trained.num_bytes)]
     for name, in_4bit in ((ON_NF4, True), (ON_ORIGINAL, False)):
         if name == written_name:
             forms.append(Form(name, written, size))

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from .adapter import Update
+from .certificate import TRAINED, Form
 from .checkpoint import Weights, model_config
 from .cli import UserError
 from .file_types import tensor_type
@@ -148,10 +150,20 @@ def _count(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def bytes_in_4bit(shapes: dict[str, tuple[int, ...]], updates: dict[str, Update]) -> int:
-    """What base and adapter take in training: NF4 with its scales, 16 bits for the rest, float32 for the update."""
+def as_trained(adapter: Path) -> tuple[bool, torch.dtype]:
+    """(base in four bits?, dtype of the products) of the run that made an adapter; of a stranger's, the usual."""
+    run = adapter / "train.yml"  # the resolved configuration, if the adapter is ours
+    trained = yaml.safe_load(run.read_text("utf-8")) if run.exists() else {}
+    return trained.get("load_in_4bit", True), torch.float32 if trained.get("bf16") is False else torch.bfloat16
+
+
+def trained_form(base: Weights, updates: dict[str, Update], adapter: Path, device: torch.device) -> Form:
+    """Base and adapter as training computed with them, in float32, and what they take: NF4 and the small update."""
+    in_4bit, seen = as_trained(adapter)
+    weights = Merged(base, updates, in_4bit, seen, torch.float32, device)
     total = 0.0
-    for name, shape in shapes.items():
-        is_linear = ".layers." in name and len(shape) == 2
-        total += _count(shape) * (0.5 + 1 / 64 + 4 / 64 / 256 if is_linear else 2)
-    return round(total) + sum(4 * (update.lora_A.numel() + update.lora_B.numel()) for update in updates.values())
+    for name, shape in weights.shapes.items():
+        in_nf4 = in_4bit and ".layers." in name and len(shape) == 2
+        total += _count(shape) * (0.5 + 1 / 64 + 4 / 64 / 256 if in_nf4 else 2)
+    total += sum(4 * (update.lora_A.numel() + update.lora_B.numel()) for update in updates.values())
+    return Form(TRAINED if in_4bit else "adapter on base", weights, round(total))

@@ -14,6 +14,7 @@ As a command it asks a GGUF file one question, with the chat template that is st
 import argparse
 import ctypes
 import importlib.util
+import json
 import struct
 import sys
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_uint8, c_void_p
@@ -331,12 +332,34 @@ def quantize_chunk(ggml_type: str, x: np.ndarray) -> np.ndarray:
     return out
 
 
+def answer_all(model: str, asked: dict[str, list]) -> dict[str, list]:
+    """Ids of texts and of conversations, and for rows of ids the loss of every next token in nats."""
+    with LlamaCpp(model, vocab_only=not asked["rows"], n_ctx=max([64, *map(len, asked["rows"])])) as llama:
+        prompts = [llama.chat_prompt(chat) for chat in asked["chats"]]
+        losses = []
+        for ids in asked["rows"]:
+            logits = llama.logits(ids)[:-1].astype(np.float64)
+            logits -= logits.max(-1, keepdims=True)
+            log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            losses.append((-log_p[np.arange(len(ids) - 1), ids[1:]]).tolist())
+        return {
+            "texts": [llama.tokenize(text) for text in asked["texts"]],
+            "chats": [llama.tokenize(prompt, add_special=True, parse_special=True) for prompt in prompts],
+            "losses": losses,
+        }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Ask a GGUF file one question; the answer is greedy.")
     parser.add_argument("model")
-    parser.add_argument("question")
+    parser.add_argument("question", nargs="?")
     parser.add_argument("--max_tokens", type=int, default=80)
+    parser.add_argument("--questions", type=Path, help="a file of proof.py; the answers go to answer.json beside it")
     args = parser.parse_args()
+    if args.questions:
+        answers = answer_all(args.model, json.loads(args.questions.read_text("utf-8")))
+        args.questions.with_name("answer.json").write_text(json.dumps(answers), "utf-8")
+        return
     with LlamaCpp(args.model, n_ctx=2048) as llama:
         prompt = llama.chat_prompt([{"role": "user", "content": args.question}])
         answer = llama.greedy(llama.tokenize(prompt, add_special=True, parse_special=True), args.max_tokens)

@@ -59,11 +59,11 @@ from nanoqlora.runs import (
     reason_to_stop,
     same_on_all_ranks,
     save_checkpoint,
+    tokenizer_of,
 )
 from nanoqlora.serving import check_vocabulary
 from nanoqlora.sharding import BlockStore, fill_over_ranks
 from nanoqlora.stats import Stopwatch, memory_figures
-from nanoqlora.tokenizer import load_tokenizer
 from nanoqlora.trackers import make_trackers
 from nanoqlora.typed_yaml import Option, plain
 
@@ -281,13 +281,14 @@ def prepare_model(
 def main() -> None:
     config, options = load_command(None, OPTIONS, __doc__.splitlines()[0])
     rank, ranks, device = distributed.start()
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32 is True  # auto: no, for products are in bfloat16 anyway
     say = print if rank == 0 else lambda *_: None
     for note in config.notes:
         say(note)
 
     # Whatever is wrong with the input is found here, before anything is written; on one rank, and all stop.
     with distributed.together():
-        tokenizer = load_tokenizer(config.base_model)
+        tokenizer = tokenizer_of(config)
         data = prepare_data(config, tokenizer, ranks)
         check_vocabulary(tokenizer, open_model(config.base_model)[0].config.vocab_size, config.base_model)
     same_on_all_ranks(config, data, ranks)

@@ -10,7 +10,7 @@ import random
 import shutil
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,8 @@ from .data_files import DataFile, find_files
 from .packing import Plan, plan_steps
 from .prepare import Encoding, Reading, prepare_samples
 from .prompts import CHAT_TEMPLATES, PromptFormat
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, load_tokenizer
+from .vocabulary import CONTROL
 
 if TYPE_CHECKING:
     from train import Run
@@ -85,6 +86,33 @@ def prepare_data(config: Config, tokenizer: Tokenizer, ranks: int) -> Data:
     return Data(formats[0], samples, held_out, plan, readings)
 
 
+def tokenizer_of(config: Config) -> Tokenizer:
+    """The tokenizer of the base model, with the run's special tokens in place of its own."""
+    tokenizer, changes = load_tokenizer(config.base_model), {}
+    ids = {piece: id for id, piece in enumerate(tokenizer.vocab)}
+
+    def id_of(key: str, text: str) -> int:
+        if text not in ids:
+            own = ", ".join(list(tokenizer.special_tokens)[:8])
+            raise UserError(
+                f"{key} is {text!r}, which is not in the vocabulary of {config.base_model}, so it has no embedding. "
+                f"Take one of its own tokens, such as {own}."
+            )
+        return ids[text]
+
+    for name in ("bos", "eos", "pad", "unk"):
+        if text := getattr(config.special_tokens, f"{name}_token"):
+            changes[f"{name}_id"] = id_of(f"special_tokens.{name}_token", text)
+    for text in config.eot_tokens:
+        id_of("eot_tokens", text)
+    kinds = list(tokenizer.kinds)
+    for text in config.special_tokens.additional_special_tokens:
+        kinds[id_of("special_tokens.additional_special_tokens", text)] = CONTROL
+    if kinds != tokenizer.kinds:
+        changes |= {"kinds": kinds, "original_files": {}}  # the files as they were read would not say so
+    return replace(tokenizer, **changes)
+
+
 def data_files(dataset: DatasetConfig) -> list[DataFile]:
     names = ("ds_type", "data_files", "split", "name", "revision")
     return find_files(dataset.path, **{name: getattr(dataset, name) for name in names})
@@ -101,6 +129,11 @@ def prompt_format_of(config: Config, dataset: DatasetConfig, tokenizer: Tokenize
             known = ", ".join(["tokenizer_default", *CHAT_TEMPLATES])
             raise UserError(f"chat_template is {name}; known are {known}. Or give its text with chat_template_jinja.")
         jinja = CHAT_TEMPLATES[name]
+    template = jinja or tokenizer.chat_template
+    if config.default_system_message and dataset.type == "chat_template" and template:
+        first = json.dumps([{"role": "system", "content": config.default_system_message}], ensure_ascii=False)
+        start = "{% if messages[0]['role'] != 'system' %}{% set messages = " + first + " + messages %}{% endif %}"
+        jinja = start + template
     prompt_format = PromptFormat(
         type=dataset.type,
         chat_template=jinja,

@@ -1,6 +1,7 @@
 """Every key of config.py, every row of key_fates.py, and the door in front of it: types, ranges, spelling, lines."""
 
 import dataclasses
+import re
 import textwrap
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -279,6 +280,20 @@ def test_no_key_has_two_fates():
             assert claims == 1, f"{cls.__name__}.{name} has {claims} fates"
         assert {field for field, _ in fates.old.values()} <= set(fields)
         assert {*fates.old_values, *fates.refused_values} <= set(fields)
+
+
+def test_every_field_is_read_somewhere():
+    """A key that nothing reads would be accepted and do nothing, unless it says that it is only accepted."""
+    code = "\n".join(path.read_text("utf-8") for path in [ROOT / "train.py", *ROOT.glob("nanoqlora/**/*.py")])
+    words = set(
+        re.findall(r"(?:\b(?:config|c|self|dataset)(?:\.special_tokens|\.fsdp_config)?\.|config\[\")(\w+)", code)
+    )
+    words |= {f"{name}_token" for name in ("bos", "eos", "pad", "unk")}  # the names are put together there
+    words |= {"ds_type", "data_files", "split", "name", "revision"}  # handed on together
+    only_accepted = ("accepted", "wanted", "what is best")
+    fields = [f for cls in (Config, DatasetConfig, SpecialTokens, FsdpConfig) for f in typed_yaml.keys_of(cls)]
+    unread = [f.name for f in fields if f.name not in words and not f.metadata["meaning"].startswith(only_accepted)]
+    assert not unread
 
 
 @pytest.mark.parametrize("cls", AXOLOTL_KEYS)

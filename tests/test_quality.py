@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT
 from safetensors.torch import load_file
 from test_train import (
@@ -20,8 +21,9 @@ from test_train import (
 )
 
 import train
+from nanoqlora.config import load_config
 from nanoqlora.quality import domain_score, domain_words, plain_samples, plain_text, words_of
-from nanoqlora.runs import best_step, reason_to_stop
+from nanoqlora.runs import best_step, prepare_data, reason_to_stop, tokenizer_of
 from nanoqlora.tokenizer import load_tokenizer
 
 
@@ -147,3 +149,56 @@ def test_resumed_report_has_figures_of_before(tmp_path):
     assert done.code == 0, done.err
     resumed = (tmp_path / "out" / "report.md").read_text("utf-8").split("## Memory")[0]
     assert resumed == whole
+
+
+# ------------------------------------------------------------------------------------------------ tokens of the run
+
+
+def test_default_system_message_is_what_transformers_gets_with_one(tmp_path):
+    """For conversations without a system message, and only for them."""
+    model = save_tiny_model(tmp_path / "model")
+    chats = [
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Arr"}],
+        [{"role": "system", "content": "Be nice."}, *({"role": r, "content": "x"} for r in ("user", "assistant"))],
+    ]
+    data = write_rows(tmp_path / "data.jsonl", [{"messages": chat} for chat in chats])
+    default = 'You are: {a} "pirate"\n\'tis so'
+    path = write_run(
+        tmp_path / "train.yml",
+        model,
+        data,
+        datasets=[{"path": str(data), "type": "chat_template"}],
+        default_system_message=default,
+    )
+    config = load_config([str(path)])
+    samples = prepare_data(config, tokenizer_of(config), 1).samples
+    theirs = transformers.AutoTokenizer.from_pretrained(model)
+    with_default = [{"role": "system", "content": default}, *chats[0]]
+    for sample, chat in zip(samples, (with_default, chats[1]), strict=True):
+        assert list(sample.tokens) == theirs.apply_chat_template(chat)["input_ids"]
+
+
+def test_special_tokens_take_the_place_of_the_model_s_own(tmp_path):
+    """The end of an answer is the token that the run names, and it is saved with the adapter."""
+    model, rows = save_tiny_model(tmp_path / "model"), alpaca_rows(4)
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    keys = {"special_tokens": {"eos_token": "<|im_start|>", "pad": "<|endoftext|>"}, "eot_tokens": ["<|im_end|>"]}
+    path = write_run(tmp_path / "train.yml", model, data, max_steps=1, **keys)
+    config = load_config([str(path)])
+    (sample, *_) = prepare_data(config, tokenizer_of(config), 1).samples
+    theirs = transformers.AutoTokenizer.from_pretrained(model)
+    assert sample.tokens[-1] == theirs.convert_tokens_to_ids("<|im_start|>") and sample.supervised[-1]
+    assert run_here(train.main, path).code == 0
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (saved.eos_token, saved.pad_token, saved.bos_token) == ("<|im_start|>", "<|endoftext|>", "<|endoftext|>")
+    ids = load_tokenizer(tmp_path / "out").encode("a<|im_end|>")
+    assert theirs.convert_tokens_to_ids("<|im_end|>") not in ids
+
+
+@pytest.mark.parametrize("key", ["special_tokens", "eot_tokens"])
+def test_token_that_the_vocabulary_has_not(tmp_path, key):
+    model, data = save_tiny_model(tmp_path / "model"), write_rows(tmp_path / "data.jsonl", alpaca_rows(4))
+    value = {"special_tokens": {"pad_token": "<pad>"}, "eot_tokens": ["<pad>"]}[key]
+    ended = run_here(train.main, write_run(tmp_path / "train.yml", model, data, **{key: value}))
+    assert ended.code == 2 and ended.err.count("\n") == 1
+    assert all(word in ended.err for word in (key, "'<pad>'", "not in the vocabulary", "<|im_end|>"))

@@ -78,8 +78,12 @@ def state_bytes(name: str) -> float:
 
 
 def clip_gradient(grad: Tensor, max_norm: float) -> Tensor:
-    """Scale the flat gradient down to `max_norm` where it is longer, in place; 0 leaves it. Returns its norm before."""
-    norm = grad.norm()
+    """Scale the flat gradient down to `max_norm` where it is longer, in place; 0 leaves it. Returns its norm before.
+
+    The norm of norms of 4096 values each: on a CPU one float32 sum over all squares loses 0.3 % at 40 million values.
+    """
+    whole = grad.numel() // 4096 * 4096
+    norm = torch.cat((grad[:whole].view(-1, 4096).norm(dim=1), grad[whole:].norm()[None])).norm()
     if max_norm > 0:
         grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -512,6 +512,14 @@ def test_one_flat_buffer_learns_as_separate_parameters_do(world, name):
     assert all((p - q).abs().max() < 1e-6 for p, q in zip(parameters, theirs, strict=True))
 
 
+def test_the_norm_of_a_long_gradient_is_exact():
+    """Ten million float32 values: as in float64 to 1e-6, where one float32 sum over them is off by more than 1e-4."""
+    grad = torch.randn(10_000_019, generator=torch.Generator().manual_seed(0))
+    expected = grad.double().norm().item()
+    assert abs(clip_gradient(grad, 1.0).item() / expected - 1) < 1e-6
+    assert grad.double().norm().item() == pytest.approx(1.0, abs=1e-5)
+
+
 def test_short_gradients_are_not_clipped_and_zero_means_never():
     grad = torch.tensor([0.3, 0.4])
     assert clip_gradient(grad, 1.0) == 0.5 and grad.tolist() == pytest.approx([0.3, 0.4])

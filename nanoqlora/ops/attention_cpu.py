@@ -69,7 +69,7 @@ class DocumentAttention(torch.autograd.Function):
             q_, dy_ = (stack_heads(x[row, first:end], KV) for x in (q, dy))
             k_, v_ = (x[row, start:end].transpose(0, 1) for x in (k, v))
             dv[row, start:end] += torch.bmm(p.transpose(1, 2), dy_).transpose(0, 1)
-            dp = torch.bmm(dy_.mul_(scale), v_.transpose(1, 2))
+            dp = torch.bmm(dy_ * scale, v_.transpose(1, 2))  # not in place: dy_ may be a view of dy
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)  # p * (dp - sum(p * dp)), in float32 inside
             dq[row, first:end] = unstack_heads(torch.bmm(ds, k_), end - first)
             dk[row, start:end] += torch.bmm(ds.transpose(1, 2), q_).transpose(0, 1)

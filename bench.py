@@ -1,6 +1,7 @@
 """How fast is a training step, and how far from the fastest that this machine could do it?
 
     python bench.py [--model llama3-8b | FOLDER | FILE.gguf] [--micro_batch_size 4] [--sequence_len 2048] ...
+    python bench.py --deploy OUTPUT_DIR         prefill and decode of what a run left behind (nanoqlora/deploy_bench.py)
 
 One step is forward, backward and AdamW on random tokens, every position supervised, without clipping. The floor is
 what no QLoRA step in this dtype can beat: the base's and the head's matrix products, forward and input gradient, and
@@ -18,6 +19,7 @@ import subprocess
 import time
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from nanoqlora import distributed, ops
 from nanoqlora.checkpoint import Fill, empty_model, open_model
 from nanoqlora.cli import Parser, UserError, run_command, write_text
+from nanoqlora.deploy_bench import bench_deploy
 from nanoqlora.fused import fuse_blocks, keep_dense_weights
 from nanoqlora.graphs import GraphedBody, can_record
 from nanoqlora.model import Llama, ModelConfig
@@ -216,12 +219,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--peer", action="append", default=[], help="a command to measure first, whose last line is JSON"
     )
+    parser.add_argument("--deploy", type=Path, metavar="FOLDER", help="instead: how fast a run's results answer")
     parser.add_argument("--json", help="write the figures to this file")
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
+    if args.deploy:
+        rows = bench_deploy(args.deploy, prompt_tokens=256, new_tokens=32)
+        if args.json:
+            write_text(args.json, json.dumps(rows) + "\n")
+        return
     B, T = args.micro_batch_size, args.sequence_len
 
     peers = [peer_figures(command) for command in args.peer]  # before we take any memory

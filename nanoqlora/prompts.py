@@ -1,15 +1,16 @@
 """Rows of data to tokens, and to a mask that says which of the tokens the model shall learn to write.
 
-Four kinds of row:
+Five kinds of row:
 
     chat_template       {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
     alpaca              {"instruction": ..., "input": ..., "output": ...}
     prompt_completion   {"prompt": ..., "completion": ...}
+    custom              the same with columns and words around them of your own
     completion          {"text": ...}
 
 A chat may have several turns, a system message, and `tools` with the calls and answers of them; masks.py says which of
-its tokens count. Alpaca puts instruction and input into a fixed frame; a prompt stands as it is. What is to be written,
-and the end token behind it, count; of a completion everything does.
+its tokens count. The next three put the columns of a row into a frame of words (`Frame`), and what is to be written
+behind them counts, with its end token. Of a completion everything counts.
 
 The format is saved beside what was trained, as prompt.json: the same file that made the training tokens makes the
 prompt of a chat, and the template of an Ollama Modelfile (ollama.py). Left out: content in parts.
@@ -18,6 +19,7 @@ Read next: masks.py; prepare.py, which has all rows of a run encoded.
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -27,15 +29,6 @@ from nanoqlora.cli import UserError
 from nanoqlora.masks import ENDS, encode_chat
 from nanoqlora.tokenizer import Tokenizer
 
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
 CHAT_TEMPLATES = {  # for models that bring none of their own; the tokenizer must know the special tokens
     "chatml": (
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -64,7 +57,46 @@ CHAT_TEMPLATES = {  # for models that bring none of their own; the tokenizer mus
 }
 SAME_ROLE = {"human": "user", "gpt": "assistant"}  # names in data files -> names in templates
 DEFAULT_NAMES = {"role": "role", "content": "content"}
-TYPES = ("chat_template", "alpaca", "prompt_completion", "completion")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """The words around the columns of a row. The fields are the keys of Axolotl's `type`, where that is a map."""
+
+    format: str = "{instruction} {input} "  # of a row with an input
+    no_input_format: str = "{instruction} "  # of one without
+    system_format: str = "{system}"  # stands in front, if there is a system text
+    system_prompt: str = ""  # the system text of rows that have none
+    field_system: str = "system"  # names of columns
+    field_instruction: str = "instruction"
+    field_input: str = "input"
+    field_output: str = "output"
+
+    def prompt(self, instruction: str, context: str = "", system: str = "") -> str:
+        """The text in front of what is to be written."""
+        texts = {"instruction": instruction, "input": context, "system": system or self.system_prompt}
+        frame = (self.system_format if texts["system"] else "") + (self.format if context else self.no_input_format)
+        return re.sub(r"{(instruction|input|system)}", lambda name: texts[name[1]], frame)  # the texts may hold braces
+
+
+FRAMES = {
+    "alpaca": Frame(  # Stanford's
+        format="Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+        no_input_format="Below is an instruction that describes a task. Write a response that appropriately completes "
+        "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n",
+        field_system="",
+    ),
+    "prompt_completion": Frame(
+        no_input_format="{instruction}",
+        field_instruction="prompt",
+        field_output="completion",
+        field_input="",
+        field_system="",
+    ),
+}
+TYPES = ("chat_template", *FRAMES, "custom", "completion")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +108,7 @@ class PromptFormat:
     train_on_inputs: bool = False  # count the prompt as well
     roles_to_train: tuple[str, ...] = ("assistant",)
     train_on_eos: str = "turn"  # which end tokens of a chat count: of trained turns, of the last one, of all, none
+    frame: Frame | None = None  # custom: the words around the columns
     field: str = "text"  # completion: the column with the text
     field_messages: str = "messages"  # chat_template: the column with the messages
     field_tools: str = "tools"  # chat_template: the column with the tools that the assistant may call, if there are any
@@ -89,6 +122,8 @@ class PromptFormat:
                 raise UserError(
                     f"{name} is {getattr(self, name)!r}. It decides how rows become tokens. Use {' or '.join(allowed)}."
                 )
+        if self.type == "custom" and self.frame is None:
+            raise UserError("type is custom and there is no frame. It says what stands around the columns. Give one.")
         # From JSON they come as lists; frozen, so that nobody changes a format between training and talking.
         object.__setattr__(self, "roles_to_train", tuple(self.roles_to_train))
         object.__setattr__(self, "roles", {role: tuple(names) for role, names in self.roles.items()})
@@ -113,7 +148,12 @@ class PromptFormat:
                 f"prompt.json: found {found}; it needs type and may have {', '.join(sorted(known - {'type'}))}. "
                 "It says how to prompt the model. Take the file that training wrote."
             )
-        return cls(**data)
+        try:
+            return cls(**data | {"frame": data.get("frame") and Frame(**data["frame"])})
+        except TypeError as error:
+            raise UserError(
+                f"prompt.json: frame is no map of texts ({error}). Take the file that was saved."
+            ) from error
 
     def for_tokenizer(self, tok: Tokenizer) -> "PromptFormat":
         """The same with the chat template written out, so that it no longer depends on the tokenizer's."""
@@ -147,7 +187,7 @@ class PromptFormat:
         if self.type == "chat_template":
             return tok.render_chat(messages, add_generation_prompt, self.jinja(tok))
         last = messages[-1]["content"]
-        return ALPACA.replace("{instruction}", last) if self.type == "alpaca" else last
+        return last if self.type == "completion" else self._frame.prompt(last)
 
     def encode_prompt(self, tok: Tokenizer, messages: Messages) -> list[int]:
         """The tokens that the model is to go on from, when it shall answer."""
@@ -184,13 +224,17 @@ class PromptFormat:
         """What a row that is no chat prompts with, and what is to be written."""
         if self.type == "completion":
             return "", _text(row, self.field)
-        if self.type == "prompt_completion":
-            return _text(row, "prompt"), _text(row, "completion")
-        instruction, answer = _text(row, "instruction"), _text(row, "output")
-        context = row.get("input") and _text(row, "input", empty=True)
-        prompt = ALPACA_WITH_INPUT if context else ALPACA
-        before, after = prompt.split("{instruction}")  # not str.format: the texts may hold braces
-        return before + instruction + after.replace("{input}", context or ""), answer
+        frame = self._frame
+        instruction, answer = _text(row, frame.field_instruction), _text(row, frame.field_output)
+        context, system = (
+            _text(row, key, empty=True) if key and row.get(key) else ""
+            for key in (frame.field_input, frame.field_system)
+        )
+        return frame.prompt(instruction, context, system), answer
+
+    @property
+    def _frame(self) -> Frame:
+        return self.frame or FRAMES[self.type]
 
     def _messages(self, row: dict[str, Any]) -> Messages:
         """The messages of a row, with the names that templates use, checked."""

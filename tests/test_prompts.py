@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from nanoqlora.cli import UserError
 from nanoqlora.ollama import go_template
-from nanoqlora.prompts import CHAT_TEMPLATES, PromptFormat, detect_format
+from nanoqlora.prompts import CHAT_TEMPLATES, Frame, PromptFormat, detect_format
 from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 CHAT = PromptFormat(type="chat_template")
@@ -251,6 +251,33 @@ def test_a_prompt_stands_as_it_is_and_its_completion_counts(tok, llama3):
     assert ids == [1, *llama3.encode("2 {x} + 2 = <|eot_id|>"), *llama3.encode("4"), 0]
     assert counted(llama3, ids, mask) == "4<|end_of_text|>"
     assert fmt.encode_prompt(llama3, say("user", "2 +")) == [1, *llama3.encode("2 +")] and fmt.end_id(tok) == tok.eos_id
+
+
+def test_columns_and_words_of_your_own(tok):
+    """As Axolotl's `type` with a map: a row's own system text, else the one for all; with or without an input."""
+    frame = Frame(
+        **{"format": "Q: {instruction} ({input})\nA: ", "no_input_format": "Q: {instruction}\nA: "},
+        **{"system_format": "# {system}\n", "system_prompt": "Be brief.", "field_system": "sys", "field_output": "a"},
+        **{"field_instruction": "q", "field_input": "context"},
+    )
+    fmt = PromptFormat(type="custom", frame=frame)
+    for row, prompt in {
+        ("Who?", "", ""): "# Be brief.\nQ: Who?\nA: ",
+        ("Wh{input}o?", "here", ""): "# Be brief.\nQ: Wh{input}o? (here)\nA: ",
+        ("Who?", None, "Be {system}."): "# Be {system}.\nQ: Who?\nA: ",
+    }.items():
+        ids, mask = fmt.encode_row(tok, {**dict(zip(("q", "context", "sys"), row, strict=True)), "a": "Me."})
+        assert (
+            ids == [*tok.encode(prompt), *tok.encode("Me."), tok.eos_id] and counted(tok, ids, mask) == "Me.<|im_end|>"
+        )
+    assert fmt.render(tok, say("user", "Who?")) == "# Be brief.\nQ: Who?\nA: "
+    assert PromptFormat.from_json(fmt.to_json()) == fmt
+    with pytest.raises(UserError, match="q is missing"):
+        fmt.encode_row(tok, {"a": "x"})
+    with pytest.raises(UserError, match="no frame"):
+        PromptFormat(type="custom")
+    with pytest.raises(UserError, match="frame"):
+        PromptFormat.from_json('{"type": "custom", "frame": {"x": "y"}}')
 
 
 def test_completion_counts_all_but_the_first_token(tok, llama3):

@@ -4,6 +4,7 @@ The first part makes what such a run needs, for the tests of the other commands 
 """
 
 import contextlib
+import csv
 import io
 import json
 import math
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
+import pyarrow.parquet
 import pytest
 import tokenizers
 import torch
@@ -708,6 +710,37 @@ def test_validation_rows_are_taken_out_of_the_data(world):
         kept, held_out = split(val_set_size=size)
         assert len(held_out) == count and sorted(kept + held_out) == sorted(whole)
         assert split(val_set_size=size) == (kept, held_out) != split(val_set_size=size, seed=1)
+
+
+def test_data_sets_of_all_kinds_make_one_run(world, tmp_path):
+    """The same rows as five kinds of files: one plan, the data sets in order, each with what its kind counts."""
+    tok, rows = nq.load_tokenizer(world.model), alpaca_rows(6)
+    answers = [row["output"] for row in rows]
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    pairs = [{"prompt": row["instruction"], "completion": row["output"]} for row in rows]
+    roles = {"user": "prompt", "assistant": "completion"}
+    chats = [{"messages": [{"role": r, "content": pair[key]} for r, key in roles.items()]} for pair in pairs]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(chats), tmp_path / "chats.parquet")
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    (tmp_path / "text.txt").write_text("".join(answer.replace("\n", " ") + "\n" for answer in answers))
+    (tmp_path / "more").mkdir()
+    write_rows(tmp_path / "more" / "one.jsonl", rows[:2])
+    write_rows(tmp_path / "more" / "two.jsonl", rows[2:])
+    kinds = {"a.csv": "alpaca", "chats.parquet": "chat_template", "pairs.json": "prompt_completion"}
+    kinds |= {"text.txt": "completion", "more": "alpaca"}
+    run = {"base_model": str(world.model), "adapter": "qlora", "lora_r": 4, "lora_alpha": 8, "learning_rate": 0.1}
+    run |= {"datasets": [{"path": str(tmp_path / name), "type": kind} for name, kind in kinds.items()]}
+    data = prepare_data(make_config(run | {"dataset_prepared_path": PREPARED.name}), tok, 1)
+    assert [len(reading.samples) for reading in data.readings.values()] == [6] * 5
+    assert sorted(i for step in data.plan for row in step.rows for i in row) == list(range(30))
+    learnt = [tok.decode(sample.tokens[sample.supervised].tolist()) for sample in data.samples]
+    assert learnt[:18] == [answer + "<|im_end|>" for answer in answers] * 3
+    assert learnt[24:] == learnt[:6] and learnt[18:24] == [
+        answer.replace("\n", " ") + "<|im_end|>" for answer in answers
+    ]
 
 
 CONVERSATIONS = {  # every way to write one that a template can be given

@@ -43,13 +43,31 @@ Fsdp = Literal["auto", "replicate", "full_shard", "shard_grad_op", "hybrid_shard
 
 
 @dataclass(frozen=True, kw_only=True)
+class FrameConfig:
+    """`type` of a data set as a map: which columns a row has, and which words stand around them."""
+
+    fates: ClassVar[Fates] = Fates()
+
+    format: str = key("prompt of a row with an input; {instruction}, {input} stand for it", "{instruction} {input} ")
+    no_input_format: str | None = key("prompt of a row without one; unset: as format", None)
+    system_format: str = key("stands in front where there is a system text; {system} stands for it", "{system}")
+    system_prompt: str = key("system text of rows that have none", "")
+    field_system: str = key("column with the system text", "system")
+    field_instruction: str = key("column with the instruction", "instruction")
+    field_input: str = key("column with the input", "input")
+    field_output: str = key("column with what is to be written", "output")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
     """One entry of `datasets` or `test_datasets`."""
 
     fates: ClassVar[Fates] = key_fates.DATASET
 
     path: str = key("a file, a folder, or the name of a data set on the hub")
-    type: Literal["alpaca", "chat_template", "completion", "prompt_completion"] = key("how a row becomes text")
+    type: Literal["alpaca", "chat_template", "completion", "prompt_completion"] | FrameConfig = key(
+        "how a row becomes text; a map says it for columns and words of your own"
+    )
     ds_type: Literal["json", "jsonl", "csv", "parquet", "text"] | None = key("file format; unset: by the suffix", None)
     data_files: tuple[str, ...] = key("the files of a folder or a hub data set to read", ())
     split: str | None = key("split of a folder or hub data set; unset: train", None)
@@ -423,7 +441,8 @@ def help_text(own: dict[str, Option] | None = None, about: str = "") -> str:
     lines += ["Every key of the YAML file can be overridden, with _ or -; lists and maps as JSON or YAML text."]
     lines += ["", "this command", *describe_options(own)] if own else []
     lines += describe_keys(Config, "--")
-    maps = {"an entry of datasets": DatasetConfig, "special_tokens": SpecialTokens, "bnb_config_kwargs": BnbConfig}
+    maps = {"an entry of datasets": DatasetConfig, "type of such an entry, as a map": FrameConfig}
+    maps |= {"special_tokens": SpecialTokens, "bnb_config_kwargs": BnbConfig}
     for title, cls in (maps | {"fsdp_config": FsdpConfig}).items():
         lines += ["", title, *describe_keys(cls)]
     return "\n".join(lines)

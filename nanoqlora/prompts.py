@@ -64,7 +64,7 @@ class Frame:
     """The words around the columns of a row. The fields are the keys of Axolotl's `type`, where that is a map."""
 
     format: str = "{instruction} {input} "  # of a row with an input
-    no_input_format: str = "{instruction} "  # of one without
+    no_input_format: str | None = None  # of one without; None: the same
     system_format: str = "{system}"  # stands in front, if there is a system text
     system_prompt: str = ""  # the system text of rows that have none
     field_system: str = "system"  # names of columns
@@ -75,7 +75,8 @@ class Frame:
     def prompt(self, instruction: str, context: str = "", system: str = "") -> str:
         """The text in front of what is to be written."""
         texts = {"instruction": instruction, "input": context, "system": system or self.system_prompt}
-        frame = (self.system_format if texts["system"] else "") + (self.format if context else self.no_input_format)
+        frame = self.format if context or self.no_input_format is None else self.no_input_format
+        frame = (self.system_format if texts["system"] else "") + frame
         return re.sub(r"{(instruction|input|system)}", lambda name: texts[name[1]], frame)  # the texts may hold braces
 
 
@@ -89,7 +90,7 @@ FRAMES = {
         field_system="",
     ),
     "prompt_completion": Frame(
-        no_input_format="{instruction}",
+        format="{instruction}",
         field_instruction="prompt",
         field_output="completion",
         field_input="",
@@ -194,6 +195,16 @@ class PromptFormat:
         if self.type == "chat_template":
             return tok.encode_chat(messages, add_generation_prompt=True, chat_template=self.jinja(tok))
         return tok.encode(self.render(tok, messages), bos=tok.add_bos)
+
+    def question(self, row: dict[str, Any]) -> Messages | None:
+        """What a row asks: all that stands before its first answer; None if that is nothing."""
+        if self.type == "completion":
+            return None
+        if self.type != "chat_template":
+            return say("user", _text(row, self._frame.field_instruction))
+        messages = self._messages(row)
+        answer = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), 0)
+        return messages[:answer] or None
 
     # Training
 

@@ -4,7 +4,7 @@ import hashlib
 import math
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import islice
@@ -15,6 +15,7 @@ import torch
 
 from .adapter import save_adapter
 from .chat import answer
+from .chat_template import Messages
 from .cli import write_text
 from .config import Config
 from .evaluate import mean_loss, score_samples
@@ -24,7 +25,7 @@ from .prompts import PromptFormat
 from .quality import domain_score, domain_words, plain_samples, plain_text, supervised_texts
 from .report import plot_metrics, write_report
 from .rows import read_rows
-from .runs import Data, data_files
+from .runs import Data, data_files, row_format
 from .serving import Usable
 from .tokenizer import Tokenizer, save_tokenizer
 
@@ -56,16 +57,11 @@ def sample_answers(run: "Run", tokenizer: Tokenizer, prompt_format: PromptFormat
     return ["".join(answer(used, messages, max_new_tokens=80)) for messages in questions(run.config, count)]
 
 
-def questions(config: Config, count: int = 3) -> Iterator[list[dict[str, str]]]:
+def questions(config: Config, count: int = 3) -> list[Messages]:
     """The messages before the first answer of a file's first rows; nothing for those without questions."""
     dataset = (config.test_datasets or config.datasets)[0]
-    for _, row in islice(read_rows(data_files(dataset)), count):
-        if dataset.type in ("alpaca", "prompt_completion"):
-            yield [{"role": "user", "content": row["instruction" if dataset.type == "alpaca" else "prompt"]}]
-        elif dataset.type == "chat_template" and dataset.field_messages == "messages":
-            roles = [message.get("role") for message in row["messages"]]
-            if "assistant" in roles[1:]:
-                yield row["messages"][: roles.index("assistant", 1)]
+    asked = (row_format(dataset).question(row) for _, row in islice(read_rows(data_files(dataset)), count))
+    return [messages for messages in asked if messages]
 
 
 def save_results(

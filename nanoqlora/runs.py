@@ -10,7 +10,7 @@ import random
 import shutil
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from .data import Samples, join
 from .data_files import DataFile, find_files
 from .packing import Plan, plan_steps
 from .prepare import Encoding, Reading, prepare_samples
-from .prompts import CHAT_TEMPLATES, PromptFormat
+from .prompts import CHAT_TEMPLATES, Frame, PromptFormat
 from .tokenizer import Tokenizer, load_tokenizer
 from .vocabulary import CONTROL
 
@@ -129,15 +129,29 @@ def prompt_format_of(config: Config, dataset: DatasetConfig, tokenizer: Tokenize
             known = ", ".join(["tokenizer_default", *CHAT_TEMPLATES])
             raise UserError(f"chat_template is {name}; known are {known}. Or give its text with chat_template_jinja.")
         jinja = CHAT_TEMPLATES[name]
-    template = jinja or tokenizer.chat_template
-    if config.default_system_message and dataset.type == "chat_template" and template:
-        first = json.dumps([{"role": "system", "content": config.default_system_message}], ensure_ascii=False)
-        start = "{% if messages[0]['role'] != 'system' %}{% set messages = " + first + " + messages %}{% endif %}"
-        jinja = start + template
-    prompt_format = PromptFormat(
-        type=dataset.type,
-        chat_template=jinja,
-        train_on_inputs=config.train_on_inputs,
+    prompt_format = replace(row_format(dataset), chat_template=jinja, train_on_inputs=config.train_on_inputs)
+    if dataset.type != "chat_template":
+        return prompt_format
+    if not prompt_format.jinja(tokenizer):
+        raise UserError(
+            f"data {dataset.path}: type is chat_template and the model brings no chat template, so a conversation "
+            f"cannot be written as text. Set chat_template to one of {', '.join(CHAT_TEMPLATES)}."
+        )
+    prompt_format = prompt_format.for_tokenizer(tokenizer)
+    if config.default_system_message:  # as a part of the template, whoever talks to the model has it too
+        system = json.dumps([{"role": "system", "content": config.default_system_message}], ensure_ascii=False)
+        start = f"{{% set messages = {system} + messages %}}"
+        start = f"{{% if not messages or messages[0]['role'] != 'system' %}}{start}{{% endif %}}"
+        prompt_format = replace(prompt_format, chat_template=start + prompt_format.chat_template)
+    return prompt_format
+
+
+def row_format(dataset: DatasetConfig) -> PromptFormat:
+    """What a data set's own keys say of its rows."""
+    is_custom = not isinstance(dataset.type, str)
+    return PromptFormat(
+        type="custom" if is_custom else dataset.type,
+        frame=Frame(**asdict(dataset.type)) if is_custom else None,
         roles_to_train=dataset.roles_to_train,
         train_on_eos=dataset.train_on_eos,
         field=dataset.field,
@@ -146,14 +160,6 @@ def prompt_format_of(config: Config, dataset: DatasetConfig, tokenizer: Tokenize
         message_property_mappings=dataset.message_property_mappings,
         roles=dataset.roles,
     )
-    if dataset.type != "chat_template":
-        return prompt_format
-    if not prompt_format.jinja(tokenizer):
-        raise UserError(
-            f"data {dataset.path}: type is chat_template and the model brings no chat template, so a conversation "
-            f"cannot be written as text. Set chat_template to one of {', '.join(CHAT_TEMPLATES)}."
-        )
-    return prompt_format.for_tokenizer(tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------ log

@@ -43,6 +43,7 @@ from nanoqlora.ops import linear_cross_entropy
 from nanoqlora.optim import clip_gradient, learning_rate_at, make_optimizer
 from nanoqlora.packing import Step
 from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora, lora_layers
+from nanoqlora.results import questions
 from nanoqlora.runs import checkpoints, prepare_data
 
 # ------------------------------------------------------------------------------------------------ a small world
@@ -743,6 +744,39 @@ def test_data_sets_of_all_kinds_make_one_run(world, tmp_path):
     ]
 
 
+def test_default_system_message_begins_conversations_without_one(world, tmp_path):
+    """Those that have one keep it; it is part of the template, so whoever talks to the model later has it too."""
+    system = 'Be "brief"\nand \u00fc {{ x }} %} \\n.'
+    chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
+    own = [{"role": "system", "content": "Own."}, *chat]
+    run = {"base_model": str(world.model), "adapter": "qlora", "lora_r": 4, "lora_alpha": 8, "learning_rate": 0.1}
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": chat}, {"messages": own}])
+    run |= {"datasets": [{"path": str(path), "type": "chat_template"}], "default_system_message": system}
+    tok = nq.load_tokenizer(world.model)
+    data = prepare_data(make_config(run | {"dataset_prepared_path": PREPARED.name}), tok, 1)
+    with_system = [{"role": "system", "content": system}, *chat]
+    assert data.samples[0].tokens.tolist() == tok.encode_chat(with_system)
+    assert data.samples[1].tokens.tolist() == tok.encode_chat(own)
+    assert tok.decode(data.samples[0].tokens[data.samples[0].supervised].tolist()) == "Me.<|im_end|>"
+    assert data.prompt_format.encode_prompt(tok, chat[:1]) == tok.encode_chat(
+        with_system[:2], add_generation_prompt=True
+    )
+
+
+def test_type_as_a_map_names_columns_and_words(world, tmp_path):
+    run = {"base_model": str(world.model), "adapter": "qlora", "lora_r": 4, "lora_alpha": 8, "learning_rate": 0.1}
+    path = write_rows(tmp_path / "pairs.jsonl", [{"q": "Who?", "a": "Me."}])
+    kind = {"field_instruction": "q", "field_output": "a", "format": "Q: {instruction}\nA:"}
+    run |= {"datasets": [{"path": str(path), "type": kind}], "dataset_prepared_path": PREPARED.name}
+    config, tok = make_config(run), nq.load_tokenizer(world.model)
+    assert (
+        tok.decode(prepare_data(config, tok, 1).samples[0].tokens.tolist()) == "<|endoftext|>Q: Who?\nA:Me.<|im_end|>"
+    )
+    assert questions(config) == [[{"role": "user", "content": "Who?"}]]
+    (tmp_path / "train.yml").write_text(config.to_yaml())
+    assert load_config([str(tmp_path / "train.yml")]) == config
+
+
 CONVERSATIONS = {  # every way to write one that a template can be given
     "plain": ({}, [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]),
     "other names": (
@@ -764,4 +798,4 @@ def test_any_conversation_that_can_be_trained_on_can_be_held_out(world, tmp_path
     ended = run_here(train.main, path)
     assert ended.code == 0, ended.err
     asked = "**Who?**" in (tmp_path / "out" / "report.md").read_text("utf-8")
-    assert asked == (case == "plain")
+    assert asked == (case in ("plain", "other names"))

@@ -133,7 +133,7 @@ def export_adapter(adapter: Path, base: str | Path, out: Path, file_type: str) -
     """Write the adapter alone as `out`, and beside it a Modelfile that puts it on the base model."""
     _, updates = read_updates(adapter)
     config = model_config(open_weights(base).config, base)
-    tok = load_tokenizer(base)
+    tok = load_tokenizer(base, adapter)
     fmt = prompt_format(adapter, tok)
     alpha, tensors = plan_adapter(updates, config, file_type, adapter)
     if Path(base).suffix == ".gguf":

@@ -133,7 +133,7 @@ def main() -> None:
     weights, (about, updates), tokenizer = (
         open_weights(asked.base),
         read_updates(asked.adapter),
-        load_tokenizer(asked.base),
+        load_tokenizer(asked.base, asked.adapter),
     )
     check_vocabulary(tokenizer, model_config(weights.config, asked.base).vocab_size, asked.base)
     its_base = about.get("base_model_name_or_path")

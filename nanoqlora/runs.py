@@ -29,7 +29,6 @@ from .packing import Plan, plan_steps
 from .prepare import Encoding, Reading, prepare_samples
 from .prompts import CHAT_TEMPLATES, Frame, PromptFormat
 from .tokenizer import Tokenizer, load_tokenizer
-from .vocabulary import CONTROL
 
 if TYPE_CHECKING:
     from train import Run
@@ -88,29 +87,16 @@ def prepare_data(config: Config, tokenizer: Tokenizer, ranks: int) -> Data:
 
 def tokenizer_of(config: Config) -> Tokenizer:
     """The tokenizer of the base model, with the run's special tokens in place of its own."""
-    tokenizer, changes = load_tokenizer(config.base_model), {}
-    ids = {piece: id for id, piece in enumerate(tokenizer.vocab)}
-
-    def id_of(key: str, text: str) -> int:
-        if text not in ids:
-            own = ", ".join(list(tokenizer.special_tokens)[:8])
-            raise UserError(
-                f"{key} is {text!r}, which is not in the vocabulary of {config.base_model}, so it has no embedding. "
-                f"Take one of its own tokens, such as {own}."
-            )
-        return ids[text]
-
-    for name in ("bos", "eos", "pad", "unk"):
-        if text := getattr(config.special_tokens, f"{name}_token"):
-            changes[f"{name}_id"] = id_of(f"special_tokens.{name}_token", text)
+    tokenizer = load_tokenizer(config.base_model).with_special_tokens(
+        bos_token=config.special_tokens.bos_token,
+        eos_token=config.special_tokens.eos_token,
+        pad_token=config.special_tokens.pad_token,
+        unk_token=config.special_tokens.unk_token,
+        additional_special_tokens=config.special_tokens.additional_special_tokens,
+    )
     for text in config.eot_tokens:
-        id_of("eot_tokens", text)
-    kinds = list(tokenizer.kinds)
-    for text in config.special_tokens.additional_special_tokens:
-        kinds[id_of("special_tokens.additional_special_tokens", text)] = CONTROL
-    if kinds != tokenizer.kinds:
-        changes |= {"kinds": kinds, "original_files": {}}  # the files as they were read would not say so
-    return replace(tokenizer, **changes)
+        tokenizer.id_of_special(text, "eot_tokens")
+    return tokenizer
 
 
 def data_files(dataset: DatasetConfig) -> list[DataFile]:
@@ -125,10 +111,11 @@ def prompt_format_of(config: Config, dataset: DatasetConfig, tokenizer: Tokenize
     if jinja and Path(jinja).is_file():
         jinja = Path(jinja).read_text("utf-8")
     if not jinja and name != "tokenizer_default":
-        if name not in CHAT_TEMPLATES:
+        spare = name.removeprefix("tokenizer_default_fallback_")  # for a tokenizer without a template of its own
+        if spare not in CHAT_TEMPLATES:
             known = ", ".join(["tokenizer_default", *CHAT_TEMPLATES])
             raise UserError(f"chat_template is {name}; known are {known}. Or give its text with chat_template_jinja.")
-        jinja = CHAT_TEMPLATES[name]
+        jinja = CHAT_TEMPLATES[spare] if spare == name else tokenizer.chat_template or CHAT_TEMPLATES[spare]
     prompt_format = replace(row_format(dataset), chat_template=jinja, train_on_inputs=config.train_on_inputs)
     if dataset.type != "chat_template":
         return prompt_format

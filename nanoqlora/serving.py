@@ -34,7 +34,7 @@ def load_for_use(args: argparse.Namespace) -> Usable:
         model = load_model(args.model, load_in_4bit=args.load_in_4bit, dtype=dtype, device=device)
     except ValueError as error:  # a width that four bits cannot split
         raise UserError(str(error)) from error
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, args.adapter)
     check_vocabulary(tokenizer, model.config.vocab_size, args.model)
     if args.adapter:
         load_adapter(model, args.adapter)

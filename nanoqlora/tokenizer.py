@@ -10,7 +10,8 @@ Read next: tokenizer_files.py, where vocabularies come from; prompts.py, which t
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -65,6 +66,42 @@ class Tokenizer(Vocabulary):
     def token_types(self) -> list[int]:
         """The kind of every id, as GGUF counts: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte."""
         return list(self.kinds)
+
+    def with_special_tokens(
+        self, additional_special_tokens: Sequence[str] = (), **named_tokens: str | None
+    ) -> "Tokenizer":
+        """The same with other named tokens, and more that no text becomes by accident.
+
+        Args:
+            additional_special_tokens: texts of tokens that are words so far.
+            named_tokens: eos_token="<|im_end|>", and so on; None leaves one as it is.
+        Raises:
+            UserError: the vocabulary has no such token, or it is an ordinary one.
+        """
+        ids = {
+            name.replace("_token", "_id"): self.id_of_special(text, f"special_tokens.{name}")
+            for name, text in named_tokens.items()
+            if text is not None
+        }
+        key = "special_tokens.additional_special_tokens"
+        more = {self.id_of_special(text, key) for text in additional_special_tokens}
+        changed = {id for id in more | set(ids.values()) if self.kinds[id] == USER_DEFINED}
+        kinds = [CONTROL if id in changed else kind for id, kind in enumerate(self.kinds)]
+        files = self.original_files
+        if changed or ids.get("bos_id", self.bos_id) != self.bos_id:  # tokenizer.json speaks of both
+            files = {name: data for name, data in files.items() if name != "tokenizer.json"}
+        return replace(self, kinds=kinds, original_files=files, **ids)
+
+    def id_of_special(self, text: str, key: str) -> int:
+        """The id of a token that `key` of a run asks to be a special one."""
+        id = self._ids.get(text)
+        if id is None or self.kinds[id] in (NORMAL, BYTE):
+            why = "not in the vocabulary, so it has no row of the embedding"
+            raise UserError(
+                f"{key} is {text!r}, which is {why if id is None else 'an ordinary token, which texts are made of'}. "
+                f"Take a special token that the model has, such as {', '.join(list(self.special_tokens)[:12])}."
+            )
+        return id
 
     # Text to ids and back
 
@@ -205,8 +242,15 @@ class Tokenizer(Vocabulary):
         return self.special_tokens[end[0]] if end else None
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a folder in Hugging Face's or Meta's format, of a .gguf file, or of a model by its hub name."""
+def load_tokenizer(path: str | Path, adapter: str | Path | None = None) -> Tokenizer:
+    """The tokenizer of a folder in Hugging Face's or Meta's format, of a .gguf file, or of a model by its hub name.
+
+    Args:
+        adapter: the folder of an adapter for that model. Training may have given the tokenizer other special tokens,
+            and saved it there; then that one is taken.
+    """
+    if adapter and all((Path(adapter) / name).is_file() for name in ("prompt.json", "tokenizer_config.json")):
+        return Tokenizer(**read_folder(Path(adapter)))
     path = local_path(path, TOKENIZER_FILES)
     if path.is_dir():
         return Tokenizer(**read_folder(path))

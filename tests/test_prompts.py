@@ -9,8 +9,10 @@ from go_text import go_write, needs_go
 from transformers import AutoTokenizer
 
 from nanoqlora.cli import UserError
+from nanoqlora.config import load_config
 from nanoqlora.ollama import go_template
 from nanoqlora.prompts import CHAT_TEMPLATES, Frame, PromptFormat, detect_format
+from nanoqlora.runs import prompt_format_of
 from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 CHAT = PromptFormat(type="chat_template")
@@ -362,6 +364,26 @@ def test_prompt_json_is_the_whole_format(tok, llama3):
             PromptFormat.from_json(text)
     with pytest.raises(UserError, match="sharegpt"):
         PromptFormat.from_json(json.dumps({"type": "sharegpt"}))
+
+
+def test_templates_by_their_names_in_a_configuration(tok, llama3, tmp_path):
+    keys = {"base_model": "m", "adapter": "qlora", "load_in_4bit": True, "lora_r": 8, "lora_alpha": 8}
+    keys |= {"learning_rate": 1e-4, "datasets": [{"path": "d", "type": "chat_template"}]}
+    (tmp_path / "run.yml").write_text(json.dumps(keys))  # which is YAML too
+
+    def jinja(name: str, tokenizer: Tokenizer) -> str | None:
+        config = load_config([str(tmp_path / "run.yml"), "--chat_template", name])
+        return prompt_format_of(config, config.datasets[0], tokenizer).chat_template
+
+    for name, template in CHAT_TEMPLATES.items():
+        assert jinja(name, tok) == template
+        assert jinja(f"tokenizer_default_fallback_{name}", tok) == tok.chat_template
+        assert jinja(f"tokenizer_default_fallback_{name}", replace(tok, chat_template=None)) == template
+    assert jinja("tokenizer_default", llama3) == llama3.chat_template
+    with pytest.raises(UserError, match="chat_template is gemma; known are tokenizer_default, chatml, llama3, alpaca"):
+        jinja("gemma", tok)
+    with pytest.raises(UserError, match="brings no chat template"):
+        jinja("tokenizer_default", replace(tok, chat_template=None))
 
 
 def test_what_a_format_says_of_the_end_and_the_beginning(tok, llama3):

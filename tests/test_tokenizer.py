@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -333,6 +334,31 @@ def test_the_token_that_ends_a_turn(llama3):
     assert end("<|eot_id|>{{ messages[-1].content }}</end>") is None
     assert end("{{ raise_exception('no') }}") is None
     assert end(None) == "<|eot_id|>"
+
+
+def test_other_special_tokens(llama3, llama3_folder, tmp_path):
+    """What special_tokens of a run asks for; saved beside the adapter, and found there again."""
+    tok = llama3.with_special_tokens(eos_token="<|eot_id|>", pad_token="<|end_of_text|>", bos_token=None)
+    assert [tok.vocab[id] for id in (tok.bos_id, tok.eos_id, tok.pad_id)] == [
+        *("<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|>")
+    ]
+    assert llama3.with_special_tokens(bos_token=None) == llama3 and llama3.pad_id is None
+    assert tok.original_files == llama3.original_files
+    noted = tok.with_special_tokens(additional_special_tokens=["[note]"], bos_token="<|eot_id|>")
+    assert noted.special_tokens["[note]"] not in noted.encode("a[note]b")
+    assert noted.special_tokens["[note]"] in noted.encode("a[note]b", special=True)
+    assert load_tokenizer(llama3_folder, tmp_path) == llama3  # no tokenizer was saved there
+    save_tokenizer(noted, tmp_path)
+    (tmp_path / "prompt.json").write_text('{"type": "completion"}')
+    assert load_tokenizer(llama3_folder, tmp_path) == noted
+    hf = AutoTokenizer.from_pretrained(tmp_path)
+    assert hf("hi [note]")["input_ids"] == noted.encode("hi [note]", bos=True, special=True)
+    assert hf.eos_token == hf.bos_token == "<|eot_id|>"
+    for text, said in (("<|im_end|>", "which is not in the vocabulary"), ("er", "which is an ordinary token")):
+        with pytest.raises(
+            UserError, match=f"special_tokens.eos_token is '{re.escape(text)}', {said}.*<.begin_of_text"
+        ):
+            llama3.with_special_tokens(eos_token=text)
 
 
 def test_white_space_that_would_crash_the_regex_engine_is_refused(llama3):

@@ -248,7 +248,7 @@ def test_axolotl_file_runs_as_it_stands(tmp_path):
     assert len(c.notes) == len(ignored) + 3
 
 
-@pytest.mark.parametrize("name", ["train.yml", "configs/llama3-8b.yml"])
+@pytest.mark.parametrize("name", ["train.yml", *(f"configs/{path.name}" for path in (ROOT / "configs").iterdir())])
 def test_our_own_files_need_no_notes_on_keys(name):
     notes = load_config([str(ROOT / name)]).notes
     assert not [note for note in notes if "ignored" in note or "gives way" in note]

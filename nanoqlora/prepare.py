@@ -10,6 +10,7 @@ and the source text of this package. Data that would come out differently has an
 key is right. Read next: packing.py, which makes the plan of a run from the lengths.
 """
 
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -37,6 +38,7 @@ from .rows import Block, read_blocks
 from .tokenizer import Tokenizer
 
 SMALL = 8 << 20  # bytes of data; below, to start processes takes longer than the work
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when the one that started it ends
 NAMED = 5  # rows that are named of those to which something happened
 
 
@@ -293,6 +295,7 @@ def _start_worker(encoding: Encoding) -> None:
     global _encoding
     _encoding = encoding
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the first process, which ends these
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # and so does whatever kills it
 
 
 def _encode_in_worker(block: Block) -> Encoded:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import threading
 import time
 import tracemalloc
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,37 @@ def test_the_first_wrong_row_is_told_though_later_ones_are_read(many):
     many.write_text("\n".join(rows))
     with pytest.raises(UserError, match=r"many\.jsonl, line 20001: text is int 5"):
         read_samples(find_files(many), Encoding(PromptFormat(type="completion"), BYTES, 100))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_processes_end_with_the_one_that_started_them(many, monkeypatch, number):
+    """Whatever ends it: otherwise they would wait for work for ever, and hold their memory."""
+    context = get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def never_done(block: rows.Block, encoding: Encoding) -> None:
+        sender.send(os.getpid())
+        time.sleep(60)
+
+    monkeypatch.setattr(prepare, "encode_block", never_done)
+    encoding = Encoding(COMPLETION, BYTES, 100)
+    first = context.Process(target=read_samples, args=(find_files(many), encoding))
+    first.start()
+    workers = {receiver.recv() for _ in range(2)}
+    os.kill(first.pid, number)
+    first.join(5)
+
+    def runs(pid: int) -> bool:
+        status = Path(f"/proc/{pid}/status")
+        return status.exists() and "State:\tZ" not in status.read_text()
+
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and any(map(runs, workers)):
+        time.sleep(0.02)
+    left = [pid for pid in workers if runs(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert len(workers) == 2 and not left
 
 
 # ------------------------------------------------------------------------------------------------ kept in a folder

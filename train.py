@@ -27,10 +27,11 @@ from tqdm import tqdm
 from nanoqlora import distributed, ops
 from nanoqlora.adapter import continue_adapter
 from nanoqlora.checkpoint import Fill, open_model
-from nanoqlora.cli import Stopped, UserError, run_command
+from nanoqlora.cli import Failed, Stopped, UserError, run_command
 from nanoqlora.config import Config, load_command
 from nanoqlora.data import Sample, Samples, collate, micro_batches
 from nanoqlora.evaluate import mean_loss, score_samples
+from nanoqlora.faults import NotFinite, trace
 from nanoqlora.forecast import measure
 from nanoqlora.fused import can_fuse, fuse_blocks, keep_dense_weights
 from nanoqlora.graphs import GraphedBody, can_record
@@ -105,21 +106,22 @@ def train_step(run: Run, number: int) -> tuple[float, float, float, int]:
     config, step = run.config, run.plan[number]
     rows = [[run.samples[i] for i in row] for row in step.rows]
     num_targets = sum(sample.num_targets for row in rows for sample in row)  # of all ranks: the plan is the same
-    total = torch.zeros((), device=run.device)
     run.flat.grad.zero_()
-    share = list(micro_batches(rows, config.micro_batch_size, run.rank, run.ranks))
-    for first, mine in share:
-        total += forward_backward(run, mine, number, first, num_targets)
+    share = dict(micro_batches(rows, config.micro_batch_size, run.rank, run.ranks))
+    losses = {first: forward_backward(run, mine, number, first, num_targets) for first, mine in share.items()}
+    total = sum(losses.values(), torch.zeros((), device=run.device))
     if run.store:  # in an epoch's last step the first rank may have more rows than this one
         most = math.ceil(len(rows) / (config.micro_batch_size * run.ranks))
         for _ in range(most - len(share)):
             run.store.take_part()
+    own_norm = run.flat.grad.norm()
     distributed.sum_over_ranks(run.flat.grad)
     distributed.sum_over_ranks(total)
     loss = total.item() / num_targets
-    if not math.isfinite(loss):
-        raise RuntimeError(f"step {number + 1}: the loss is {loss}; go on from an earlier checkpoint with a lower rate")
     grad_norm = clip_gradient(run.flat.grad, config.max_grad_norm).item()
+    if not math.isfinite(loss + grad_norm):
+        own = {first: x.item() for first, x in losses.items()}
+        raise NotFinite(trace(number + 1, step, run.rank, own, config.micro_batch_size, own_norm.item()))
     rate = learning_rate_at(
         number,
         len(run.plan),
@@ -188,8 +190,19 @@ def loop(run: Run, start: int, stop: list[bool]) -> int:
     bar = tqdm(total=len(plan), initial=start, disable=run.rank != 0, unit="step", dynamic_ncols=True, smoothing=0.1)
     for number in range(start, len(plan)):
         step = number + 1
-        with watch:
-            loss, grad_norm, rate, tokens = train_step(run, number)
+        try:
+            with watch:
+                loss, grad_norm, rate, tokens = train_step(run, number)
+        except NotFinite as found:  # on all ranks, before anything was changed
+            if not config.skip_nonfinite_steps:
+                raise Failed(
+                    f"{found}. Nothing was learnt from it. Look at these samples, or go on from an earlier checkpoint "
+                    f"with a lower learning_rate, or set skip_nonfinite_steps: true."
+                ) from found
+            run.metrics.write({"step": step, "skipped": str(found)})
+            bar.write(f"skipped {found}", file=sys.stderr)
+            bar.update()
+            continue
         watch.tokens += tokens
         if step % 8 == 0 and run.device.type == "cpu":
             distributed.return_freed_memory()
@@ -289,8 +302,8 @@ def main() -> None:
     # Whatever is wrong with the input is found here, before anything is written; on one rank, and all stop.
     with distributed.together():
         tokenizer = tokenizer_of(config)
-        data = prepare_data(config, tokenizer, ranks)
         check_vocabulary(tokenizer, open_model(config.base_model)[0].config.vocab_size, config.base_model)
+    data = distributed.first_of_host_first(lambda: prepare_data(config, tokenizer, ranks))
     same_on_all_ranks(config, data, ranks)
     for path, reading in data.readings.items():
         say(f"{path}: {reading.describe(config.sequence_len, config.excess_length_strategy)}")
@@ -315,6 +328,12 @@ def main() -> None:
         return distributed.stop()
     with distributed.together():
         start = load_checkpoint(run)
+    with distributed.together():
+        if start != int(distributed.of_first_rank(torch.tensor(start, device=device))):
+            raise UserError(
+                f"output_dir {config.output_dir}: here the newest checkpoint is of step {start}, for rank 0 it is of "
+                f"another. All hosts have to see one folder, or copies of it."
+            )
     if rank == 0:
         metrics.trackers += make_trackers(plain(config), start)
     say(f"{flat.numel():,} trained values, {len(run.plan)} steps, computing in {str(dtype).removeprefix('torch.')}")
@@ -326,7 +345,8 @@ def main() -> None:
         evaluate(run, 0)
         run.before |= judge(run, data, tokenizer, 0)
     started = time.perf_counter()
-    last = loop(run, start, stop)
+    with distributed.naming_lost_ranks():
+        last = loop(run, start, stop)
     seconds = time.perf_counter() - started
     last_kept = load_best(run, last)
     after = judge(run, data, tokenizer, last_kept) if run.before else {}

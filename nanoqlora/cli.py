@@ -1,7 +1,8 @@
 """What every command shares: one kind of error, one way to end, and files that appear whole or not at all.
 
 Exit codes: 0 done; 2 the user's input is wrong (one line, nothing changed); 130 stopped by Ctrl-C or SIGTERM;
-1 anything else, with its traceback, because that is a fault of ours.
+1 anything else: one line for what can
+happen to a long run, a traceback for a fault of ours.
 """
 
 import argparse
@@ -20,6 +21,10 @@ class UserError(ValueError):
     """Something the user gave is wrong. The message says where, what was found, why it matters, and what to do."""
 
 
+class Failed(Exception):
+    """The run cannot go on, though the input was right: a rank is gone, a loss is NaN. The message says what to do."""
+
+
 class Stopped(Exception):
     """The user asked to stop (Ctrl-C, SIGTERM) and what was done so far is saved."""
 
@@ -33,12 +38,19 @@ def run_command(main: Callable[[], None]) -> None:
         if is_first_rank:
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except Failed as failure:
+        print("error: " + " ".join(str(failure).split()), file=sys.stderr)
+        sys.exit(1)
     except Stopped as stopped:
         if is_first_rank:
             print(stopped, file=sys.stderr)
         sys.exit(130)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:
+        if "RANK" in os.environ:
+            print(f"error: rank {os.environ['RANK']} failed:", file=sys.stderr)
+        raise
 
 
 @contextmanager

@@ -192,6 +192,7 @@ class Config:
     loraplus_lr_ratio: float | None = key("LoRA+: lora_B learns so many times as fast as lora_A", None, "(0, inf)")
     neftune_noise_alpha: float | None = key("NEFTune: noise on the embeddings in training", None, "(0, inf)")
     max_grad_norm: float = key("clip the global gradient norm; 0: do not clip", 1.0, "[0, inf)")
+    skip_nonfinite_steps: bool = key("leave out steps whose loss or gradient is NaN or infinite; false: stop", False)
     gradient_checkpointing: bool | Literal["offload", "auto"] | None = key(
         "recompute blocks in backward; offload: keep their inputs in host memory; auto: if memory needs it; "
         "unset: as fsdp_config.activation_checkpointing, else false",

@@ -10,15 +10,21 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .cli import UserError
+from .cli import Failed, UserError
+from .heartbeat import Heartbeat
 
 # PyTorch 2.13 has other names for the same collectives; 2.11 does not know them yet.
 warnings.filterwarnings("ignore", message=".*is deprecated. Please use .torch.distributed", category=FutureWarning)
+
+
+T = TypeVar("T")
+_heartbeat: Heartbeat | None = None
 
 
 def start() -> tuple[int, int, torch.device]:
@@ -30,16 +36,39 @@ def start() -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
+    global _heartbeat
     if ranks > 1:
         on_gpu = {"backend": "nccl", "device_id": device}  # so that it is set up now, not at the first exchange
         dist.init_process_group(**on_gpu if device.type == "cuda" else {"backend": "gloo"})
+        _heartbeat = Heartbeat(int(os.environ["RANK"]), ranks)
     return int(os.environ.get("RANK", "0")), ranks, device
 
 
 def stop() -> None:
     """Leave the other ranks, if there are any."""
     if dist.is_initialized():
+        if _heartbeat:
+            _heartbeat.stop()
         dist.destroy_process_group()
+
+
+@contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    """Tell what an exchange says when another rank is gone in one line. Which one, torchrun and `Heartbeat` say.
+
+    Raises:
+        Failed: with that line.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = ("peer", "Socket", "socket", "Timed out", "NCCL", "gloo")
+        if not dist.is_initialized() or not any(word in str(error) for word in lost):
+            raise
+        raise Failed(
+            f"rank {dist.get_rank()} has lost the others ({str(error).splitlines()[0][:120]}). The rank that failed "
+            f"first is named below by torchrun, as root cause. Start again with --auto_resume_from_checkpoints true."
+        ) from error
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -118,6 +147,20 @@ def together() -> Iterator[None]:
         if found:
             everywhere = all(other == found for other in problems)
             raise UserError(found if everywhere else f"rank {rank}: {found}")
+
+
+def first_of_host_first(work: Callable[[], T]) -> T:
+    """`work()` on the first rank of every host, then on the others, which find done what it has left on the disk.
+
+    Raises:
+        UserError: as `together`.
+    """
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    for turn in (True, False):
+        with together():
+            if is_first == turn:
+                done = work()
+    return done
 
 
 def wait_for_all() -> None:

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import signal
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -124,17 +123,11 @@ def read_samples(files: list[DataFile], encoding: Encoding) -> Reading:
 
 
 def prepare_samples(files: list[DataFile], encoding: Encoding, folder: Path) -> Reading:
-    """The same, taken from `folder` if it was prepared before, else kept there; the tokens stay in a file.
-
-    Of the processes of one machine that torchrun starts, the first does the work and the others wait for it.
-    """
+    """The same, taken from `folder` if it was prepared before, else kept there; the tokens stay in a file."""
     before = [(file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files]
     hashes = {str(file.path): _hash_of_file(file.path) for file in files}
     prepared = folder / _key(encoding, files, hashes)
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        while not prepared.exists():  # if the first fails, torchrun ends this one
-            time.sleep(0.2)
-    elif not prepared.exists():
+    if not prepared.exists():
         try:
             with whole_folder(prepared) as temporary:
                 with open(temporary / "words.bin", "wb") as words:

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from . import distributed
 from .adapter import fill_adapter, read_adapter, save_adapter
 from .checkpoint import fingerprint
-from .cli import UserError, read_json, whole_folder, write_text
+from .cli import Failed, UserError, read_json, whole_folder, write_text
 from .config import Config, DatasetConfig
 from .data import Samples, join
 from .data_files import DataFile, find_files
@@ -198,18 +199,33 @@ def save_checkpoint(run: "Run", step: int) -> None:
     """
     if run.rank == 0:
         folder = Path(run.config.output_dir)
-        with whole_folder(folder / f"checkpoint-{step}") as temporary:
-            save_adapter(run.model, temporary, run.config.base_model)
-            torch.save(run.optimizer.state_dict(), temporary / "optimizer.pt")
-            state = {"step": step, "plan": plan_fingerprint(run.samples, run.plan), "ranks": run.ranks}
-            state["before"] = run.before
-            write_text(temporary / "trainer_state.json", json.dumps(state) + "\n")
+        try:
+            with whole_folder(folder / f"checkpoint-{step}") as temporary:
+                save_adapter(run.model, temporary, run.config.base_model)
+                torch.save(run.optimizer.state_dict(), temporary / "optimizer.pt")
+                state = {"step": step, "plan": plan_fingerprint(run.samples, run.plan), "ranks": run.ranks}
+                state["before"] = run.before
+                write_text(temporary / "trainer_state.json", json.dumps(state) + "\n")
+        except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, as each of the three writers tells it
+            raise Failed(_cannot_save(run, folder / f"checkpoint-{step}", error)) from error
         by_age = sorted(checkpoints(folder), key=lambda path: (path / "trainer_state.json").stat().st_mtime_ns)
         best = best_step(run.metrics.rows) if run.config.load_best_model_at_end else None
         for old in by_age[: -run.config.save_total_limit]:  # not by step: an earlier run here may have gone further
             if old.name != f"checkpoint-{best}":
                 shutil.rmtree(old, ignore_errors=True)
     distributed.wait_for_all()
+
+
+def _cannot_save(run: "Run", path: Path, error: Exception) -> str:
+    """What to say and to do when a checkpoint cannot be written."""
+    state = [x for values in run.optimizer.state.values() for x in values.values() if isinstance(x, torch.Tensor)]
+    needed, free = run.flat.nbytes + sum(x.nbytes for x in state), shutil.disk_usage(path.parent).free
+    last = (checkpoints(path.parent) or [None])[-1]
+    there = f"{last} is whole" if last else "there is no older one"
+    return (
+        f"{path} cannot be written ({error}): it takes {needed / 1e6:.0f} MB and its disk has {free / 1e6:.0f} MB "
+        f"free. {there}. Make room, then go on with --auto_resume_from_checkpoints true."
+    )
 
 
 def checkpoints(folder: Path) -> list[Path]:

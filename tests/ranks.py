@@ -8,8 +8,10 @@ import io
 import multiprocessing
 import os
 import pickle
+import resource
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,51 @@ def spread_gradient(path: Path, load_in_4bit: bool, targets: tuple[str, ...], ke
         fuse_blocks(model, [keep] * LAYERS)
     store.attach(model)
     return gradient(model, store, torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def what_is_there(file: Path) -> bool:
+    """Whether the file was there when it was this rank's turn; writes it."""
+    distributed.start()
+
+    def work() -> bool:
+        there = file.exists()
+        time.sleep(0.0 if there else 0.3)  # others that did not wait would not find it
+        file.touch()
+        return there
+
+    return distributed.first_of_host_first(work)
+
+
+def end_of_own_run(words_of_ranks: list[tuple]) -> tuple[int, str, str]:
+    """Each rank with words of its own."""
+    return end_of_run(*words_of_ranks[int(os.environ["RANK"])])
+
+
+def end_of_run_with_nan(bad_rank: int, bad_step: int, where: str, *words: object) -> tuple[int, str, str]:
+    """One rank's loss, or only its gradient, is NaN in the last micro-batch of one step."""
+    whole = train.forward_backward
+
+    def spoilt(run: train.Run, rows: list, number: int, first: int, num_targets: int) -> torch.Tensor:
+        loss = whole(run, rows, number, first, num_targets)
+        if (run.rank, number + 1) == (bad_rank, bad_step) and first == bad_rank + run.ranks:
+            run.flat.grad[7] = float("nan")
+            return loss * float("nan") if where == "loss" else loss
+        return loss
+
+    train.forward_backward = spoilt
+    return end_of_run(*words)
+
+
+def end_of_run_on_full_disk(room: int, *words: object) -> tuple[int, str, str]:
+    """Once there is a checkpoint, no file may grow beyond `room` bytes."""
+    whole = train.save_checkpoint
+
+    def save_and_fill(run: train.Run, step: int) -> None:
+        whole(run, step)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+    train.save_checkpoint = save_and_fill
+    return end_of_run(*words)
 
 
 def end_of_run(*words: object) -> tuple[int, str, str]:

@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import threading
-import time
 import tracemalloc
 from dataclasses import replace
 from multiprocessing import get_context
@@ -266,19 +264,6 @@ def test_a_run_that_fails_leaves_nothing_in_the_folder(data):
     data.write_text(GOOD)
     with pytest.raises(UserError, match="dataset_prepared_path"):
         prepared(data)
-
-
-def test_other_processes_of_a_machine_wait_for_the_first(data, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    got: list[Reading] = []
-    waiting = threading.Thread(target=lambda: got.append(prepared(data)))
-    waiting.start()
-    time.sleep(0.3)
-    assert waiting.is_alive() and not (data.parent / "kept").exists()
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    expected = prepared(data)
-    waiting.join(5)
-    assert ids(got[0]) == ids(expected)
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path, monkeypatch):

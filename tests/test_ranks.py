@@ -1,11 +1,23 @@
 """Several ranks: the base in parts or whole, the same run on any number of them, and what happens when one fails."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import LAYERS, brought_blocks, end_of_run, gradient, on_ranks, spread_gradient
-from safetensors.torch import load_file
+from ranks import (
+    LAYERS,
+    brought_blocks,
+    end_of_own_run,
+    end_of_run,
+    end_of_run_on_full_disk,
+    end_of_run_with_nan,
+    gradient,
+    on_ranks,
+    spread_gradient,
+    what_is_there,
+)
+from safetensors.torch import load_file, save_file
 from test_train import alpaca_rows, metrics_of, run_here, save_tiny_model, steps_of, write_rows, write_run
 
 import train
@@ -101,3 +113,91 @@ def test_any_number_of_ranks_in_either_mode_is_the_same_run(model, tmp_path):
     for other in adapters[1:]:
         moved = torch.cat([(other[name] - tensor).flatten() for name, tensor in adapters[0].items()])
         assert moved.abs().max() < 2e-5, "of values that 20 steps of 0.0005 have moved"
+
+
+@pytest.fixture(scope="module")
+def small_run(model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The YAML of a run on two ranks, two micro-batches of one row each."""
+    folder = tmp_path_factory.mktemp("small_run")
+    data = write_rows(folder / "data.jsonl", alpaca_rows(24, seed=2))
+    keys = {"micro_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 6, "save_steps": 2}
+    return write_run(folder / "train.yml", model, data, **keys, shuffle_merged_datasets=False)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_loss_that_is_no_number_is_traced_and_stops_the_run(small_run, tmp_path, where):
+    """Rank 1's second row in step 4 is row 3 of 4: sample 3 * 4 + 3. Of a gradient only the rank is known."""
+    ended = on_ranks(2, end_of_run_with_nan, 1, 4, where, small_run, "--output_dir", tmp_path)
+    assert [code for code, _, _ in ended] == [1, 1]
+    what = {"loss": "the loss is nan on rank 1, in samples 15 ("}
+    what["gradient"] = "the norm of the gradient is nan on rank 1, in samples 13, 15 ("
+    for _, _, err in ended:
+        assert f"error: step 4: {what[where]}" in err, err
+        assert "Traceback" not in err
+    assert [line["step"] for line in steps_of(tmp_path)] == [1, 2, 3]
+    again = on_ranks(2, end_of_run, small_run, "--output_dir", tmp_path, "--auto_resume_from_checkpoints", "true")
+    assert again[0][0] == 0 and [line["step"] for line in steps_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_step_without_a_number_can_be_left_out(small_run, tmp_path):
+    words = ["--output_dir", tmp_path, "--skip_nonfinite_steps", "true"]
+    ended = on_ranks(2, end_of_run_with_nan, 0, 4, "gradient", small_run, *words)
+    assert all(code == 0 for code, _, _ in ended), ended[0][2]
+    lines = metrics_of(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and "rank 0" in lines[3]["skipped"]
+    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in adapter.values())
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(small_run, tmp_path):
+    """The optimizer's state, two numbers for each of the adapter's, is the one file larger than a file may be."""
+    words = (small_run, "--output_dir", tmp_path)
+    assert on_ranks(1, end_of_run, *words)[0][0] == 0
+    size = (tmp_path / "checkpoint-2" / "optimizer.pt").stat().st_size
+    ((code, _, err),) = on_ranks(1, end_of_run_on_full_disk, size - 1000, small_run, "--output_dir", tmp_path / "full")
+    assert code == 1 and "Traceback" not in err and "checkpoint-4 cannot be written" in err, err
+    left = {path.name for path in (tmp_path / "full").iterdir()}
+    assert "checkpoint-2 is whole" in err and left == {"checkpoint-2", "metrics.jsonl"}
+    again = (small_run, "--output_dir", tmp_path / "full", "--auto_resume_from_checkpoints", "true")
+    assert on_ranks(1, end_of_run, *again)[0][0] == 0
+    name = "adapter_model.safetensors"
+    assert (tmp_path / name).read_bytes() == (tmp_path / "full" / name).read_bytes()
+
+
+def differently(case: str, small_run: Path, folder: Path) -> list:
+    """Words that only rank 1 gets."""
+    if case == "configuration":
+        return ["--learning_rate", "0.001"]
+    if case == "data":
+        rows = [*alpaca_rows(23, seed=2), {"instruction": "Who?", "input": "", "output": "Me."}]
+        return ["--datasets", f'[{{"path": "{write_rows(folder / "other.jsonl", rows)}", "type": "alpaca"}}]']
+    if case == "no data":
+        return ["--datasets", f'[{{"path": "{folder / "nothing.jsonl"}", "type": "alpaca"}}]']
+    return ["--base_model", save_tiny_model(folder / "other", seed=1, num_hidden_layers=LAYERS)]
+
+
+@pytest.mark.parametrize("case", ["configuration", "data", "no data", "model files"])
+def test_another_input_on_one_rank_stops_all_before_the_first_step(small_run, tmp_path, case):
+    same = (small_run, "--output_dir", tmp_path / "out")
+    ended = on_ranks(2, end_of_own_run, [same, (*same, *differently(case, small_run, tmp_path))])
+    assert [code for code, _, _ in ended] == [2, 2]
+    message = ended[0][2]
+    assert message.startswith("error: rank 1") and message.count("\n") == 1 and not ended[1][2]
+    assert ("nothing.jsonl" if case == "no data" else f"other {case}") in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_one_process_of_a_host_has_prepared_the_others_find(tmp_path):
+    assert on_ranks(3, what_is_there, tmp_path / "file") == [False, True, True]
+
+
+def test_a_tensor_that_one_rank_alone_reads_stops_all(model, small_run, tmp_path):
+    """Block 1 is read by rank 1."""
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    state = load_file(broken / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][3, 5] = float("inf")
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    ended = on_ranks(2, end_of_run, small_run, "--output_dir", tmp_path / "out", "--base_model", broken)
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert ended[0][2].startswith("error: rank 1: ") and "layers.1.mlp.up_proj" in ended[0][2]

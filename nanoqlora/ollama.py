@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,7 +78,7 @@ def _has_space_before(tok: Tokenizer, fmt: PromptFormat, model: Path) -> bool:
     It puts one in front of every stretch of text between special tokens, or of none. A tokenizer that does so only at
     the beginning has the same ids either way, as chats begin with a special token and other prompts hold none.
     """
-    chats = [chat for chat in PROBES if _is_written(tok, fmt, chat)]
+    chats = [chat for chat in PROBES if _takes(partial(fmt.render, tok), chat)]
     for is_wanted in (True, False):
         served = replace(tok, space_before="every" if is_wanted else "never", space_before_space=True)
         if all(served_ids(served, fmt, chat) == fmt.encode_prompt(tok, chat) for chat in chats):
@@ -89,10 +90,10 @@ def _has_space_before(tok: Tokenizer, fmt: PromptFormat, model: Path) -> bool:
     )
 
 
-def _is_written(tok: Tokenizer, fmt: PromptFormat, messages: Messages) -> bool:
-    """Whether the template takes such a conversation: some allow no system message."""
+def _takes(render: Callable[[Messages], str], messages: Messages) -> bool:
+    """Whether a template writes such a conversation: some allow no system message."""
     try:
-        return bool(fmt.render(tok, messages, add_generation_prompt=True))
+        return bool(render(messages))
     except UserError:
         return False
 
@@ -107,9 +108,9 @@ def served_ids(tok: Tokenizer, fmt: PromptFormat, messages: Messages) -> list[in
 
 def jinja_of_words(fmt: PromptFormat, tok: Tokenizer) -> str:
     """Jinja for a format that has none: its words before and behind the last message, alpaca's for example."""
-    before, after = fmt.render(tok, [{"role": "user", "content": "\0"}]).split("\0")
+    words = [json.dumps(text, ensure_ascii=False) for text in fmt.render(tok, say("user", "\0")).split("\0")]
     # As an expression, because Jinja drops a line break at the very end of a template, where alpaca has one.
-    return f"{{{{ {json.dumps(before)} + messages[-1]['content'] + {json.dumps(after)} }}}}"
+    return "{{ " + " + messages[-1]['content'] + ".join(words) + " }}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ def go_template(fmt: PromptFormat, tok: Tokenizer) -> GoTemplate:
     """The template of an Ollama Modelfile, proven to write what the training format writes.
 
     Jinja cannot be translated in general. But nearly every chat template puts the same few strings around messages:
-    either one `Frame` for all of them, or for each pair of roles what stands between two messages (`Joints`). We read
+    the same for all of them (`Turns`), or something for each pair of roles that meet (`Joints`). We read
     the strings off one or two conversations, and use them only if on other conversations they give the same text as
     the Jinja. White space around contents is not part of the proof: many templates strip it, and Go cannot.
 
@@ -136,11 +137,10 @@ def go_template(fmt: PromptFormat, tok: Tokenizer) -> GoTemplate:
         UserError: the template does more than that.
     """
     if fmt.type != "chat_template":  # then the last message alone is prompted with
-        before, after = map(_literal, fmt.render(tok, say("user", "\0")).split("\0"))
+        words = map(_literal, fmt.render(tok, say("user", "\0")).split("\0"))
         last = '{{ $last := "" }}{{ range .Messages }}{{ $last = .Content }}{{ end }}'
-        return GoTemplate(
-            f"{last}{before}{{{{ $last }}}}{after}", None, [] if tok.eos_id is None else [tok.vocab[tok.eos_id]]
-        )
+        stops = [] if tok.eos_id is None else [tok.vocab[tok.eos_id]]
+        return GoTemplate(last + "{{ $last }}".join(words), None, stops)
 
     def render(messages: Messages) -> str:
         text = fmt.render(tok, messages, add_generation_prompt=True)
@@ -149,9 +149,9 @@ def go_template(fmt: PromptFormat, tok: Tokenizer) -> GoTemplate:
     if "strftime_now" in fmt.jinja(tok):
         raise _inexpressible("it writes today's date")
     joints = Joints.read(render)
-    frame = Frame.read(joints, render)
-    probes = [chat for chat in PROBES if _is_written(tok, fmt, chat)]
-    writer = next((w for w in (frame, joints) if w and all(w.write(chat) == render(chat) for chat in probes)), None)
+    turns = Turns.read(joints, render)
+    probes = [chat for chat in PROBES if _takes(render, chat)]
+    writer = next((w for w in (turns, joints) if w and all(w.write(chat) == render(chat) for chat in probes)), None)
     if writer is None:
         raise _inexpressible("what it writes around a message depends on more than the message before")
     ends = dict.fromkeys(id for id in (fmt.end_id(tok), tok.eos_id) if id is not None)
@@ -175,40 +175,43 @@ class Joints(NamedTuple):
     """A chat template as the texts between two messages, by their roles; beginning and end have the role ""."""
 
     gaps: dict[tuple[str, str], str]
+    around_system: tuple[str, str] | None = None  # where a system message goes to the question at the end, as Mistral's
     system = None  # a message that the template puts in by itself is in the gap at the beginning
 
     @classmethod
     def read(cls, render: Callable[[Messages], str]) -> "Joints":
         """Read the strings off three conversations; a template may refuse the shorter one, and a system message."""
-        gaps: dict[tuple[str, str], str] = {}
-        turns = say("user", "first content", "assistant", "second content", "user", "third content")
-        for messages in (turns, turns[:2], say("system", "fourth content") + turns):
-            try:
-                rest = render(messages)
-            except UserError:
-                if messages is turns:
-                    raise
-                continue
-            role = ""
-            for message in messages:
-                gap, found, rest = rest.partition(message["content"])
-                if not found:
-                    raise _inexpressible("it leaves out a message")
-                gaps.setdefault((role, message["role"]), gap)
-                role = message["role"]
-            gaps.setdefault((role, ""), rest)
+        turns = say("user", "content 1", "assistant", "content 2", "user", "content 3")
+        system, text = say("system", "content 0"), render(turns)
+        gaps = _gaps(text, turns)
+        if gaps is None:
+            raise _inexpressible("it leaves out a message")
         if not gaps["assistant", "user"]:
             raise _inexpressible("nothing stands between two messages")
-        return cls(gaps)
+        if _takes(render, turns[:2]):
+            gaps |= _gaps(render(turns[:2]), turns[:2]) or {}
+        if not _takes(render, system + turns):
+            return cls(gaps)
+        with_system = render(system + turns)
+        if more := _gaps(with_system, system + turns):
+            return cls(gaps | {joint: gap for joint, gap in more.items() if joint not in gaps})
+        question = "content 3" + gaps["user", ""]
+        added = with_system.removeprefix(text.removesuffix(question)).removesuffix(question)
+        before, _, after = added.partition("content 0")
+        return cls(gaps, (before, after))
 
     def write(self, messages: Messages) -> str | None:
         """What the Go template will write, None where two roles meet that we have not seen together."""
+        system = messages[0]["content"] if self.around_system and messages[0]["role"] == "system" else None
+        messages = messages if system is None else messages[1:]
         text, role = "", ""
-        for message in messages:
+        for i, message in enumerate(messages):
             if (role, message["role"]) not in self.gaps:
                 return None
-            text += self.gaps[role, message["role"]] + message["content"]
-            role = message["role"]
+            text, role = text + self.gaps[role, message["role"]], message["role"]
+            if system is not None and role == "user" and i == len(messages) - 1:
+                text += self.around_system[0] + system + self.around_system[1]
+            text += message["content"]
         return text + self.gaps.get((role, ""), "")
 
     def go(self) -> str:
@@ -220,15 +223,34 @@ class Joints(NamedTuple):
             tests = [f'if eq $before "{before}" }}}}{gap}' for before, gap in others if gap != otherwise]
             return "{{ " + "{{ else ".join(tests) + "{{ else }}" + otherwise + "{{ end }}" if tests else otherwise
 
+        fronts = {role: gap_before(role) for role in dict.fromkeys(role for _, role in self.gaps)}
+        start, each = "", "range .Messages"
+        if self.around_system:
+            start, each = "{{ $first := index .Messages 0 }}", "range $i, $_ := .Messages"
+            is_last = 'if and (eq $first.Role "system") (eq (len (slice $.Messages $i)) 1)'
+            before, after = map(_literal, self.around_system)
+            fronts["user"] += f"{{{{ {is_last} }}}}{before}{{{{ $first.Content }}}}{after}{{{{ end }}}}"
         turns = [
-            f'if eq .Role "{role}" }}}}{gap_before(role)}{{{{ .Content }}}}{{{{ $before = .Role }}}}'
-            for role in dict.fromkeys(role for _, role in self.gaps if role)
+            f'if eq .Role "{role}" }}}}{front}{{{{ .Content }}}}{{{{ $before = .Role }}}}'
+            for role, front in fronts.items()
+            if role
         ]
-        every = "{{ " + "{{ else ".join(turns) + "{{ end }}"
-        return '{{ $before := "" }}{{ range .Messages }}' + every + "{{ end }}" + gap_before("")
+        body = "{{ " + "{{ else ".join(turns) + "{{ end }}"
+        return f'{start}{{{{ $before := "" }}}}{{{{ {each} }}}}{body}{{{{ end }}}}{fronts[""]}'
 
 
-class Frame(NamedTuple):
+def _gaps(text: str, messages: Messages) -> dict[tuple[str, str], str] | None:
+    """What stands between the messages in a text, None if they are not in it in their order."""
+    gaps, role = {}, ""
+    for message in messages:
+        gap, found, text = text.partition(message["content"])
+        if not found:
+            return None
+        gaps[role, message["role"]], role = gap, message["role"]
+    return gaps | {(role, ""): text}
+
+
+class Turns(NamedTuple):
     """A chat template in four strings: before the role, between role and content, behind the content."""
 
     before: str
@@ -238,7 +260,7 @@ class Frame(NamedTuple):
     system: str | None = None  # what the template says by itself where no system message is given
 
     @classmethod
-    def read(cls, joints: Joints, render: Callable[[Messages], str]) -> "Frame | None":
+    def read(cls, joints: Joints, render: Callable[[Messages], str]) -> "Turns | None":
         """Read the strings off the texts between messages, None where these are not of that form."""
         between, first = joints.gaps["assistant", "user"], joints.gaps.get(("", "system"))
         if first is None or "user" not in between or "system" not in first:

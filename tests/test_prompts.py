@@ -487,6 +487,12 @@ TO_GO = {
         "{% else %}{{ 1 / 0 }}{% endif %}{% endfor %}"
     ),
     "no system": NO_SYSTEM,
+    "system in the last question": (  # as in Mistral v0.3
+        "{% set rest = messages[1:] if messages[0].role == 'system' else messages %}{% for m in rest %}"
+        "{% if m.role == 'user' %}[INST] {% if loop.last and messages[0].role == 'system' %}"
+        "{{ messages[0].content }}\n\n{% endif %}"
+        "{{ m.content }}[/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    ),
     "braces and quotes": CHATML.replace("<|im_end|>", '<|im_end|>{{ "}}{{ .X }} {%" }}"""').replace(
         "\n{{", "\n{ {{ '{' }}{{"
     ),
@@ -498,6 +504,8 @@ def test_go_writes_what_jinja_writes(tok, llama3):
     """For one, several and system turns. Chats that the template itself refuses are left out."""
     formats = {name: replace(CHAT, chat_template=template) for name, template in TO_GO.items()}
     formats |= {"alpaca prompt": PromptFormat(type="alpaca"), "completion": PromptFormat(type="completion")}
+    frame = Frame(format='\u00fc\U0001f642 {{ {instruction} }}\n"{instruction}"\n', system_prompt="s ")
+    formats["custom"] = PromptFormat(type="custom", frame=frame)
     for name, fmt in formats.items():
         used = llama3 if name in ("llama3", "dated", "mistral", "alpaca", "alpaca prompt") else tok
         template, system, _ = go_template(fmt, used)

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 import tracemalloc
 from dataclasses import replace
 from multiprocessing import get_context

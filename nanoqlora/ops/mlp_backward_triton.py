@@ -15,7 +15,9 @@ from . import elementwise_triton, lora_triton
 from .lora_parts import RowDropout
 from .lora_triton import Masking, Tile, add_parts, ceil_div, kept, row_strides, rows_of
 
-TILES = {False: Tile(64, 64, 8, 2, 448), True: Tile(64, 64, 8, 2, 448)}  # by dropout; see `lora_triton.TILES`
+# The fastest of thirteen shapes on an H100 for 8,192 rows, FF 14,336 and r 64: 502 us, where the parts one by one take
+# 760; with dropout 710 and 1,008.
+TILE = Tile(32, 64, 4, 3, 448)
 LARGEST_RANK = 64  # three sums of a larger one do not fit the registers
 
 
@@ -37,7 +39,7 @@ def mlp_backward_(
         one_by_one(dact, gate_up, dxa, A, dropout, dA, xa, scalings, dBs)
         return
     masking = Masking.of(dropout, N)
-    tile = TILES[dropout is not None]
+    tile = TILE
     blocks, tiles = triton.cdiv(FF, tile.columns), masking.tiles(tile.rows)
     splits = max(1, min(tile.programs // blocks, tiles))
     parts = dact.new_empty(splits, sum(ranks), FF, dtype=torch.float32)

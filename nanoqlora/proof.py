@@ -56,7 +56,6 @@ WORDS = [
         "!?...---___",
     ),
 ]
-LLAMA_CPP_TOKENS = 512  # held-out tokens that llama.cpp reads, on a CPU
 
 
 def prove(file: Path, source: Weights, tok: Tokenizer, fmt: PromptFormat, file_type: str, device) -> dict[str, Any]:
@@ -147,14 +146,11 @@ def ask_llama_cpp(file: Path, tok: Tokenizer, fmt: PromptFormat, texts: Texts | 
         print("llama.cpp is not asked: the package xllamacpp is not installed")
         return None
     chats, rows = renderable(tok, fmt), []
-    left = LLAMA_CPP_TOKENS
     for row in texts.rows if texts else []:
         for _, start, end in row.segments.documents:
             ids = row.tokens.flatten()[start:end].tolist()
-            if left >= len(ids):
-                places = [i - start for i in row.supervised.tolist() if start <= i < end]
-                rows.append({"ids": ids, "places": places})
-                left -= len(ids)
+            places = [i - start for i in row.supervised.tolist() if start <= i < end]
+            rows.append({"ids": ids, "places": places})
     with tempfile.TemporaryDirectory() as folder:
         question = Path(folder) / "question.json"
         question.write_text(json.dumps({"texts": WORDS, "chats": chats, "rows": [row["ids"] for row in rows]}))

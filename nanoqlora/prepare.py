@@ -33,7 +33,7 @@ from .cli import UserError, whole_folder, write_text
 from .data import SUPERVISED, Samples
 from .data_files import DataFile
 from .prompts import PromptFormat, detect_format
-from .rows import Block, read_blocks
+from .rows import BLOCK_BYTES, Block, read_blocks
 from .tokenizer import Tokenizer
 
 SMALL = 8 << 20  # bytes of data; below, to start processes takes longer than the work
@@ -250,7 +250,8 @@ def encode_block(block: Block, encoding: Encoding) -> Encoded:
 def _encode_files(files: list[DataFile], encoding: Encoding) -> Iterator[Encoded]:
     """The blocks of all files, tokenised, in order; in as many processes as there are cores, if they are worth it."""
     blocks = (block for file in files for block in read_blocks(file))
-    num_bytes, workers = sum(file.path.stat().st_size for file in files), len(os.sched_getaffinity(0))
+    num_bytes = sum(file.path.stat().st_size for file in files)
+    workers = min(len(os.sched_getaffinity(0)), 1 + num_bytes // BLOCK_BYTES)
     if num_bytes < SMALL or workers < 2:
         yield from (encode_block(block, encoding) for block in blocks)
         return

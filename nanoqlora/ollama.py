@@ -195,6 +195,8 @@ class Joints(NamedTuple):
         with_system = render(system + turns)
         if more := _gaps(with_system, system + turns):
             return cls(gaps | {joint: gap for joint, gap in more.items() if joint not in gaps})
+        if with_system == text:  # it leaves such messages out, and so does the Go template without a case for them
+            return cls(gaps)
         question = "content 3" + gaps["user", ""]
         added = with_system.removeprefix(text.removesuffix(question)).removesuffix(question)
         before, _, after = added.partition("content 0")
@@ -204,6 +206,7 @@ class Joints(NamedTuple):
         """What the Go template will write, None where two roles meet that we have not seen together."""
         system = messages[0]["content"] if self.around_system and messages[0]["role"] == "system" else None
         messages = messages if system is None else messages[1:]
+        messages = [message for message in messages if any(message["role"] == role for _, role in self.gaps)]
         text, role = "", ""
         for i, message in enumerate(messages):
             if (role, message["role"]) not in self.gaps:

@@ -487,6 +487,7 @@ TO_GO = {
         "{% else %}{{ 1 / 0 }}{% endif %}{% endfor %}"
     ),
     "no system": NO_SYSTEM,
+    "system left out": CHATML.replace("in messages %}", "in messages if message.role != 'system' %}"),
     "system in the last question": (  # as in Mistral v0.3
         "{% set rest = messages[1:] if messages[0].role == 'system' else messages %}{% for m in rest %}"
         "{% if m.role == 'user' %}[INST] {% if loop.last and messages[0].role == 'system' %}"

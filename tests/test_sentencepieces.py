@@ -7,13 +7,18 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
+import torch
 from hard_texts import CHATS, HARD, TEXTS, as_text
 from llama_cpp import LlamaCpp
+from tiny import save_random_llama
 from transformers import AutoTokenizer
 
+import export_gguf
+from nanoqlora import Llama
 from nanoqlora.cli import UserError
 from nanoqlora.gguf import write_gguf
 from nanoqlora.ollama import served_ids, tokenizer_metadata
@@ -245,6 +250,24 @@ def test_prompts_have_the_same_ids_in_llama_cpp(small, tmp_path, name, space_bef
             assert ids == llama_cpp.tokenize(text, add_special=True, parse_special=True)
             assert ids == served_ids(served, fmt, messages)
             assert ids.count(tok.bos_id) == (text.count("<s>") + fmt.add_bos(tok))
+
+
+def test_a_whole_model_with_such_a_tokenizer_in_llama_cpp(small, tmp_path):
+    folder = write_folder(tmp_path, small, legacy=True, chat_template=LLAMA2_CHAT, tokenizer_class="LlamaTokenizer")
+    save_random_llama(folder, vocab_size=960)  # more rows than tokens
+    export_gguf.export(folder, folder / "model.gguf", "F32")
+    tok, chat = load_tokenizer(folder), CHATS[3]
+    ids = tok.encode_chat(chat, add_generation_prompt=True)
+    with torch.no_grad():
+        logits = Llama.from_pretrained(folder)(torch.tensor([ids]))[0].numpy()
+    with LlamaCpp(folder / "model.gguf") as llama_cpp:
+        assert llama_cpp.tokenize(llama_cpp.chat_prompt(chat), add_special=True, parse_special=True) == ids
+        assert np.abs(llama_cpp.logits(ids) - logits).max() < 1e-3
+        assert llama_cpp.is_eog(tok.eos_id)
+    recipe = (folder / "Modelfile").read_text()
+    assert "[INST] <<SYS>>" in recipe and recipe.endswith('PARAMETER stop "</s>"\n')
+    read = load_tokenizer(folder / "model.gguf")
+    assert read.encode_chat(chat, add_generation_prompt=True) == ids and read.vocab[:900] == tok.vocab
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ backward pass, in units of N x D numbers (N tokens, D width, Llama-3-8B's ratios
 `keep` trades memory for time, block by block:
 
     "all"       as above
+    "mlp_host"  gate and up wait in the host's memory                                             4.5 D
     "no_mlp"    gate and up are multiplied again in the backward pass                             4.5 D
     "input"     everything is, from x, except down_proj, whose result no gradient needs             1 D
     "offload"   as "input", with x in the host's memory until it is needed                          0
@@ -47,7 +48,8 @@ from .model import Block, KVCache, Llama
 from .ops import RowDropout, Segments
 from .qlora import QLoRALinear, lora_layers
 
-Keep = Literal["all", "no_mlp", "input", "offload"]
+Keep = Literal["all", "mlp_host", "no_mlp", "input", "offload"]
+ON_HOST = ("mlp_host", "offload")
 _scratch: dict[tuple, Tensor] = {}
 
 
@@ -144,57 +146,64 @@ def gradient_of(parameter: nn.Parameter) -> Tensor:
 
 
 class HostMemory:
-    """Inputs of blocks, in pinned memory of the host from the forward pass to the backward pass.
+    """Tensors of one shape in pinned memory of the host, from forward to backward pass: last in, first out.
 
-    Copies have a stream of their own, so they run beside the products: while one block goes back, the input of the
-    block below is on its way. No input is let go before the main stream has waited for its copy, two blocks later, and
+    Copies have a stream of their own, so they run beside the products: while one block goes back, the tensor that is
+    asked for next is on its way. None is let go before the main stream has waited for its copy, at the next `put`, and
     the way back has two places on the device in turn: so the memory in use does not depend on who is ahead of whom.
     On a CPU there is nothing to move.
     """
 
     def __init__(self) -> None:
-        self.copies: dict[int, Tensor] = {}  # by block
+        self.copies: list[Tensor] = []
+        self.count = 0  # of them in use
         self.leaving: list[tuple[Tensor, torch.cuda.Event]] = []
         self.places: list[Tensor] = []
         self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
-    def put(self, block: int, x: Tensor) -> None:
-        if block not in self.copies or self.copies[block].shape != x.shape:
-            self.copies[block] = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+    def put(self, x: Tensor) -> None:
+        """Take a contiguous tensor, which the caller then lets go."""
+        if self.copies and self.copies[0].shape != x.shape:
+            self.copies.clear()  # a batch of another shape
+        if self.count == len(self.copies):
+            self.copies.append(torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda))
+        self.count += 1
         if not x.is_cuda:
-            self.copies[block].copy_(x)
+            self.copies[self.count - 1].copy_(x)
             return
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            self.copies[block].copy_(x, non_blocking=True)
+            self.copies[self.count - 1].copy_(x, non_blocking=True)
             self.leaving.append((x, self.stream.record_event()))
-        if len(self.leaving) > 2:
+        if len(self.leaving) > 1:
             _, copied = self.leaving.pop(0)
             copied.wait()
 
-    def get(self, block: int, like: Tensor) -> Tensor:
-        """The input of `block`; that of the block below is asked for."""
-        if not like.is_cuda:
-            return self.copies[block]
+    def get(self, device: torch.device) -> Tensor:
+        """The tensor put last; the one before it is asked for. It stays whole until the next `get`."""
+        self.count -= 1
+        n = self.count
+        if device.type == "cpu":
+            return self.copies[n]
         main = torch.cuda.current_stream()
-        if self.leaving or not self.places or self.places[0].shape != self.copies[block].shape:  # the way back begins
+        if not self.places:  # the way back begins
             main.wait_stream(self.stream)
             self.leaving.clear()
-            self.places = [torch.empty_like(self.copies[block], device=like.device) for _ in range(2)]
+            self.places = [torch.empty_like(self.copies[n], device=device) for _ in range(2)]
             self.stream.wait_stream(main)
-            self.bring(block)
+            self.bring(n)
         main.wait_stream(self.stream)
         self.stream.wait_stream(main)  # the block above is done with the place that is filled next
-        if block - 1 in self.copies:
-            self.bring(block - 1)
+        place = self.places[n % 2]
+        if n:
+            self.bring(n - 1)
         else:
-            places, self.places = self.places, []
-            return places[block % 2]
-        return self.places[block % 2]
+            self.places = []
+        return place
 
-    def bring(self, block: int) -> None:
+    def bring(self, n: int) -> None:
         with torch.cuda.stream(self.stream):
-            self.places[block % 2].copy_(self.copies[block], non_blocking=True)
+            self.places[n % 2].copy_(self.copies[n], non_blocking=True)
 
 
 @dataclass
@@ -235,8 +244,12 @@ class BlockFunction(torch.autograd.Function):
         elif block.keep == "no_mlp":
             kept.gate_up = kept.xa_gate_up = None
         if block.keep == "offload":
-            block.host.put(block.index, kept.x)
+            block.host.put(kept.x)
             kept.x = None
+        elif block.keep == "mlp_host":
+            kept.xa_gate_up = kept.xa_gate_up.clone()  # folded, it lies beside gate and up
+            block.host.put(kept.gate_up if kept.gate_up._base is None else kept.gate_up._base)
+            kept.gate_up = None
         ctx.kept = kept
         return y.view(B, T, D)
 
@@ -248,8 +261,10 @@ class BlockFunction(torch.autograd.Function):
         drop_qkv, drop_o, drop_gate_up, drop_down = ctx.dropouts
         kernels = ops.kernels(dy)
         dy = dy.reshape(-1, D)
-        if kept.x is None:
-            kept.x = block.host.get(block.index, dy)
+        if block.keep == "offload":
+            kept.x = block.host.get(dy.device)
+        elif block.keep == "mlp_host":
+            kept.gate_up = block.host.get(dy.device)[:, : gate_up.n_out]
         run_forward(ctx, kept)  # makes what was not kept
 
         # MLP: y = middle + down(swiglu(gate_up(norm(middle)))). gate_up becomes its own gradient.
@@ -376,7 +391,7 @@ class FusedBlock(Block):
 
 def fuse_blocks(model: Llama, keeps: Sequence[Keep], fold: bool = False) -> None:
     """Replace every block by its fused twin, which keeps what `keeps` says, one entry a block."""
-    host = HostMemory() if "offload" in keeps else None
+    host = HostMemory() if set(keeps) & set(ON_HOST) else None
     for i, keep in enumerate(keeps):
         model.model.layers[i] = FusedBlock(model.model.layers[i], i, keep, fold)
         model.model.layers[i].host = host

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import stats
-from .fused import FusedBlock
+from .fused import ON_HOST, FusedBlock
 from .model import Llama
 from .ops import Segments
 from .qlora import lora_layers
@@ -25,7 +25,7 @@ def can_record(model: Llama) -> bool:
     """Whether every block is one that a graph can hold: on a GPU, with all that it keeps there."""
     blocks = model.model.layers
     on_gpu = model.model.norm.weight.is_cuda
-    return on_gpu and all(isinstance(b, FusedBlock) and b.keep != "offload" and not b.is_spread for b in blocks)
+    return on_gpu and all(isinstance(b, FusedBlock) and b.keep not in ON_HOST and not b.is_spread for b in blocks)
 
 
 class RecordedSegments:
@@ -72,10 +72,10 @@ class Recording:
         before = torch.cuda.memory_stats()["active_bytes.all.current"]
         torch.cuda.reset_peak_memory_stats()
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward):
+        with torch.cuda.graph(self.forward, capture_error_mode="thread_local"):  # NCCL's watchdog looks at the GPU too
             y = self.run()
         held = torch.cuda.memory_stats()["active_bytes.all.current"] - before
-        with torch.cuda.graph(self.backward, pool=self.forward.pool()):
+        with torch.cuda.graph(self.backward, pool=self.forward.pool(), capture_error_mode="thread_local"):
             torch.autograd.grad(y, self.x, self.dy)
         self.y = y.detach()
         peak = torch.cuda.memory_stats()["active_bytes.all.peak"]

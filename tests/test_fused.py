@@ -42,7 +42,7 @@ def results(model: nq.Llama, lengths: tuple) -> list[torch.Tensor]:
     return [x.detach().double().cpu() for x in (y, *grads)]
 
 
-@pytest.mark.parametrize("keep", ["all", "no_mlp", "input", "offload"])
+@pytest.mark.parametrize("keep", ["all", "mlp_host", "no_mlp", "input", "offload"])
 @pytest.mark.parametrize("mode", ["no dropout", "dropout", "folded"])
 @pytest.mark.parametrize("lengths", [((33,), (33,)), ((1,), (1,)), ((5, 28), (30, 3))], ids=str)
 def test_fused_equals_plain_in_float32(tmp_path, keep, mode, lengths):

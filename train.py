@@ -266,18 +266,18 @@ def prepare_model(
     if ranks > 1 or offload:
         say(why)
     options = {"sharding": sharding, "rank": rank, "ranks": ranks, "device": device, "offload": offload}
-    store = fill_over_ranks(model, fill, **options)
-    if config.peft_use_dora and store and not config.lora_model_dir:
+    if config.peft_use_dora and sharding == "full_shard" and not config.lora_model_dir:
         raise UserError(
             f"peft_use_dora starts from the length of every row of the weights, and with {sharding} no rank has whole "
             f"weights then. Write fsdp: no_shard, or start from a DoRA adapter with lora_model_dir."
         )
+    store = fill_over_ranks(model, fill, **options)
     add_lora(model, say)
     if config.neftune_noise_alpha:
         add_noise(model, config.neftune_noise_alpha)
     model.train()
+    keeps = keeps_for(model, config.gradient_checkpointing, N, optimizer_bytes=state)
     if can_fuse(model):
-        keeps = keeps_for(model, config.gradient_checkpointing, N, optimizer_bytes=state)
         # Folding makes a GPU's step shorter; a CPU keeps the rebuilt weights instead. With dropout nothing is folded.
         fuse_blocks(model, keeps, fold=device.type == "cuda")
         if store is None and dense_fits(model):
@@ -286,6 +286,8 @@ def prepare_model(
             say("kept for the backward pass: " + ", ".join(f"{keeps.count(k)} x {k}" for k in dict.fromkeys(keeps)))
     else:
         say("plain blocks are used, which is slower: the fused one needs all seven linear layers, without DoRA")
+        for block, keep in zip(model.model.layers, keeps, strict=True):
+            block.recompute = keep != "all"
     if store:
         store.attach(model)
     return model, store

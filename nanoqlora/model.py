@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from . import ops
 from .ops import Segments
@@ -202,6 +203,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then MLP, each added to the residual stream (B, T, D)."""
 
+    recompute = False  # keep only x for the backward pass and run the block again there
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -232,7 +235,10 @@ class LlamaModel(nn.Module):
         rope = self.rope(segments.positions.to(tokens.device))
         x = self.embed_tokens(tokens)
         for block in self.layers:
-            x = block(x, rope, segments, cache)
+            if block.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, segments, cache, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, rope, segments, cache)
         return self.norm(x)
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:

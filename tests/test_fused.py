@@ -140,3 +140,23 @@ def test_reference_mode_still_agrees(tmp_path):
         ops.use("fast")
     for a, b in zip(fast, reference, strict=True):
         assert (a - b).abs().max() <= 2e-5 * b.abs().max() + 1e-12
+
+
+@pytest.mark.parametrize("mode", ["as it is", "folded"])
+def test_own_ranks_and_alphas_of_layers(tmp_path, mode):
+    """Layers that share an input may differ in rank and scale: as through plain blocks."""
+    save_random_llama(tmp_path)
+
+    def uneven() -> nq.Llama:
+        model = build(tmp_path, torch.float32, 0.0)
+        for i, layer in enumerate(lora_layers(model).values()):
+            r = 1 + i % 5
+            layer.lora_A.data, layer.lora_B.data = layer.lora_A.data[:r].clone(), layer.lora_B.data[:, :r].clone()
+            layer.scaling = 0.5 + i % 3
+        return model
+
+    lengths = ((20, 13), (33,))
+    plain, model = results(uneven(), lengths), uneven()
+    fuse(model, fold=mode == "folded")
+    for i, (a, b) in enumerate(zip(results(model, lengths), plain, strict=True)):
+        assert (a - b).abs().max() <= 2e-5 * b.abs().max() + 1e-12, f"result {i}"

@@ -6,18 +6,20 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from peft.optimizers import create_loraplus_optimizer
 from test_qlora import TOKENS, dequantised_copy, randomise
 from test_train import alpaca_rows, run_here, save_random_adapter, save_tiny_model, steps_of, write_rows, write_run
 from tiny import save_random_llama
 from transformers.integrations.neftune import neftune_post_forward_hook
 
+import merge
 import nanoqlora as nq
 import train
 from nanoqlora.neftune import add_noise, set_noise_rows
 from nanoqlora.ops import Segments
 from nanoqlora.optim import loraplus_groups, make_optimizer, set_learning_rate
-from nanoqlora.qlora import flatten_trainable, lora_layers
+from nanoqlora.qlora import flatten_trainable, lora_layers, set_dropout_rows
 
 
 def test_loraplus_steps_equal_peft(tmp_path, rng):
@@ -151,6 +153,59 @@ def test_runs_of_every_variant_learn_resume_and_load_in_peft(world, tmp_path, va
     if variant != "plain":
         plain, _ = run(world, tmp_path / "plain")
         assert [row["loss"] for row in plain[1:]] != [row["loss"] for row in steps[1:]], "the variant changes the run"
+
+
+def saved_bytes(model: nq.Llama) -> int:
+    """What autograd keeps for the backward pass, with the gradients left in the parameters."""
+    sizes = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = model.model(TOKENS)
+    y.square().sum().backward()
+    return sum(sizes)
+
+
+def test_plain_blocks_can_be_recomputed(tmp_path, world):
+    """gradient_checkpointing where the fused block is not used: the same gradients, with dropout, and less is kept."""
+    models = []
+    for recompute in (False, True):
+        model = nq.Llama.from_pretrained(world[0], load_in_4bit=True)
+        nq.inject_lora(model, r=4, alpha=8, dropout=0.1, use_dora=True)
+        randomise(model)
+        set_dropout_rows(model.train(), torch.tensor([5, 6]))
+        for block in model.model.layers:
+            block.recompute = recompute
+        models.append((saved_bytes(model), model))
+    (much, plain), (little, again) = models
+    assert little < much / 3
+    for (name, a), (_, b) in zip(plain.named_parameters(), again.named_parameters(), strict=True):
+        assert a.grad is None or torch.equal(a.grad, b.grad), name
+    steps, _ = run(world, tmp_path / "kept", lora_target_modules=["v_proj"], lora_dropout=0.1)
+    less, _ = run(
+        world, tmp_path / "less", lora_target_modules=["v_proj"], lora_dropout=0.1, gradient_checkpointing=True
+    )
+    assert [(row["loss"], row["grad_norm"]) for row in steps] == [(row["loss"], row["grad_norm"]) for row in less]
+
+
+def test_dora_merges_into_the_trained_model(world, tmp_path):
+    """merge.py on a DoRA adapter: transformers' logits of the merged folder are those of base and adapter."""
+    model = nq.Llama.from_pretrained(world[0], load_in_4bit=True)
+    nq.inject_lora(model, r=4, alpha=8, use_dora=True)
+    randomise(model)
+    for layer in lora_layers(model).values():
+        layer.magnitude.data *= 1.2
+    nq.save_adapter(model, tmp_path / "adapter")
+    (tmp_path / "adapter" / "train.yml").write_text("{load_in_4bit: true, bf16: false}")  # as a run leaves it
+    words = ("--model", world[0], "--adapter", tmp_path / "adapter", "--out", tmp_path / "merged")
+    ended = run_here(merge.main, *words, "--base", "nf4", "--dtype", "float32")
+    assert ended.code == 0, ended.err
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert (model(TOKENS) - theirs(TOKENS).logits).abs().max() < 1e-4
 
 
 def test_a_run_goes_on_from_an_adapter(world, tmp_path):

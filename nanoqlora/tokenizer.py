@@ -250,17 +250,25 @@ def load_tokenizer(path: str | Path, adapter: str | Path | None = None) -> Token
             and saved it there; then that one is taken.
     """
     if adapter and all((Path(adapter) / name).is_file() for name in ("prompt.json", "tokenizer_config.json")):
-        return Tokenizer(**read_folder(Path(adapter)))
+        path = Path(adapter)
     path = local_path(path, TOKENIZER_FILES)
-    if path.is_dir():
-        return Tokenizer(**read_folder(path))
-    if path.is_file() and path.suffix == ".gguf":
+    if not path.is_dir() and not (path.is_file() and path.suffix == ".gguf"):
+        raise UserError(
+            f"{path}: neither a folder nor a .gguf file. The tokenizer is read from one or the other. Check the path."
+        )
+    try:
+        if path.is_dir():
+            return Tokenizer(**read_folder(path))
         from nanoqlora.gguf import read_gguf  # here, because most runs open no GGUF file
 
         return Tokenizer(**read_gguf_metadata(read_gguf(path).metadata, path))
-    raise UserError(
-        f"{path}: neither a folder nor a .gguf file. The tokenizer is read from one or the other. Check the path."
-    )
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(
+            f"{path}: a part of the tokenizer is missing or of another type than it has to be "
+            f"({type(error).__name__}: {error}). Copy its files again from the model's page."
+        ) from error
 
 
 def save_tokenizer(tok: Tokenizer, folder: str | Path, chat_template: str | None = None) -> None:

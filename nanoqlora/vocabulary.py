@@ -13,12 +13,15 @@ Special tokens are spelled as they look. Read next: byte_pairs.py and sentencepi
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of token, by the numbers of GGUF
 NAMED_TOKENS = ("bos", "eos", "pad", "unk")
 SENTENCEPIECE = "default"  # the split rule of sentencepiece, which has none; the name is GGUF's
 SPACE = "\u2581"  # how sentencepiece spells one
 MARKER = re.compile(r"<\|[^\s|]+\|>")  # a token that looks like <|im_end|> steers the model, whatever a file says
+
+Fields = dict[str, Any]  # of a Vocabulary, by name
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -324,6 +325,33 @@ def test_files_that_do_not_belong_together_are_refused(small, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             load_tokenizer(write_folder(tmp_path / "model", small, **config))
+
+
+def test_no_damage_to_json_ends_in_a_traceback(small, tmp_path):
+    """Anything at any place: the tokenizer loads and encodes, or a line says what is wrong."""
+    save_tokenizer(load_tokenizer(write_folder(tmp_path / "model", small, chat_template=LLAMA2_CHAT)), tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    choice, junk, refused = (
+        random.Random(0),
+        [None, -1, 10**12, 1.5, "x", "\u2581", [], {}, [[]], {"type": "x"}, True],
+        0,
+    )
+    for name in ["tokenizer.json"] * 150 + ["tokenizer_config.json"] * 50:
+        sound = (tmp_path / name).read_text(encoding="utf-8")
+        data = place = json.loads(sound)
+        while True:
+            key = choice.choice(list(place) if isinstance(place, dict) else range(len(place)))
+            if not isinstance(place[key], dict | list) or not place[key] or choice.random() < 0.2:
+                break
+            place = place[key]
+        place[key] = choice.choice(junk)
+        (tmp_path / name).write_text(json.dumps(data), encoding="utf-8")
+        try:
+            load_tokenizer(tmp_path).encode("Ahoy \U0001f642!", special=True)
+        except UserError as error:
+            refused += "\n" not in str(error)
+        (tmp_path / name).write_text(sound, encoding="utf-8")
+    assert refused > 80
 
 
 def test_a_space_that_llama_cpp_cannot_place_is_refused(mistral, tmp_path):

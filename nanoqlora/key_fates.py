@@ -109,7 +109,7 @@ RUN = Fates(
         "optim_target_modules adam_beta3 adam_epsilon2 dion_* qgalore_*",
         "write gradient_checkpointing: auto, which keeps what fits": "selective_checkpointing activation_offloading "
         "layer_offloading",
-        "metrics.jsonl has the numbers; wandb_project or use_tensorboard send them on: remove it": "hub_* "
+        "the numbers are in metrics.jsonl, and wandb_project or use_tensorboard send them on: remove it": "hub_* "
         "mlflow_* use_mlflow hf_mlflow_* comet_* use_comet use_trackio trackio_* use_otel_metrics otel_* swanlab_* "
         "use_swanlab push_dataset_to_hub",
         "log in with the hub's own command: remove it": "hf_use_auth_token",

@@ -50,6 +50,7 @@ from nanoqlora.packing import Plan
 from nanoqlora.plan import choose_sharding, dense_fits, keeps_for, memory_budget
 from nanoqlora.preview import plan_text
 from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora, set_dropout_rows
+from nanoqlora.rehearsal import rehearse
 from nanoqlora.results import judge, save_results
 from nanoqlora.runs import (
     Metrics,
@@ -234,7 +235,12 @@ def loop(run: Run, start: int, stop: list[bool]) -> int:
     return step
 
 
-OPTIONS = {"plan": Option("train nothing: say what would happen, what it needs and how long it takes", bool, False)}
+OPTIONS = {
+    "plan": Option("train nothing: say what would happen, what it needs and how long it takes", bool, False),
+    "rehearse": Option(
+        "train nothing: do once, and undo, all that a run does until its GGUF file is there", bool, False
+    ),
+}
 
 
 def prepare_model(
@@ -327,6 +333,9 @@ def main() -> None:
     forecast = measure(run, forward_backward, len(evaluations(run)), len(saves(run)))
     if options["plan"]:
         say(plan_text(run, tokenizer, forecast, warmup_steps(config, data.plan)))
+        return distributed.stop()
+    if options["rehearse"]:
+        rehearse(run, data, tokenizer, say)
         return distributed.stop()
     with distributed.together():
         start = load_checkpoint(run)

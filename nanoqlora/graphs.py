@@ -47,17 +47,29 @@ class RecordedSegments:
 
 
 class Recording:
-    """Forward and backward graphs of all blocks and the last norm for B rows of T tokens."""
+    """Forward and backward graphs of all blocks and the last norm for B rows of T tokens.
 
-    def __init__(self, model: Llama, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> None:
+    Args:
+        first: an earlier recording of the same shape. Its buffers and its memory are used again, which is safe because
+            the backward part of one runs before the forward part of the next: so all of them need what one needs.
+    """
+
+    def __init__(
+        self, model: Llama, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments, first: "Recording | None"
+    ) -> None:
         self.model, device = model, x.device
-        self.x = x.detach().clone().requires_grad_()
-        self.rope = tuple(c.clone() for c in rope)
         self.segments = RecordedSegments(segments, x.shape[1], device)
         self.layers = list(lora_layers(model).values())
         current = self.layers[0].row_seeds
-        self.seeds = torch.zeros(len(x), dtype=torch.int64, device=device) if current is None else current.clone()
-        self.dy = torch.zeros_like(x)  # nothing is added to any gradient while we try
+        if first:
+            self.x, self.rope, self.seeds, self.dy, self.y = first.x, first.rope, first.seeds, first.dy, first.y
+            self.dy.zero_()  # nothing is added to any gradient while we try
+        else:
+            self.x = x.detach().clone().requires_grad_()
+            self.rope = tuple(c.clone() for c in rope)
+            self.seeds = torch.zeros(len(x), dtype=torch.int64, device=device) if current is None else current.clone()
+            self.dy, self.y = torch.zeros_like(x), torch.empty_like(x)
+        self.pool = first.pool if first else torch.cuda.graph_pool_handle()
         for layer in self.layers:
             layer.row_seeds = self.seeds
 
@@ -72,14 +84,15 @@ class Recording:
         before = torch.cuda.memory_stats()["active_bytes.all.current"]
         torch.cuda.reset_peak_memory_stats()
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward, capture_error_mode="thread_local"):  # NCCL's watchdog looks at the GPU too
+        watched = {"pool": self.pool, "capture_error_mode": "thread_local"}  # NCCL's watchdog looks at the GPU too
+        with torch.cuda.graph(self.forward, **watched):
             y = self.run()
+            self.y.copy_(y.detach())
         held = torch.cuda.memory_stats()["active_bytes.all.current"] - before
-        with torch.cuda.graph(self.backward, pool=self.forward.pool(), capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.backward, **watched):
             torch.autograd.grad(y, self.x, self.dy)
-        self.y = y.detach()
         peak = torch.cuda.memory_stats()["active_bytes.all.peak"]
-        stats.count_graph(held=held - self.y.nbytes, peak=peak)
+        stats.count_graph(held=held, peak=peak)
         for layer in self.layers:
             layer.row_seeds = current
 
@@ -124,7 +137,8 @@ class GraphedBody:
         x, rope = body.embed_tokens(tokens), body.rope(segments.positions.to(tokens.device))
         kind = segments.one_each or (power_of_two(len(segments.documents)), power_of_two(segments.longest))
         if kind not in self.recordings:
-            self.recordings[kind] = Recording(self.model, x, rope, segments)
+            first = next(iter(self.recordings.values()), None)
+            self.recordings[kind] = Recording(self.model, x, rope, segments, first)
         recording = self.recordings[kind]
         with torch.no_grad():
             recording.x.copy_(x)

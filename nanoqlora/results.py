@@ -79,12 +79,8 @@ def save_results(
         after: what `judge` says now; used where it was asked before training too.
         forecast: what was predicted for the steps that this process took; seconds: what they took.
     """
-    config, folder = run.config, Path(run.config.output_dir)
-    save_adapter(run.model, folder, config.base_model)
-    save_tokenizer(tokenizer, folder, data.prompt_format.jinja(tokenizer))
-    write_text(folder / "prompt.json", data.prompt_format.to_json())
-    dtype = run.model.model.embed_tokens.weight.dtype
-    write_text(folder / "train.yml", replace(config, bf16=dtype == torch.bfloat16).to_yaml())
+    folder = Path(run.config.output_dir)
+    save_trained(run, data, tokenizer, folder)
     plot_metrics(run.metrics.rows, folder / "Fine-Tuning.png", folder.name)
 
     facts = run_facts(run, data, forecast, seconds)
@@ -93,6 +89,15 @@ def save_results(
         say("Held-out perplexity: {before:.3f} before, {after:.3f} after".format(**facts["perplexity"]))
     write_report(folder / "report.md", facts)
     say(f"adapter, report and figure: {folder}/adapter_model.safetensors, report.md, Fine-Tuning.png")
+
+
+def save_trained(run: "Run", data: Data, tokenizer: Tokenizer, folder: Path) -> None:
+    """The adapter with all that is needed to merge it, and to talk to it in the way that it was trained."""
+    save_adapter(run.model, folder, run.config.base_model)
+    save_tokenizer(tokenizer, folder, data.prompt_format.jinja(tokenizer))
+    write_text(folder / "prompt.json", data.prompt_format.to_json())
+    dtype = run.model.model.embed_tokens.weight.dtype
+    write_text(folder / "train.yml", replace(run.config, bf16=dtype == torch.bfloat16).to_yaml())
 
 
 def run_facts(run: "Run", data: Data, forecast: Forecast, seconds: float) -> dict[str, Any]:

@@ -9,8 +9,6 @@ threads as PyTorch has, as a process of its own.
 import argparse
 import importlib.util
 import json
-import subprocess
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +19,7 @@ import yaml
 
 from .cli import UserError
 from .model import Llama
+from .proof import run_llama_cpp
 from .qlora import dense_weights
 from .serving import generate, load_for_use
 
@@ -44,9 +43,7 @@ def speed_of(model: Llama, prompt_tokens: int, new_tokens: int) -> dict[str, flo
 
 def speed_in_llama_cpp(file: Path, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
     """The same from llama.cpp."""
-    numbers = [str(n) for n in (prompt_tokens, new_tokens, torch.get_num_threads())]
-    words = [sys.executable, "-m", "nanoqlora.llama_cpp", str(file.resolve()), "--speed", *numbers]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    done = run_llama_cpp(file, "--speed", prompt_tokens, new_tokens, torch.get_num_threads())
     if done.returncode:
         raise UserError(f"{file}: llama.cpp does not run it: {' '.join(done.stderr.split())[-300:]}")
     return json.loads(done.stdout.splitlines()[-1])

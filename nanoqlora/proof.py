@@ -136,6 +136,12 @@ def score_file(file: Path, trained: Form, merged: Form, texts: Texts, device: to
 # ------------------------------------------------------------------------------------------------ real llama.cpp
 
 
+def run_llama_cpp(file: Path, *words: object) -> subprocess.CompletedProcess:
+    """llama_cpp.py as a process of its own, by its path: so it starts without the rest of this package, and PyTorch."""
+    command = [sys.executable, "-P", Path(__file__).with_name("llama_cpp.py"), file, *words]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+
+
 def ask_llama_cpp(file: Path, tok: Tokenizer, fmt: PromptFormat, texts: Texts | None) -> dict[str, Any] | None:
     """The same questions to llama.cpp; None where it is not installed.
 
@@ -154,8 +160,7 @@ def ask_llama_cpp(file: Path, tok: Tokenizer, fmt: PromptFormat, texts: Texts | 
     with tempfile.TemporaryDirectory() as folder:
         question = Path(folder) / "question.json"
         question.write_text(json.dumps({"texts": WORDS, "chats": chats, "rows": [row["ids"] for row in rows]}))
-        words = [sys.executable, "-m", "nanoqlora.llama_cpp", str(file), "--questions", str(question)]
-        done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+        done = run_llama_cpp(file, "--questions", question)
         if done.returncode:
             raise _wrong(file, f"llama.cpp cannot use it ({' '.join(done.stderr.split())[-300:]})")
         answer = json.loads((Path(folder) / "answer.json").read_text())

@@ -67,9 +67,7 @@ def search_lines(x: Tensor, highest: int, first: float, num_trials: int) -> tupl
     w = (squares / squares.new_tensor(len(x))).double().sqrt_().float() + x.abs()
     sum_w, sum_x = sum_in_order(w), sum_in_order(w * x)
     minimum, maximum = x.amin(0).clamp_(max=0), x.amax(0)
-    products = x.new_empty(len(x), 3, x.shape[1])
-    w_q, w_qq, w_qx = products.unbind(1)
-    q, error = torch.empty_like(x), torch.empty_like(x)
+    q, error, w_q = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
 
     def round_with(inverse: Tensor) -> None:
         """q = the codes of x for this inverse scale and the current minimum."""
@@ -90,10 +88,9 @@ def search_lines(x: Tensor, highest: int, first: float, num_trials: int) -> tupl
         spread = np.float32(first) + np.float32(0.1) * np.float32(trial) + np.float32(highest)
         inverse = (x.new_tensor(spread) / (maximum - minimum)).nan_to_num_(nan=0, posinf=0, neginf=0)
         round_with(inverse)
-        torch.mul(w, q, out=w_q)
-        torch.mul(w_q, q, out=w_qq)
-        torch.mul(w_q, x, out=w_qx)
-        sum_q, sum_qq, sum_qx = sum_in_order(products)
+        sum_q = sum_in_order(torch.mul(w, q, out=w_q))
+        sum_qq = sum_in_order(torch.mul(w_q, q, out=error))
+        sum_qx = sum_in_order(w_q.mul_(x))
         determinant = sum_w * sum_qq - sum_q * sum_q
         new_scale = (sum_w * sum_qx - sum_x * sum_q) / determinant
         new_minimum = (sum_qq * sum_x - sum_q * sum_qx) / determinant
@@ -120,19 +117,15 @@ def search_scales(x: Tensor, middle: int) -> tuple[Tensor, Tensor]:
     extreme.masked_fill_(is_zero, 1)
     w = x * x
     w_x = w * x
-    products = x.new_empty(len(x), 2, x.shape[1])
-    w_xq, w_qq = products.unbind(1)
-    q = torch.empty_like(x)
+    q, product = torch.empty_like(x), torch.empty_like(x)
 
     def fit(spread: np.float32) -> tuple[Tensor, Tensor, Tensor]:
         """Codes with `spread` of them for the largest weight -> their inverse scale, sum of w x q, sum of w q q."""
         inverse = x.new_tensor(-spread) / extreme
         torch.mul(x, inverse, out=q)
         q.round_().clamp_(-middle, middle - 1)
-        torch.mul(w_x, q, out=w_xq)
-        torch.mul(w, q, out=w_qq)
-        w_qq.mul_(q)
-        return inverse, *sum_in_order(products)
+        sum_xq = sum_in_order(torch.mul(w_x, q, out=product))
+        return inverse, sum_xq, sum_in_order(torch.mul(w, q, out=product).mul_(q))
 
     best_inverse, sum_xq, sum_qq = fit(np.float32(middle))
     scale = torch.where(sum_qq == 0, 0, sum_xq / sum_qq)

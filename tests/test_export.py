@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ LLAMA3_ROPE = {
 MODELS: dict[str, dict[str, Any]] = {
     "llama3": {"rope": LLAMA3_ROPE, "hidden_size": 64, "head_dim": 64},  # untied; wider heads than hidden / heads
     "linear": {"rope": {"rope_type": "linear", "factor": 4.0}, "tie_word_embeddings": True, "hidden_size": 64},
+    "llama2": {"hidden_size": 64, "num_key_value_heads": 4},  # every head has its own keys; plain RoPE
+    "llama3.2": {"rope": LLAMA3_ROPE | {"factor": 32.0}, "tie_word_embeddings": True, "hidden_size": 64},
 }
 CHAT = PromptFormat(type="chat_template")
 QUESTION = [{"role": "user", "content": "Who are you?"}]
@@ -158,6 +161,31 @@ def test_the_comparison_would_notice(mistake: str, models: dict, tmp_path: Path,
 
 
 @pytest.mark.usefixtures("known_tokenizer")
+def test_rows_of_whole_big_blocks(tok: Tokenizer, tmp_path: Path):
+    """A model whose rows are multiples of 256 has K types throughout; llama.cpp computes with what is in the file."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 2}
+    save_random_llama(tmp_path, vocab_size=VOCAB, **sizes)
+    save_tokenizer(tok, tmp_path)
+    for file_type, bound in {"Q4_K_M": 0.1, "Q5_K_S": 0.1, "Q6_K": 0.1}.items():
+        export_gguf.export(tmp_path, tmp_path / "model.gguf", file_type)
+        gguf = read_gguf(tmp_path / "model.gguf")
+        kinds = {info.ggml_type for info in gguf.tensors.values()}
+        assert kinds == {"F32", "Q6_K", file_type[:4]}
+        rounded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+        rounded.load_state_dict({hf_name(name): gguf.load_hf(hf_name(name)) for name in gguf.tensors})
+        expected = reference_logits(rounded.eval())
+        assert np.abs(llama_cpp_logits(tmp_path / "model.gguf") - expected).mean() < bound * expected.std()
+
+
+@pytest.mark.usefixtures("known_tokenizer")
+def test_no_space_is_noticed_before(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    with pytest.raises(UserError, match=r"model.gguf: takes 0.01 GB and its disk has 0.00 GB free"):
+        export_gguf.export(folder, tmp_path / "model.gguf", "Q8_0")
+    assert not (tmp_path / "model.gguf").exists() and not (tmp_path / "Modelfile").exists()
+
+
+@pytest.mark.usefixtures("known_tokenizer")
 @pytest.mark.parametrize("file_type", FILE_TYPES)
 def test_weights_of_every_type(file_type: str, models: dict, tmp_path: Path):
     """In the file is each weight, rounded once, and llama.cpp computes with what is in the file."""
@@ -189,7 +217,7 @@ def test_what_is_exported_opens_as_the_same_model(models: dict, tmp_path: Path):
         assert ModelConfig.from_hf(weights.config) == replace(
             ModelConfig.from_hf(source.config), rope_scaling=ModelConfig.from_hf(weights.config).rope_scaling
         )
-        assert ModelConfig.from_hf(weights.config).rope_scaling.items() <= MODELS[name]["rope"].items()
+        assert ModelConfig.from_hf(weights.config).rope_scaling.items() <= MODELS[name].get("rope", {}).items()
         assert set(weights.names()) == set(source.names())
         assert all(torch.equal(weights.load(name), source.load(name)) for name in source.names())
         assert load_tokenizer(tmp_path / "model.gguf") == load_tokenizer(model.folder)

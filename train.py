@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from nanoqlora import distributed, ops
 from nanoqlora.adapter import continue_adapter
-from nanoqlora.checkpoint import Fill, open_model
+from nanoqlora.checkpoint import Fill, open_model, open_weights
 from nanoqlora.cli import Failed, Stopped, UserError, run_command
 from nanoqlora.config import Config, load_command
 from nanoqlora.data import Sample, Samples, collate, micro_batches
@@ -65,6 +65,7 @@ from nanoqlora.runs import (
 )
 from nanoqlora.serving import check_vocabulary
 from nanoqlora.sharding import BlockStore, fill_over_ranks
+from nanoqlora.special_rows import check_special_rows
 from nanoqlora.stats import Stopwatch, memory_figures
 from nanoqlora.trackers import make_trackers
 from nanoqlora.typed_yaml import Option, plain
@@ -312,6 +313,8 @@ def main() -> None:
         tokenizer = tokenizer_of(config)
         check_vocabulary(tokenizer, open_model(config.base_model)[0].config.vocab_size, config.base_model)
     data = distributed.first_of_host_first(lambda: prepare_data(config, tokenizer, ranks))
+    with distributed.together():
+        check_special_rows(tokenizer, data.samples, open_weights(config.base_model), config.base_model)
     same_on_all_ranks(config, data, ranks)
     for path, reading in data.readings.items():
         say(f"{path}: {reading.describe(config.sequence_len, config.excess_length_strategy)}")

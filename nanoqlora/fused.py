@@ -4,7 +4,7 @@ Autograd keeps every input of every operation and rebuilds nothing. Here we choo
 backward pass, in units of N x D numbers (N tokens, D width, Llama-3-8B's ratios):
 
     kept        x 1, q k v 1.5, attention's result 1, x after attention 1, gate and up 7          11.5 D
-    made again  both norms, SwiGLU's result, dropout masks, W from its four bits                  elementwise work only
+    made again  SwiGLU's result, dropout masks, W from its four bits                              elementwise work only
 
 `keep` trades memory for time, block by block:
 
@@ -133,9 +133,11 @@ class Group:
         for layer, dy_, xa_ in zip(self.layers, dy.split(self.widths, 1), xa.split(self.ranks, 1), strict=True):
             ops.kernels(dy).lora_backward_B(dy_, xa_, layer.scaling, gradient_of(layer.lora_B))
 
-    def backward_A(self, dxa: Tensor, x: Tensor, dropout: RowDropout | None) -> None:
-        """Add the gradients of every A, from the input x (N, n_in) that the projections read."""
-        ops.kernels(x).lora_backward_A(dxa, x, dropout, [gradient_of(layer.lora_A) for layer in self.layers])
+    def backward_A(
+        self, dxa: Tensor, x: Tensor, dropout: RowDropout | None, norm: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """Add the gradients of every A, from x (N, n_in), of which the projections read `norm`, if there is one."""
+        ops.kernels(x).lora_backward_A(dxa, x, dropout, [gradient_of(layer.lora_A) for layer in self.layers], norm)
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor:
@@ -214,6 +216,8 @@ class Kept:
     attention: tuple | None = None  # q, k, v as leaves and y = attention(q, k, v) with its graph
     middle: Tensor | None = None  # (N, D), the residual stream after attention
     gate_up: Tensor | None = None  # (N, 2 FF)
+    rstd1: Tensor | None = None  # (N,) float32, of both norms
+    rstd2: Tensor | None = None
     xa_qkv: Tensor | None = None  # (N, R) of every group; folded, those of qkv and gate_up lie beside their results
     xa_o: Tensor | None = None
     xa_gate_up: Tensor | None = None
@@ -279,10 +283,10 @@ class BlockFunction(torch.autograd.Function):
         kept.gate_up = kept.xa_gate_up = None
         if A is not None:
             kernels.lora_dx_add_(dh, dxa, A, drop_gate_up)
-        h, rstd = block.norm2(kept.middle)
-        gate_up.backward_A(dxa, h, drop_gate_up)
-        dmiddle = kernels.rms_norm_backward(dh, kept.middle, block.post_attention_layernorm.weight, rstd, dy)
-        del h, dh, dxa, A
+        weight = block.post_attention_layernorm.weight
+        gate_up.backward_A(dxa, kept.middle, drop_gate_up, (kept.rstd2, weight))
+        dmiddle = kernels.rms_norm_backward(dh, kept.middle, weight, kept.rstd2, dy)
+        del dh, dxa, A
 
         # Attention: middle = x + o(attention(rope(qkv(norm(x)))))
         q, k, v, y = kept.attention
@@ -298,9 +302,9 @@ class BlockFunction(torch.autograd.Function):
         dh, dxa, A = qkv.backward_x(dqkv, fold)
         if A is not None:
             kernels.lora_dx_add_(dh, dxa, A, drop_qkv)
-        h, rstd = block.norm1(kept.x)
-        qkv.backward_A(dxa, h, drop_qkv)
-        dx = kernels.rms_norm_backward(dh, kept.x, block.input_layernorm.weight, rstd, dmiddle)
+        weight = block.input_layernorm.weight
+        qkv.backward_A(dxa, kept.x, drop_qkv, (kept.rstd1, weight))
+        dx = kernels.rms_norm_backward(dh, kept.x, weight, kept.rstd1, dmiddle)
         ctx.kept = None
         return dx.view(B, T, D), None, None, None
 
@@ -316,7 +320,7 @@ def run_forward(ctx, kept: Kept) -> None:
     h = room[:, :D]
     if kept.attention is None:
         first = qkv.room(kept.x, fold)
-        block.norm1(kept.x, out=first[:, :D])
+        _, kept.rstd1 = block.norm1(kept.x, out=first[:, :D])
         projected, kept.xa_qkv = qkv.forward(first, drop_qkv, fold)
         del first
         block.rotate(projected, ctx.rope)
@@ -333,7 +337,7 @@ def run_forward(ctx, kept: Kept) -> None:
         delta, xa = o.forward(attended, drop_o, fold)
         kept.xa_o = xa.clone()
         norm = block.post_attention_layernorm
-        kept.middle, _, _ = ops.kernels(h).add_rms_norm(kept.x, delta, norm.weight, norm.eps, out=h)
+        kept.middle, _, kept.rstd2 = ops.kernels(h).add_rms_norm(kept.x, delta, norm.weight, norm.eps, out=h)
         del delta, xa, attended
     else:
         block.norm2(kept.middle, out=h)

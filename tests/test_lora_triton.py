@@ -164,6 +164,22 @@ def test_lora_backward_A(shape, small, p, monkeypatch):
 
 @pytest.mark.parametrize("p", DROPS)
 @pytest.mark.parametrize("shape, small", SHAPES)
+def test_lora_backward_A_of_a_norm(shape, small, p, monkeypatch):
+    """As from the normalised x itself in float64; dxa rstd is rounded once, and each term by no more than that."""
+    if small:
+        use_small_tiles(monkeypatch)
+    c = Case(*shape, p)
+    rstd = torch.rand(c.N, generator=c.g).to(DEVICE) + 0.5
+    weight = c.random(c.n_in)
+    h = c.x.double() * rstd.double()[:, None] * weight.double() * c.mask
+    dxa = c.dxa.double()
+    true, sum_error = dxa.t() @ h, (2 * U + (c.N + 4) * STEP) * (dxa.abs().t() @ h.abs())
+    got, twin = (m.lora_backward_A(c.dxa, c.x, c.dropout, norm=(rstd, weight)) for m in (lora_triton, lora_parts))
+    check(got, twin, true, sum_error)
+
+
+@pytest.mark.parametrize("p", DROPS)
+@pytest.mark.parametrize("shape, small", SHAPES)
 def test_lora_dx_add(shape, small, p, monkeypatch):
     """One rounding to bfloat16, of the sum."""
     if small:

@@ -70,7 +70,11 @@ def lora_down(x: Tensor, A: Tensor, dropout: RowDropout | None = None) -> Tensor
 
 
 def lora_backward_A(
-    dxa: Tensor, x: Tensor, dropout: RowDropout | None = None, out: Tensor | Sequence[Tensor] | None = None
+    dxa: Tensor,
+    x: Tensor,
+    dropout: RowDropout | None = None,
+    out: Tensor | Sequence[Tensor] | None = None,
+    norm: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | Sequence[Tensor]:
     """dA = dxa^T dropout(x), the gradient of A.
 
@@ -78,14 +82,19 @@ def lora_backward_A(
         dxa: (N, R), with the scaling in it. x: (N, n_in).
         out: (R, n_in) float32 to add to, as gradients are summed over micro-batches; or one such for each projection,
             (r, n_in), in their order: x is still read once. None makes a new one.
+        norm: rstd (N,) and weight (n_in,), if the projections read the norm of x: h = x rstd weight. It need not be
+            made again, because dxa^T h = (dxa rstd)^T x weight; the factors are applied to the small tensors.
     Returns:
         (R, n_in) float32 (float64 from float64); `out` if it was given.
     """
-    dropped = drop(x, dropout)
+    dropped, weight = drop(x, dropout), None
+    if norm is not None:
+        rstd, weight = norm
+        dxa = (dxa * rstd[:, None]).to(dxa.dtype)
     if out is None or isinstance(out, Tensor):
-        return gradient(dxa.t(), dropped, 1.0, out)
+        return gradient(dxa.t(), dropped, 1.0, out, weight)
     for part, place in zip(dxa.split([len(place) for place in out], 1), out, strict=True):
-        gradient(part.t(), dropped, 1.0, place)
+        gradient(part.t(), dropped, 1.0, place, weight)
     return out
 
 
@@ -113,11 +122,12 @@ def lora_backward_B(dy: Tensor, xa: Tensor, scaling: float, out: Tensor | None =
     return gradient(dy.t(), xa, scaling, out)
 
 
-def gradient(left: Tensor, right: Tensor, scaling: float, out: Tensor | None) -> Tensor:
-    """scaling * left right, in float32 or more, added to `out` if there is one."""
-    if out is not None and out.dtype == left.dtype:
+def gradient(left: Tensor, right: Tensor, scaling: float, out: Tensor | None, weight: Tensor | None = None) -> Tensor:
+    """scaling * left right * weight, in float32 or more, added to `out` if there is one. weight: (columns,)."""
+    if weight is None and out is not None and out.dtype == left.dtype:
         return out.addmm_(left, right, alpha=scaling)
     product = left @ right
-    if out is not None:
-        return out.add_(product, alpha=scaling)
-    return product.to(torch.promote_types(product.dtype, torch.float32)).mul_(scaling)
+    product = product.to(torch.promote_types(product.dtype, torch.float32))
+    if weight is not None:
+        product.mul_(weight)
+    return product.mul_(scaling) if out is None else out.add_(product, alpha=scaling)

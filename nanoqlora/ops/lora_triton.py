@@ -137,15 +137,20 @@ def lora_down(x: Tensor, A: Tensor, dropout: RowDropout | None = None) -> Tensor
 
 
 def lora_backward_A(
-    dxa: Tensor, x: Tensor, dropout: RowDropout | None = None, out: Tensor | Sequence[Tensor] | None = None
+    dxa: Tensor,
+    x: Tensor,
+    dropout: RowDropout | None = None,
+    out: Tensor | Sequence[Tensor] | None = None,
+    norm: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | Sequence[Tensor]:
     """As `lora_parts.lora_backward_A`."""
-    parts = products_over_rows(dxa, x, 1.0, dropout)
+    rstd, weight = (None, None) if norm is None else norm
+    parts = products_over_rows(dxa, x, 1.0, dropout, rstd)
     if out is None:
-        return add_parts(parts, x.new_empty(parts.shape[1:], dtype=torch.float32), add=False)
+        return add_parts(parts, x.new_empty(parts.shape[1:], dtype=torch.float32), add=False, weight=weight)
     places = [out] if isinstance(out, Tensor) else out
     for ours, place in zip(parts.split([len(place) for place in places], 1), places, strict=True):
-        add_parts(ours, place, add=True)
+        add_parts(ours, place, add=True, weight=weight)
     return out
 
 
@@ -171,8 +176,10 @@ def place_adapter(A: Tensor, B: Tensor, scaling: float, A_rows: Tensor, B_column
     )  # fmt: skip
 
 
-def products_over_rows(u: Tensor, x: Tensor, scale: float, dropout: RowDropout | None) -> Tensor:
-    """scale * u^T dropout(x) for u (N, R), x (N, K): (parts, R, K) float32, still to be added up."""
+def products_over_rows(
+    u: Tensor, x: Tensor, scale: float, dropout: RowDropout | None, rstd: Tensor | None = None
+) -> Tensor:
+    """scale * (u rstd)^T dropout(x) for u (N, R), x (N, K): (parts, R, K) float32, still to be added up."""
     (N, K), R = x.shape, u.shape[1]
     chunks, masking = Chunks.of(R), Masking.of(dropout, N)
     tile = TILES["rows", dropout is not None, chunks.count]
@@ -180,7 +187,7 @@ def products_over_rows(u: Tensor, x: Tensor, scale: float, dropout: RowDropout |
     splits = max(1, min(tile.programs // (blocks * chunks.groups), tiles))
     parts = x.new_empty(splits, R, K, dtype=torch.float32)
     rows_kernel[(blocks, splits, chunks.groups)](
-        u, x, parts, masking.seeds, masking.threshold, scale * masking.scale, masking.T, tiles,
+        u, x, parts, rstd, masking.seeds, masking.threshold, scale * masking.scale, masking.T, tiles,
         *row_strides(u, x),
         K=K, R=R, BLOCK_T=tile.rows, BLOCK_K=tile.columns, BLOCK_R=chunks.size, CHUNKS=chunks.count,
         GROUP=masking.group, num_warps=tile.warps, num_stages=tile.stages,
@@ -201,11 +208,11 @@ def add_product(y: Tensor, u: Tensor, w: Tensor, scale: float, dropout: RowDropo
     )  # fmt: skip
 
 
-def add_parts(parts: Tensor, out: Tensor, add: bool) -> Tensor:
-    """out (+)= the sum of parts (count, height, width) float32, for out in either memory order. Returns out."""
+def add_parts(parts: Tensor, out: Tensor, add: bool, weight: Tensor | None = None) -> Tensor:
+    """out (+)= weight * the sum of parts (count, height, width) float32; out in either memory order. Returns out."""
     count, height, width = parts.shape
     sum_kernel[(triton.cdiv(height, 16), triton.cdiv(width, 64))](
-        parts, out, count, height, width, parts.stride(0), *out.stride(),
+        parts, out, weight, count, height, width, parts.stride(0), *out.stride(),
         ADD=add, BLOCK_I=16, BLOCK_J=64, num_warps=4,
     )  # fmt: skip
     return out
@@ -292,7 +299,7 @@ def down_kernel(
 
 @triton.jit
 def rows_kernel(
-    u, x, parts, seeds, threshold, scale, T, tiles, stride_u, stride_x,
+    u, x, parts, rstd, seeds, threshold, scale, T, tiles, stride_u, stride_x,
     K: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     CHUNKS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -314,6 +321,8 @@ def rows_kernel(
             rc = r + c * BLOCK_R
             inside = (rc < R)[:, None] & (t < T)[None, :]
             u_ = tl.load(u + rows[None, :] * stride_u + rc[:, None], mask=inside, other=0.0)  # already transposed
+            if rstd is not None:
+                u_ = (u_.to(tl.float32) * tl.load(rstd + rows, mask=t < T, other=0.0)[None, :]).to(x_.dtype)
             longer = longer + (tl.dot(u_, x_, sums[c], input_precision="ieee"),)
         sums = longer
     for c in tl.static_range(CHUNKS):
@@ -370,7 +379,7 @@ def place_kernel(
 
 @triton.jit
 def sum_kernel(
-    parts, out, count, height, width, stride_part, stride_i, stride_j,
+    parts, out, weight, count, height, width, stride_part, stride_i, stride_j,
     ADD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """The parts of a split sum, one after the other. Program (block of rows, block of columns)."""
@@ -383,6 +392,8 @@ def sum_kernel(
     for _ in tl.range(0, count, loop_unroll_factor=4):  # four loads on their way at a time
         total += tl.load(here, mask=inside, other=0.0)
         here += stride_part
+    if weight is not None:
+        total *= tl.load(weight + j, mask=j < width, other=0.0).to(tl.float32)[None, :]
     if ADD:
         total += tl.load(place, mask=inside, other=0.0)
     tl.store(place, total.to(out.dtype.element_ty), mask=inside)

@@ -30,7 +30,7 @@ from . import nf4
 from .elementwise_triton import Launch
 
 DEQUANTIZE = Launch(4096, 4)  # for the weights of an 8B model on an H100: four 16-byte stores a thread
-FOLDED = {torch.bfloat16: (128, 64, 8), torch.float32: (16, 64, 4)}  # rows and columns of a tile, warps
+FOLDED = {torch.bfloat16: (64, 128, 4), torch.float32: (16, 64, 4)}  # rows and columns of a tile, warps
 
 
 def dequantize_nf4_double(

@@ -12,31 +12,23 @@ and, in Go's template language, into the Modelfile; the token that ends an answe
 One tensor at a time is read, brought into llama.cpp's row order, quantized and written. Read next: nanoqlora/gguf.py.
 """
 
-import json
 import math
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from nanoqlora import gguf
-from nanoqlora import proof as proving
 from nanoqlora.adapter import read_updates
-from nanoqlora.certificate import Form
-from nanoqlora.checkpoint import Weights, model_config, open_weights
+from nanoqlora.checkpoint import model_config, open_weights
 from nanoqlora.cli import UserError, check_space, read_json, run_command, write_text
 from nanoqlora.config import Option, load_command
-from nanoqlora.file_types import FILE_TYPES, tensor_type
-from nanoqlora.forms import trained_form
-from nanoqlora.ggml_blocks import FORMATS, quantize
+from nanoqlora.file_types import FILE_TYPES
+from nanoqlora.ggml_blocks import FORMATS
 from nanoqlora.gguf_adapter import adapter_metadata, plan_adapter
-from nanoqlora.held_out import held_out_texts
-from nanoqlora.model import ModelConfig
+from nanoqlora.gguf_model import plan_tensors
 from nanoqlora.ollama import GoTemplate, go_template, tokenizer_metadata
 from nanoqlora.prompts import PromptFormat
+from nanoqlora.proof import prove_file
 from nanoqlora.tokenizer import Tokenizer, load_tokenizer
 
 OPTIONS = {
@@ -73,7 +65,8 @@ def main() -> None:
     out = Path(options["out"] or folder / f"model-{file_type.lower()}.gguf")
     export(model, out, file_type)
     if options["prove"]:
-        prove_file(out, model, file_type, options["data"], options["max_tokens"])
+        tok = load_tokenizer(model)
+        prove_file(out, model, tok, prompt_format(model, tok), file_type, options["data"], options["max_tokens"])
 
 
 def export(model: Path, out: Path, file_type: str) -> None:
@@ -87,37 +80,6 @@ def export(model: Path, out: Path, file_type: str) -> None:
     name = folder.parent.name if folder.name == "merged" else folder.stem
     metadata = gguf.model_metadata(config, name, file_type) | tokenizer_metadata(tok, fmt, config.vocab_size, model)
     write(out, metadata, tensors, [f"FROM ./{out.name}"], tok, fmt)
-
-
-def prove_file(out: Path, model: Path, file_type: str, data: str | None, max_tokens: int) -> None:
-    """Compare the file with what was trained, print it, and write it into the certificate of the merged model.
-
-    The trained model is base and adapter, where the folder's merge.json names them and they are still there; else the
-    folder is the truth.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source, tok = open_weights(model), load_tokenizer(model)
-    fmt = prompt_format(model, tok)
-    certificate = model / "merge.json"
-    record = read_json(certificate) if certificate.exists() else {}
-    proof = proving.prove(out, source, tok, fmt, file_type, device)
-    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    merged = Form("merged", source, size)
-    trained, adapter = merged, Path(record.get("adapter", "."))
-    if record.get("adapter") and (adapter / "adapter_config.json").exists():
-        _, updates = read_updates(adapter)
-        trained = trained_form(open_weights(record["base_model"]), updates, adapter, device)
-    texts = held_out_texts(adapter, tok, fmt, data, max_tokens)
-    if texts:
-        proof |= {"held_out": texts[0], "forms": proving.score_file(out, trained, merged, texts[1], device)}
-    proof["llama_cpp"] = proving.ask_llama_cpp(out, tok, fmt, texts and texts[1])
-    if certificate.exists():
-        record.setdefault("gguf", {})[out.name] = proof
-        write_text(certificate, json.dumps(record, indent=2) + "\n")
-        print(f"{certificate}: has the proof of {out.name}")
-    else:
-        write_text(out.with_suffix(".proof.json"), json.dumps(proof, indent=2) + "\n")
-        print(f"{out.with_suffix('.proof.json')}: the proof")
 
 
 def base_of(adapter: Path) -> str:
@@ -174,51 +136,6 @@ def prompt_format(model: Path, tok: Tokenizer) -> PromptFormat:
     if path.is_file():
         return PromptFormat.from_json(path.read_text(encoding="utf-8"))
     return PromptFormat(type="chat_template" if tok.chat_template else "completion")
-
-
-def plan_tensors(weights: Weights, config: ModelConfig, file_type: str, model: Path) -> list[gguf.NewTensor]:
-    """Every tensor of the file, with its name, shape and type, in the order of the model; no weights are read yet."""
-    shapes = gguf.tensor_shapes(config)
-    names = [name for name in weights.names() if not name.endswith("rotary_emb.inv_freq")]  # in old files, computed
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if config.tie_word_embeddings and head in names:
-        if torch.equal(weights.load(head), weights.load(embedding)):
-            names.remove(head)
-        else:  # trained apart from the embedding, whatever config.json says
-            shapes[head] = shapes[embedding]
-    for name in sorted(shapes.keys() ^ set(names)):
-        gguf.gguf_name(name)  # says so if no Llama has such a tensor
-        found = "is missing" if name in shapes else "has no place in the model"
-        raise UserError(f"{model}: tensor {name} {found} that config.json describes. Get a whole, matching checkpoint.")
-
-    def produce(name: str, ggml_type: str) -> Tensor:
-        """The bytes of one tensor, called when its turn to be written has come."""
-        w = weights.load(name).to(device)
-        if tuple(w.shape) != shapes[name]:
-            raise UserError(
-                f"{model}: tensor {name} has shape {tuple(w.shape)}, but config.json makes it {shapes[name]}, so they "
-                f"are of different models. Get a matching checkpoint."
-            )
-        ends = torch.stack(w.aminmax())  # NaN if there is one
-        if not torch.isfinite(ends.to(torch.float16) if ggml_type == "F16" else ends).all():
-            raise UserError(
-                f"{model}: tensor {name} holds NaN, infinity or, for F16, a value above 65504, which the file would "
-                f"pass on to every answer. Train again with a lower learning rate, or export as bf16 if it is the last."
-            )
-        heads = gguf.heads_to_permute(gguf.gguf_name(name), config.num_attention_heads, config.num_key_value_heads)
-        return quantize(gguf.permute_rows(w, heads) if heads else w, ggml_type)
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tensors, is_tied = [], head not in shapes
-    is_gqa = config.num_key_value_heads < config.num_attention_heads
-    for hf_name, shape in shapes.items():
-        name = gguf.gguf_name(hf_name)
-        ggml_type = tensor_type(name, shape, file_type, is_tied, config.num_hidden_layers, is_gqa)
-        tensors.append(gguf.NewTensor(name, shape, ggml_type, partial(produce, hf_name, ggml_type)))
-    if config.rope_scaling.get("rope_type") == "llama3":
-        divisors = quantize(gguf.rope_divisors(config), "F32")
-        tensors.append(gguf.NewTensor(gguf.ROPE_DIVISORS, (config.head_dim // 2,), "F32", lambda: divisors))
-    return tensors
 
 
 def modelfile(head: list[str], template: GoTemplate) -> str:

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanoqlora.adapter import Update, read_updates
-from nanoqlora.certificate import GGUF, ON_NF4, ON_ORIGINAL, Form, certificate, recommend, score_forms
-from nanoqlora.checkpoint import ShardWriter, Weights, model_config, open_weights
+from nanoqlora.adapter import read_updates
+from nanoqlora.certificate import GGUF, ON_NF4, ON_ORIGINAL, certify
+from nanoqlora.checkpoint import ShardWriter, model_config, open_weights
 from nanoqlora.cli import UserError, check_space, run_command, whole_folder, write_text
 from nanoqlora.config import Config, Option, load_command
 from nanoqlora.file_types import FILE_TYPES
-from nanoqlora.forms import Merged, Rounded, as_trained, trained_form
+from nanoqlora.forms import Merged, all_forms, as_trained, bytes_on_disk
 from nanoqlora.held_out import held_out_texts
 from nanoqlora.prompts import PromptFormat
 from nanoqlora.serving import check_vocabulary
@@ -59,7 +59,6 @@ class Plan(NamedTuple):
     in_4bit: bool  # W goes through NF4
     seen: torch.dtype  # W was rounded to it in training
     dtype: torch.dtype  # to write
-    trained: tuple[bool, torch.dtype]  # the same two as in training, whatever --base says
     types: list[str]  # of GGUF, to score
 
 
@@ -81,7 +80,7 @@ def plan(config: Config | None, options: dict[str, Any]) -> Plan:
     if out.exists() and not (out / "merge.json").exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is no earlier merge, so nothing is written over it. Name another --out.")
     dtype = DTYPES.get(options["dtype"], computed)
-    return Plan(base, adapter, out, in_4bit, seen, dtype, (trained_in_4bit, computed), types)
+    return Plan(base, adapter, out, in_4bit, seen, dtype, types)
 
 
 def write_merged(merged: Merged, folder: Path, max_shard_bytes: int) -> dict[str, Any]:
@@ -108,24 +107,6 @@ def hf_config(config: dict, dtype: torch.dtype, tokenizer: Tokenizer, end_id: in
     return config | ids | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
 
-def all_forms(asked: Plan, weights: Weights, updates: dict[str, Update], folder: Path, device) -> list[Form]:
-    """The trained model first; then what was written, what `--base` could have been instead, and the GGUF types."""
-    trained_in_4bit, computed = asked.trained
-    trained = trained_form(weights, updates, asked.adapter, device)
-    written, written_name = open_weights(folder), ON_NF4 if asked.in_4bit else ON_ORIGINAL
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    without = Merged(weights, {}, trained_in_4bit, computed, torch.float32, device)
-    forms = [trained, Form("base without adapter", without, trained.num_bytes)]
-    for name, in_4bit in ((ON_NF4, True), (ON_ORIGINAL, False)):
-        if name == written_name:
-            forms.append(Form(name, written, size))
-        elif trained_in_4bit:
-            seen = computed if in_4bit else torch.float32
-            forms.append(Form(name, Merged(weights, updates, in_4bit, seen, asked.dtype, device), size))
-    rounded = [(name.lower(), Rounded(written, name, device)) for name in asked.types]
-    return forms + [Form(GGUF + name, form, form.num_bytes) for name, form in rounded]
-
-
 def main() -> None:
     config, options = load_command(None, OPTIONS, __doc__.splitlines()[0], yaml_unless=("model", "adapter"))
     asked = plan(config, options)
@@ -139,6 +120,8 @@ def main() -> None:
     its_base = about.get("base_model_name_or_path")
     if its_base and Path(its_base).resolve() != Path(asked.base).resolve():
         print(f"note: {asked.adapter} says that its base is {its_base}; merged onto {asked.base}, as told.")
+    if not asked.in_4bit and str(asked.base).endswith(".gguf"):
+        print(f"note: `original` means the weights as they are in {asked.base}, which that file may have rounded.")
     saved = asked.adapter / "prompt.json"
     prompt_format = PromptFormat.from_json(saved.read_text("utf-8")) if saved.exists() else None
     end_id = prompt_format.end_id(tokenizer) if prompt_format else tokenizer.eos_id
@@ -169,33 +152,14 @@ def main() -> None:
             f"({record['dtype']}, mean change {facts['mean_relative_change']:.2%})"
         )
         if texts:
-            record |= scored(
-                asked, all_forms(asked, weights, updates, folder, device), *texts, options["max_kl"], device
-            )
+            forms = all_forms(merged, open_weights(folder), asked.adapter, asked.types, bytes_on_disk(folder))
+            limits = {ON_NF4: MAX_KL} if options["max_kl"] is None and asked.in_4bit else {}
+            if options["max_kl"] is not None:
+                names = (ON_NF4 if asked.in_4bit else ON_ORIGINAL, *(GGUF + name.lower() for name in asked.types))
+                limits = dict.fromkeys(names, options["max_kl"])
+            record |= certify(forms, *texts, limits, device)
         write_text(folder / "merge.json", json.dumps(record, indent=2) + "\n")
     print(f"{asked.out}: merged model and merge.json, its certificate")
-
-
-def scored(asked: Plan, forms: list[Form], data: str, texts, max_kl: float | None, device) -> dict[str, Any]:
-    """Score all forms and print them. An error if what the user relies on is too far from the trained model."""
-    print(f"against the trained model, on {len(texts.targets)} held-out tokens of {data}:")
-    scores = score_forms(forms, texts, device)
-    judged = {ON_NF4: MAX_KL} if max_kl is None and asked.in_4bit else {}
-    if max_kl is not None:
-        judged = {ON_NF4 if asked.in_4bit else ON_ORIGINAL: max_kl} | {
-            GGUF + name.lower(): max_kl for name in asked.types
-        }
-    for score in scores:
-        if not score.mean_kl <= judged.get(score.form, float("inf")):
-            raise UserError(
-                f"{score.form}: {score.mean_kl:.3g} nats a token from the trained model, where --max_kl allows "
-                f"{judged[score.form]:g}, so it would answer differently. Nothing is written. Leave it out, choose "
-                f"a larger --dtype or type, or set a higher --max_kl."
-            )
-    advice = recommend(scores, *([max_kl] if max_kl else []))
-    if advice:
-        print(f"recommended: {advice}")
-    return certificate(scores, data, texts, advice) | {"max_kl": judged}
 
 
 if __name__ == "__main__":

@@ -170,10 +170,32 @@ def recommend(scores: list[Score], limit: float = ENOUGH) -> str:
     return " ".join(words)
 
 
-def certificate(scores: list[Score], data: str, texts: Texts, advice: str) -> dict[str, Any]:
-    """All of it as an object for merge.json."""
+def certify(
+    forms: list[Form], data: str, texts: Texts, limits: dict[str, float], device: torch.device
+) -> dict[str, Any]:
+    """Score all forms, print the table and the advice, and give both as an object for merge.json.
+
+    Args:
+        data: what the texts are called.
+        limits: of mean KL, for the forms that the user relies on, by name.
+    Raises:
+        UserError: a form is further from the trained model than its limit.
+    """
+    print(f"against the trained model, on {len(texts.targets)} held-out tokens of {data}:")
+    scores = score_forms(forms, texts, device)
+    for score in scores:
+        if not score.mean_kl <= limits.get(score.form, math.inf):
+            raise UserError(
+                f"{score.form}: {score.mean_kl:.3g} nats a token from the trained model, where --max_kl allows "
+                f"{limits[score.form]:g}, so it would answer differently. Nothing is written. Leave it out, choose a "
+                f"larger --dtype or type, or set a higher --max_kl."
+            )
+    advice = recommend(scores, max(limits.values(), default=ENOUGH) if len(limits) > 1 else ENOUGH)
+    if advice:
+        print(f"recommended: {advice}")
     return {
         "held_out": {"data": data, "tokens": len(texts.targets)},
         "forms": [asdict(score) for score in scores],
         "recommendation": advice,
+        "max_kl": limits,
     }

@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from .adapter import Update
-from .certificate import TRAINED, Form
+from .certificate import GGUF, ON_NF4, ON_ORIGINAL, TRAINED, Form
 from .checkpoint import Weights, model_config
 from .cli import UserError
 from .file_types import tensor_type
@@ -167,3 +167,30 @@ def trained_form(base: Weights, updates: dict[str, Update], adapter: Path, devic
         total += _count(shape) * (0.5 + 1 / 64 + 4 / 64 / 256 if in_nf4 else 2)
     total += sum(4 * (update.lora_A.numel() + update.lora_B.numel()) for update in updates.values())
     return Form(TRAINED if in_4bit else "adapter on base", weights, round(total))
+
+
+def all_forms(merged: Merged, written: Weights, adapter: Path, types: list[str], num_bytes: int) -> list[Form]:
+    """The trained model first; then what was written, what `--base` could have been instead, and the GGUF types.
+
+    Args:
+        merged: what was written, as it was made; `written`: as it is read back; `num_bytes`: of its files.
+        types: keys of FILE_TYPES.
+    """
+    base, updates, device = merged.base, merged.updates, merged.device
+    in_4bit, seen = as_trained(adapter)
+    trained = trained_form(base, updates, adapter, device)
+    without = Merged(base, {}, in_4bit, seen, torch.float32, device)
+    forms = [trained, Form("base without adapter", without, trained.num_bytes)]
+    for name, on_nf4 in ((ON_NF4, True), (ON_ORIGINAL, False)):
+        if on_nf4 == merged.in_4bit:
+            forms.append(Form(name, written, num_bytes))
+        elif in_4bit:
+            other = Merged(base, updates, on_nf4, seen if on_nf4 else torch.float32, merged.dtype, device)
+            forms.append(Form(name, other, num_bytes))
+    rounded = [(name.lower(), Rounded(written, name, device)) for name in types]
+    return forms + [Form(GGUF + name, form, form.num_bytes) for name, form in rounded]
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Of the weights in a Hugging Face folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

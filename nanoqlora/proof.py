@@ -23,10 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from .adapter import read_updates
 from .certificate import Form, Texts, score_forms
-from .checkpoint import GGUFWeights, Weights
-from .cli import UserError
-from .forms import Rounded
+from .checkpoint import GGUFWeights, Weights, open_weights
+from .cli import UserError, read_json, write_text
+from .forms import Rounded, bytes_on_disk, trained_form
+from .held_out import held_out_texts
 from .ollama import PROBES
 from .prompts import PromptFormat
 from .tokenizer import Tokenizer, load_tokenizer
@@ -56,6 +58,36 @@ WORDS = [
         "!?...---___",
     ),
 ]
+
+
+def prove_file(
+    out: Path, model: Path, tok: Tokenizer, fmt: PromptFormat, file_type: str, data: str | None, max_tokens: int
+) -> None:
+    """Compare the file with what was trained, print it, and write it into the certificate of the merged model.
+
+    The trained model is base and adapter, where the folder's merge.json names them and they are still there; else the
+    folder is the truth.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source, certificate = open_weights(model), model / "merge.json"
+    record = read_json(certificate) if certificate.exists() else {}
+    proof = prove(out, source, tok, fmt, file_type, device)
+    merged = Form("merged", source, bytes_on_disk(model))
+    trained, adapter = merged, Path(record.get("adapter", "."))
+    if record.get("adapter") and (adapter / "adapter_config.json").exists():
+        _, updates = read_updates(adapter)
+        trained = trained_form(open_weights(record["base_model"]), updates, adapter, device)
+    texts = held_out_texts(adapter, tok, fmt, data, max_tokens)
+    if texts:
+        proof |= {"held_out": texts[0], "forms": score_file(out, trained, merged, texts[1], device)}
+    proof["llama_cpp"] = ask_llama_cpp(out, tok, fmt, texts and texts[1])
+    if certificate.exists():
+        record.setdefault("gguf", {})[out.name] = proof
+        write_text(certificate, json.dumps(record, indent=2) + "\n")
+        print(f"{certificate}: has the proof of {out.name}")
+    else:
+        write_text(out.with_suffix(".proof.json"), json.dumps(proof, indent=2) + "\n")
+        print(f"{out.with_suffix('.proof.json')}: the proof")
 
 
 def prove(file: Path, source: Weights, tok: Tokenizer, fmt: PromptFormat, file_type: str, device) -> dict[str, Any]:

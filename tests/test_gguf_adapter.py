@@ -10,12 +10,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from test_export import go_render, read_modelfile
+from test_export import read_modelfile
 from test_train import run_here, save_random_adapter, snapshot
 from tiny import save_random_llama
 
 import export_gguf
 from nanoqlora.gguf import read_gguf
+from nanoqlora.ollama import go_template
 from nanoqlora.prompts import PromptFormat
 from nanoqlora.tokenizer import load_tokenizer, save_tokenizer
 
@@ -85,8 +86,7 @@ def test_modelfile_puts_the_adapter_on_the_base(base: Path, smollm2_path: Path, 
     recipe = read_modelfile(adapter / "Modelfile")
     assert recipe["FROM"] == ["./base-bf16.gguf"] and recipe["ADAPTER"] == ["./adapter-f32.gguf"]
     assert f"export_gguf.py --model {base} --type bf16 --out {adapter / 'base-bf16.gguf'}" in ended.out
-    question = [{"role": "user", "content": "Why?"}]
-    assert go_render(recipe["TEMPLATE"][0], question) == fmt.render(tok, question)
+    assert recipe["TEMPLATE"] == [go_template(fmt, tok).template]  # of training, as test_prompts.py proves
     shutil.copy(base.parent / "base-bf16.gguf", tmp_path / "base.gguf")
     assert exported(tmp_path / "base.gguf", adapter).code == 0
     assert read_modelfile(adapter / "Modelfile")["FROM"] == ["../base.gguf"]

@@ -336,7 +336,7 @@ def test_damaged_base_is_refused(model, adapter, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [["--base", "nf8"], ["--dtype", "int8"], ["--max_shard_size", "big"], ["--bse", "nf4"]]
+    "words", [["--base", "nf8"], ["--dtype", "int8"], ["--max_shard_size", "big"], ["--bse", "nf4"], ["--types", "q9"]]
 )
 def test_unknown_options_are_refused(model, adapter, tmp_path, words):
     refused(merged(model, adapter, tmp_path / "out", *words), words[0].lstrip("-"))

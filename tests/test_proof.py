@@ -10,7 +10,7 @@ from test_certificate import merged, run
 from test_train import run_here
 
 import export_gguf
-from nanoqlora import proof
+from nanoqlora import gguf_model, proof
 from nanoqlora.prompts import PromptFormat
 from nanoqlora.tokenizer import load_tokenizer
 
@@ -82,7 +82,7 @@ def change_metadata(monkeypatch: pytest.MonkeyPatch, **changes: tuple[str, objec
 
 WRONG = {
     "rows in another order": (lambda m: m.setattr(export_gguf.gguf, "permute_rows", lambda w, n: w), "q_proj"),
-    "another rounding": (lambda m: m.setattr(export_gguf, "quantize", worse), "is not the merged model's"),
+    "another rounding": (lambda m: m.setattr(gguf_model, "quantize", worse), "is not the merged model's"),
     "another template": (
         lambda m: change_metadata(m, tokenizer__chat_template=("string", "{{ messages[0]['content'] }}")),
         "its chat template gives",
@@ -95,7 +95,7 @@ WRONG = {
 }
 
 
-def worse(w: torch.Tensor, ggml_type: str, good=export_gguf.quantize) -> torch.Tensor:
+def worse(w: torch.Tensor, ggml_type: str, good=gguf_model.quantize) -> torch.Tensor:
     return good(w * 1.0001 if w.ndim == 2 else w, ggml_type)
 
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from nanoqlora import distributed, ops
 from nanoqlora.adapter import continue_adapter
+from nanoqlora.cadence import evaluations, saves, warmup_steps
 from nanoqlora.checkpoint import Fill, open_model, open_weights
 from nanoqlora.cli import Failed, Stopped, UserError, run_command
 from nanoqlora.config import Config, load_command
@@ -137,11 +138,6 @@ def train_step(run: Run, number: int) -> tuple[float, float, float, int]:
     return loss, grad_norm, rate, sum(len(sample) for row in rows for sample in row)
 
 
-def warmup_steps(config: Config, plan: Plan) -> int:
-    """Steps with a rising learning rate."""
-    return config.warmup_steps or math.ceil(config.warmup_ratio * len(plan))
-
-
 def row_seeds(seed: int, step: int, first: int, count: int) -> torch.Tensor:
     """(count,) int64, a number for each row that decides its dropout: the same row of the same step, on any rank."""
     return (seed & 0x1FFFFF) << 42 | step << 16 | torch.arange(first, first + count)
@@ -156,38 +152,13 @@ def evaluate(run: Run, step: int) -> float:
     return loss
 
 
-def evaluations(run: Run) -> list[int]:
-    """The steps after which the held-out data is scored."""
-    c, steps = run.config, range(1, len(run.plan) + 1)
-    return [s for s in steps if run.held_out and due(s, run.plan, c.evals_per_epoch, c.eval_steps, c.eval_strategy)]
-
-
-def saves(run: Run) -> list[int]:
-    """The steps after which a checkpoint is written."""
-    c, steps = run.config, range(1, len(run.plan) + 1)
-    first = c.save_first_step
-    return [s for s in steps if s == first or due(s, run.plan, c.saves_per_epoch, c.save_steps, c.save_strategy)]
-
-
-def due(step: int, plan: Plan, per_epoch: int | None, every: float | None, strategy: str | None) -> bool:
-    """Whether something that happens so often happens after `step` (from 1)."""
-    if strategy == "no":
-        return False
-    if every:
-        interval = max(1, round(every * len(plan))) if every < 1 else int(every)
-        return step % interval == 0
-    times = 1 if per_epoch is None else per_epoch
-    before = plan[step - 2].epoch if step > 1 else 0.0
-    return int(plan[step - 1].epoch * times + 1e-9) > int(before * times + 1e-9)
-
-
 def loop(run: Run, start: int, stop: list[bool]) -> int:
     """All steps from `start` on, evaluations and checkpoints between them. Returns the last step that was taken.
 
     Raises Stopped when `stop` is filled.
     """
     config, plan = run.config, run.plan
-    when_to_evaluate, when_to_save = set(evaluations(run)), set(saves(run))
+    when_to_evaluate, when_to_save = set(evaluations(config, plan) if run.held_out else ()), set(saves(config, plan))
     watch, folder, step = Stopwatch(), Path(config.output_dir), start
     bar = tqdm(total=len(plan), initial=start, disable=run.rank != 0, unit="step", dynamic_ncols=True, smoothing=0.1)
     for number in range(start, len(plan)):
@@ -333,7 +304,8 @@ def main() -> None:
     body = GraphedBody(model) if config.row_width and can_record(model) else model.model
     parts = body, data.samples, data.held_out, data.plan, flat, optimizer, metrics, store
     run = Run(config, rank, ranks, device, model, *parts)
-    forecast = measure(run, forward_backward, len(evaluations(run)), len(saves(run)))
+    num_evals = len(evaluations(config, data.plan)) if data.held_out else 0
+    forecast = measure(run, forward_backward, num_evals, len(saves(config, data.plan)))
     if options["plan"]:
         say(plan_text(run, tokenizer, forecast, warmup_steps(config, data.plan)))
         return distributed.stop()

@@ -2,14 +2,15 @@
 
 The field names are Axolotl's keys, so that one file runs in both and there is no second vocabulary. A key has exactly
 one fate: a field of the dataclasses below, or a row of one table of `key_fates.py` (old spelling, ignored, refused). A
-key in none of them is an error that names the nearest one. `typed_yaml.py` does the reading and the conversion.
+key in none of them is an error that names the nearest one. `config_rules.py` says how keys go together, `typed_yaml.py`
+does the reading and the conversion.
 
 Left out: including other files, environment variables, schema versions. Only `train.py`, `runs.py` and this file see
 the whole Config, all other files get plain values. Read next: `train.yml`, then `train.py`.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,6 +19,7 @@ import yaml
 
 from . import key_fates
 from .cli import UserError
+from .config_rules import CHECKS, DERIVED, DIFFERENCES, EXCLUSIVE
 from .typed_yaml import (
     Fates,
     Given,
@@ -262,94 +264,6 @@ class Config:
     def to_yaml(self) -> str:
         """The resolved run, every default filled in. Loads again to an equal Config."""
         return yaml.safe_dump(plain(self), sort_keys=False, allow_unicode=True, width=110)
-
-
-# ------------------------------------------------------------------------------------------------ how keys go together
-
-# Two ways to say one thing. Both in one file is an error; on the command line the one given there wins.
-EXCLUSIVE = (
-    ("warmup_steps", "warmup_ratio"),
-    ("val_set_size", "test_datasets"),
-    ("evals_per_epoch", "eval_steps"),
-    ("saves_per_epoch", "save_steps"),
-    ("resume_from_checkpoint", "auto_resume_from_checkpoints"),
-)
-
-
-def _evaluates(config: Config) -> bool:
-    return bool(config.val_set_size or config.test_datasets)
-
-
-def _cadence(per_epoch: int | None, steps: float | None) -> str:
-    """The strategy that the two cadence keys ask for: a count of 0 asks for none, and no count for every epoch."""
-    return "steps" if per_epoch or steps else "no" if 0 in (per_epoch, steps) else "epoch"
-
-
-def _fits(strategy: str | None, per_epoch: int | None, steps: float | None) -> bool:
-    return strategy == "no" or (strategy == "steps") == bool(per_epoch or steps)
-
-
-# What an unset key means when that depends on other keys.
-DERIVED: dict[str, Callable[[Config], Any]] = {
-    "load_in_4bit": lambda c: c.adapter == "qlora",
-    "lora_target_linear": lambda c: not c.lora_target_modules,
-    "chat_template": lambda c: "jinja" if c.chat_template_jinja else None,
-    "gradient_checkpointing": lambda c: bool(c.fsdp_config and c.fsdp_config.activation_checkpointing),
-    "eval_sample_packing": lambda c: c.sample_packing,
-    "eval_batch_size": lambda c: c.micro_batch_size,
-    "use_wandb": lambda c: bool(c.wandb_project),
-    "load_best_model_at_end": lambda c: bool(c.early_stopping_patience),
-    "eval_strategy": lambda c: _cadence(c.evals_per_epoch, c.eval_steps) if _evaluates(c) else "no",
-    "save_strategy": lambda c: _cadence(c.saves_per_epoch, c.save_steps),
-}
-
-# What to say, and when: each of these ends the run before it starts.
-CHECKS: dict[str, Callable[[Config], Any]] = {
-    "adapter: qlora trains over a 4-bit base, but load_in_4bit is false. Write load_in_4bit: true, or adapter: lora "
-    "for a base in 16 bits.": lambda c: c.adapter == "qlora" and not c.load_in_4bit,
-    "lora_r is missing: an adapter has a rank, and no default fits every model. Write for example "
-    "lora_r: 16.": lambda c: not (c.lora_r or c.lora_model_dir),
-    "lora_alpha is missing: the update is scaled by lora_alpha / lora_r. Write for example lora_alpha: 32.": lambda c: (
-        not (c.lora_alpha or c.lora_model_dir)
-    ),
-    "lora_target_linear is false and lora_target_modules names no layer, so nothing would be trained. Write "
-    "lora_target_linear: true, or name layers.": lambda c: not (c.lora_target_linear or c.lora_target_modules),
-    "chat_template is jinja, but no template is given. Write it, or the path of a file with it, as "
-    "chat_template_jinja.": lambda c: any(
-        part.chat_template == "jinja" and not part.chat_template_jinja for part in (c, *c.datasets, *c.test_datasets)
-    ),
-    "offload_params keeps each GPU's part of the base in host memory, and with fsdp: replicate there are no parts. "
-    "Write fsdp: full_shard, or leave out offload_params.": lambda c: c.offload_params and c.sharding == "replicate",
-    "eval_strategy contradicts its counts: epoch goes without them, steps needs evals_per_epoch or eval_steps. "
-    "Remove it, or correct them.": lambda c: (
-        _evaluates(c) and not _fits(c.eval_strategy, c.evals_per_epoch, c.eval_steps)
-    ),
-    "save_strategy contradicts its counts: epoch goes without them, steps needs saves_per_epoch or save_steps. "
-    "Remove it, or correct them.": lambda c: not _fits(c.save_strategy, c.saves_per_epoch, c.save_steps),
-    "eval_steps and save_steps are whole numbers of steps, or a share below 1 of all. Write a whole "
-    "number.": lambda c: any((steps or 0) > 1 and steps != int(steps) for steps in (c.eval_steps, c.save_steps)),
-    "val_set_size is a whole number of rows, or a share below 1 of all. Write a whole number.": lambda c: (
-        c.val_set_size > 1 and c.val_set_size != int(c.val_set_size)
-    ),
-    "early_stopping_patience and load_best_model_at_end need evaluations, and there are none. Set val_set_size or "
-    "test_datasets, and an eval_strategy other than no.": lambda c: (
-        (c.early_stopping_patience or c.load_best_model_at_end) and (not _evaluates(c) or c.eval_strategy == "no")
-    ),
-    "cosine_min_lr_ratio has a meaning for lr_scheduler: cosine only. Remove it, or choose cosine.": lambda c: (
-        c.cosine_min_lr_ratio is not None and c.lr_scheduler != "cosine"
-    ),
-}
-
-# What a reader who comes from Axolotl would not expect, said once at start when it matters.
-DIFFERENCES: dict[str, Callable[[Config], Any]] = {
-    "loss is one mean over all supervised tokens of an optimizer step; Axolotl averages the means of its "
-    "micro-batches": lambda c: c.gradient_accumulation_steps > 1,
-    "gathered weights that are kept from forward to backward take the memory of the whole base, so every GPU holds "
-    "all of it": lambda c: c.sharding == "replicate" and not {"replicate", "no_shard"} & set(c.fsdp),
-    "nothing will be evaluated: there is neither val_set_size nor test_datasets": lambda c: (
-        not _evaluates(c) and (c.evals_per_epoch or c.eval_steps)
-    ),
-}
 
 
 # ------------------------------------------------------------------------------------------------ from text to a Config

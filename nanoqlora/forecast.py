@@ -24,7 +24,7 @@ from . import distributed
 from .cli import UserError
 from .evaluate import score_samples
 from .model import ModelConfig
-from .optim import state_bytes
+from .optim import set_learning_rate, state_bytes
 from .stats import GIB, memory_figures
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _trial_step(run: "Run") -> tuple[float, int]:
         run.optimizer.state[run.flat] = {"stand_in": torch.empty(num_bytes, dtype=torch.uint8, device=run.device)}
         return 0.0, num_bytes
     run.flat.grad.zero_()
-    run.optimizer.param_groups[0]["lr"] = 0.0  # value - 0 * update: every bit stays
+    set_learning_rate(run.optimizer, 0.0)  # value - 0 * update: every bit stays
 
     def step() -> None:
         distributed.sum_over_ranks(run.flat.grad)
@@ -157,8 +157,7 @@ def _trial_step(run: "Run") -> tuple[float, int]:
 
     timed(step, run.device)  # makes the state
     seconds = timed(step, run.device)
-    state = run.optimizer.state[run.flat]
-    return seconds, sum(x.nbytes for x in state.values() if torch.is_tensor(x))
+    return seconds, sum(x.nbytes for state in run.optimizer.state.values() for x in state.values())
 
 
 def _evaluation_s(run: "Run") -> float:

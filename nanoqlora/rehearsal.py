@@ -71,16 +71,20 @@ def save_and_resume(run: "Run", folder: Path) -> None:
     config = replace(run.config, output_dir=str(folder), resume_from_checkpoint=str(folder / "checkpoint-1"))
     mine = replace(run, config=config, metrics=Metrics(folder / "metrics.jsonl", writes=run.rank == 0))
     run.optimizer.step()  # with a rate of 0, as forecast.py left it: only to have a state
-    values, state = run.flat.detach().clone(), run.optimizer.state_dict()["state"]
-    tensors = [x.clone() for x in state[0].values() if torch.is_tensor(x)]
+    values, before = run.flat.detach().clone(), state_tensors(run.optimizer)
     save_checkpoint(mine, 1)
     run.flat.data.zero_()
     with distributed.together():
         load_checkpoint(mine)
-    again = [x for x in run.optimizer.state_dict()["state"][0].values() if torch.is_tensor(x)]
-    same = all(torch.equal(old.cpu(), new.cpu()) for old, new in zip(tensors, again, strict=True))
+    same = all(torch.equal(old, new) for old, new in zip(before, state_tensors(run.optimizer), strict=True))
     if not (same and torch.equal(run.flat, values)):
         raise RuntimeError("the checkpoint that was just written is read back with other values")
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Copies of everything that an optimizer keeps, on the CPU."""
+    states = optimizer.state_dict()["state"].values()
+    return [x.detach().to("cpu", copy=True) for state in states for x in state.values() if torch.is_tensor(x)]
 
 
 def keep_first_block(run: "Run", tokenizer: Tokenizer, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every key of config.py, every row of key_fates.py, and the door in front of it: types, ranges, spelling, lines."""
+"""Every key, every rule between keys, every table of other keys; and their door: types, ranges, spelling, lines."""
 
 import dataclasses
 import re
@@ -13,9 +13,6 @@ import yaml
 from nanoqlora import typed_yaml
 from nanoqlora.cli import UserError
 from nanoqlora.config import (
-    CHECKS,
-    DERIVED,
-    EXCLUSIVE,
     BnbConfig,
     Config,
     DatasetConfig,
@@ -25,6 +22,7 @@ from nanoqlora.config import (
     load_config,
     make_config,
 )
+from nanoqlora.config_rules import CHECKS, DERIVED, EXCLUSIVE
 from nanoqlora.typed_yaml import Option, fate_of
 
 ROOT = Path(__file__).parent.parent

@@ -118,11 +118,15 @@ def test_measuring_leaves_no_trace(monkeypatch):
     """Values, gradients, optimizer and random state are as before, down to the bit."""
     run = fake_run([10, 20, 30], 1)
     state, before = torch.random.get_rng_state(), run.flat.detach().clone()
+    faster = torch.nn.Parameter(torch.ones(3))  # as LoRA+ has it: a second group with a rate of its own
+    faster.grad = torch.ones(3)
+    run.optimizer.add_param_group({"params": [faster], "lr_ratio": 16})
 
     def forward_backward(run, *_):
         run.flat.grad += 3.0
 
     measure(run, forward_backward, 0, 0)
+    assert torch.equal(faster, torch.ones(3))
     assert torch.equal(run.flat, before) and not run.flat.grad.any() and not run.optimizer.state
     assert torch.equal(torch.random.get_rng_state(), state)
 

@@ -35,6 +35,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 import nanoqlora as nq
 import train
 from nanoqlora.adapter import load_adapter
+from nanoqlora.cadence import due
 from nanoqlora.checkpoint import load_model
 from nanoqlora.cli import run_command
 from nanoqlora.config import load_config, make_config
@@ -545,7 +546,7 @@ def test_short_gradients_are_not_clipped_and_zero_means_never():
 def test_when_something_is_due(options, expected):
     """Three epochs of five steps."""
     plan = [Step([], epoch + i / 5) for epoch in range(3) for i in range(1, 6)]
-    assert [step for step in range(1, 16) if train.due(step, plan, *options)] == expected
+    assert [step for step in range(1, 16) if due(step, plan, *options)] == expected
 
 
 # ------------------------------------------------------------------------------------------------ stop and go on

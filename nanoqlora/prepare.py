@@ -38,6 +38,7 @@ from .tokenizer import Tokenizer
 
 SMALL = 8 << 20  # bytes of data; below, to start processes takes longer than the work
 PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when the one that started it ends
+SOURCE = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))  # as it is when imported
 NAMED = 5  # rows that are named of those to which something happened
 
 
@@ -161,8 +162,7 @@ def _key(encoding: Encoding, files: list[DataFile], hashes: dict[str, str]) -> s
     digest.update(f"{encoding.prompt_format} {encoding.sequence_len} {encoding.strategy}\n".encode())
     template = encoding.prompt_format and encoding.prompt_format.jinja(encoding.tokenizer)
     digest.update(f"{date.today() if 'strftime_now' in (template or '') else ''}\n".encode())  # it may write the date
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
+    digest.update(SOURCE)
     for package in ("tiktoken", "sentencepiece", "jinja2"):
         digest.update(version(package).encode())
     return digest.hexdigest()[:32]

@@ -230,6 +230,7 @@ CHANGES = {
     "tokenizer": lambda path: {"tokenizer": replace(BYTES, eos_id=65)},
     "length": lambda path: {"sequence_len": 19},
     "strategy": lambda path: {"strategy": "truncate"},
+    "code": lambda path: {},
 }
 
 
@@ -237,6 +238,8 @@ CHANGES = {
 def test_prepared_data_is_never_stale(data, change, monkeypatch):
     """Whatever changes, nothing is taken from the folder; even if the file's size and time are as before."""
     prepared(data)
+    if change == "code":
+        monkeypatch.setattr(prepare, "SOURCE", b"of another version")
     times = data.stat()
     options = CHANGES[change](data)
     os.utime(data, ns=(times.st_atime_ns, times.st_mtime_ns))

@@ -88,37 +88,26 @@ def step_bytes(model: Llama, N: int, keeps: Sequence[Keep], optimizer_bytes: flo
     return base + int(trained * (8 + optimizer_bytes)) + kept + rebuilt + max(loss, turn + again)
 
 
-def choose_keeps(model: Llama, N: int, budget: int, optimizer_bytes: float = 8) -> list[Keep]:
+def choose_keeps(model: Llama, N: int, budget: int, optimizer_bytes: float = 8, host_bytes: int = 0) -> list[Keep]:
     """The most that the blocks can keep within `budget` bytes for the whole step; all "input" if even that is more.
 
     Moving is cheaper than multiplying again, as long as it hides: gate and up of an 8B block take 9 ms to the host at
-    50 GB/s, two blocks' forward passes 11 ms. So every other block may put them there, on a GPU whose host has the
-    memory. The multiplications saved for a byte kept are about the same for every part of a block, except that "input"
-    also repeats attention; so all other blocks go to "no_mlp" before the first goes to "input".
+    50 GB/s, two blocks' forward passes 11 ms. So every other block may put them there, within `host_bytes`. The
+    multiplications saved for a byte kept are about the same for every part of a block, except that "input" also
+    repeats attention; so all other blocks go to "no_mlp" before the first goes to "input".
     """
-    L, config = model.config.num_hidden_layers, model.config
+    L = model.config.num_hidden_layers
+    moved = 2 * model.config.intermediate_size * N * model.model.embed_tokens.weight.element_size()
+    movable = list(range(0, L - 1, 2))[: host_bytes // moved]
+    others = [block for block in range(L) if block not in movable]
+    changes: list[tuple[int, Keep]] = [(block, "mlp_host") for block in movable]
+    changes += [(block, "no_mlp") for block in others]
+    changes += [(block, "input") for block in (*others, *movable)]
     keeps: list[Keep] = ["all"] * L
-    if step_bytes(model, N, keeps, optimizer_bytes) <= budget:
-        return keeps
-    moved = 2 * config.intermediate_size * N * model.model.embed_tokens.weight.element_size()
-    movable = range(0, L - 1, 2) if model.model.norm.weight.is_cuda else range(0)
-    if len(movable) * moved * 2 > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        movable = range(0)
-    for block in movable:
-        keeps[block] = "mlp_host"
+    for block, less in changes:
         if step_bytes(model, N, keeps, optimizer_bytes) <= budget:
-            return keeps
-    for block in range(L):
-        if keeps[block] == "all":
-            keeps[block] = "no_mlp"
-            if step_bytes(model, N, keeps, optimizer_bytes) <= budget:
-                return keeps
-    for less in ("no_mlp", "mlp_host"):
-        for block in range(L):
-            if keeps[block] == less:
-                keeps[block] = "input"
-                if step_bytes(model, N, keeps, optimizer_bytes) <= budget:
-                    return keeps
+            break
+        keeps[block] = less
     return keeps
 
 
@@ -193,7 +182,9 @@ def keeps_for(
         return ["offload"] * (L - 1) + ["input"]
     if str(checkpointing).lower() != "auto" or (device.type != "cuda" and not budget):
         return ["input" if str(checkpointing).lower() == "true" else "all"] * L
-    return choose_keeps(model, N, budget or gpu_budget(device), optimizer_bytes)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    host_bytes = free // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if device.type == "cuda" else 0
+    return choose_keeps(model, N, budget or gpu_budget(device), optimizer_bytes, host_bytes)
 
 
 def dense_fits(model: Llama) -> bool:

@@ -1,0 +1,44 @@
+"""What each block keeps under a limit of memory: as much as fits, and the cheapest sacrifice first."""
+
+import pytest
+from tiny import save_random_llama
+
+import nanoqlora as nq
+from nanoqlora.plan import choose_keeps, step_bytes
+
+N, L = 512, 7
+COST = {"all": 0, "mlp_host": 1, "no_mlp": 2, "input": 3}  # what a block that keeps no more has to do again
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_random_llama(folder, num_hidden_layers=L)
+    model = nq.Llama.from_pretrained(folder, load_in_4bit=True)
+    nq.inject_lora(model, r=8, alpha=8)
+    return model
+
+
+@pytest.mark.parametrize("host_bytes", [0, 2**40])
+def test_smaller_limits_are_met_at_higher_cost(model, host_bytes):
+    most = step_bytes(model, N, ["all"] * L)
+    least = step_bytes(model, N, ["input"] * L)
+    before = 0
+    for budget in range(most, least - 1, (least - most) // 40):
+        keeps = choose_keeps(model, N, budget, host_bytes=host_bytes)
+        assert step_bytes(model, N, keeps) <= budget, (budget, keeps)
+        cost = sum(COST[keep] for keep in keeps)
+        assert cost >= before, "a smaller limit may not be cheaper"
+        before = cost
+    assert choose_keeps(model, N, most, host_bytes=host_bytes) == ["all"] * L
+    assert choose_keeps(model, N, 0, host_bytes=host_bytes) == ["input"] * L, "the least, if nothing fits"
+
+
+def test_nothing_is_multiplied_twice_while_the_host_has_room(model):
+    """Every other block may move gate and up, and not the last, whose backward pass comes at once."""
+    wanted = ["mlp_host", "all", "mlp_host", "all", "mlp_host", "all", "all"]
+    budget = step_bytes(model, N, wanted)
+    assert choose_keeps(model, N, budget, host_bytes=2**40) == wanted
+    assert "mlp_host" not in choose_keeps(model, N, budget, host_bytes=0)
+    one = choose_keeps(model, N, budget, host_bytes=int(1.5 * 2 * model.config.intermediate_size * N * 4))
+    assert one.count("mlp_host") == 1

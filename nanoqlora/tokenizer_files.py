@@ -186,25 +186,27 @@ def read_gguf_metadata(metadata: dict[str, Any], path: Path) -> Fields:
 
     is_sentencepiece = get("model") == "llama"
     pre = SENTENCEPIECE if is_sentencepiece else get("pre")
-    if get("model") not in ("gpt2", "llama") or pre not in (SENTENCEPIECE, *SPLIT_RULES):
+    if not is_sentencepiece and (get("model") != "gpt2" or pre not in SPLIT_RULES):
         raise UserError(
             f"{path}: the tokenizer's model is {get('model')!r} and its split rule {get('pre')!r}. They decide which "
             "ids a text gets. Use a file with the model 'llama' (sentencepiece), or with 'gpt2' (byte-level BPE) and "
             f"one of {', '.join(SPLIT_RULES)}."
         )
-    needed = "scores" if is_sentencepiece else "merges"
-    if not get("tokens") or get(needed) is None:
-        raise UserError(f"{path}: there are no tokens or no {needed}. BPE needs both. Use the file of a whole model.")
-    unsaid = {"bos": 1, "eos": 2, "unknown": 0} if is_sentencepiece else {}
+    for needed in ("tokens", "token_type", "scores" if is_sentencepiece else "merges"):
+        if not get(needed):
+            raise UserError(
+                f"{path}: there is no tokenizer.ggml.{needed}. Without it text gets other ids, or special tokens are "
+                "taken for words. Use the file of a whole model, written by a llama.cpp of 2024 or later."
+            )
+    # What llama.cpp takes for the named tokens of a sentencepiece vocabulary where the file does not say.
+    unsaid = {"bos": 1, "eos": 2, "unk": 0} if is_sentencepiece else {}
     named = zip(NAMED_TOKENS, ("bos", "eos", "padding", "unknown"), strict=True)
-    ids = {f"{ours}_id": get(f"{theirs}_token_id") for ours, theirs in named}
-    ids |= {f"{ours}_id": unsaid.get(ours) for ours in NAMED_TOKENS if ids[f"{ours}_id"] is None}
-    if is_sentencepiece and ids["unk_id"] is None:
-        ids["unk_id"] = 0
+    said = {ours: get(f"{theirs}_token_id") for ours, theirs in named}
+    ids = {f"{name}_id": unsaid.get(name) if id is None else id for name, id in said.items()}
     fields = {
         "pre": pre,
         "vocab": list(get("tokens")),
-        "kinds": list(get("token_type") or [NORMAL] * len(get("tokens"))),
+        "kinds": list(get("token_type")),
         "merges": [] if is_sentencepiece else list(get("merges")),
         **ids,
         "chat_template": metadata.get("tokenizer.chat_template"),

@@ -25,6 +25,7 @@ from nanoqlora.gguf import write_gguf
 from nanoqlora.ollama import served_ids, tokenizer_metadata
 from nanoqlora.prompts import CHAT_TEMPLATES, PromptFormat
 from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from nanoqlora.tokenizer_files import read_gguf_metadata
 from nanoqlora.vocabulary import BYTE, CONTROL, UNKNOWN, USER_DEFINED
 
 LLAMA2_CHAT = (  # as Llama-2's: the system message lies within the first question, and every question has its BOS
@@ -325,6 +326,29 @@ def test_files_that_do_not_belong_together_are_refused(small, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             load_tokenizer(write_folder(tmp_path / "model", small, **config))
+
+
+def test_what_a_gguf_file_must_say(small, tmp_path):
+    tok = load_tokenizer(write_folder(tmp_path, small, legacy=True))
+    written = tokenizer_metadata(tok, COMPLETION, tok.vocab_size, tmp_path)
+    sound = {name: value for name, (_, value) in written.items()}
+    names = ("bos_token_id", "unknown_token_id", "add_bos_token", "add_space_prefix", "pre")
+    least = {name: value for name, value in sound.items() if name.removeprefix("tokenizer.ggml.") not in names}
+    for metadata in (sound, least):  # llama.cpp knows the rest of such a tokenizer by itself
+        again = Tokenizer(**read_gguf_metadata(metadata, tmp_path))
+        assert replace(again, chat_template=None) == tok
+    for name, value, said in (
+        ("token_type", None, "no tokenizer.ggml.token_type"),
+        ("tokens", [], "no tokenizer.ggml.tokens"),
+        ("scores", None, "no tokenizer.ggml.scores"),
+        ("scores", [0.0], "900 tokens and 1 scores"),
+        ("token_type", [1] * 900, "0 tokens of single bytes"),
+        ("eos_token_id", 900, "the eos token has id 900 of 900"),
+        ("model", "gpt2", "its split rule 'default'"),
+        ("model", "bert", "the tokenizer's model is 'bert'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            read_gguf_metadata(sound | {f"tokenizer.ggml.{name}": value}, tmp_path)
 
 
 def test_no_damage_to_json_ends_in_a_traceback(small, tmp_path):

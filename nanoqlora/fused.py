@@ -79,10 +79,12 @@ class Group:
             layer.rebuild_into(rows)
             layer.dense = rows
 
-    def weight(self, dtype: torch.dtype, fold: bool) -> Tensor:
+    def weight(self, dtype: torch.dtype, fold: bool, backward: bool = False) -> Tensor:
         """Wx (n_out + side, n_in + side), with the update in W if `fold`. Read it before the next one is asked for."""
         device = self.layers[0].lora_A.device
         kept = self.dense is not None and not fold
+        if kept and backward:
+            return self.dense  # the adapters lie there since the forward pass
         wx = self.dense if kept else scratch(self.n_out + self.side, self.n_in + self.side, dtype, device)
         w, B = wx[: self.n_out].split([self.n_in, self.side], dim=1)
         A, first = self.rows_of_A(wx), 0
@@ -123,7 +125,7 @@ class Group:
 
     def backward_x(self, dy: Tensor, fold: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """dx (N, n_in) and dxa (N, R), slices of one tensor; and A (R, n_in) unless folded: dx lacks dxa A then."""
-        wx = self.weight(dy.dtype, fold)
+        wx = self.weight(dy.dtype, fold, backward=True)
         both = dy @ wx[: self.n_out]
         A = None if fold else self.rows_of_A(wx)
         return both[:, : self.n_in], both[:, self.n_in : self.n_in + self.R], A

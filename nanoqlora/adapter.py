@@ -143,7 +143,7 @@ def read_updates(folder: str | Path) -> tuple[dict[str, Any], dict[str, Update]]
         UserError: as `read_adapter`, or tensors that are no whole update.
     """
     config, state = read_adapter(folder)
-    path = Path(folder) / "adapter_model.safetensors"
+    path = local_path(folder, ADAPTER_FILES) / "adapter_model.safetensors"
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.({'|'.join(map(re.escape, PARTS.values()))})", key)
@@ -180,7 +180,7 @@ def load_adapter(model: Llama, folder: str | Path, dropout: float = 0.0) -> None
         UserError: as `read_updates`, or the adapter does not fit the model.
     """
     config, updates = read_updates(folder)
-    path = Path(folder) / "adapter_model.safetensors"
+    path = local_path(folder, ADAPTER_FILES) / "adapter_model.safetensors"
     linears = dict(block_linears(model))
     model.requires_grad_(False)
     for name, update in updates.items():

@@ -41,12 +41,17 @@ class Weights(Protocol):
 
 
 def open_weights(path: str | Path) -> Weights:
-    """Open a Hugging Face or Meta folder, a .gguf file, or a model by its hub name, without reading its weights."""
+    """Open a Hugging Face or Meta folder, a .gguf file, or a model by its hub name, without reading its weights.
+
+    Raises:
+        UserError: nothing of these, or by configuration and names of tensors no Llama that can be built here.
+    """
     path = local_path(path)
-    if path.is_dir():
-        return MetaWeights(path) if is_meta_folder(path) else FolderWeights(path)
-    if path.is_file() and path.suffix == ".gguf":
-        return GGUFWeights(path)
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        kind = GGUFWeights if path.is_file() else MetaWeights if is_meta_folder(path) else FolderWeights
+        weights = kind(path)
+        check_names(weights, expected_names(model_config(weights.config, weights.where)), path)
+        return weights
     found = "a file of another kind" if path.exists() else "nothing"
     raise UserError(
         f"model {path}: found {found} there. A model is a folder with config.json and *.safetensors, or a .gguf file; "
@@ -240,7 +245,6 @@ def open_model(
         return w if load_in_4bit and block_of(name) is not None else w.to(dtype)
 
     config = model_config(weights.config, weights.where)
-    check_names(weights, expected_names(config), path)
     options = {"load_in_4bit": load_in_4bit, "double_quant": double_quant, "dtype": dtype, "device": device}
     try:
         return empty_model(config, load, **options)

@@ -22,7 +22,7 @@ TOKENIZER_FILES = (
 )
 # Not the second copies that some models bring: Mistral's consolidated.safetensors, Meta's original/, *.bin.
 MODEL_FILES = (*TOKENIZER_FILES, "model*.safetensors", "model.safetensors.index.json")
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "prompt.json")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES)
 
 
 def is_hub_name(path: str | Path) -> bool:

@@ -11,6 +11,7 @@ from . import distributed
 from .adapter import load_adapter
 from .checkpoint import load_model
 from .cli import UserError
+from .hub import ADAPTER_FILES, local_path
 from .model import KVCache, Llama
 from .prompts import PromptFormat
 from .qlora import dense_weights
@@ -34,13 +35,15 @@ def load_for_use(args: argparse.Namespace) -> Usable:
         model = load_model(args.model, load_in_4bit=args.load_in_4bit, dtype=dtype, device=device)
     except ValueError as error:  # a width that four bits cannot split
         raise UserError(str(error)) from error
-    tokenizer = load_tokenizer(args.model, args.adapter)
+    adapter = args.adapter and local_path(args.adapter, ADAPTER_FILES)
+    tokenizer = load_tokenizer(args.model, adapter)
     check_vocabulary(tokenizer, model.config.vocab_size, args.model)
-    if args.adapter:
-        load_adapter(model, args.adapter)
+    if adapter:
+        load_adapter(model, adapter)
     model.requires_grad_(False).eval()
-    folders = [folder for folder in (args.adapter, args.model) if folder and (Path(folder) / "prompt.json").exists()]
-    prompt_format = PromptFormat.from_json((Path(folders[0]) / "prompt.json").read_text("utf-8")) if folders else None
+    files = [Path(folder) / "prompt.json" for folder in (adapter, local_path(args.model)) if folder]
+    prompts = [PromptFormat.from_json(file.read_text("utf-8")) for file in files if file.exists()]
+    prompt_format = prompts[0] if prompts else None
     return Usable(model, tokenizer, prompt_format)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from test_train import (
     Ended,
@@ -249,6 +250,7 @@ def test_damaged_adapter(world, command, file, share):
     assert snapshot(world.root) == before
 
 
+ONE = torch.ones(1)
 MODELS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "no configuration": (lambda model: (model / "config.json").unlink(), ["config.json"]),
     "half a configuration": (lambda model: cut(model / "config.json", 0.5), ["config.json", "JSON"]),
@@ -257,6 +259,26 @@ MODELS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "other architecture": (
         lambda model: change_json(model / "config.json", architectures=["Qwen3ForCausalLM"]),
         ["Qwen3ForCausalLM"],
+    ),
+    "RoPE type": (
+        lambda model: change_json(model / "config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+        ["config.json", "rope_parameters.rope_type", "yarn"],
+    ),
+    "quantised already": (
+        lambda model: change_json(model / "config.json", quantization_config={"quant_method": "awq"}),
+        ["config.json", "quantization_config.quant_method", "awq"],
+    ),
+    "a part missing": (
+        lambda model: write_index(model, {"model.norm.weight": "model-00002-of-00002.safetensors"}),
+        ["model-00002-of-00002.safetensors", "index.json"],
+    ),
+    "an index that leads out": (
+        lambda model: write_index(model, {"model.norm.weight": "../secret.safetensors"}),
+        ["index.json", "../secret.safetensors"],
+    ),
+    "a bias": (
+        lambda model: change_weights(model, lambda s: s.update({"model.layers.0.mlp.up_proj.bias": ONE})),
+        ["up_proj.bias", "no place"],
     ),
     "other shape": (lambda model: change_json(model / "config.json", intermediate_size=64), ["gate_proj", "64"]),
     "more tokens than vectors": (lambda model: shrink_embedding(model, 290), ["300", "290"]),
@@ -268,6 +290,10 @@ def change_weights(model: Path, change: Callable[[dict], object]) -> None:
     state = load_file(model / "model.safetensors")
     change(state)
     save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_index(model: Path, weight_map: dict[str, str]) -> None:
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def shrink_embedding(model: Path, rows: int) -> None:

@@ -14,9 +14,10 @@ import pytest
 import torch
 from conftest import ROOT
 from huggingface_hub import constants
-from test_train import save_tiny_model
+from test_train import run_here, save_random_adapter, save_tiny_model
 
 import nanoqlora as nq
+from nanoqlora import chat
 from nanoqlora.cli import UserError
 from nanoqlora.data_files import find_files
 from nanoqlora.hub import hub_files, is_hub_name
@@ -159,6 +160,22 @@ def test_a_model_by_its_name(hub, model_files, tmp_path, monkeypatch):
         ids = nq.load_tokenizer("someone/tiny-llama").encode("Who sails?")
     assert ids == nq.load_tokenizer(tmp_path / "here").encode("Who sails?")
     assert len(hub.log) == before
+
+
+def test_an_adapter_by_its_name(hub, tmp_path):
+    """Model and adapter from the hub answer as the same files from folders do."""
+    for name, data in hub.files["someone/tiny-llama"].items():
+        if "/" not in name and b"must not" not in data:
+            (tmp_path / "here").mkdir(exist_ok=True)
+            (tmp_path / "here" / name).write_bytes(data)
+    adapter = save_random_adapter(tmp_path / "here", tmp_path / "adapter")
+    hub.files["someone/voice"] = {file.name: file.read_bytes() for file in adapter.iterdir()}
+    question = ("--prompt", "Who sails?", "--temperature", 0, "--max_new_tokens", 8, "--bf16", "false")
+    named = run_here(chat.main, "--model", "someone/tiny-llama", "--adapter", "someone/voice", *question)
+    local = run_here(chat.main, "--model", tmp_path / "here", "--adapter", adapter, *question)
+    alone = run_here(chat.main, "--model", tmp_path / "here", *question)
+    assert named.code == local.code == 0, named.err
+    assert named.out == local.out != alone.out
 
 
 def test_a_data_set_by_its_name(hub):

@@ -2,7 +2,7 @@
 
 import pytest
 from parity import TOLERANCES, compare
-from test_train import save_tiny_model
+from test_train import one_thread, save_tiny_model  # noqa: F401
 
 
 @pytest.fixture(scope="module")

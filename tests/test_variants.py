@@ -9,7 +9,16 @@ import torch
 import transformers
 from peft.optimizers import create_loraplus_optimizer
 from test_qlora import TOKENS, dequantised_copy, randomise
-from test_train import alpaca_rows, run_here, save_random_adapter, save_tiny_model, steps_of, write_rows, write_run
+from test_train import (  # noqa: F401
+    alpaca_rows,
+    one_thread,
+    run_here,
+    save_random_adapter,
+    save_tiny_model,
+    steps_of,
+    write_rows,
+    write_run,
+)
 from tiny import save_random_llama
 from transformers.integrations.neftune import neftune_post_forward_hook
 

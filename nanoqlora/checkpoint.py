@@ -193,16 +193,16 @@ def check_names(weights: Weights, expected: list[str], path: str | Path) -> None
     missing = [name for name in expected if name not in here]
     if missing:
         raise UserError(
-            f"{path}: {missing[0]} and {len(missing) - 1} more tensors are missing of those that {weights.where.name} "
-            f"asks for, and the model cannot be built without them. Get a whole checkpoint."
+            f"{path}: tensor {missing[0]} is missing, {len(missing)} in all, of the model that {weights.where.name} "
+            f"describes, and it cannot be built without them. Get a whole checkpoint."
         )
     # Angles can be computed, and the head of a tied model is its embedding.
     known = {*expected, "lm_head.weight"}
     left = sorted(name for name in here - known if not name.endswith("rotary_emb.inv_freq"))
     if left:
         raise UserError(
-            f"{path}: has a tensor {left[0]} and {len(left) - 1} more for which a plain Llama has no place, so without "
-            f"them the model would compute something else. Only LlamaForCausalLM without biases and extras is read."
+            f"{path}: tensor {left[0]} has no place in the model that {weights.where.name} describes, {len(left)} in "
+            f"all, and it would compute something else without them. Only a Llama without biases and extras is read."
         )
 
 

@@ -20,17 +20,10 @@ from .model import ModelConfig
 def plan_tensors(weights: Weights, config: ModelConfig, file_type: str, model: Path) -> list[gguf.NewTensor]:
     """Every tensor of the file, with its name, shape and type, in the order of the model; no weights are read yet."""
     shapes = gguf.tensor_shapes(config)
-    names = [name for name in weights.names() if not name.endswith("rotary_emb.inv_freq")]  # in old files, computed
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if config.tie_word_embeddings and head in names:
-        if torch.equal(weights.load(head), weights.load(embedding)):
-            names.remove(head)
-        else:  # trained apart from the embedding, whatever config.json says
-            shapes[head] = shapes[embedding]
-    for name in sorted(shapes.keys() ^ set(names)):
-        gguf.gguf_name(name)  # says so if no Llama has such a tensor
-        found = "is missing" if name in shapes else "has no place in the model"
-        raise UserError(f"{model}: tensor {name} {found} that config.json describes. Get a whole, matching checkpoint.")
+    if config.tie_word_embeddings and head in weights.names():
+        if not torch.equal(weights.load(head), weights.load(embedding)):
+            shapes[head] = shapes[embedding]  # trained apart from the embedding, whatever config.json says
 
     def produce(name: str, ggml_type: str) -> Tensor:
         """The bytes of one tensor, called when its turn to be written has come."""

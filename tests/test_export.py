@@ -413,7 +413,12 @@ WRONG = {
     "NaN": ({"model__norm__weight": torch.full((64,), torch.nan)}, {}, "Q8_0", "model.norm.weight holds NaN"),
     "too large": ({"lm_head__weight": torch.full((VOCAB, 64), 7e4)}, {}, "F16", "lm_head.weight holds.*export as bf16"),
     "missing": ({"lm_head__weight": None}, {}, "Q8_0", "lm_head.weight is missing"),
-    "more": ({"model__layers__0__mlp__up_proj__bias": torch.zeros(192)}, {}, "Q8_0", "up_proj.bias: not a part"),
+    "more": (
+        {"model__layers__0__mlp__up_proj__bias": torch.zeros(192)},
+        {},
+        "Q8_0",
+        "up_proj.bias has no place in the model",
+    ),
     "layers": ({}, {"num_hidden_layers": 1}, "Q8_0", r"model.layers.1.*has no place in the model"),
     "shape": ({}, {"intermediate_size": 96}, "Q8_0", r"has shape \(192, 64\), but config.json makes it \(96, 64\)"),
     "vocabulary": ({}, {"vocab_size": 1000}, "Q8_0", "49152 tokens and the embedding 1000 rows"),

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,7 @@ def loop(run: Run, start: int, stop: list[bool]) -> int:
     when_to_evaluate, when_to_save = set(evaluations(config, plan) if run.held_out else ()), set(saves(config, plan))
     watch, folder, step = Stopwatch(), Path(config.output_dir), start
     bar = tqdm(total=len(plan), initial=start, disable=run.rank != 0, unit="step", dynamic_ncols=True, smoothing=0.1)
+    above = partial(bar.write, file=sys.stderr) if run.rank == 0 else lambda _: None  # a line of its own above the bar
     for number in range(start, len(plan)):
         step = number + 1
         try:
@@ -173,7 +175,7 @@ def loop(run: Run, start: int, stop: list[bool]) -> int:
                     f"with a lower learning_rate, or set skip_nonfinite_steps: true."
                 ) from found
             run.metrics.write({"step": step, "skipped": str(found)})
-            bar.write(f"skipped {found}", file=sys.stderr)
+            above(f"skipped {found}")
             bar.update()
             continue
         watch.tokens += tokens
@@ -188,7 +190,7 @@ def loop(run: Run, start: int, stop: list[bool]) -> int:
             bar.set_postfix(loss=f"{loss:.3f}", norm=f"{grad_norm:.2f}", lr=f"{rate:.1e}", tok_s=f"{speed:.0f}")
         bar.update()
         if step in when_to_evaluate:
-            bar.write(f"step {step}: held-out loss {evaluate(run, step):.4f}", file=sys.stderr)
+            above(f"step {step}: held-out loss {evaluate(run, step):.4f}")
         # Any rank may have got the signal first; all of them stop after the same step.
         stopped = distributed.sum_over_ranks(torch.tensor(float(bool(stop)), device=run.device)).item() > 0
         is_best = config.load_best_model_at_end and step in when_to_evaluate and step == best_step(run.metrics.rows)
@@ -201,7 +203,7 @@ def loop(run: Run, start: int, stop: list[bool]) -> int:
                 f"--resume_from_checkpoint {folder / f'checkpoint-{step}'}"
             )
         if reason := reason_to_stop(config, run.metrics.rows):
-            bar.write(f"step {step}: ends here, {reason}", file=sys.stderr)
+            above(f"step {step}: ends here, {reason}")
             break
     bar.close()
     return step

@@ -61,7 +61,8 @@ def missing(key: str, package: str) -> UserError:
 
 
 def named(row: dict[str, Any]) -> dict[str, float]:
-    """The values of a row under the names of Hugging Face's trainer."""
+    """The numbers of a row under the names of Hugging Face's trainer."""
+    row = {name: value for name, value in row.items() if isinstance(value, int | float)}
     parts = {name: "eval/" + name.removeprefix("eval_") if name.startswith("eval_") else name for name in row}
     names = {name: part if "/" in part else f"train/{part}" for name, part in parts.items() if name != "step"}
     return {names[name]: row[name] for name in names}

@@ -26,6 +26,7 @@ ROW = {"step": 3, "loss": 2.5, "grad_norm": 0.5, "memory/max_rss_gib": 1.25}
 def test_names_are_those_of_hugging_face():
     assert named(ROW) == {"train/loss": 2.5, "train/grad_norm": 0.5, "memory/max_rss_gib": 1.25}
     assert named({"step": 3, "eval_loss": 1.0, "eval_perplexity": 2.7}) == {"eval/loss": 1.0, "eval/perplexity": 2.7}
+    assert named({"step": 3, "skipped": "step 3: the loss is nan"}) == {}
 
 
 def test_tensorboard_reads_what_metrics_jsonl_has(tmp_path):

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -162,6 +163,13 @@ def run_process(*words: object) -> Ended:
     command = [sys.executable, *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def assert_one_line_bar(err: str, num_steps: int) -> None:
+    """Every state of the bar is written over the one before; what is said above it has whole lines."""
+    states = [part for part in re.split("[\r\n]", err) if f"/{num_steps} [" in part]
+    assert len(states) > num_steps and f"{num_steps}/{num_steps} [" in states[-1]
+    assert sum(f"/{num_steps} [" in line for line in re.split("\n", err)) <= 1 + err.count(": held-out loss")
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -426,7 +434,7 @@ def test_accumulation_and_ranks_change_nothing(world, tmp_path):
     """
     data = write_rows(tmp_path / "data.jsonl", alpaca_rows(24, seed=2))
     keys = {"sequence_len": 512, "sample_packing": True, "num_epochs": 3, "lora_model_dir": str(world.adapter)}
-    keys |= {"test_datasets": world.tests, "eval_strategy": "no"}
+    keys |= {"test_datasets": world.tests, "eval_steps": 9}
     splits = {"4x1": (4, 1, 0.05), "1x4": (1, 4, 0.05), "ranks": (1, 2, 0.05), "no dropout": (4, 1, 0.0)}
     for name, (micro, accumulation, dropout) in splits.items():
         (tmp_path / name).mkdir()
@@ -436,8 +444,10 @@ def test_accumulation_and_ranks_change_nothing(world, tmp_path):
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
             ended = run_process(*launcher, "train.py", path)
             assert ended.out.count("trained values") == 1, "only rank 0 prints"
+            assert ended.err.count(": held-out loss") == 1, "there too"
         else:
             ended = run_here(train.main, path)
+            assert_one_line_bar(ended.err, num_steps=9)
         assert ended.code == 0, ended.err
     first, *others, without_dropout = (steps_of(tmp_path / name / "out") for name in splits)
     assert [line["epoch"] for line in first[:3]] == [round(share, 4) for share in (4 / 9, 8 / 9, 1)]

@@ -145,6 +145,9 @@ class Config:
     bnb_config_kwargs: BnbConfig = key("accepted: there is one way to quantise", BnbConfig())
     output_dir: str = key("folder of the adapter, checkpoints, metrics and report", "./model-out")
     special_tokens: SpecialTokens = key("tokens in place of the tokenizer's own", SpecialTokens())
+    tokens: tuple[str, ...] = key(
+        "more special tokens; the vocabulary must have them: the embedding is not trained", ()
+    )
     bf16: bool | Literal["auto"] = key("compute in bfloat16; auto: where the hardware has it, else float32", "auto")
     tf32: bool | Literal["auto"] = key("TensorFloat-32 for float32 products on a GPU", "auto")
     attn_implementation: Attention | None = key("wanted attention kernel; all of them are exact", None)

@@ -88,7 +88,7 @@ RUN = Fates(
         "one rank for all layers: write lora_r and lora_alpha": "lora_rank_pattern lora_alpha_pattern peft",
         "the adapter starts as in PEFT, B at zero: remove it": "peft_init_lora_weights reinit_weights",
         "embedding and head stay frozen: use tokens that the tokenizer has, such as its reserved ones, in "
-        "special_tokens or a chat template": "lora_modules_to_save tokens added_tokens_overrides "
+        "special_tokens or a chat template": "lora_modules_to_save added_tokens_overrides "
         "resize_token_embeddings_to_32x mean_resizing_embeddings shrink_embeddings fix_untrained_tokens "
         "peft_trainable_token_indices peft_ensure_weight_tying embedding_lr embedding_lr_scale",
         "mixtures of experts are not built in: use a dense Llama or Mistral": "quantize_moe_experts "

@@ -95,9 +95,10 @@ def tokenizer_of(config: Config) -> Tokenizer:
         unk_token=config.special_tokens.unk_token,
         additional_special_tokens=config.special_tokens.additional_special_tokens,
     )
-    for text in config.eot_tokens:
-        tokenizer.id_of_special(text, "eot_tokens")
-    return tokenizer
+    for key in ("tokens", "eot_tokens"):
+        for text in getattr(config, key):
+            tokenizer.id_of_special(text, key)
+    return tokenizer.with_special_tokens(config.tokens)
 
 
 def data_files(dataset: DatasetConfig) -> list[DataFile]:

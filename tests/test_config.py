@@ -287,7 +287,7 @@ def test_every_field_is_read_somewhere():
         re.findall(r"(?:\b(?:config|c|self|dataset)(?:\.special_tokens|\.fsdp_config)?\.|config\[\")(\w+)", code)
     )
     words |= {f"{name}_token" for name in ("bos", "eos", "pad", "unk")}  # the names are put together there
-    words |= {"ds_type", "data_files", "split", "name", "revision"}  # handed on together
+    words |= {"ds_type", "data_files", "split", "name", "revision", "tokens", "eot_tokens"}  # handed on together
     only_accepted = ("accepted", "wanted", "what is best")
     fields = [f for cls in (Config, DatasetConfig, SpecialTokens, FsdpConfig) for f in typed_yaml.keys_of(cls)]
     unread = [f.name for f in fields if f.name not in words and not f.metadata["meaning"].startswith(only_accepted)]

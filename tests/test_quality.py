@@ -195,10 +195,10 @@ def test_special_tokens_take_the_place_of_the_model_s_own(tmp_path):
     assert theirs.convert_tokens_to_ids("<|im_end|>") not in ids
 
 
-@pytest.mark.parametrize("key", ["special_tokens", "eot_tokens"])
+@pytest.mark.parametrize("key", ["special_tokens", "eot_tokens", "tokens"])
 def test_token_that_the_vocabulary_has_not(tmp_path, key):
     model, data = save_tiny_model(tmp_path / "model"), write_rows(tmp_path / "data.jsonl", alpaca_rows(4))
-    value = {"special_tokens": {"pad_token": "<pad>"}, "eot_tokens": ["<pad>"]}[key]
+    value = {"special_tokens": {"pad_token": "<pad>"}, "eot_tokens": ["<pad>"], "tokens": ["<pad>"]}[key]
     ended = run_here(train.main, write_run(tmp_path / "train.yml", model, data, **{key: value}))
     assert ended.code == 2 and ended.err.count("\n") == 1
     assert all(word in ended.err for word in (key, "'<pad>'", "not in the vocabulary", "<|im_end|>"))

@@ -38,9 +38,15 @@ def start() -> tuple[int, int, torch.device]:
         keep_freed_memory()
     global _heartbeat
     if ranks > 1:
-        on_gpu = {"backend": "nccl", "device_id": device}  # so that it is set up now, not at the first exchange
-        dist.init_process_group(**on_gpu if device.type == "cuda" else {"backend": "gloo"})
-        _heartbeat = Heartbeat(int(os.environ["RANK"]), ranks)
+        rank, attempt = int(os.environ["RANK"]), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        place = {"host_name": os.environ["MASTER_ADDR"], "port": int(os.environ["MASTER_PORT"])}
+        by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun keeps the store, not rank 0
+        store = dist.TCPStore(**place, is_master=rank == 0 and not by_agent, wait_for_workers=False)
+        # After a restart the addresses of those that are gone are still in it: each attempt has names of its own.
+        meeting = {"store": dist.PrefixStore(f"attempt{attempt}", store), "rank": rank, "world_size": ranks}
+        on_gpu = {"backend": "nccl", "device_id": device}  # with the device it is set up now, not at first use
+        dist.init_process_group(**meeting, **on_gpu if device.type == "cuda" else {"backend": "gloo"})
+        _heartbeat = Heartbeat(rank, ranks)
     return int(os.environ.get("RANK", "0")), ranks, device
 
 

@@ -16,6 +16,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 PAUSE_S, LIMIT_S = 1.0, 30.0
+LEFT = -(10**12)  # added to the count of a rank that is done
 
 
 class Heartbeat:
@@ -27,11 +28,14 @@ class Heartbeat:
         self.host, self.port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.counts, self.last_change = [0] * ranks, [time.monotonic()] * ranks
         self.last_answer, self.stopped = time.monotonic(), threading.Event()
-        for work in (self._talk, self._watch):
-            threading.Thread(target=work, daemon=True).start()
+        self.threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._watch)]
+        for thread in self.threads:
+            thread.start()
 
     def stop(self) -> None:
+        """Leave in order: the others will not miss this rank."""
         self.stopped.set()
+        self.threads[0].join(2 * PAUSE_S)
 
     def _talk(self) -> None:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # ranks that were restarted count anew
@@ -41,9 +45,10 @@ class Heartbeat:
                 store.add(f"alive/{attempt}/{self.rank}", 1)
                 for other in range(self.ranks):
                     count = store.add(f"alive/{attempt}/{other}", 0)
-                    if count != self.counts[other]:
+                    if count != self.counts[other] or count < 0:
                         self.counts[other], self.last_change[other] = count, time.monotonic()
                 self.last_answer = time.monotonic()
+            store.add(f"alive/{attempt}/{self.rank}", LEFT)
         except RuntimeError:
             return  # the store is gone, as `_watch` will see
 

@@ -1,0 +1,67 @@
+"""Ranks that fall silent are noticed and named; ranks that are done, or only slow to begin, are not."""
+
+import time
+
+import pytest
+import torch.distributed as dist
+
+from nanoqlora import heartbeat
+from nanoqlora.heartbeat import Heartbeat
+
+
+@pytest.fixture
+def store(monkeypatch) -> dist.TCPStore:
+    """As torchrun keeps one for its ranks; and everybody in a hurry."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    monkeypatch.setattr(heartbeat, "PAUSE_S", 0.05)
+    monkeypatch.setattr(heartbeat, "LIMIT_S", 1.0)
+    return server
+
+
+def watch_for(seconds: float, ended: list[int]) -> float:
+    """How long it took until somebody ended, at most `seconds`."""
+    start = time.monotonic()
+    while not ended and time.monotonic() - start < seconds:
+        time.sleep(0.02)
+    return time.monotonic() - start
+
+
+def test_a_rank_that_falls_silent_is_named_by_the_others(store, capfd):
+    ended: list[int] = []
+    ranks = [Heartbeat(rank, 3, ended.append) for rank in range(3)]
+    assert watch_for(2.0, ended) >= 2.0, "all are alive, for longer than the limit"
+    hanging = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+    ranks[1].stopped.set()  # its threads end; what it says on leaving is taken back, as if it had been killed
+    ranks[1].threads[0].join()
+    hanging.add("alive/0/1", -heartbeat.LEFT)
+    assert 0.8 < watch_for(5.0, ended) < 3.0
+    assert ended[0] == 1
+    line = capfd.readouterr().err.splitlines()[0]
+    assert line.startswith("error: rank ") and "rank 1 has given no sign of life for 1 s" in line
+    for rank in ranks:
+        rank.stop()
+
+
+def test_a_rank_that_is_done_is_not_missed(store, capfd):
+    ended: list[int] = []
+    first, second = (Heartbeat(rank, 2, ended.append) for rank in range(2))
+    time.sleep(0.2)
+    first.stop()
+    assert watch_for(2.0, ended) >= 2.0 and not capfd.readouterr().err
+    second.stop()
+
+
+def test_a_store_out_of_reach_ends_a_rank(store, monkeypatch, capfd):
+    """Its host is cut off: nothing comes back, and nothing says so."""
+    ended: list[int] = []
+    real = dist.TCPStore.add
+    cut_off: list[bool] = []
+    monkeypatch.setattr(dist.TCPStore, "add", lambda *args: time.sleep(3) if cut_off else real(*args))
+    only = Heartbeat(0, 1, ended.append)
+    assert watch_for(1.5, ended) >= 1.5
+    cut_off.append(True)
+    assert 0.8 < watch_for(5.0, ended) < 3.0
+    assert "the store on 127.0.0.1, where rank 0 is, cannot be reached for 1 s" in capfd.readouterr().err
+    only.stopped.set()

@@ -17,7 +17,8 @@ from nanoqlora.byte_pairs import merges_of
 from nanoqlora.chat_template import Messages
 from nanoqlora.cli import UserError
 from nanoqlora.gguf import Metadata
-from nanoqlora.prompts import PromptFormat, say
+from nanoqlora.messages import say
+from nanoqlora.prompts import PromptFormat
 from nanoqlora.sentencepieces import UNREACHED
 from nanoqlora.tokenizer import Tokenizer
 from nanoqlora.vocabulary import UNUSED

@@ -14,19 +14,19 @@ behind them counts, with its end token. Of a completion everything counts.
 
 The format is saved beside what was trained, as prompt.json: the same file that made the training tokens makes the
 prompt of a chat, and the template of an Ollama Modelfile (ollama.py). Left out: content in parts.
-Read next: masks.py; prepare.py, which has all rows of a run encoded.
+Read next: messages.py, masks.py; prepare.py, which has all rows of a run encoded.
 """
 
 import dataclasses
 import json
 import re
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from nanoqlora.chat_template import Messages
 from nanoqlora.cli import UserError
 from nanoqlora.masks import ENDS, encode_chat
+from nanoqlora.messages import check_order, messages_of, say, text_of, tools_of
 from nanoqlora.tokenizer import Tokenizer
 
 CHAT_TEMPLATES = {  # for models that bring none of their own; the tokenizer must know the special tokens
@@ -55,8 +55,6 @@ CHAT_TEMPLATES = {  # for models that bring none of their own; the tokenizer mus
         "{{ message['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
     ),
 }
-SAME_ROLE = {"human": "user", "gpt": "assistant"}  # names in data files -> names in templates
-DEFAULT_NAMES = {"role": "role", "content": "content"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +199,7 @@ class PromptFormat:
         if self.type == "completion":
             return None
         if self.type != "chat_template":
-            return say("user", _text(row, self._frame.field_instruction))
+            return say("user", text_of(row, self._frame.field_instruction))
         messages = self._messages(row)
         answer = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), 0)
         return messages[:answer] or None
@@ -215,7 +213,7 @@ class PromptFormat:
             UserError: the row is not of this format. It does not say which row: the caller knows the file and the line.
         """
         if self.type == "chat_template":
-            ids, mask = self._encode_chat(tok, self._messages(row), self._tools(row))
+            ids, mask = self._encode_chat(tok, self._messages(row), tools_of(row, self.field_tools))
         else:
             if tok.eos_id is None:
                 raise UserError(
@@ -234,11 +232,11 @@ class PromptFormat:
     def _texts(self, row: dict[str, Any]) -> tuple[str, str]:
         """What a row that is no chat prompts with, and what is to be written."""
         if self.type == "completion":
-            return "", _text(row, self.field)
+            return "", text_of(row, self.field)
         frame = self._frame
-        instruction, answer = _text(row, frame.field_instruction), _text(row, frame.field_output)
+        instruction, answer = text_of(row, frame.field_instruction), text_of(row, frame.field_output)
         context, system = (
-            _text(row, key, empty=True) if key and row.get(key) else ""
+            text_of(row, key, empty=True) if key and row.get(key) else ""
             for key in (frame.field_input, frame.field_system)
         )
         return frame.prompt(instruction, context, system), answer
@@ -248,45 +246,15 @@ class PromptFormat:
         return self.frame or FRAMES[self.type]
 
     def _messages(self, row: dict[str, Any]) -> Messages:
-        """The messages of a row, with the names that templates use, checked."""
-        given = row.get(self.field_messages)
-        if not isinstance(given, list) or not given:
+        messages = messages_of(row, self.field_messages, self.message_property_mappings, self.roles)
+        found = [message["role"] for message in messages]
+        if not set(found) & set(self.roles_to_train):
             raise UserError(
-                f"{self.field_messages} is {_show(given)}, not a list of messages. A chat template needs role and "
-                "content of each. Correct the row, or name the right column with field_messages."
+                f"no message has the role {' or '.join(self.roles_to_train)}, only {', '.join(dict.fromkeys(found))}. "
+                "There is nothing to learn from. Add an answer, or map the names with roles."
             )
-        names = DEFAULT_NAMES | self.message_property_mappings
-        roles = {theirs: ours for ours, all_theirs in self.roles.items() for theirs in all_theirs} or SAME_ROLE
-        messages = []
-        for i, message in enumerate(given):
-            if not isinstance(message, dict):
-                raise UserError(f"message {i + 1} is {_show(message)}, without role and content. Make it an object.")
-            message = {**message, **{ours: message.get(theirs) for ours, theirs in names.items()}}
-            role = _text(message, "role", f"message {i + 1}: ", called=names["role"])
-            calls = message.get("tool_calls")
-            if calls:
-                message["tool_calls"] = _parsed_arguments(calls, f"message {i + 1}: ")
-            if not (calls and message["content"] is None):
-                empty = role == "system" or bool(calls)  # an empty system message switches off a template's default one
-                _text(message, "content", f"message {i + 1}: ", called=names["content"], empty=empty)
-            messages.append({**message, "role": roles.get(role, role)})
-        if not any(message["role"] in self.roles_to_train for message in messages):
-            raise UserError(
-                f"no message has the role {' or '.join(self.roles_to_train)}, only "
-                f"{', '.join(dict.fromkeys(message['role'] for message in messages))}. There is nothing to learn from. "
-                "Add an answer, or map the names with roles."
-            )
-        _check_order([message["role"] for message in messages])
+        check_order(found)
         return messages
-
-    def _tools(self, row: dict[str, Any]) -> list[Any] | None:
-        """The tools of a row; a text is taken for JSON, as tables cannot hold objects of many shapes."""
-        tools = row.get(self.field_tools)
-        if isinstance(tools, str):
-            tools = _parsed(tools) if tools.strip() else None
-        if tools is not None and not isinstance(tools, list):
-            raise UserError(f"{self.field_tools} is {_show(tools)}, not a list of tools. Correct the row.")
-        return tools or None
 
     def _encode_chat(self, tok: Tokenizer, messages: Messages, tools: list[Any] | None) -> tuple[list[int], list[bool]]:
         (guarded, tools), mark = tok.guard([messages, tools])
@@ -296,71 +264,6 @@ class PromptFormat:
             return tok.render_chat(some, header, template, tools)
 
         return encode_chat(tok, render, guarded, mark, self.roles_to_train, self.train_on_eos)
-
-
-def _check_order(roles: list[str]) -> None:
-    """System first, question and answer in turn, tools after who called them; other roles as they like."""
-    for number, (before, role) in enumerate(pairwise(roles), start=2):
-        what = ""
-        if role == "system":
-            what = "a system message stands at the beginning"
-        elif role == before and role in ("user", "assistant"):
-            what = "questions and answers take turns"
-        elif role == "tool" and before not in ("assistant", "tool"):
-            what = "a tool answers the assistant that called it"
-        if what:
-            raise UserError(
-                f"message {number}: the role {role} behind {before}, but {what}. A model trained on another order "
-                "learns to talk out of turn. Correct the row, join the two messages, or map the names with roles."
-            )
-
-
-def _parsed(text: str) -> Any:
-    """What a text says as JSON; the text itself if it is none."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def _parsed_arguments(calls: Any, where: str) -> list[Any]:
-    """Tool calls whose arguments are objects; many files have them as texts, which templates would quote once more."""
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise UserError(f"{where}tool_calls is {_show(calls)}, not a list of calls. Correct the row.")
-    parsed = []
-    for call in calls:
-        inner = call.get("function") if isinstance(call.get("function"), dict) else call
-        if isinstance(inner.get("arguments"), str):
-            inner = {**inner, "arguments": _parsed(inner["arguments"])}
-        parsed.append({**call, "function": inner} if "function" in call else inner)
-    return parsed
-
-
-def say(*turns: str) -> Messages:
-    """Messages from role, content, role, content, ..."""
-    return [{"role": role, "content": content} for role, content in zip(turns[::2], turns[1::2], strict=True)]
-
-
-def _text(row: dict[str, Any], key: str, where: str = "", called: str = "", empty: bool = False) -> str:
-    """A text of a row, checked."""
-    text = row.get(key)
-    if not isinstance(text, str) or not (text.strip() or empty):
-        raise UserError(
-            f"{where}{called or key} is {_show(text)}, and it must be a text that is not empty: it becomes tokens. "
-            "Correct the row or take it out."
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}{called or key} holds half of a surrogate pair, which is no character and has no UTF-8 bytes. "
-            "Correct the row or take it out."
-        ) from error
-    return text
-
-
-def _show(value: Any) -> str:
-    return "missing" if value is None else f"{type(value).__name__} {json.dumps(value, default=str)[:60]}"
 
 
 def detect_format(row: dict[str, Any]) -> PromptFormat:

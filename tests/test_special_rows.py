@@ -11,7 +11,8 @@ from tiny import save_random_llama
 from nanoqlora.checkpoint import open_weights
 from nanoqlora.cli import UserError
 from nanoqlora.data import SUPERVISED, Samples
-from nanoqlora.prompts import CHAT_TEMPLATES, PromptFormat, say
+from nanoqlora.messages import say
+from nanoqlora.prompts import CHAT_TEMPLATES, PromptFormat
 from nanoqlora.special_rows import check_special_rows
 from nanoqlora.tokenizer import Tokenizer, load_tokenizer
 

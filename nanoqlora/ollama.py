@@ -47,6 +47,9 @@ def tokenizer_metadata(tok: Tokenizer, fmt: PromptFormat, num_rows: int, model: 
     end = tok.eos_id if end is None else end
     if end is None:
         raise UserError(f"{model}: nothing says which token ends an answer. Set eos_token in tokenizer_config.json.")
+    puts_spaces, lead = _spaces(tok, fmt)
+    # As an expression, because Jinja drops spaces in front of a block.
+    jinja = (lead and f"{{{{ {lead!r} }}}}") + (fmt.jinja(tok) or jinja_of_words(fmt, tok))
     if tok.is_sentencepiece:
         scores = tok.scores + [UNREACHED] * (num_rows - len(tok.scores))
         words = {"scores": ("f32[]", scores)}
@@ -64,8 +67,8 @@ def tokenizer_metadata(tok: Tokenizer, fmt: PromptFormat, num_rows: int, model: 
         "tokenizer.ggml.eot_token_id": ("u32", end),
         "tokenizer.ggml.add_bos_token": ("bool", fmt.add_bos(tok)),
         "tokenizer.ggml.add_eos_token": ("bool", False),
-        "tokenizer.ggml.add_space_prefix": ("bool", tok.is_sentencepiece and _has_space_before(tok, fmt, model)),
-        "tokenizer.chat_template": ("string", fmt.jinja(tok) or jinja_of_words(fmt, tok)),
+        "tokenizer.ggml.add_space_prefix": ("bool", puts_spaces),
+        "tokenizer.chat_template": ("string", jinja),
     }
     for name, id in {"padding": tok.pad_id, "unknown": tok.unk_id}.items():
         if id is not None:
@@ -73,21 +76,29 @@ def tokenizer_metadata(tok: Tokenizer, fmt: PromptFormat, num_rows: int, model: 
     return metadata
 
 
-def _has_space_before(tok: Tokenizer, fmt: PromptFormat, model: Path) -> bool:
-    """Whether llama.cpp shall put a space in front of text, so that prompts get the ids that they had in training.
+def _spaces(tok: Tokenizer, fmt: PromptFormat) -> tuple[bool, str]:
+    """What gives prompts the ids in llama.cpp that they had in training, as to sentencepiece's space in front of text.
 
-    It puts one in front of every stretch of text between special tokens, or of none. A tokenizer that does so only at
-    the beginning has the same ids either way, as chats begin with a special token and other prompts hold none.
+    llama.cpp puts one in front of every stretch of text between special tokens, or of none. A tokenizer that does so
+    only at the beginning has the same ids either way, as most chats begin with a special token and other prompts hold
+    none. If a chat begins with text, its template can write that one space.
+
+    Returns:
+        Whether llama.cpp shall put spaces, and the text that goes in front of the template.
+    Raises:
+        UserError: nothing of this does.
     """
+    if not tok.is_sentencepiece:
+        return False, ""
     chats = [chat for chat in PROBES if _takes(partial(fmt.render, tok), chat)]
-    for is_wanted in (True, False):
+    for is_wanted, lead in ((True, ""), (False, ""), (False, " ")):
         served = replace(tok, space_before="every" if is_wanted else "never", space_before_space=True)
-        if all(served_ids(served, fmt, chat) == fmt.encode_prompt(tok, chat) for chat in chats):
-            return is_wanted
+        if all(served_ids(served, fmt, chat, lead) == fmt.encode_prompt(tok, chat) for chat in chats):
+            return is_wanted, lead
     raise UserError(
-        f"{model}: llama.cpp puts a space in front of every stretch of text, or of none. Neither gives the token ids "
-        "that prompts had in training, so the model would answer badly. Use a chat template that begins with the BOS "
-        "token and has no space behind special tokens."
+        "llama.cpp puts a space in front of every stretch of text, or of none. Neither gives the token ids that "
+        "prompts had in training, so the model would answer badly. Use a chat template that begins with the BOS token "
+        "and has no space behind special tokens."
     )
 
 
@@ -99,9 +110,13 @@ def _takes(render: Callable[[Messages], str], messages: Messages) -> bool:
         return False
 
 
-def served_ids(tok: Tokenizer, fmt: PromptFormat, messages: Messages) -> list[int]:
-    """The ids of a prompt as llama.cpp makes them: it takes the template's BOS away if the tokenizer adds one."""
-    text = fmt.render(tok, messages, add_generation_prompt=True)
+def served_ids(tok: Tokenizer, fmt: PromptFormat, messages: Messages, lead: str = "") -> list[int]:
+    """The ids of a prompt as llama.cpp makes them: it takes the template's BOS away if the tokenizer adds one.
+
+    Args:
+        lead: goes in front of the template.
+    """
+    text = lead + fmt.render(tok, messages, add_generation_prompt=True)
     if not fmt.add_bos(tok):
         return tok.encode(text, special=True)
     return tok.encode(text.removeprefix(tok.vocab[tok.bos_id]), bos=True, special=True)
@@ -157,7 +172,7 @@ def go_template(fmt: PromptFormat, tok: Tokenizer) -> GoTemplate:
         raise _inexpressible("what it writes around a message depends on more than the message before")
     ends = dict.fromkeys(id for id in (fmt.end_id(tok), tok.eos_id) if id is not None)
     stops = [tok.vocab[id] for id in ends] or [joints.gaps["assistant", "user"].strip()]
-    return GoTemplate(writer.go(), writer.system or None, stops)
+    return GoTemplate(_spaces(tok, fmt)[1] + writer.go(), writer.system or None, stops)
 
 
 PROBES = [

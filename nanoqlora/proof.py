@@ -17,6 +17,7 @@ import math
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,9 @@ def prove(file: Path, source: Weights, tok: Tokenizer, fmt: PromptFormat, file_t
     read = load_tokenizer(file)
     if read.pre != tok.pre:
         raise _wrong(file, f"its vocabulary splits text by the rule {read.pre!r}, in training it was {tok.pre!r}")
+    words = with_spaces_of(tok, file)
     for text in WORDS:
-        if read.encode(text) != tok.encode(text):
+        if read.encode(text) != words.encode(text):
             raise _wrong(file, f"its vocabulary gives {text!r} other token ids than in training")
     print(f"words     {len(WORDS)} hard texts have the ids of training")
 
@@ -150,6 +152,12 @@ def ids_in_file(file: Path, read: Tokenizer, chat: list[dict[str, str]]) -> list
     if add_bos:
         text = text.removeprefix(read.vocab[read.bos_id])
     return read.encode(text, bos=add_bos, special=True)
+
+
+def with_spaces_of(tok: Tokenizer, file: Path) -> Tokenizer:
+    """The tokenizer with the file's rule of where spaces go, which is chosen so that prompts have the same ids."""
+    read = load_tokenizer(file)
+    return replace(tok, space_before=read.space_before, space_before_space=read.space_before_space)
 
 
 def _wrong(file: Path, what: str) -> UserError:
@@ -199,8 +207,9 @@ def ask_llama_cpp(file: Path, tok: Tokenizer, fmt: PromptFormat, texts: Texts | 
         losses = np.concatenate(
             [np.asarray(values)[row["places"]] for values, row in zip(answer["losses"], rows, strict=True)] or [[]]
         )
+    words = with_spaces_of(tok, file)
     for text, ids in zip(WORDS, answer["texts"], strict=True):
-        if ids != tok.encode(text):
+        if ids != words.encode(text):
             raise _wrong(file, f"llama.cpp gives {text!r} other token ids than in training")
     for chat, ids in zip(chats, answer["chats"], strict=True):
         if ids != fmt.encode_prompt(tok, chat):

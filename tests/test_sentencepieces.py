@@ -13,6 +13,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import torch
+from go_text import go_write, needs_go
 from hard_texts import CHATS, HARD, TEXTS, as_text
 from llama_cpp import LlamaCpp
 from tiny import save_random_llama
@@ -22,7 +23,7 @@ import export_gguf
 from nanoqlora import Llama
 from nanoqlora.cli import UserError
 from nanoqlora.gguf import write_gguf
-from nanoqlora.ollama import served_ids, tokenizer_metadata
+from nanoqlora.ollama import go_template, served_ids, tokenizer_metadata
 from nanoqlora.prompts import CHAT_TEMPLATES, PromptFormat
 from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from nanoqlora.tokenizer_files import read_gguf_metadata
@@ -33,6 +34,10 @@ LLAMA2_CHAT = (  # as Llama-2's: the system message lies within the first questi
     "{% elif m.role == 'user' %}{% if loop.previtem is undefined or loop.previtem.role != 'system' %}{{ bos_token }}"
     "[INST] {% endif %}{{ m.content | trim }} [/INST]"
     "{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+TINYLLAMA = (  # begins with text, not with a special token
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 COMPLETION, CHAT = PromptFormat(type="completion"), PromptFormat(type="chat_template")
 SOME = TEXTS[::5] + HARD
@@ -231,7 +236,7 @@ def test_masks_are_exact_where_the_space_in_front_is_a_token(mistral):
 
 
 @pytest.mark.parametrize("space_before", ["every", "first", "never"])
-@pytest.mark.parametrize("name", ["alpaca prompt", "completion", "llama2", *CHAT_TEMPLATES])
+@pytest.mark.parametrize("name", ["alpaca prompt", "completion", "llama2", "tinyllama", *CHAT_TEMPLATES])
 def test_prompts_have_the_same_ids_in_llama_cpp(small, tmp_path, name, space_before):
     """The .gguf file says where spaces go, so that llama.cpp makes of a rendered chat what training made of it."""
     special = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -239,19 +244,33 @@ def test_prompts_have_the_same_ids_in_llama_cpp(small, tmp_path, name, space_bef
     folder = write_folder(tmp_path, small, added_tokens_decoder=decoder, chat_template=LLAMA2_CHAT)
     tok = replace(load_tokenizer(folder), space_before=space_before)
     fmt = {"alpaca prompt": PromptFormat(type="alpaca"), "completion": COMPLETION, "llama2": CHAT}.get(
-        name, replace(CHAT, chat_template=CHAT_TEMPLATES.get(name))
+        name, replace(CHAT, chat_template={"tinyllama": TINYLLAMA, **CHAT_TEMPLATES}.get(name))
     )
     with LlamaCpp(gguf_file(tmp_path / "chat.gguf", tok, fmt), vocab_only=True) as llama_cpp:
         served = load_tokenizer(tmp_path / "chat.gguf")
+        begins_with_text = name == "tinyllama" and space_before == "first"
         for messages in CHATS:
-            if messages[0]["role"] == "system" and "raise_exception" in (fmt.chat_template or ""):
-                continue
             ids = fmt.encode_prompt(tok, messages)
-            text = fmt.render(tok, messages, add_generation_prompt=True)
-            text = text.removeprefix("<s>") if fmt.add_bos(tok) else text
+            text = llama_cpp.chat_prompt(messages)
             assert ids == llama_cpp.tokenize(text, add_special=True, parse_special=True)
-            assert ids == served_ids(served, fmt, messages)
-            assert ids.count(tok.bos_id) == (text.count("<s>") + fmt.add_bos(tok))
+            assert ids == served_ids(served, fmt, messages, " " * begins_with_text)
+            assert ids.count(tok.bos_id) == text.count("<s>") + fmt.add_bos(tok)
+            if name == "tinyllama":
+                assert text.startswith(" ") == begins_with_text
+
+
+@needs_go
+@pytest.mark.parametrize("space_before", ["every", "first"])
+@pytest.mark.parametrize("name", ["llama2", "tinyllama", "mistral", "alpaca"])
+def test_prompts_have_the_same_ids_in_ollama(small, tmp_path, name, space_before):
+    tok = replace(load_tokenizer(write_folder(tmp_path, small)), space_before=space_before)
+    fmt = replace(CHAT, chat_template={"llama2": LLAMA2_CHAT, "tinyllama": TINYLLAMA, **CHAT_TEMPLATES}[name])
+    chats = [chat for chat in CHATS if all(m["content"] == m["content"].strip() for m in chat)]
+    template, system, stops = go_template(fmt, tok)
+    assert system is None and stops == ["</s>"]
+    with LlamaCpp(gguf_file(tmp_path / "chat.gguf", tok, fmt), vocab_only=True) as llama_cpp:
+        for chat, text in zip(chats, go_write(template, chats), strict=True):
+            assert llama_cpp.tokenize(text, add_special=True, parse_special=True) == fmt.encode_prompt(tok, chat)
 
 
 def test_a_whole_model_with_such_a_tokenizer_in_llama_cpp(small, tmp_path):

@@ -119,7 +119,10 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}). Correct that line.") from error
+        raise UserError(
+            f"{where}: not valid JSON ({error.msg} at column {error.colno}). A row is one object on one line, or the "
+            "file is one list of them. Correct that line."
+        ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists ...
         raise UserError(f"{where}: JSON that cannot be read ({error}). Correct that line.") from error
 
@@ -227,6 +230,8 @@ def _csv_rows(path: Path, opened: BinaryIO) -> Iterator[tuple[str, Row, int]]:
             header = fields
             if len(set(header)) < len(header) or "" in header:
                 raise UserError(f"{where}: the header is {', '.join(header)}. Give every column a name of its own.")
+            if len(header) == 1 and re.search(r"[;\t|]", header[0]):
+                raise UserError(f"{where}: the header is one column, {header[0]!r}. Separate the columns with commas.")
         elif len(fields) != len(header):
             raise UserError(
                 f"{where}: {len(fields)} fields, but the header names {len(header)} columns, so nobody can tell which "

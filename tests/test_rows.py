@@ -195,6 +195,8 @@ GOOD = '{"text": "good"}\n'
         ("a.csv", "text,n\na,1\nb, c,2\n", ["a.csv, line 3", "3 fields", "2 columns"]),
         ("a.csv", "text,n\na,1\n\nb\n", ["a.csv, line 4", "1 fields"]),
         ("a.csv", "text,text\na,1\n", ["a.csv, line 1", "header"]),
+        ("a.csv", "text;n\na;1\n", ["a.csv, line 1", "one column", "commas"]),
+        ("a.json", '{\n "rows": []\n}', ["a.json, line 1", "JSON", "one list"]),
         ("a.csv", b"text,n\na,1\n\xe9,2\n", ["a.csv, line 3", "UTF-8"]),
         ("a.txt", b"good\n\xe9\n", ["a.txt, line 2", "UTF-8"]),
         ("a.parquet", b"PAR1 and then nothing", ["a.parquet", "Parquet"]),

@@ -20,13 +20,14 @@ Left out: importance matrices (weights measured on a text), and the 2- and 3-bit
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .k_quants import TINY, first_extreme, nearest, search_lines, search_scales
+from .threads import in_threads
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ def quantize(w: Tensor, ggml_type: str) -> Tensor:
     def store(i: int) -> None:
         raw[i : i + step] = _QUANTIZE[ggml_type](blocks[i : i + step].float())
 
-    _each(store, range(0, len(blocks), step), w.device)
+    pieces = [partial(store, i) for i in range(0, len(blocks), step)]
+    for _ in in_threads(pieces) if w.device.type == "cpu" else (piece() for piece in pieces):
+        pass
     return raw.reshape(*w.shape[:-1], -1)
 
 
@@ -119,21 +122,6 @@ def dequantize(raw: Tensor, ggml_type: str, shape: tuple[int, ...]) -> Tensor:
     for i in range(0, len(blocks), step):
         w[i : i + step] = _DEQUANTIZE[ggml_type](blocks[i : i + step])
     return w.reshape(shape)
-
-
-def _each(work: Callable[[int], None], starts: range, device: torch.device) -> None:
-    """Do the chunks, on a CPU several at once: a thread for each is faster than threads within every small step."""
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or min(threads, len(starts)) == 1:
-        for start in starts:
-            work(start)
-        return
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(work, starts))
-    finally:
-        torch.set_num_threads(threads)
 
 
 # ------------------------------------------------------------------------------------------------ bits and bytes

@@ -10,7 +10,7 @@ A GGUF file is a small header, a dictionary, a table of tensors, and then the te
     data                                       each tensor, then zeros up to a multiple of 32
 
 Strings are their length as u64 and their bytes. Names and sizes stand before the data, so a writer has to know them
-all before the first weight, but never needs more than one tensor in memory: see `write_gguf`.
+all before the first weight, but never needs more than a few tensors in memory: see `write_gguf`.
 
 Three things differ from a Hugging Face folder, and this is the only file that knows of them:
 
@@ -43,6 +43,7 @@ from .cli import UserError, whole_file
 from .file_types import FILE_TYPES
 from .ggml_blocks import FORMATS, dequantize
 from .model import ModelConfig, rope_frequencies
+from .threads import in_threads
 
 MAGIC = b"GGUF"
 VERSION = 3  # version 2 is the same for what we use
@@ -181,9 +182,8 @@ class GGUFFile:
     def load(self, name: str) -> Tensor:
         """One tensor by its GGUF name, as float32, with its rows as they lie in the file."""
         info = self.tensors[name]
-        # A copy of the stored bytes: a tensor over the read-only map would crash the process when written to.
-        raw = bytearray(memoryview(self.data)[info.offset : info.offset + info.num_bytes])
-        return dequantize(torch.frombuffer(raw, dtype=torch.uint8), info.ggml_type, info.shape)
+        raw = torch.frombuffer(self.data, dtype=torch.uint8, count=info.num_bytes, offset=info.offset)
+        return dequantize(raw, info.ggml_type, info.shape)  # a copy, whatever the type
 
     def load_hf(self, hf_name: str) -> Tensor:
         """One tensor by its Hugging Face name, as float32, with its rows in Hugging Face's order."""
@@ -298,7 +298,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch asks for a map it could write to
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise UserError(f"{path}: cannot be opened as a GGUF file ({error}). Give the path of a .gguf file.") from error
     header = _Header(path, data)
@@ -567,7 +567,7 @@ def write_gguf(path: str | Path, metadata: Metadata, tensors: list[NewTensor]) -
     """Write a GGUF file, whole or not at all.
 
     The table of tensors comes first, from the shapes and types alone. Then each tensor is produced, written and
-    forgotten, so the peak memory is one tensor, however large the model.
+    forgotten, so the peak memory is one tensor, or on a CPU one for each thread, however large the model.
 
     Args:
         metadata: values with their types spelled out, because readers are strict: llama.cpp refuses a u64 where it
@@ -588,8 +588,9 @@ def write_gguf(path: str | Path, metadata: Metadata, tensors: list[NewTensor]) -
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         file.write(header + table)
         _pad(file)
-        for tensor in tensors:
-            raw = tensor.produce()
+        pieces = [tensor.produce for tensor in tensors]
+        made = (piece() for piece in pieces) if torch.cuda.is_available() else in_threads(pieces)
+        for tensor, raw in zip(tensors, made, strict=True):
             num_bytes = FORMATS[tensor.ggml_type].num_bytes(math.prod(tensor.shape))
             assert raw.numel() == num_bytes, f"{tensor.name}: {raw.numel()} bytes, but the table says {num_bytes}"
             file.write(raw.cpu().contiguous().numpy())

@@ -117,13 +117,28 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
             f"LoRA on linear layers of the blocks is read, with rank_pattern, alpha_pattern, rsLoRA and DoRA."
         )
     for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or not config[key] > 0:
+        if not _is_positive(config.get(key)):
             raise UserError(f"{where}: {key} is {config.get(key)!r}, and the update's scale needs a number above zero.")
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict) or not all(map(_is_positive, patterns.values())):
+            raise UserError(
+                f"{where}: {key} is {patterns!r}, where a map from names to numbers above zero is expected."
+            )
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{where}: {key} has {pattern!r}, no regular expression ({error}).") from error
     path = folder / "adapter_model.safetensors"
     try:
         return config, load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}). Save or copy the adapter again.") from error
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and value > 0
 
 
 def rank_and_alpha(config: dict[str, Any], name: str) -> tuple[int, float]:

@@ -79,8 +79,8 @@ class FolderWeights:
     def __init__(self, folder: Path) -> None:
         self.folder, self.where = folder, folder / "config.json"
         self.config = read_json(self.where)
-        if self.config.get("quantization_config"):
-            method = dict(self.config["quantization_config"]).get("quant_method", "unknown")
+        if about := self.config.get("quantization_config"):
+            method = about.get("quant_method") if isinstance(about, dict) else about
             raise UserError(
                 f"{self.where}: quantization_config.quant_method is {method!r}, so the weights are quantised "
                 f"already in a way that is not read here. Use the folder of the original weights, or a GGUF file."
@@ -158,10 +158,8 @@ def model_config(config: dict[str, Any], where: str | Path) -> ModelConfig:
     """config.json as ModelConfig; what does not fit is told with the name of the checkpoint."""
     try:
         return ModelConfig.from_hf(config)
-    except KeyError as error:
-        raise UserError(f"{where}: the configuration has no {error}, which a Llama needs.") from error
     except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {error}. Use a plain Llama or Mistral, and a whole copy of its files.") from error
 
 
 def expected_names(config: ModelConfig) -> list[str]:

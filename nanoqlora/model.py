@@ -51,55 +51,52 @@ class ModelConfig:
         """Read config.json as a dict, in its older form (`rope_theta` on top) or its newer one (`rope_parameters`).
 
         Raises:
-            ValueError: an architecture or a feature that this model does not have.
+            ValueError: an architecture or a feature that this model does not have, or a number that is none; says
+                which key.
         """
         architectures = config.get("architectures") or ["LlamaForCausalLM"]
-        if not set(architectures) & {"LlamaForCausalLM", "MistralForCausalLM"}:
-            raise ValueError(
-                f"architectures is {architectures}, and only LlamaForCausalLM and MistralForCausalLM are read"
-            )
+        architectures = architectures if isinstance(architectures, list) else [architectures]
+        if not any(name in ("LlamaForCausalLM", "MistralForCausalLM") for name in architectures):
+            raise ValueError(f"architectures is {architectures}; LlamaForCausalLM and MistralForCausalLM are read")
         plain = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "sliding_window": None}
         plain |= {"partial_rotary_factor": 1.0}
         for key, value in plain.items():
             if config.get(key) not in (value, None):
-                raise ValueError(f"{key} is {config[key]!r}, which is not supported: only {value!r} is computed here")
+                raise ValueError(f"{key} is {config[key]!r}; only {value!r} is computed here")
         rope_key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-        rope = dict(config.get(rope_key) or {})
+        rope = config.get(rope_key) or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"{rope_key} is {rope!r}, where a map is expected")
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ROPE_NUMBERS:
+        if kind not in list(ROPE_NUMBERS):  # a list: also for what cannot be a key
+            raise ValueError(f"{rope_key}.rope_type is {kind!r}; known are {', '.join(ROPE_NUMBERS)}")
+        heads = config.get("num_attention_heads")
+        sizes = {key: config.get(key) for key in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+        sizes |= {"num_attention_heads": heads, "num_key_value_heads": config.get("num_key_value_heads") or heads}
+        sizes |= {"vocab_size": config.get("vocab_size")}
+        sizes |= {"max_position_embeddings": config.get("max_position_embeddings", 2048)}
+        for key, value in sizes.items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{key} is {value!r}, where a Llama needs a whole number above zero")
+        numbers = {"rms_norm_eps": config.get("rms_norm_eps", 1e-6)}
+        numbers |= {"rope_theta": rope.get("rope_theta") or config.get("rope_theta") or 10000.0}
+        for key, value in (numbers | {f"{rope_key}.{key}": rope.get(key) for key in ROPE_NUMBERS[kind]}).items():
+            if type(value) not in (int, float) or not value > 0:
+                raise ValueError(f"{key} is {value!r}, where a Llama needs a number above zero")
+        head_dim, kv_heads = config.get("head_dim") or sizes["hidden_size"] // heads, sizes["num_key_value_heads"]
+        if heads % kv_heads or type(head_dim) is not int or head_dim < 1 or head_dim % 2:
             raise ValueError(
-                f"{rope_key}.rope_type is {kind!r}, which is not supported; known are {', '.join(ROPE_NUMBERS)}"
+                f"num_attention_heads is {heads}, num_key_value_heads {kv_heads} and head_dim {head_dim}: the first "
+                f"has to be a multiple of the second, and the third has to be even"
             )
-        heads = config["num_attention_heads"]
-        theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-        numbers = {
-            "hidden_size": config["hidden_size"],
-            "intermediate_size": config["intermediate_size"],
-            "num_hidden_layers": config["num_hidden_layers"],
-            "num_attention_heads": heads,
-            "num_key_value_heads": config.get("num_key_value_heads") or heads,
-            "vocab_size": config["vocab_size"],
-            "max_position_embeddings": config.get("max_position_embeddings", 2048),
-        }
-        factors = {f"{rope_key}.{key}": rope.get(key) for key in ROPE_NUMBERS[kind]}
-        for key, value in (numbers | factors | {"rope_theta": theta}).items():
-            if type(value) not in (int, *(() if key in numbers else (float,))) or not value > 0:
-                raise ValueError(
-                    f"{key} is {value!r}, where a Llama needs a {'whole ' * (key in numbers)}number above zero"
-                )
-        head_dim = config.get("head_dim") or numbers["hidden_size"] // heads
-        if heads % numbers["num_key_value_heads"] or head_dim % 2:
-            raise ValueError(
-                f"num_attention_heads is {heads}, num_key_value_heads {numbers['num_key_value_heads']} and head_dim "
-                f"{head_dim}: the first has to be a multiple of the second, and the third has to be even"
-            )
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"} | {"rope_type": kind}
         return cls(
-            **numbers,
+            **sizes,
             head_dim=head_dim,
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=float(theta),
-            rope_scaling={} if kind == "default" else rope | {"rope_type": kind},
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
+            rms_norm_eps=float(numbers["rms_norm_eps"]),
+            rope_theta=float(numbers["rope_theta"]),
+            rope_scaling={} if kind == "default" else scaling,
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
 
 

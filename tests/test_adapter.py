@@ -165,6 +165,8 @@ REFUSED = {
     "use_qalora": True,
     "a_key_of_tomorrow": 1,
     "r": None,
+    "rank_pattern": [8],
+    "alpha_pattern": {"q_proj": "8"},
     "lora_alpha": 0,
 }
 
@@ -175,6 +177,14 @@ def test_adapters_that_compute_something_else_are_refused_by_name(tmp_path, key)
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: REFUSED[key]}))
     with pytest.raises(UserError, match=rf"adapter_config\.json: {key} is "):
+        nq.load_adapter(nq.Llama.from_pretrained(tmp_path), adapter)
+
+
+def test_a_pattern_that_is_none_is_told(tmp_path):
+    adapter = saved(tmp_path)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_pattern": {"(q_proj": 8}}))
+    with pytest.raises(UserError, match=r"adapter_config\.json: rank_pattern has '\(q_proj'"):
         nq.load_adapter(nq.Llama.from_pretrained(tmp_path), adapter)
 
 

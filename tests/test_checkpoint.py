@@ -435,6 +435,24 @@ def test_faults_of_a_folder_name_file_and_key(tmp_path, case):
     assert str(tmp_path / "model") in str(error.value) and "\n" not in str(error.value)
 
 
+def test_any_value_of_any_key_loads_or_is_told(tmp_path):
+    """Each key of config.json with each of many wrong values: nothing worse than a line that names file and key."""
+    save_random_llama(tmp_path, num_hidden_layers=1)
+    whole = json.loads((tmp_path / "config.json").read_text())
+    values = [None, True, "x", "4", [], [1], {}, {"rope_type": []}, {"a": 1}, 0, -1, 7, 0.5, float("nan")]
+    keys = [*whole, "rope_scaling", "sliding_window", "quantization_config", "partial_rotary_factor", "mlp_bias"]
+    told = 0
+    for key in keys:
+        for value in values:
+            (tmp_path / "config.json").write_text(json.dumps(whole | {key: value}))
+            try:
+                nq.Llama.from_pretrained(tmp_path)
+            except UserError as error:
+                told += 1
+                assert "config.json" in str(error), (key, value, error)
+    assert told > 150
+
+
 def test_a_width_that_four_bits_cannot_split_names_the_tensor(tmp_path):
     save_random_llama(tmp_path, hidden_size=96)
     nq.Llama.from_pretrained(tmp_path)

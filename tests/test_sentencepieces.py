@@ -162,6 +162,10 @@ def test_every_way_to_write_the_space_in_tokenizer_json(small, tmp_path, scheme)
         save_tokenizer(replace(tok, original_files=original), tmp_path)
         assert load_tokenizer(tmp_path) == tok
         assert (tmp_path / "tokenizer.model").exists() == (scheme in ("prepend", "never"))
+    if (tmp_path / "tokenizer.model").exists():  # made from merges, and good enough for sentencepiece itself
+        spm = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+        assert [tok.encode(text) for text in SOME] == spm.encode(SOME)
+        assert (spm.bos_id(), spm.eos_id(), spm.unk_id(), spm.pad_id()) == (tok.bos_id, tok.eos_id, tok.unk_id, -1)
     fast = tokenizers.Tokenizer.from_file(str(path))  # of our own, with all pairs of pieces as merges
     assert [tok.encode(text) for text in SOME] == as_text(fast, SOME)
 

@@ -116,9 +116,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_space(path: str | Path, num_bytes: int) -> None:
+def check_space(path: str | Path, num_bytes: int, advice: str = "write elsewhere with --out") -> None:
     """Refuse to begin what the disk has no room for.
 
+    Args:
+        advice: what to do other than to make room.
     Raises:
         UserError: `path`, which need not exist yet, is on a disk with less than `num_bytes` free.
     """
@@ -127,7 +129,7 @@ def check_space(path: str | Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise UserError(
             f"{path}: takes {num_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free, so it would break off "
-            f"half-way. Free some, or write elsewhere with --out."
+            f"half-way. Free some, or {advice}."
         )
 
 

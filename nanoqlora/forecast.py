@@ -9,23 +9,21 @@ Nothing has learnt afterwards: the step has a learning rate and gradients of zer
 state is used. The memory model in `plan.py` needs no measurement, but knows nothing of an allocator or of a CPU's heap.
 """
 
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from . import distributed
-from .cli import UserError
+from .cli import UserError, check_space
 from .evaluate import score_samples
 from .model import ModelConfig
 from .optim import set_learning_rate, state_bytes
-from .stats import GIB, memory_figures
+from .stats import memory_figures
 
 if TYPE_CHECKING:
     from train import Run
@@ -77,18 +75,8 @@ def measure(run: "Run", forward_backward: Callable[..., torch.Tensor], num_evals
     Raises:
         UserError: the longest micro-batch does not fit the device, or the checkpoints the disk.
     """
-    config, width, supervised = (
-        run.config,
-        run.config.row_width,
-        float(run.samples.num_targets.sum() / run.samples.lengths.sum()),
-    )
-    size, stride = config.micro_batch_size, config.micro_batch_size * run.ranks
-    costs: list[tuple[float, int, int]] = []  # of each micro-batch that rank 0 will run: operations, step, first row
-    for number, step in enumerate(run.plan):
-        for start in range(0, len(step.rows), stride):
-            lengths = [run.samples.lengths[row].tolist() for row in step.rows[start : start + size]]
-            costs.append((operations(run.model.config, lengths, width, supervised), number, start))
-    costs.sort()
+    config, size = run.config, run.config.micro_batch_size
+    costs = micro_batch_costs(run)
     longest, median = costs[-1], costs[len(costs) // 2]
 
     def once(cost: tuple[float, int, int]) -> float:
@@ -123,13 +111,25 @@ def measure(run: "Run", forward_backward: Callable[..., torch.Tensor], num_evals
         run.flat.grad.zero_()
     steps_s = constant * len(costs) + slope * sum(cost for cost, *_ in costs) + optimizer_s * len(run.plan)
     disk = disk_bytes(run.flat.numel(), optimizer_bytes, min(num_saves, config.save_total_limit))
-    check_disk(Path(config.output_dir), disk)
+    check_space(config.output_dir, disk, "lower save_total_limit, or name another output_dir")
     basis = (
         f"measured on {run.device.type.upper()}: the longest micro-batch {longest_s:.2f} s "
         f"({longest[0] / longest_s / 1e12:.2f} TFLOP/s), optimizer {optimizer_s:.3f} s; {len(costs)} micro-batches in "
         f"{len(run.plan)} steps, {num_evals} evaluations of {eval_s:.1f} s"
     )
     return Forecast(steps_s + num_evals * eval_s, memory, disk, basis)
+
+
+def micro_batch_costs(run: "Run") -> list[tuple[float, int, int]]:
+    """(operations, step, first row) of each micro-batch that rank 0 will run, the cheapest first."""
+    size, stride = run.config.micro_batch_size, run.config.micro_batch_size * run.ranks
+    supervised = float(run.samples.num_targets.sum() / run.samples.lengths.sum())
+    costs = []
+    for number, step in enumerate(run.plan):
+        for start in range(0, len(step.rows), stride):
+            lengths = [run.samples.lengths[row].tolist() for row in step.rows[start : start + size]]
+            costs.append((operations(run.model.config, lengths, run.config.row_width, supervised), number, start))
+    return sorted(costs)
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
@@ -178,14 +178,3 @@ def _evaluation_s(run: "Run") -> float:
 def disk_bytes(num_trained: int, optimizer_bytes: int, num_checkpoints: int) -> int:
     """The adapter in float32, and checkpoints of adapter and optimizer, one more while the oldest is not yet gone."""
     return 4 * num_trained + (num_checkpoints + 1) * (4 * num_trained + optimizer_bytes)
-
-
-def check_disk(folder: Path, needed: int) -> None:
-    """Raise UserError where `needed` bytes are not free on the disk of `folder`, which need not exist."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise UserError(
-            f"output_dir {folder}: the run writes up to {needed / GIB:.2f} GiB and {free / GIB:.2f} GiB are free, so "
-            f"it would fail when it saves. Make room, lower save_total_limit, or name another disk."
-        )

@@ -72,7 +72,7 @@ class DatasetConfig:
     )
     ds_type: Literal["json", "jsonl", "csv", "parquet", "text"] | None = key("file format; unset: by the suffix", None)
     data_files: tuple[str, ...] = key("the files of a folder or a hub data set to read", ())
-    split: str | None = key("split of a folder or hub data set; unset: train", None)
+    split: str | None = key("split of a folder or hub data set, or a part of one: train[:20%]; unset: train", None)
     name: str | None = key("configuration of a data set whose card lists several", None)
     revision: str | None = key("branch, tag or commit of a hub data set", None)
     field: str = key("completion: the column with the text", "text")

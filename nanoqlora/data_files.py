@@ -2,7 +2,7 @@
 
 Of a folder, and of a data set on the hub, the files of one split are taken. The card of a data set (README.md) may list
 them; else the names of the files tell, as in `data/train-00000-of-00002.parquet`; else all files are the split `train`.
-Left out: data sets that are made by a program, and slices of a split. Read next: rows.py, which reads the files.
+Left out: data sets that are made by a program. Read next: rows.py, which reads the files.
 """
 
 import glob
@@ -43,6 +43,17 @@ class DataFile:
     kind: str
 
 
+def split_and_part(split: str | None) -> tuple[str | None, str]:
+    """The name of a split and the part of its rows that is wanted: "train[:20%]" -> ("train", ":20%")."""
+    found = re.fullmatch(r"([\w.-]+)(?:\[((?:-?\d+%?)?:(?:-?\d+%?)?)\])?", split or "train")
+    if not found:
+        raise UserError(
+            f"split is {split!r}. It is the name of a split, maybe with a part of its rows: train, train[:20%], "
+            "train[100:200]."
+        )
+    return found[1] if split else None, found[2] or ""
+
+
 def find_files(
     path: str | Path,
     ds_type: str | None = None,
@@ -64,8 +75,6 @@ def find_files(
         UserError: nothing found, or files of several kinds.
     """
     where, kind = f"data {path}", {"jsonl": "json"}.get(ds_type, ds_type)
-    if split and not re.fullmatch(r"[\w.-]+", split):
-        raise UserError(f"{where}: split is {split!r}. Only whole splits are read: name one, such as train.")
     if Path(path).is_file():
         return [_data_file(Path(path), kind)]
     if glob.has_magic(str(path)):

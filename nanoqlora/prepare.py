@@ -33,7 +33,7 @@ from .cli import UserError, whole_folder, write_text
 from .data import SUPERVISED, Samples
 from .data_files import DataFile
 from .prompts import PromptFormat, detect_format
-from .rows import BLOCK_BYTES, Block, read_blocks
+from .rows import BLOCK_BYTES, Block, blocks_of
 from .tokenizer import Tokenizer
 
 SMALL = 8 << 20  # bytes of data; below, to start processes takes longer than the work
@@ -50,6 +50,7 @@ class Encoding:
     tokenizer: Tokenizer
     sequence_len: int  # tokens that a sample may have
     strategy: str = "drop"  # for longer ones: drop, truncate or raise; long `completion` rows are split instead
+    part: str = ""  # the rows that are wanted, as of a list: ":20%"
 
 
 @dataclass
@@ -159,7 +160,7 @@ def _key(encoding: Encoding, files: list[DataFile], hashes: dict[str, str]) -> s
         digest.update(f"{file.path} {file.kind} {hashes[str(file.path)]}\n".encode())
     for item in (item for item in dataclasses.fields(encoding.tokenizer) if item.compare):  # equal ones encode alike
         digest.update(f"{item.name} {getattr(encoding.tokenizer, item.name)!r}\n".encode())
-    digest.update(f"{encoding.prompt_format} {encoding.sequence_len} {encoding.strategy}\n".encode())
+    digest.update(f"{encoding.prompt_format} {encoding.sequence_len} {encoding.strategy} {encoding.part}\n".encode())
     template = encoding.prompt_format and encoding.prompt_format.jinja(encoding.tokenizer)
     digest.update(f"{date.today() if 'strftime_now' in (template or '') else ''}\n".encode())  # it may write the date
     digest.update(SOURCE)
@@ -249,7 +250,7 @@ def encode_block(block: Block, encoding: Encoding) -> Encoded:
 
 def _encode_files(files: list[DataFile], encoding: Encoding) -> Iterator[Encoded]:
     """The blocks of all files, tokenised, in order; in as many processes as there are cores, if they are worth it."""
-    blocks = (block for file in files for block in read_blocks(file))
+    blocks = blocks_of(files, encoding.part)
     num_bytes = sum(file.path.stat().st_size for file in files)
     workers = min(len(os.sched_getaffinity(0)), 1 + num_bytes // BLOCK_BYTES)
     if num_bytes < SMALL or workers < 2:

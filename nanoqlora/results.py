@@ -18,6 +18,7 @@ from .chat import answer
 from .chat_template import Messages
 from .cli import write_text
 from .config import Config
+from .data_files import split_and_part
 from .evaluate import mean_loss, score_samples
 from .forecast import Forecast
 from .prepare import Reading
@@ -60,7 +61,8 @@ def sample_answers(run: "Run", tokenizer: Tokenizer, prompt_format: PromptFormat
 def questions(config: Config, count: int = 3) -> list[Messages]:
     """The messages before the first answer of a file's first rows; nothing for those without questions."""
     dataset = (config.test_datasets or config.datasets)[0]
-    asked = (row_format(dataset).question(row) for _, row in islice(read_rows(data_files(dataset)), count))
+    _, part = split_and_part(dataset.split)
+    asked = (row_format(dataset).question(row) for _, row in islice(read_rows(data_files(dataset), part), count))
     return [messages for messages in asked if messages]
 
 

@@ -11,9 +11,11 @@ import csv
 import gzip
 import io
 import json
+import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,13 +41,23 @@ class Block:
     first: int  # number of the first line, or row of a Parquet file
     data: list[bytes] | list[Placed] | Any  # lines; rows; or a pyarrow.RecordBatch
     num_bytes: int
+    wanted: tuple[int, int | None] = (0, None)  # of its rows, those from the one to the other
+
+    @property
+    def num_rows(self) -> int:
+        """How many there are, wanted or not."""
+        is_lines = self.file.kind != "parquet" and isinstance(self.data[0], bytes)
+        return sum(not line.isspace() for line in self.data) if is_lines else len(self.data)
 
     def rows(self) -> Iterator[Placed]:
-        """The rows with their places. Blank lines are none.
+        """The wanted rows with their places. Blank lines are none.
 
         Raises:
             UserError: not UTF-8, not valid JSON, or not an object; with file and line.
         """
+        return islice(self._rows(), *self.wanted)
+
+    def _rows(self) -> Iterator[Placed]:
         path, kind = self.file.path, self.file.kind
         if kind == "parquet":
             yield from ((f"{path}, row {i}", row) for i, row in enumerate(self.data.to_pylist(), self.first))
@@ -62,11 +74,36 @@ class Block:
                     )
 
 
-def read_rows(files: list[DataFile]) -> Iterator[Placed]:
-    """All rows of some files, in order."""
-    for file in files:
-        for block in read_blocks(file):
-            yield from block.rows()
+def read_rows(files: list[DataFile], part: str = "") -> Iterator[Placed]:
+    """The rows of some files, in order; see `blocks_of`."""
+    return (row for block in blocks_of(files, part) for row in block.rows())
+
+
+def blocks_of(files: list[DataFile], part: str = "") -> Iterator[Block]:
+    """The rows of some files in blocks, in order.
+
+    Args:
+        part: as of a list, with numbers of rows or percentages: ":1000", "10%:20%", "-500:"; "": all rows.
+    """
+    blocks = (block for file in files for block in read_blocks(file))
+    if not part:
+        yield from blocks
+        return
+    total = sum(block.num_rows for file in files for block in read_blocks(file)) if re.search("[%-]", part) else 0
+
+    def place(text: str, if_empty: float) -> float:
+        number = round(int(text[:-1]) * total / 100) if text.endswith("%") else int(text) if text else if_empty
+        return number + total if text.startswith("-") else number
+
+    start, stop = (place(text, end) for text, end in zip(part.split(":"), (0, math.inf), strict=True))
+    first = 0
+    for block in blocks:
+        wanted = max(0, start - first), min(stop - first, block.num_rows)
+        if wanted[0] < wanted[1]:
+            yield replace(block, wanted=wanted)
+        first += block.num_rows
+        if first >= stop:
+            return
 
 
 def read_blocks(file: DataFile) -> Iterator[Block]:

@@ -25,7 +25,7 @@ from .checkpoint import fingerprint
 from .cli import Failed, UserError, read_json, whole_folder, write_text
 from .config import Config, DatasetConfig
 from .data import Samples, join
-from .data_files import DataFile, find_files
+from .data_files import DataFile, find_files, split_and_part
 from .packing import Plan, plan_steps
 from .prepare import Encoding, Reading, prepare_samples
 from .prompts import CHAT_TEMPLATES, Frame, PromptFormat
@@ -54,7 +54,8 @@ def prepare_data(config: Config, tokenizer: Tokenizer, ranks: int) -> Data:
     readings: dict[str, Reading] = {}
     for dataset, prompt_format in zip((*config.datasets, *config.test_datasets), formats, strict=True):
         name = f"{dataset.path}{f', split {dataset.split}' if dataset.split else ''}"
-        encoding = Encoding(prompt_format, tokenizer, config.sequence_len, config.excess_length_strategy)
+        _, part = split_and_part(dataset.split)
+        encoding = Encoding(prompt_format, tokenizer, config.sequence_len, config.excess_length_strategy, part)
         folder = Path(config.dataset_prepared_path)
         name += f" ({len(readings) + 1})" * (name in readings)
         readings[name] = prepare_samples(data_files(dataset), encoding, folder)
@@ -102,8 +103,9 @@ def tokenizer_of(config: Config) -> Tokenizer:
 
 
 def data_files(dataset: DatasetConfig) -> list[DataFile]:
-    names = ("ds_type", "data_files", "split", "name", "revision")
-    return find_files(dataset.path, **{name: getattr(dataset, name) for name in names})
+    names = ("ds_type", "data_files", "name", "revision")
+    split, _ = split_and_part(dataset.split)
+    return find_files(dataset.path, split=split, **{name: getattr(dataset, name) for name in names})
 
 
 def prompt_format_of(config: Config, dataset: DatasetConfig, tokenizer: Tokenizer) -> PromptFormat:

@@ -230,6 +230,7 @@ CHANGES = {
     "tokenizer": lambda path: {"tokenizer": replace(BYTES, eos_id=65)},
     "length": lambda path: {"sequence_len": 19},
     "strategy": lambda path: {"strategy": "truncate"},
+    "part": lambda path: {"part": ":2"},
     "code": lambda path: {},
 }
 

@@ -14,7 +14,7 @@ import pytest
 
 from nanoqlora import rows as rows_room
 from nanoqlora.cli import UserError
-from nanoqlora.data_files import find_files
+from nanoqlora.data_files import find_files, split_and_part
 from nanoqlora.rows import read_blocks, read_rows
 
 ROWS = [
@@ -148,12 +148,38 @@ def test_folders_give_the_files_of_a_split(folder):
         names(folder, split="dev")
     write(folder / "my.valid.json", ROWS)
     assert names(folder, split="validation") == names(folder, split="dev") == ["my.valid.json"]
-    with pytest.raises(UserError, match="whole splits"):
-        names(folder, split="train[:10%]")
     write(folder / "train.csv", ROWS)
     with pytest.raises(UserError, match="several kinds .csv, json.*ds_type"):
         names(folder)
     assert names(folder, ds_type="csv") == ["train.csv"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize("block", [1, 1 << 20])
+def test_a_part_of_the_rows_is_that_of_a_list(tmp_path, monkeypatch, kind, block):
+    """Over the border between two files, and between blocks; percentages are rounded to whole rows."""
+    monkeypatch.setattr(rows_room, "BLOCK_BYTES", block)
+    rows = [{"text": str(i)} for i in range(27)]
+    files = find_files(write(tmp_path / f"a.{kind}", rows[:11])) + find_files(write(tmp_path / f"b.{kind}", rows[11:]))
+    parts = {"[3:13]": rows[3:13], "[:5]": rows[:5], "[20:]": rows[20:], "[-4:]": rows[-4:], "[:-20]": rows[:-20]}
+    parts |= {
+        "[:20%]": rows[:5],
+        "[20%:40%]": rows[5:11],
+        "[-50%:]": rows[-14:],
+        "[9:9]": [],
+        "[25:99]": rows[25:],
+        "": rows,
+    }
+    for text, expected in parts.items():
+        name, part = split_and_part(f"train{text}")
+        assert name == "train" and [row for _, row in read_rows(files, part)] == expected, text
+
+
+def test_what_is_a_split():
+    assert split_and_part(None) == (None, "") and split_and_part("dev") == ("dev", "")
+    for wrong in ("train[5]", "train+test", "train[a:b]", "train[:5", "[:5]"):
+        with pytest.raises(UserError, match="split is"):
+            split_and_part(wrong)
 
 
 def test_globs_and_lists_of_files(folder):

@@ -33,7 +33,7 @@ from nanoqlora.fused import fuse_blocks, keep_dense_weights
 from nanoqlora.graphs import GraphedBody, can_record
 from nanoqlora.model import Llama, ModelConfig
 from nanoqlora.ops import Segments
-from nanoqlora.optim import make_optimizer, state_bytes
+from nanoqlora.optim import BLOCK, PartOptimizer, make_optimizer, state_bytes
 from nanoqlora.plan import choose_sharding, dense_fits, held_bytes, keeps_for, memory_budget, step_bytes
 from nanoqlora.qlora import flatten_trainable, inject_lora, set_dropout_rows
 from nanoqlora.sharding import fill_over_ranks
@@ -208,6 +208,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gradient_checkpointing", default="auto", choices=["auto", "false", "true", "offload"])
     parser.add_argument("--fsdp", default="auto", choices=["auto", "replicate", "full_shard"], help="see train.py")
     parser.add_argument("--memory_gib", type=float, default=0, help="of a GPU that may be used; 0: all")
+    parser.add_argument(
+        "--shard_optimizer_state", action="store_true", help="each rank keeps its part of AdamW's state"
+    )
     parser.add_argument("--optimizer", default="adamw_torch_fused", help="as in train.py")
     parser.add_argument(
         "--fold", default="auto", choices=["auto", "true", "false"], help="the update added to the weight"
@@ -245,13 +248,12 @@ def main() -> None:
             return random_model(GEOMETRIES[args.model], dtype, device)
         return open_model(args.model, load_in_4bit=True, dtype=dtype, device=device)
 
+    state = state_bytes(args.optimizer) / (ranks if args.shard_optimizer_state else 1)
     started = time.perf_counter()
     shapes, _ = empty()
     inject_lora(shapes, args.lora_r, args.lora_alpha)
     budget = memory_budget(device, ranks)
-    sharding, offload, _ = choose_sharding(
-        shapes, B * T, ranks, budget, args.gradient_checkpointing, state_bytes(args.optimizer), args.fsdp
-    )
+    sharding, offload, _ = choose_sharding(shapes, B * T, ranks, budget, args.gradient_checkpointing, state, args.fsdp)
     model, fill = empty()
     options = {"sharding": sharding, "rank": rank, "ranks": ranks, "device": device, "offload": offload}
     store = fill_over_ranks(model, fill, **options)
@@ -259,14 +261,18 @@ def main() -> None:
     inject_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout)
     model.train()
     load_s = time.perf_counter() - started
-    keeps = keeps_for(model, args.gradient_checkpointing, B * T, optimizer_bytes=state_bytes(args.optimizer))
+    keeps = keeps_for(model, args.gradient_checkpointing, B * T, optimizer_bytes=state)
     fuse_blocks(model, keeps, fold=args.fold == "true" or (args.fold == "auto" and device.type == "cuda"))
     if store:
         store.attach(model)
     elif dense_fits(model):
         keep_dense_weights(model)
-    flat, base = flatten_trainable(model), held_bytes(model)
-    optimizer = make_optimizer(args.optimizer, flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    sharded, adamw = args.shard_optimizer_state and ranks > 1, {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    flat, base = flatten_trainable(model, multiple=ranks * BLOCK if sharded else 1), held_bytes(model)
+    if sharded:
+        optimizer = PartOptimizer(args.optimizer, flat, flat.numel(), rank, ranks, **adamw)
+    else:
+        optimizer = make_optimizer(args.optimizer, flat, **adamw)
     optimizer.param_groups[0]["lr"] = 1e-4
 
     body = GraphedBody(model) if args.graphs != "false" and can_record(model) else model.model
@@ -318,7 +324,7 @@ def main() -> None:
         "fsdp": sharding,
         "blocks_in_host_memory": offload,
         "base_gib": round(base / GIB, 2),
-        "predicted_gib": round(step_bytes(model, B * T, keeps, state_bytes(args.optimizer)) / GIB, 2),
+        "predicted_gib": round(step_bytes(model, B * T, keeps, state) / GIB, 2),
         "load_s": round(load_s, 2),
         "loss": round(losses[-1].item(), 4),
         "breakdown_ms": kinds,

@@ -41,6 +41,8 @@ from nanoqlora.model import Llama
 from nanoqlora.neftune import add_noise, set_noise_rows
 from nanoqlora.ops import Segments
 from nanoqlora.optim import (
+    BLOCK,
+    PartOptimizer,
     clip_gradient,
     learning_rate_at,
     loraplus_groups,
@@ -87,7 +89,7 @@ class Run:
     held_out: Samples
     plan: Plan
     flat: torch.nn.Parameter  # every trained value, and its gradient
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | PartOptimizer
     metrics: Metrics
     store: BlockStore | None  # where the base is spread over the ranks
     before: dict[str, Any] = field(default_factory=dict)  # what the untrained model could do, for the report
@@ -241,6 +243,7 @@ def prepare_model(
     shapes, _ = empty()
     add_lora(shapes, lambda *_: None)
     budget, state = memory_budget(device, ranks), state_bytes(config.optimizer)
+    state /= ranks if config.shard_optimizer_state else 1
     wanted = config.gradient_checkpointing, state, config.sharding, config.offload_params
     sharding, offload, why = choose_sharding(shapes, N, ranks, budget, *wanted)
     if ranks > 1 or offload:
@@ -297,11 +300,16 @@ def main() -> None:
         model, store = prepare_model(config, rank, ranks, device, dtype, say)
     except ValueError as error:  # a width that four bits cannot split, a name that no layer has
         raise UserError(str(error)) from error
-    flat = flatten_trainable(model)
+    sharded = config.shard_optimizer_state and ranks > 1
+    flat = flatten_trainable(model, multiple=ranks * BLOCK if sharded else 1)
     betas = config.adam_beta1, config.adam_beta2
     adamw = {"betas": betas, "eps": config.adam_epsilon, "weight_decay": config.weight_decay}
     groups = loraplus_groups(model, config.loraplus_lr_ratio) if config.loraplus_lr_ratio else None
-    optimizer = make_optimizer(config.optimizer, flat, groups=groups, **adamw)
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if sharded:
+        optimizer = PartOptimizer(config.optimizer, flat, num_trained, rank, ranks, **adamw)
+    else:
+        optimizer = make_optimizer(config.optimizer, flat, groups=groups, **adamw)
     metrics = Metrics(Path(config.output_dir) / "metrics.jsonl", writes=rank == 0)
     body = GraphedBody(model) if config.row_width and can_record(model) else model.model
     parts = body, data.samples, data.held_out, data.plan, flat, optimizer, metrics, store
@@ -324,7 +332,7 @@ def main() -> None:
             )
     if rank == 0:
         metrics.trackers += make_trackers(plain(config), start)
-    say(f"{flat.numel():,} trained values, {len(run.plan)} steps, computing in {str(dtype).removeprefix('torch.')}")
+    say(f"{num_trained:,} trained values, {len(run.plan)} steps, computing in {str(dtype).removeprefix('torch.')}")
 
     stop: list[bool] = []  # from here on Ctrl-C ends the run after the step under way, with a checkpoint
     for received in (signal.SIGINT, signal.SIGTERM):

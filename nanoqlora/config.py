@@ -238,6 +238,7 @@ class Config:
         (),
         group="several GPUs",
     )
+    shard_optimizer_state: bool = key("each GPU keeps its part of the moments and updates its part of LoRA", False)
     fsdp_version: Literal[1, 2] | None = key("accepted: there is one implementation", None)
     fsdp_config: FsdpConfig | None = key("spread the base over the GPUs", None)
 

@@ -58,6 +58,8 @@ CHECKS: dict[str, Callable[["Config"], Any]] = {
     "chat_template_jinja.": lambda c: any(
         part.chat_template == "jinja" and not part.chat_template_jinja for part in (c, *c.datasets, *c.test_datasets)
     ),
+    "shard_optimizer_state cuts LoRA's values into equal parts, and loraplus_lr_ratio gives them rates of their own. "
+    "Leave out one of the two.": lambda c: c.shard_optimizer_state and c.loraplus_lr_ratio,
     "offload_params keeps each GPU's part of the base in host memory, and with fsdp: replicate there are no parts. "
     "Write fsdp: full_shard, or leave out offload_params.": lambda c: c.offload_params and c.sharding == "replicate",
     "eval_strategy contradicts its counts: epoch goes without them, steps needs evals_per_epoch or eval_steps. "
@@ -84,6 +86,7 @@ CHECKS: dict[str, Callable[["Config"], Any]] = {
 DIFFERENCES: dict[str, Callable[["Config"], Any]] = {
     "loss is one mean over all supervised tokens of an optimizer step; Axolotl averages the means of its "
     "micro-batches": lambda c: c.gradient_accumulation_steps > 1,
+    "hybrid_shard spreads the base over the GPUs of all hosts, not of each": lambda c: "hybrid_shard" in c.fsdp,
     "gathered weights that are kept from forward to backward take the memory of the whole base, so every GPU holds "
     "all of it": lambda c: c.sharding == "replicate" and not {"replicate", "no_shard"} & set(c.fsdp),
     "nothing will be evaluated: there is neither val_set_size nor test_datasets": lambda c: (

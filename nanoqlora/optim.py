@@ -8,7 +8,10 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from . import distributed
 
 
 def learning_rate_at(step: int, num_steps: int, warmup: int, peak: float, scheduler: str, min_ratio: float) -> float:
@@ -70,6 +73,50 @@ def make_optimizer(
 
     kinds = {"adamw_8bit": optim.AdamW8bit, "paged_adamw_8bit": optim.PagedAdamW8bit}
     return (kinds | {"paged_adamw_32bit": optim.PagedAdamW32bit})[name](params, **options)
+
+
+BLOCK = 256  # values that share a scale in bitsandbytes' 8-bit state
+WHOLE, PER_BLOCK = ("exp_avg", "exp_avg_sq", "state1", "state2"), ("absmax1", "absmax2")
+
+
+class PartOptimizer:
+    """AdamW for this rank's part of the flat buffer, so that a rank keeps 1 / ranks of its state (ZeRO, stage 1).
+
+    Every rank has the whole gradient, summed and clipped, and all parts are put together after a step.
+    """
+
+    def __init__(self, name: str, flat: nn.Parameter, num_trained: int, rank: int, ranks: int, **options: Any) -> None:
+        """flat: (n,) with n a multiple of ranks * BLOCK, of which the first `num_trained` are in use."""
+        self.flat, self.num_trained, self.rank, self.ranks = flat, num_trained, rank, ranks
+        self.part = nn.Parameter(flat.data.view(ranks, -1)[rank])
+        self.part.grad = flat.grad.view(ranks, -1)[rank]
+        self.inner = make_optimizer(name, self.part, **options)
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+
+    def step(self) -> None:
+        self.inner.step()
+        wait = distributed.all_gather(self.flat.data, self.part.data)
+        if wait:
+            wait()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state, as one rank would have it. Every rank has to ask for it."""
+        state = dict(self.state[self.part])
+        for key in (*WHOLE, *PER_BLOCK):
+            if key in state:
+                size = self.num_trained if key in WHOLE else math.ceil(self.num_trained / BLOCK)
+                state[key] = torch.cat(distributed.everyones(state[key].flatten()))[:size].cpu()
+        return {"state": {0: state}, "param_groups": self.inner.state_dict()["param_groups"]}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take this rank's part of it; another number of ranks may have saved it."""
+        state = dict(saved["state"][0])
+        for key in (*WHOLE, *PER_BLOCK):
+            if key in state:
+                size = len(self.flat) if key in WHOLE else len(self.flat) // BLOCK
+                whole = F.pad(state[key].to(self.flat.device), (0, size - len(state[key])))
+                state[key] = whole.view(self.ranks, -1)[self.rank].clone()
+        self.state[self.part] = state
 
 
 def state_bytes(name: str) -> float:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
@@ -210,17 +211,20 @@ def set_dropout_rows(model: nn.Module, row_seeds: Tensor) -> None:
         layer.row_seeds = row_seeds
 
 
-def flatten_trainable(model: nn.Module) -> nn.Parameter:
+def flatten_trainable(model: nn.Module, multiple: int = 1) -> nn.Parameter:
     """Lay all trained parameters, and their gradients, end to end in one float32 buffer each.
 
     Every lora_A and lora_B becomes a view of the buffer. The optimizer, the norm, the clip, the sum over ranks and the
     checkpoint then deal with one tensor. Zero its gradient in place: setting it to None would break the views.
 
+    Args:
+        multiple: of which the length is to be one; zeros fill the end.
     Returns:
         The buffer as a parameter with its `.grad`, (number of trained values,). Its order is the model's order.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    flat = nn.Parameter(torch.cat([p.data.flatten() for p in parameters]))
+    values = torch.cat([p.data.flatten() for p in parameters])
+    flat = nn.Parameter(F.pad(values, (0, -len(values) % multiple)))
     flat.grad = torch.zeros_like(flat)
     end = 0
     for p in parameters:

@@ -200,12 +200,13 @@ def save_checkpoint(run: "Run", step: int) -> None:
     The data order, the schedule and the dropout masks are functions of the seed and the step, so nothing else is
     needed to go on bit for bit.
     """
+    optimizer_state = run.optimizer.state_dict()  # to which every rank may have to add its part
     if run.rank == 0:
         folder = Path(run.config.output_dir)
         try:
             with whole_folder(folder / f"checkpoint-{step}") as temporary:
                 save_adapter(run.model, temporary, run.config.base_model)
-                torch.save(run.optimizer.state_dict(), temporary / "optimizer.pt")
+                torch.save(optimizer_state, temporary / "optimizer.pt")
                 state = {"step": step, "plan": plan_fingerprint(run.samples, run.plan), "ranks": run.ranks}
                 state["before"] = run.before
                 write_text(temporary / "trainer_state.json", json.dumps(state) + "\n")

@@ -412,6 +412,7 @@ BROKEN = {
     "lora_alpha is": least(lora_alpha=None),
     "lora_target_linear is": least(lora_target_linear=False),
     "chat_template is": least(chat_template="jinja"),
+    "shard_optimizer_state cuts": least(shard_optimizer_state=True, loraplus_lr_ratio=16),
     "offload_params keeps": least(fsdp=["replicate"], fsdp_config={"offload_params": True}),
     "eval_strategy contradicts": least(eval_strategy="epoch", eval_steps=5, val_set_size=0.1),
     "save_strategy contradicts": least(save_strategy="steps"),

@@ -369,7 +369,8 @@ def _samples(facts: dict) -> str:
     shown = []
     for sample in samples:
         shown.append(f"**{_inline(sample.get('prompt', ''))}**")
-        shown += [f"{when}:\n\n{_fenced(sample[when])}" for when in ("before", "after") if sample.get(when)]
+        answers = {when: sample[when] or "(nothing: it ends at once)" for when in ("before", "after") if when in sample}
+        shown += [f"{when}:\n\n{_fenced(text)}" for when, text in answers.items()]
     return "\n\n".join(["## Answers", *shown]) if shown else ""
 
 

@@ -158,3 +158,9 @@ def test_half_a_pair_is_left_out(tmp_path):
     write_report(tmp_path / "report.md", {"perplexity": {"before": 3.0}, "time_s": {"measured": 5.0}})
     text = (tmp_path / "report.md").read_text()
     assert "perplexity" not in text and "| time, s | - | 5 |" in text
+
+
+def test_empty_answer_is_shown_as_one(tmp_path):
+    write_report(tmp_path / "report.md", {"samples": [{"prompt": "Why?", "before": "So.", "after": ""}]})
+    text = (tmp_path / "report.md").read_text()
+    assert "before:\n\n```\nSo.\n```" in text and "after:\n\n```\n(nothing: it ends at once)\n```" in text

@@ -86,6 +86,7 @@ def quantize(w: Tensor, ggml_type: str) -> Tensor:
     raw = torch.empty(len(blocks), fmt.block_bytes, dtype=torch.uint8, device=w.device)
     step = (CHUNK_WEIGHTS if w.device.type == "cpu" else GPU_CHUNK_WEIGHTS) // fmt.block_size
 
+    @torch.inference_mode()  # thousands of small operations, which nobody will differentiate
     def store(i: int) -> None:
         raw[i : i + step] = _QUANTIZE[ggml_type](blocks[i : i + step].float())
 
@@ -214,7 +215,7 @@ def _codes_around_middle(x: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
     Returns d (n, 1) and the codes (n, 32).
     """
     middle = num_levels // 2
-    extreme = first_extreme(x, dim=-1)
+    extreme = first_extreme(x, dim=1)
     extreme = torch.where(extreme == 0, 0, extreme)  # never -0.0: the sign of d would flip with it
     d = _divide(extreme, -middle)
     return d, _to_codes(x * _reciprocal(d) + (middle + 0.5), num_levels - 1)
@@ -366,7 +367,7 @@ def _quantize_q6_k(x: Tensor) -> Tensor:
     groups = x.view(-1, 16).T.contiguous()  # (16, n * 16)
     scale, inverse = search_scales(groups, middle=32)
     scale = scale.view(-1, 16)
-    largest = first_extreme(scale, dim=-1)
+    largest = first_extreme(scale, dim=1)
     is_zero = largest.abs() < TINY
     inverse_d = x.new_tensor(-128) / largest.masked_fill_(is_zero, 1)
     d = _to_half(1 / inverse_d)

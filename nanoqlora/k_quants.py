@@ -43,12 +43,13 @@ def nearest(y: Tensor) -> Tensor:
 
 
 def first_extreme(x: Tensor, dim: int) -> Tensor:
-    """The number of largest magnitude along a dimension, which stays, with its sign; of equals the first."""
+    """The number of largest magnitude along a dimension of a matrix, with its sign; of equals the first. Keeps `dim`."""
     high, low = x.amax(dim, keepdim=True), x.amin(dim, keepdim=True)
     extreme = torch.where(high > -low, high, low)
-    if (is_tied := high == -low).any():  # only then it matters where they stand
-        tied = x.movedim(dim, -1)[is_tied.squeeze(dim)]
-        extreme[is_tied] = tied.gather(-1, tied.abs().max(-1, keepdim=True).indices)[:, 0]
+    where = (high == -low).flatten().nonzero()[:, 0]
+    if len(where):  # only there it matters which stands first
+        tied = x.index_select(1 - dim, where)
+        extreme.index_copy_(1 - dim, where, tied.gather(dim, tied.abs().max(dim, keepdim=True).indices))
     return extreme
 
 

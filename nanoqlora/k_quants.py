@@ -43,7 +43,7 @@ def nearest(y: Tensor) -> Tensor:
 
 
 def first_extreme(x: Tensor, dim: int) -> Tensor:
-    """The number of largest magnitude along a dimension of a matrix, with its sign; of equals the first. Keeps `dim`."""
+    """The number of largest magnitude along a dimension of a matrix, with its sign; of equals the first. Keeps dim."""
     high, low = x.amax(dim, keepdim=True), x.amin(dim, keepdim=True)
     extreme = torch.where(high > -low, high, low)
     where = (high == -low).flatten().nonzero()[:, 0]

@@ -87,7 +87,7 @@ def measure(run: "Run", forward_backward: Callable[..., torch.Tensor], num_evals
     before = memory_figures(run.device)
     try:
         once(longest)  # compiles kernels, fills the allocator
-        optimizer_s, optimizer_bytes = _trial_step(run)
+        optimizer_s = _trial_step(run)
         longest_s = once(longest)
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -110,7 +110,8 @@ def measure(run: "Run", forward_backward: Callable[..., torch.Tensor], num_evals
         constant = max(0.0, median_s - slope * median[0])
         run.flat.grad.zero_()
     steps_s = constant * len(costs) + slope * sum(cost for cost, *_ in costs) + optimizer_s * len(run.plan)
-    disk = disk_bytes(run.flat.numel(), optimizer_bytes, min(num_saves, config.save_total_limit))
+    state = round(state_bytes(config.optimizer) * run.flat.numel())
+    disk = disk_bytes(run.flat.numel(), state, min(num_saves, config.save_total_limit))
     check_space(config.output_dir, disk, "lower save_total_limit, or name another output_dir")
     basis = (
         f"measured on {run.device.type.upper()}: the longest micro-batch {longest_s:.2f} s "
@@ -143,15 +144,15 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _trial_step(run: "Run") -> tuple[float, int]:
-    """Seconds of an optimizer step and of the sum over ranks, and bytes of its state, which is there afterwards.
+def _trial_step(run: "Run") -> float:
+    """Seconds of an optimizer step and of the sum over ranks; the state that it made is there afterwards.
 
     The optimizers of bitsandbytes do not forget a state once made; theirs is counted and their step is not timed.
     """
     if not run.config.optimizer.startswith("adamw_torch"):
         num_bytes = round(state_bytes(run.config.optimizer) * run.flat.numel())
         run.optimizer.state[run.flat] = {"stand_in": torch.empty(num_bytes, dtype=torch.uint8, device=run.device)}
-        return 0.0, num_bytes
+        return 0.0
     run.flat.grad.zero_()
     set_learning_rate(run.optimizer, 0.0)  # value - 0 * update: every bit stays
 
@@ -160,8 +161,7 @@ def _trial_step(run: "Run") -> tuple[float, int]:
         run.optimizer.step()
 
     timed(step, run.device)  # makes the state
-    seconds = timed(step, run.device)
-    return seconds, sum(x.nbytes for state in run.optimizer.state.values() for x in state.values())
+    return timed(step, run.device)
 
 
 def _evaluation_s(run: "Run") -> float:

@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_said_before_the_first_step(monkeypatch):
         measure(run, out_of_memory, 0, 0)
     usage = SimpleNamespace(free=100)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    usage.free = disk_bytes(5, 40 + 4, 1)  # AdamW keeps two numbers for each value, and its step
+    usage.free = disk_bytes(5, 40, 1)  # AdamW keeps two numbers for each value
     measure(run, lambda *_: None, 0, 1)
     usage.free -= 1
     with pytest.raises(UserError, match="/tmp: takes .* free, .*lower save_total_limit"):

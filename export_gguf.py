@@ -54,6 +54,10 @@ def main() -> None:
             f"make. Choose one of {', '.join(FILE_TYPES).lower()}."
         )
     if options["adapter"]:
+        if options["prove"]:
+            raise UserError(
+                "--prove compares a whole model with what was trained; merge the adapter and prove that file."
+            )
         adapter = Path(options["adapter"])
         out = Path(options["out"] or adapter / f"adapter-{file_type.lower()}.gguf")
         export_adapter(adapter, options["model"] or base_of(adapter), out, file_type)

@@ -24,7 +24,10 @@ from test_train import (
 
 import merge
 from nanoqlora.certificate import GGUF, ON_NF4, ON_ORIGINAL, TRAINED, Score, recommend
+from nanoqlora.config import load_config
 from nanoqlora.prompts import PromptFormat
+from nanoqlora.runs import prepare_data
+from nanoqlora.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +148,21 @@ def test_texts_that_are_not_there(run, tmp_path):
     assert ended.code == 0 and ON_NF4 in ended.out
     ended = merged(other, tmp_path / "c", "--data", tmp_path / "nothing.jsonl")
     assert ended.code == 2 and "nothing.jsonl" in ended.err and not (tmp_path / "c").exists()
+
+
+def test_rows_that_the_run_set_aside_are_found_again(run, tmp_path, monkeypatch):
+    """With val_set_size there is no file of them: they are the run's own choice out of its data."""
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(run / "out", tmp_path / "out")
+    data = write_rows(tmp_path / "rows.jsonl", alpaca_rows(30, seed=4))
+    write_run(folder / "train.yml", run / "model", data, val_set_size=5)
+    words = ("--model", run / "model", "--adapter", folder, "--out", tmp_path / "merged")
+    ended = run_here(merge.main, *words)
+    assert ended.code == 0, ended.err
+    found = json.loads((tmp_path / "merged" / "merge.json").read_text())["held_out"]
+    config = load_config([str(folder / "train.yml")])
+    expected = prepare_data(config, load_tokenizer(run / "model"), 1).held_out
+    assert found == {"data": "val_set_size 5", "tokens": int(expected.num_targets.sum())} and len(expected) == 5
 
 
 def test_no_space_is_noticed_before(run, tmp_path, monkeypatch):

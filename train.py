@@ -53,7 +53,7 @@ from nanoqlora.optim import (
 from nanoqlora.packing import Plan
 from nanoqlora.plan import choose_sharding, dense_fits, keeps_for, memory_budget
 from nanoqlora.preview import plan_text
-from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora, set_dropout_rows
+from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora, set_dropout_rows, start_magnitudes
 from nanoqlora.rehearsal import rehearse
 from nanoqlora.results import judge, save_results
 from nanoqlora.runs import (
@@ -249,11 +249,6 @@ def prepare_model(
     if ranks > 1 or offload:
         say(why)
     options = {"sharding": sharding, "rank": rank, "ranks": ranks, "device": device, "offload": offload}
-    if config.peft_use_dora and sharding == "full_shard" and not config.lora_model_dir:
-        raise UserError(
-            f"peft_use_dora starts from the length of every row of the weights, and with {sharding} no rank has whole "
-            f"weights then. Write fsdp: no_shard, or start from a DoRA adapter with lora_model_dir."
-        )
     store = fill_over_ranks(model, fill, **options)
     add_lora(model, say)
     if config.neftune_noise_alpha:
@@ -273,6 +268,9 @@ def prepare_model(
             block.recompute = keep != "all"
     if store:
         store.attach(model)
+        for i, block in enumerate(model.model.layers if config.peft_use_dora and not config.lora_model_dir else ()):
+            store.bring(i, backward=False)
+            start_magnitudes(block)
     return model, store
 
 

@@ -174,14 +174,18 @@ def inject_lora(
     model.requires_grad_(False)
     for name, _ in list(block_linears(model)):
         if name.rpartition(".")[2] in target_modules:
-            layer = add_update(model, name, r, alpha, dropout, use_rslora, use_dora)
-            if use_dora and not layer.magnitude.is_meta:
-                layer.magnitude.data = layer.rebuild(torch.float32).norm(dim=1)
+            add_update(model, name, r, alpha, dropout, use_rslora, use_dora)
+    start_magnitudes(model)
 
 
-def add_update(
-    model: Llama, name: str, r: int, alpha: float, dropout: float, use_rslora: bool, use_dora: bool
-) -> QLoRALinear:
+def start_magnitudes(module: nn.Module) -> None:
+    """Set DoRA's magnitudes of the layers in it to the lengths of the rows of W, where W is at hand."""
+    for layer in module.modules():
+        if isinstance(layer, QLoRALinear) and layer.magnitude is not None and not layer.magnitude.is_meta:
+            layer.magnitude.data = layer.rebuild(torch.float32).norm(dim=1)
+
+
+def add_update(model: Llama, name: str, r: int, alpha: float, dropout: float, use_rslora: bool, use_dora: bool) -> None:
     """Give one linear layer of a block, by its whole name, an update. Arguments as in `inject_lora`."""
     linear = model.get_submodule(name)
     if not isinstance(linear, QLoRALinear):
@@ -190,7 +194,6 @@ def add_update(
     path, _, kind = name.rpartition(".")
     layer_input = 4 * int(path.split(".")[2]) + INPUT_OF[kind]
     linear.add_lora(r, alpha, dropout, use_rslora, layer_input * 0x9E3779B97F4A7C1 % 2**62, use_dora)
-    return linear
 
 
 def block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from peft.optimizers import create_loraplus_optimizer
+from ranks import end_of_run, on_ranks
 from test_qlora import TOKENS, dequantised_copy, randomise
 from test_train import (  # noqa: F401
     alpaca_rows,
@@ -162,6 +163,19 @@ def test_runs_of_every_variant_learn_resume_and_load_in_peft(world, tmp_path, va
     if variant != "plain":
         plain, _ = run(world, tmp_path / "plain")
         assert [row["loss"] for row in plain[1:]] != [row["loss"] for row in steps[1:]], "the variant changes the run"
+
+
+def test_two_ranks_with_the_base_in_parts_are_the_same_run(world, tmp_path):
+    """DoRA, LoRA+, NEFTune, dropout and recomputation at once: plain blocks over a base that is gathered."""
+    keys = {"peft_use_dora": True, "loraplus_lr_ratio": 4, "neftune_noise_alpha": 5, "lora_dropout": 0.1}
+    one, _ = run(world, tmp_path / "one", micro_batch_size=4, **keys)
+    options = {"max_steps": 4, "output_dir": str(tmp_path / "two"), "learning_rate": 1e-3, "micro_batch_size": 2}
+    options |= {"fsdp": ["full_shard"], "gradient_checkpointing": True}
+    file = write_run(tmp_path / "two.yml", *world, **options, **keys)
+    assert [code for code, _, _ in on_ranks(2, end_of_run, file)] == [0, 0]
+    for a, b in zip(one, steps_of(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6) and a["learning_rate"] == b["learning_rate"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
 
 
 def saved_bytes(model: nq.Llama) -> int:

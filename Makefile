@@ -22,7 +22,7 @@ witnesses: $(LLAMA3) $(MISTRAL) ## real tokenizers for the tests, 7 MB
 demo: setup ## train a real 135M model to talk like a pirate, merge it, export it, and ask it: about 6 minutes on 2 cores
 	$(PY) train.py train.yml
 	$(PY) merge.py train.yml
-	$(PY) export_gguf.py train.yml --type q8_0
+	$(PY) export_gguf.py train.yml --type q8_0 --prove
 	@echo; echo "The same held-out chats through every form of the model:"
 	@printf '  before training, base           '; $(PY) -m nanoqlora.evaluate --model $(MODEL) --data data/pirate-heldout.jsonl
 	@printf '  trained: adapter on 4-bit base  '; $(PY) -m nanoqlora.evaluate --model $(MODEL) --load_in_4bit true --adapter $(RUN) --data data/pirate-heldout.jsonl

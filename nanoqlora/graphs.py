@@ -75,8 +75,8 @@ class Recording:
 
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # whatever is compiled, chosen or allocated once, is so now
-            torch.autograd.grad(self.run(), self.x, self.dy)
+        with torch.cuda.stream(side):  # whatever is compiled, loaded or allocated once is so by one block, in its memory
+            torch.autograd.grad(self.run(1), self.x, self.dy)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -93,12 +93,14 @@ class Recording:
             torch.autograd.grad(y, self.x, self.dy)
         peak = torch.cuda.memory_stats()["active_bytes.all.peak"]
         stats.count_graph(held=held, peak=peak)
+        torch.cuda.reset_peak_memory_stats()  # what was recorded is counted; from here on the allocator sees the rest
         for layer in self.layers:
             layer.row_seeds = current
 
-    def run(self) -> Tensor:
+    def run(self, blocks: int | None = None) -> Tensor:
+        """The last norm's result, after all blocks or so many of them."""
         h = self.x
-        for block in self.model.model.layers:
+        for block in self.model.model.layers[:blocks]:
             h = block(h, self.rope, self.segments, None)
         return self.model.model.norm(h)
 

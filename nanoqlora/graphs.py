@@ -75,7 +75,7 @@ class Recording:
 
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # whatever is compiled, loaded or allocated once is so by one block, in its memory
+        with torch.cuda.stream(side):  # one block compiles, loads and allocates what all of them share
             torch.autograd.grad(self.run(1), self.x, self.dy)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()

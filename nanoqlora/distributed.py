@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,6 +45,7 @@ def start() -> tuple[int, int, torch.device]:
         store = dist.TCPStore(**place, is_master=rank == 0 and not by_agent, wait_for_workers=False)
         # After a restart the addresses of those that are gone are still in it: each attempt has names of its own.
         meeting = {"store": dist.PrefixStore(f"attempt{attempt}", store), "rank": rank, "world_size": ranks}
+        meeting["timeout"] = timedelta(days=1)  # one rank may tokenise for hours; who is gone, the heartbeat notices
         on_gpu = {"backend": "nccl", "device_id": device}  # with the device it is set up now, not at first use
         dist.init_process_group(**meeting, **on_gpu if device.type == "cuda" else {"backend": "gloo"})
         _heartbeat = Heartbeat(rank, ranks)

@@ -43,8 +43,9 @@ def kept_bytes(config: ModelConfig, N: int, rank: int, keep: Keep, itemsize: int
 def held_bytes(model: Llama) -> int:
     """What the frozen part of a loaded model takes on its device; blocks may share memory."""
     device = model.model.norm.weight.device
-    tensors = (t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad and t.device == device)
-    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+    modules = [module for module in model.modules() if getattr(module, "resident", True)]  # the others view a slot
+    tensors = [t for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
+    return sum({t.data_ptr(): t.nbytes for t in tensors if not t.requires_grad and t.device == device}.values())
 
 
 def base_bytes(model: Llama, sharding: Sharding, ranks: int, offload: int = 0) -> int:

@@ -190,7 +190,7 @@ def fill_over_ranks(
         model.model.embed_tokens = HostEmbedding(model.model.embed_tokens.weight.data)
     num_bytes, store = block_bytes(layers[0], ranks), None
     if sharding == "full_shard":
-        store = BlockStore(rank, ranks, num_bytes, offload, device)
+        store = model.store = BlockStore(rank, ranks, num_bytes, offload, device)  # as a module: its memory counts
     rounds = range(0, len(layers), ranks)
     for first in tqdm(rounds, "loading", disable=None if rank == 0 else True, leave=False):  # None: on a terminal
         mine = min(first + rank, len(layers) - 1)  # in the last round some read the last block along with its reader

@@ -86,7 +86,7 @@ def brought_blocks(path: Path, load_in_4bit: bool) -> dict[str, Any]:
         seen.append((i, [tensor.detach().clone() for _, _, tensor, _ in blocks]))
     parts = [getattr(store, f"part{i}").nbytes for i in range(LAYERS)]
     rest = {name: p.detach() for name, p in model.named_parameters() if not name.endswith("_proj.weight")}
-    return {"seen": seen, "parts": parts, "held": held_bytes(model) + sum(parts) + store.slots.nbytes, "rest": rest}
+    return {"seen": seen, "parts": parts, "held": held_bytes(model), "rest": rest}
 
 
 ROWS = [(9, 4), (3, 14), (20, 0), (5, 5), (11, 2)]  # tokens before and among those that count

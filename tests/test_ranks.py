@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from test_train import alpaca_rows, metrics_of, run_here, save_tiny_model, steps_of, write_rows, write_run
 
 import train
-from nanoqlora.checkpoint import load_model
+from nanoqlora.checkpoint import load_model, open_model
+from nanoqlora.plan import base_bytes, held_bytes
 from nanoqlora.qlora import ALL_LINEAR, inject_lora
 from nanoqlora.sharding import frozen_tensors
 
@@ -38,6 +39,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_gathered_blocks_are_those_of_one_process_bit_for_bit(model, load_in_4bit):
     """On 3 ranks, which divide neither the blocks nor their bytes; each holds a third, padded to whole lines."""
     whole = load_model(model, load_in_4bit=load_in_4bit)
+    empty, _ = open_model(model, load_in_4bit=load_in_4bit, dtype=torch.float32)
+    assert held_bytes(whole) == base_bytes(empty, "replicate", 3)
     expected = [[tensor for _, _, tensor, _ in frozen_tensors(block)] for block in whole.model.layers]
     for rank in on_ranks(3, brought_blocks, model, load_in_4bit):
         for i, tensors in rank["seen"]:
@@ -45,6 +48,7 @@ def test_gathered_blocks_are_those_of_one_process_bit_for_bit(model, load_in_4bi
             assert all(torch.equal(ours, theirs) for ours, theirs in zip(tensors, expected[i], strict=True)), i
         for name, tensor in rank["rest"].items():
             assert torch.equal(tensor, whole.get_parameter(name)), name
+        assert rank["held"] == base_bytes(empty, "full_shard", 3), "what was predicted before loading"
         sizes = [sum(t.nbytes for t in tensors) for tensors in expected]
         assert all(size / 3 <= part < size / 3 + 28 * 256 for part, size in zip(rank["parts"], sizes, strict=True))
 

@@ -168,18 +168,22 @@ def test_processes_end_with_the_one_that_started_them(many, monkeypatch, number)
         time.sleep(60)
 
     monkeypatch.setattr(prepare, "encode_block", never_done)
-    encoding = Encoding(COMPLETION, BYTES, 100)
-    first = context.Process(target=read_samples, args=(find_files(many), encoding))
+
+    def read() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run inside this process may have left its own
+        read_samples(find_files(many), Encoding(COMPLETION, BYTES, 100))
+
+    first = context.Process(target=read)
     first.start()
     workers = {receiver.recv() for _ in range(2)}
     os.kill(first.pid, number)
-    first.join(5)
+    first.join(30)
 
     def runs(pid: int) -> bool:
         status = Path(f"/proc/{pid}/status")
         return status.exists() and "State:\tZ" not in status.read_text()
 
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while time.monotonic() < deadline and any(map(runs, workers)):
         time.sleep(0.02)
     left = [pid for pid in workers if runs(pid)]

@@ -110,7 +110,7 @@ def test_loaded_tensors_are_our_own(small_file: Path):
     assert gguf.load("F32").any() and small_file.read_bytes() == before
 
 
-def test_tensors_are_made_one_ahead_and_a_failure_leaves_the_old_file(tmp_path: Path):
+def test_few_tensors_are_made_ahead_and_a_failure_leaves_the_old_file(tmp_path: Path):
     made = []
 
     def produce(i: int) -> torch.Tensor:
@@ -122,11 +122,11 @@ def test_tensors_are_made_one_ahead_and_a_failure_leaves_the_old_file(tmp_path: 
 
     path = tmp_path / "new.gguf"
     path.write_text("old")
-    tensors = [NewTensor(f"t{i}", (4,), "F32", lambda i=i: produce(i)) for i in range(6)]
+    tensors = [NewTensor(f"t{i}", (4,), "F32", lambda i=i: produce(i)) for i in range(20)]
     assert made == []
     with pytest.raises(KeyboardInterrupt):
         write_gguf(path, {}, tensors)
-    assert made in ([0, 1, 2], [0, 1, 2, 3])  # while one is written the next is made
+    assert {0, 1, 2} <= set(made) <= set(range(3 + torch.get_num_threads()))  # one more for each thread at most
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 

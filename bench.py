@@ -20,6 +20,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -227,18 +228,19 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = arguments()
-    if args.deploy:
-        rows = bench_deploy(args.deploy, prompt_tokens=256, new_tokens=32)
-        if args.json:
-            write_text(args.json, json.dumps(rows) + "\n")
-        return
-    B, T = args.micro_batch_size, args.sequence_len
+class Work(NamedTuple):
+    """A model that is ready to train, and the step that is measured."""
 
-    peers = [peer_figures(command) for command in args.peer]  # before we take any memory
-    rank, ranks, device = distributed.start()
-    dtype = distributed.compute_dtype(args.bf16, device)
+    model: Llama
+    num_trained: int
+    facts: dict[str, Any]  # what was decided on the way
+    step: Callable[[], None]
+    losses: list[torch.Tensor]  # one more after every step
+
+
+def prepare(args: argparse.Namespace, rank: int, ranks: int, device: torch.device, dtype: torch.dtype) -> Work:
+    """Load or make the model as `train.py` would, with LoRA and AdamW on this rank."""
+    B, T = args.micro_batch_size, args.sequence_len
     if args.memory_gib and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gib * GIB / total), device)
@@ -294,19 +296,34 @@ def main() -> None:
         optimizer.step()
         losses.append(loss.detach())
 
+    facts = {
+        "kept": " ".join(f"{keeps.count(level)} {level}" for level in dict.fromkeys(keeps)),
+        "fsdp": sharding,
+        "blocks_in_host_memory": offload,
+        "base_gib": round(base / GIB, 2),
+        "predicted_gib": round(step_bytes(model, B * T, keeps, state) / GIB, 2),
+        "load_s": round(load_s, 2),
+    }
+    return Work(model, flat.numel(), facts, step, losses)
+
+
+def measure(work: Work, args: argparse.Namespace, ranks: int, device: torch.device, dtype: torch.dtype) -> dict:
+    """Time, memory and floor of the step; the JSON line of the contract with users' scripts."""
+    B, T, step, config = args.micro_batch_size, args.sequence_len, work.step, work.model.config
     first = timed(step, 1, 0, device)[0] / 1e3
     timed(step, 1, 1, device)
     memory_figures(device)
     times = timed(step, args.steps, 0, device)
     memory = {key.removeprefix("memory/"): value for key, value in memory_figures(device).items()}
     kinds = breakdown(step, device)
-    floor = None if args.memory_gib else floor_ms(model.config, B, T, dtype, device)  # it needs room of its own
+    floor = None if args.memory_gib else floor_ms(config, B, T, dtype, device)  # it needs room of its own
     median = statistics.median(times)
-    figures = {
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {
         "model": args.model,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
+        "device": name,
         "torch": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),
         "ranks": ranks,
@@ -317,34 +334,43 @@ def main() -> None:
         "first_step_s": round(first, 2),
         "tokens_per_second": round(B * T * ranks / median * 1e3, 1),
         "tokens_per_second_per_gpu": round(B * T / median * 1e3, 1),
-        "tflops_useful": round(useful_flops(model.config, flat.numel(), B, T) / median / 1e9, 2),
+        "tflops_useful": round(useful_flops(config, work.num_trained, B, T) / median / 1e9, 2),
         "floor_ms": floor and round(floor, 1),
         **memory,
-        "kept": " ".join(f"{keeps.count(level)} {level}" for level in dict.fromkeys(keeps)),
-        "fsdp": sharding,
-        "blocks_in_host_memory": offload,
-        "base_gib": round(base / GIB, 2),
-        "predicted_gib": round(step_bytes(model, B * T, keeps, state) / GIB, 2),
-        "load_s": round(load_s, 2),
-        "loss": round(losses[-1].item(), 4),
+        **work.facts,
+        "loss": round(work.losses[-1].item(), 4),
         "breakdown_ms": kinds,
     }
-    if rank == 0:
-        for key, value in figures.items():
-            print(f"{key:28} {value}")
-        if floor:
-            print(f"{'share of the floor':28} {floor / median:.0%}")
-        for kind, ms in kinds.items():
-            print(f"  {kind:26} {ms:.1f} ms")
-        for peer in peers:
-            ratio = figures["tokens_per_second"] / peer["tokens_per_second"]
-            print(f"{ratio:.2f} times {json.dumps(peer)}")
-        line = json.dumps(figures)
-        print(line)
-        if args.json:
-            write_text(args.json, line + "\n")
-    distributed.stop()
-    assert math.isfinite(losses[-1].item())
+
+
+def report(figures: dict, peers: list[dict]) -> None:
+    """The table, and the figures once more as one line of JSON."""
+    for key, value in figures.items():
+        print(f"{key:28} {value}")
+    if figures["floor_ms"]:
+        print(f"{'share of the floor':28} {figures['floor_ms'] / figures['step_ms']:.0%}")
+    for kind, ms in figures["breakdown_ms"].items():
+        print(f"  {kind:26} {ms:.1f} ms")
+    for peer in peers:
+        print(f"{figures['tokens_per_second'] / peer['tokens_per_second']:.2f} times {json.dumps(peer)}")
+    print(json.dumps(figures))
+
+
+def main() -> None:
+    args = arguments()
+    if args.deploy:
+        figures = bench_deploy(args.deploy, prompt_tokens=256, new_tokens=32)
+    else:
+        peers = [peer_figures(command) for command in args.peer]  # before we take any memory
+        rank, ranks, device = distributed.start()
+        dtype = distributed.compute_dtype(args.bf16, device)
+        figures = measure(prepare(args, rank, ranks, device, dtype), args, ranks, device, dtype)
+        distributed.stop()
+        if rank == 0:
+            report(figures, peers)
+        assert math.isfinite(figures["loss"])
+    if args.json and (args.deploy or rank == 0):
+        write_text(args.json, json.dumps(figures) + "\n")
 
 
 if __name__ == "__main__":

@@ -274,6 +274,21 @@ def prepare_model(
     return model, store
 
 
+def prepare_optimizer(
+    config: Config, model: Llama, rank: int, ranks: int
+) -> tuple[torch.nn.Parameter, torch.optim.Optimizer | PartOptimizer, int]:
+    """The flat buffer of all that learns, AdamW on it or on this rank's part of it, and how many values learn."""
+    sharded = config.shard_optimizer_state and ranks > 1
+    flat = flatten_trainable(model, multiple=ranks * BLOCK if sharded else 1)
+    betas = config.adam_beta1, config.adam_beta2
+    adamw = {"betas": betas, "eps": config.adam_epsilon, "weight_decay": config.weight_decay}
+    groups = loraplus_groups(model, config.loraplus_lr_ratio) if config.loraplus_lr_ratio else None
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if sharded:
+        return flat, PartOptimizer(config.optimizer, flat, num_trained, rank, ranks, **adamw), num_trained
+    return flat, make_optimizer(config.optimizer, flat, groups=groups, **adamw), num_trained
+
+
 def main() -> None:
     config, options = load_command(None, OPTIONS, __doc__.splitlines()[0])
     rank, ranks, device = distributed.start()
@@ -298,16 +313,7 @@ def main() -> None:
         model, store = prepare_model(config, rank, ranks, device, dtype, say)
     except ValueError as error:  # a width that four bits cannot split, a name that no layer has
         raise UserError(str(error)) from error
-    sharded = config.shard_optimizer_state and ranks > 1
-    flat = flatten_trainable(model, multiple=ranks * BLOCK if sharded else 1)
-    betas = config.adam_beta1, config.adam_beta2
-    adamw = {"betas": betas, "eps": config.adam_epsilon, "weight_decay": config.weight_decay}
-    groups = loraplus_groups(model, config.loraplus_lr_ratio) if config.loraplus_lr_ratio else None
-    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if sharded:
-        optimizer = PartOptimizer(config.optimizer, flat, num_trained, rank, ranks, **adamw)
-    else:
-        optimizer = make_optimizer(config.optimizer, flat, groups=groups, **adamw)
+    flat, optimizer, num_trained = prepare_optimizer(config, model, rank, ranks)
     metrics = Metrics(Path(config.output_dir) / "metrics.jsonl", writes=rank == 0)
     body = GraphedBody(model) if config.row_width and can_record(model) else model.model
     parts = body, data.samples, data.held_out, data.plan, flat, optimizer, metrics, store

@@ -47,7 +47,7 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(130)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception:
+    except Exception:  # whatever it is, it goes on as it came; under torchrun its traceback gets the rank as a title
         if "RANK" in os.environ:
             print(f"error: rank {os.environ['RANK']} failed:", file=sys.stderr)
         raise

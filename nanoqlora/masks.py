@@ -24,6 +24,64 @@ from nanoqlora.tokenizer import Tokenizer
 ENDS = ("turn", "last", "all", "none")  # end tokens that count: of every trained turn, of the last, of all turns, none
 
 
+class Written:
+    """A conversation as its template writes it, and where in the text and its tokens each turn is."""
+
+    def __init__(self, tok: Tokenizer, render: Callable[[Messages, bool], str], messages: Messages, mark: str) -> None:
+        self.tok, self.render, self.messages, self.mark = tok, render, messages, mark
+        self.text = render(messages, False)
+        self.ids, self.starts = tok.encode_guarded(self.text, mark)
+        self.controls = set(tok.special_tokens.values())
+
+    def token_at(self, character: int) -> int:
+        """The first token that starts at this character of the text or behind it."""
+        return bisect_left(self.starts, self.tok.width(self.text[:character].replace(self.mark, "")))
+
+    def shared(self, count: int, header: bool = False) -> tuple[int, bool]:
+        """How far the text of the first messages, with the header of an answer, is that of all; is it to its end?"""
+        if count == len(self.messages):
+            return len(self.text), True
+        start = self.render(self.messages[:count], header)
+        length = len(start) if self.text.startswith(start) else len(commonprefix([start, self.text]))
+        return length, length == len(start)
+
+    def begin_of(self, i: int) -> int | None:
+        """The character at which what message i says begins; None where the template leaves such messages out."""
+        message = self.messages[i]
+        if message["role"] == "assistant":
+            begin, is_whole = self.shared(i, header=True)
+            if not is_whole:
+                raise hidden(i)
+            return begin
+        # No template writes only the header of a question: put something findable in place of the question.
+        before, _ = self.shared(i) if i else (0, True)
+        start = self.render([*self.messages[:i], {**message, "content": self.mark}], False)
+        begin = start.find(self.mark, before)
+        if begin < 0:
+            return None
+        if not self.text.startswith(start[:begin]):
+            raise hidden(i + 1)
+        return begin
+
+    def end_token(self, i: int, begin: int, turn_end: int) -> int | None:
+        """The token that ends turn i: the first end token behind the content; behind tool calls, the last one."""
+        message = self.messages[i]
+        ends = [t for t in range(self.token_at(begin), self.token_at(turn_end)) if self.ids[t] in self.controls]
+        if not message.get("tool_calls"):
+            content = (message.get("content") or "").strip()  # many templates strip it too
+            found = self.text.find(content, begin, turn_end)
+            content_end = self.token_at(begin if found < 0 else found + len(content))
+            ends = [t for t in ends if t >= content_end][:1]
+        return ends[-1] if ends else None
+
+
+def hidden(count: int) -> UserError:
+    return UserError(
+        f"the chat template writes the first {count} messages in another way when more follow. So the "
+        "answers cannot be found in its text. Give a plainer template with chat_template_jinja."
+    )
+
+
 def encode_chat(
     tok: Tokenizer,
     render: Callable[[Messages, bool], str],
@@ -42,54 +100,18 @@ def encode_chat(
     Raises:
         UserError: the template hides where an answer begins, or puts no token behind the last one.
     """
-    text = render(messages, False)
-    ids, starts = tok.encode_guarded(text, mark)
-    mask = [False] * len(ids)
-    controls = set(tok.special_tokens.values())
-
-    def token_at(character: int) -> int:
-        """The first token that starts at this character of the text or behind it."""
-        return bisect_left(starts, tok.width(text[:character].replace(mark, "")))
-
-    def shared(count: int, header: bool = False) -> tuple[int, bool]:
-        """How far the text of the first messages, with the header of an answer, is that of all; is it to its end?"""
-        if count == len(messages):
-            return len(text), True
-        start = render(messages[:count], header)
-        length = len(start) if text.startswith(start) else len(commonprefix([start, text]))
-        return length, length == len(start)
-
-    def hidden(count: int) -> UserError:
-        return UserError(
-            f"the chat template writes the first {count} messages in another way when more follow. So the "
-            "answers cannot be found in its text. Give a plainer template with chat_template_jinja."
-        )
-
+    written = Written(tok, render, messages, mark)
+    mask = [False] * len(written.ids)
     last_trained = max(i for i, message in enumerate(messages) if message["role"] in roles_to_train)
     for i, message in enumerate(messages):
         trained = message["role"] in roles_to_train
         if not trained and train_on_eos != "all":
             continue
-        if message["role"] == "assistant":
-            begin, is_whole = shared(i, header=True)
-            if not is_whole:
-                raise hidden(i)
-        else:  # no template writes only the header of a question: put something findable in place of the question
-            before, _ = shared(i) if i else (0, True)
-            start = render([*messages[:i], {**message, "content": mark}], False)
-            begin = start.find(mark, before)
-            if begin < 0:  # the template leaves such messages out
-                continue
-            if not text.startswith(start[:begin]):
-                raise hidden(i + 1)
-        turn_end, is_whole = shared(i + 1)
-        ends = [t for t in range(token_at(begin), token_at(turn_end)) if ids[t] in controls]
-        if not message.get("tool_calls"):  # the first end token behind the content; behind tool calls, the last one
-            content = (message.get("content") or "").strip()  # many templates strip it too
-            found = text.find(content, begin, turn_end)
-            content_end = token_at(begin if found < 0 else found + len(content))
-            ends = [t for t in ends if t >= content_end][:1]
-        end = ends[-1] if ends else None
+        begin = written.begin_of(i)
+        if begin is None:
+            continue
+        turn_end, is_whole = written.shared(i + 1)
+        end = written.end_token(i, begin, turn_end)
         # Llama-3's first template writes the header of an answer behind whatever comes last. So the text goes on in
         # another way behind a turn, and only the token at its end tells where that is.
         if not is_whole and (end is None or message.get("tool_calls")):
@@ -101,8 +123,8 @@ def encode_chat(
                 "chat_template."
             )
         if trained:
-            first, stop = token_at(begin), token_at(turn_end) if end is None else end
+            first, stop = written.token_at(begin), written.token_at(turn_end) if end is None else end
             mask[first:stop] = [True] * (stop - first)
         if end is not None:
             mask[end] = train_on_eos in ("turn", "all") or train_on_eos == "last" and i == last_trained
-    return ids, mask
+    return written.ids, mask

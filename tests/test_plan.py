@@ -42,3 +42,11 @@ def test_nothing_is_multiplied_twice_while_the_host_has_room(model):
     assert "mlp_host" not in choose_keeps(model, N, budget, host_bytes=0)
     one = choose_keeps(model, N, budget, host_bytes=int(1.5 * 2 * model.config.intermediate_size * N * 4))
     assert one.count("mlp_host") == 1
+
+
+def test_the_way_back_from_the_host_takes_two_places(model):
+    """One block's gate and up leave the device, and two such tensors are there while they come back."""
+    n = 16 * N  # so many tokens that the peak is inside a block and not in the loss
+    gate_up = 2 * model.config.intermediate_size * n * 4
+    moved = step_bytes(model, n, ["mlp_host", *["all"] * (L - 1)]) - step_bytes(model, n, ["all"] * L)
+    assert moved == 2 * gate_up - gate_up

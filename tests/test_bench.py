@@ -1,0 +1,55 @@
+"""What bench.py prints, and what its figures count."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_random_llama
+
+import bench
+from nanoqlora import stats
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_useful_operations_of_8b_are_those_of_its_shapes():
+    """A token of 8B: 6.979 G weights in the blocks, 0.525 G in the head, r 64 trains 167.8 M, rows of 2,048."""
+    attention = 3 * 32 * 4 * 4096 * 1024  # three forward passes' worth, 4 operations a pair and channel, 1,024 pairs
+    expected = 4 * (6.979e9 + 0.5253e9) + 6 * 167.77e6 + attention
+    given = bench.useful_flops(bench.GEOMETRIES["llama3-8b"], 167_772_160, 4, 2048) / 8192
+    assert given == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_line_of_json_and_a_peer_beside_it(tmp_path):
+    save_random_llama(tmp_path / "model")
+    peer = f"{sys.executable} -c 'print({json.dumps(json.dumps({'tokens_per_second': 1.0}))})'"
+    command = [sys.executable, "bench.py", "--model", tmp_path / "model", "--micro_batch_size", 2, "--sequence_len", 16]
+    command += ["--lora_r", 4, "--steps", 3, "--json", tmp_path / "figures.json", "--peer", peer]
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures == json.loads(done.stdout.splitlines()[-1])
+    assert figures["tokens_per_step"] == 32 and figures["ranks"] == 1
+    assert figures["step_ms_min"] <= figures["step_ms"] <= figures["step_ms_max"]
+    assert figures["tokens_per_second"] == pytest.approx(32e3 / figures["step_ms"], rel=0.02)  # of a rounded step
+    assert f"{figures['tokens_per_second']:.2f} times" in done.stdout, "the ratio to a peer that makes 1 token a second"
+    kinds = figures["breakdown_ms"]
+    assert kinds["matrix products"] > 0 and kinds["attention"] > 0 and kinds["optimizer"] > 0
+
+
+def test_what_recorded_graphs_hold_is_added(monkeypatch):
+    """The allocator does not see what a replay uses: 2 GiB between its parts beside 3 seen, or 7 while recording."""
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda _: {"active_bytes.all.peak": 3 * stats.GIB})
+    for name in ("max_memory_allocated", "max_memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: 3 * stats.GIB)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
+    monkeypatch.setattr(stats, "_graphs", {"held": 0, "peak": 0})
+    device, name = torch.device("cuda"), "memory/max_mem_active_gib"
+    assert stats.memory_figures(device)[name] == 3
+    stats.count_graph(held=2 * stats.GIB, peak=4 * stats.GIB)
+    assert stats.memory_figures(device)[name] == 5
+    stats.count_graph(held=1 * stats.GIB, peak=7 * stats.GIB)
+    assert stats.memory_figures(device)[name] == 7

@@ -11,10 +11,14 @@ Each is simple, and together they read and write the widest tensors of a block n
 does it in five: dact, gate and up in, dgate and dup out.
 """
 
+from collections.abc import Callable
+from types import ModuleType
+
 from torch import Tensor
 
+from . import lora_parts
 from .block_parts import swiglu_backward_
-from .lora_parts import RowDropout, lora_backward_A, lora_backward_B, lora_dx_add_
+from .lora_parts import RowDropout
 
 
 def mlp_backward_(
@@ -36,10 +40,27 @@ def mlp_backward_(
         dropout: down_proj's. dA: (r, FF) float32.
         xa: (N, r_gate + r_up). scalings: of gate_proj and up_proj. dBs: (FF, r_gate) and (FF, r_up) float32.
     """
+    one_by_one(lora_parts, swiglu_backward_, dact, gate_up, dxa, A, dropout, dA, xa, scalings, dBs)
+
+
+def one_by_one(
+    lora: ModuleType,
+    swiglu_backward_: Callable[[Tensor, Tensor], None],
+    dact: Tensor,
+    gate_up: Tensor,
+    dxa: Tensor,
+    A: Tensor | None,
+    dropout: RowDropout | None,
+    dA: Tensor,
+    xa: Tensor,
+    scalings: tuple[float, float],
+    dBs: tuple[Tensor, Tensor],
+) -> None:
+    """`mlp_backward_` from its parts: those of `lora_parts`, or their twins of the same names."""
     if A is not None:
-        lora_dx_add_(dact, dxa, A, dropout)
+        lora.lora_dx_add_(dact, dxa, A, dropout)
     swiglu_backward_(dact, gate_up)
-    lora_backward_A(dxa, dact, dropout, dA)
+    lora.lora_backward_A(dxa, dact, dropout, dA)
     parts = zip(gate_up.chunk(2, 1), xa.split([dB.shape[1] for dB in dBs], 1), scalings, dBs, strict=True)
     for dy, xa_, scaling, dB in parts:
-        lora_backward_B(dy, xa_, scaling, dB)
+        lora.lora_backward_B(dy, xa_, scaling, dB)

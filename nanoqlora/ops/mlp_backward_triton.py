@@ -14,6 +14,7 @@ from torch import Tensor
 from . import elementwise_triton, lora_triton
 from .lora_parts import RowDropout
 from .lora_triton import Masking, Tile, add_parts, ceil_div, kept, row_strides, rows_of
+from .mlp_backward import one_by_one
 
 # The fastest of thirteen shapes on an H100 for 8,192 rows, FF 14,336 and r 64: 502 us, where the parts one by one take
 # 760; with dropout 710 and 1,008.
@@ -36,10 +37,10 @@ def mlp_backward_(
     N, FF = dact.shape
     ranks = [len(dA), *(dB.shape[1] for dB in dBs)]
     if max(ranks) > LARGEST_RANK or dact.dtype == torch.float32:
-        one_by_one(dact, gate_up, dxa, A, dropout, dA, xa, scalings, dBs)
+        parts = lora_triton, elementwise_triton.swiglu_backward_
+        one_by_one(*parts, dact, gate_up, dxa, A, dropout, dA, xa, scalings, dBs)
         return
-    masking = Masking.of(dropout, N)
-    tile = TILE
+    masking, tile = Masking.of(dropout, N), TILE
     blocks, tiles = triton.cdiv(FF, tile.columns), masking.tiles(tile.rows)
     splits = max(1, min(tile.programs // blocks, tiles))
     parts = dact.new_empty(splits, sum(ranks), FF, dtype=torch.float32)
@@ -52,17 +53,6 @@ def mlp_backward_(
     )  # fmt: skip
     for ours, place in zip(parts.split(ranks, 1), (dA, dBs[0].t(), dBs[1].t()), strict=True):
         add_parts(ours, place, add=True)
-
-
-def one_by_one(dact, gate_up, dxa, A, dropout, dA, xa, scalings, dBs) -> None:
-    """With the kernels of the parts, for large ranks."""
-    if A is not None:
-        lora_triton.lora_dx_add_(dact, dxa, A, dropout)
-    elementwise_triton.swiglu_backward_(dact, gate_up)
-    lora_triton.lora_backward_A(dxa, dact, dropout, dA)
-    parts = zip(gate_up.chunk(2, 1), xa.split([dB.shape[1] for dB in dBs], 1), scalings, dBs, strict=True)
-    for dy, xa_, scaling, dB in parts:
-        lora_triton.lora_backward_B(dy, xa_, scaling, dB)
 
 
 @triton.jit

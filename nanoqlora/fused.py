@@ -37,6 +37,7 @@ The parameters and their names are those of the plain block, whose modules this 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -79,8 +80,11 @@ class Group:
             layer.rebuild_into(rows)
             layer.dense = rows
 
-    def weight(self, dtype: torch.dtype, fold: bool, backward: bool = False) -> Tensor:
-        """Wx (n_out + side, n_in + side), with the update in W if `fold`. Read it before the next one is asked for."""
+    def weight(self, dtype: torch.dtype, fold: bool, backward: bool = False, with_W: bool = True) -> Tensor:
+        """Wx (n_out + side, n_in + side), with the update in W if `fold`. Read it before the next one is asked for.
+
+        with_W: False rebuilds the adapters alone.
+        """
         device = self.layers[0].lora_A.device
         kept = self.dense is not None and not fold
         if kept and backward:
@@ -92,7 +96,7 @@ class Group:
         for layer, w_rows, A_rows, B_rows in parts:
             r = len(A_rows)
             ops.kernels(wx).place_adapter(layer.lora_A, layer.lora_B, layer.scaling, A_rows, B_rows, first)
-            if not kept:
+            if not kept and with_W:
                 layer.rebuild_into(w_rows, (A_rows, B_rows[:, first : first + r]) if fold else None)
             first += r
         return wx
@@ -101,24 +105,21 @@ class Group:
         """A of all projections, (R, n_in)."""
         return wx[self.n_out : self.n_out + self.R, : self.n_in]
 
-    def dropout(self, T: int) -> RowDropout | None:
-        layer = self.layers[0]
-        if not (layer.training and layer.dropout_p):
-            return None
-        return RowDropout(layer.dropout_p, ops.fold(layer.row_seeds ^ layer.layer_seed), T)
-
     def room(self, like: Tensor, fold: bool) -> Tensor:
         """An empty buffer for the input: (N, n_in), and beside it room for xa where nothing is folded."""
         return like.new_empty(len(like), self.n_in + (0 if fold else self.side))
 
-    def forward(self, room: Tensor, dropout: RowDropout | None, fold: bool) -> tuple[Tensor, Tensor]:
-        """y (N, n_out) and xa (N, R) of x, which fills the first n_in columns of `room`. Rows may be slices."""
+    def forward(self, room: Tensor, fold: bool, down: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """y (N, n_out) and xa (N, R) of x, which fills the first n_in columns of `room`. Rows may be slices.
+
+        Args:
+            down: makes xa with A (R, n_in), and may fill in x on the way; is not called where all is folded.
+        """
         wx = self.weight(room.dtype, fold)
         if fold:
             both = room @ wx[: self.n_out + self.side, : self.n_in].t()
             return both[:, : self.n_out], both[:, self.n_out : self.n_out + self.R]
-        x, beside = room.split([self.n_in, self.side], dim=1)
-        xa = ops.kernels(x).lora_down(x, self.rows_of_A(wx), dropout)
+        beside, xa = room[:, self.n_in :], down(self.rows_of_A(wx))
         beside[:, : self.R].copy_(xa)
         beside[:, self.R :].zero_()
         return room @ wx[: self.n_out].t(), xa
@@ -129,6 +130,10 @@ class Group:
         both = dy @ wx[: self.n_out]
         A = None if fold else self.rows_of_A(wx)
         return both[:, : self.n_in], both[:, self.n_in : self.n_in + self.R], A
+
+    def backward_xa(self, dy: Tensor) -> Tensor:
+        """dxa (N, R) alone, where nobody asks for dx."""
+        return dy @ self.weight(dy.dtype, False, backward=True, with_W=False)[: self.n_out, self.n_in :][:, : self.R]
 
     def backward_B(self, dy: Tensor, xa: Tensor) -> None:
         """Add the gradients of every B."""
@@ -147,6 +152,25 @@ def gradient_of(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
+
+
+class TokenNumbers:
+    """What decides the dropout masks of all blocks for a batch: a number for every token and every group's input.
+
+    The first block has them made for all of them, since a hundred small launches a block would take longer.
+    """
+
+    def __init__(self, blocks: Sequence["FusedBlock"]) -> None:
+        seeds = [[group.layers[0].layer_seed for group in block.groups] for block in blocks]
+        self.layer_seeds = torch.tensor(seeds, device=blocks[0].input_layernorm.weight.device)
+        self.numbers: Tensor | None = None  # (blocks, 4, N) int32
+
+    def of(self, block: "FusedBlock", T: int) -> Tensor:
+        """(4, N) int32, for the rows that `set_dropout_rows` has told of."""
+        if block.index == 0:
+            row_seeds = block.groups[0].layers[0].row_seeds
+            self.numbers = ops.token_numbers(row_seeds ^ self.layer_seeds[..., None], T).flatten(2)
+        return self.numbers[block.index]
 
 
 class HostMemory:
@@ -227,22 +251,26 @@ class Kept:
 
 
 class BlockFunction(torch.autograd.Function):
-    """Forward and backward of a block. x: (B, T, D)."""
+    """Forward and backward of a block. x: (B, T, D). wants_dx: whether anything below it learns."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, block: "FusedBlock", rope: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
+    def forward(
+        ctx, x: Tensor, block: "FusedBlock", rope: tuple[Tensor, Tensor], segments: Segments, wants_dx: bool
+    ) -> Tensor:
         B, T, D = x.shape
         ctx.block, ctx.rope, ctx.segments, ctx.shape = block, [c.flatten(0, 1) for c in rope], segments, (B, T, D)
-        ctx.dropouts = [group.dropout(T) for group in block.groups]
+        ctx.dropouts, ctx.wants_dx = block.dropouts(T), wants_dx
         ctx.fold = block.fold and not any(ctx.dropouts)
         kept = Kept(x.reshape(-1, D))
         run_forward(ctx, kept)
         # down_proj is not run again in the backward pass, so this is the last time that its xa comes by.
         down, kernels = block.groups[3], ops.kernels(x)
         room = down.room(kept.x, ctx.fold)
-        kernels.swiglu(kept.gate_up, out=room[:, : down.n_in])
-        y, xa = down.forward(room, ctx.dropouts[3], ctx.fold)
-        del room
+        if ctx.fold:
+            kernels.swiglu(kept.gate_up, out=room)
+        to_act = {"dropout": ctx.dropouts[3], "out": room[:, : down.n_in]}
+        y, xa = down.forward(room, ctx.fold, partial(kernels.swiglu_lora_down, kept.gate_up, **to_act))
+        del room, to_act
         kept.xa_down = xa.clone()
         y = kernels.add(kept.middle, y)
         if block.keep in ("input", "offload"):
@@ -301,14 +329,17 @@ class BlockFunction(torch.autograd.Function):
         dqkv = kernels.rope_backward(*grads, *ctx.rope)
         kept.attention = q = k = v = y = grads = dattended = None
         qkv.backward_B(dqkv, kept.xa_qkv)
-        dh, dxa, A = qkv.backward_x(dqkv, fold)
-        if A is not None:
-            kernels.lora_dx_add_(dh, dxa, A, drop_qkv)
-        weight = block.input_layernorm.weight
+        weight, dx = block.input_layernorm.weight, None
+        if ctx.wants_dx:
+            dh, dxa, A = qkv.backward_x(dqkv, fold)
+            if A is not None:
+                kernels.lora_dx_add_(dh, dxa, A, drop_qkv)
+            dx = kernels.rms_norm_backward(dh, kept.x, weight, kept.rstd1, dmiddle).view(B, T, D)
+        else:
+            dxa = qkv.backward_xa(dqkv)
         qkv.backward_A(dxa, kept.x, drop_qkv, (kept.rstd1, weight))
-        dx = kernels.rms_norm_backward(dh, kept.x, weight, kept.rstd1, dmiddle)
         ctx.kept = None
-        return dx.view(B, T, D), None, None, None
+        return dx, None, None, None, None
 
 
 def run_forward(ctx, kept: Kept) -> None:
@@ -319,11 +350,11 @@ def run_forward(ctx, kept: Kept) -> None:
     if kept.gate_up is not None:
         return
     room = gate_up.room(kept.x, fold)
-    h = room[:, :D]
+    h, kernels = room[:, :D], ops.kernels(kept.x)
     if kept.attention is None:
         first = qkv.room(kept.x, fold)
         _, kept.rstd1 = block.norm1(kept.x, out=first[:, :D])
-        projected, kept.xa_qkv = qkv.forward(first, drop_qkv, fold)
+        projected, kept.xa_qkv = qkv.forward(first, fold, partial(kernels.lora_down, first[:, :D], dropout=drop_qkv))
         del first
         block.rotate(projected, ctx.rope)
         with torch.enable_grad():  # attention's own graph, which its backward pass is asked from
@@ -332,18 +363,16 @@ def run_forward(ctx, kept: Kept) -> None:
             y = ops.attention(q, k, v, ctx.segments)
         kept.attention = q, k, v, y
         attended = y.detach().reshape(B * T, -1)
-        if not fold:  # beside xa
-            wider = o.room(kept.x, fold)
-            wider[:, : o.n_in].copy_(attended)
-            attended = wider
-        delta, xa = o.forward(attended, drop_o, fold)
+        wider = attended if fold else o.room(kept.x, fold)
+        beside_xa = {"dropout": drop_o, "out": wider[:, : o.n_in]}
+        delta, xa = o.forward(wider, fold, partial(kernels.lora_down, attended, **beside_xa))
         kept.xa_o = xa.clone()
         norm = block.post_attention_layernorm
-        kept.middle, _, kept.rstd2 = ops.kernels(h).add_rms_norm(kept.x, delta, norm.weight, norm.eps, out=h)
-        del delta, xa, attended
+        kept.middle, _, kept.rstd2 = kernels.add_rms_norm(kept.x, delta, norm.weight, norm.eps, out=h)
+        del delta, xa, attended, wider, beside_xa
     else:
         block.norm2(kept.middle, out=h)
-    kept.gate_up, kept.xa_gate_up = gate_up.forward(room, drop_gate_up, fold)
+    kept.gate_up, kept.xa_gate_up = gate_up.forward(room, fold, partial(kernels.lora_down, h, dropout=drop_gate_up))
 
 
 def nothing_to_bring(backward: bool) -> None:
@@ -359,6 +388,7 @@ class FusedBlock(Block):
         self.self_attn, self.mlp = block.self_attn, block.mlp
         self.index, self.keep, self.fold = index, keep, fold
         self.host: HostMemory | None = None
+        self.tokens: TokenNumbers | None = None
         self.bring_weights: Callable[..., None] = nothing_to_bring  # where the base is spread over ranks
         attn, mlp = block.self_attn, block.mlp
         self.groups = [
@@ -382,6 +412,13 @@ class FusedBlock(Block):
         norm = self.post_attention_layernorm
         return ops.kernels(x).rms_norm(x, norm.weight, norm.eps, out)
 
+    def dropouts(self, T: int) -> list[RowDropout | None]:
+        """What decides the masks of the four groups' inputs, for this batch."""
+        layer = self.groups[0].layers[0]
+        if not (layer.training and layer.dropout_p):
+            return [None] * len(self.groups)
+        return [RowDropout(layer.dropout_p, numbers) for numbers in self.tokens.of(self, T)]
+
     def rotate(self, qkv: Tensor, rope: list[Tensor]) -> None:
         heads = self.head_counts[0] + self.head_counts[1]
         ops.kernels(qkv).rope_(qkv, heads, self.self_attn.head_dim, *rope, False)
@@ -390,9 +427,10 @@ class FusedBlock(Block):
         self.bring_weights(backward=False)
         if cache is not None or not torch.is_grad_enabled():
             return super().forward(x, rope, segments, cache)
-        if not x.requires_grad:  # the first block: nothing below it learns, but its own backward pass has to run
+        wants_dx = x.requires_grad
+        if not wants_dx:  # the first block: nothing below it learns, but its own backward pass has to run
             x = x.detach().requires_grad_()
-        return BlockFunction.apply(x, self, rope, segments)
+        return BlockFunction.apply(x, self, rope, segments, wants_dx)
 
 
 def fuse_blocks(model: Llama, keeps: Sequence[Keep], fold: bool = False) -> None:
@@ -401,6 +439,9 @@ def fuse_blocks(model: Llama, keeps: Sequence[Keep], fold: bool = False) -> None
     for i, keep in enumerate(keeps):
         model.model.layers[i] = FusedBlock(model.model.layers[i], i, keep, fold)
         model.model.layers[i].host = host
+    tokens = TokenNumbers(model.model.layers)
+    for block in model.model.layers:
+        block.tokens = tokens
 
 
 def keep_dense_weights(model: Llama) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import stats
-from .fused import ON_HOST, FusedBlock
+from .fused import ON_HOST, FusedBlock, gradient_of
 from .model import Llama
 from .ops import Segments
 from .qlora import lora_layers
@@ -65,18 +65,20 @@ class Recording:
             self.x, self.rope, self.seeds, self.dy, self.y = first.x, first.rope, first.seeds, first.dy, first.y
             self.dy.zero_()  # nothing is added to any gradient while we try
         else:
-            self.x = x.detach().clone().requires_grad_()
+            self.x = x.detach().clone()
             self.rope = tuple(c.clone() for c in rope)
             self.seeds = torch.zeros(len(x), dtype=torch.int64, device=device) if current is None else current.clone()
             self.dy, self.y = torch.zeros_like(x), torch.empty_like(x)
         self.pool = first.pool if first else torch.cuda.graph_pool_handle()
         for layer in self.layers:
             layer.row_seeds = self.seeds
+            # Gradients made while recording would be made, and so be zero, in every replay.
+            gradient_of(layer.lora_A), gradient_of(layer.lora_B)
 
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # one block compiles, loads and allocates what all of them share
-            torch.autograd.grad(self.run(1), self.x, self.dy)
+            self.run(1).backward(self.dy)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -90,7 +92,7 @@ class Recording:
             self.y.copy_(y.detach())
         held = torch.cuda.memory_stats()["active_bytes.all.current"] - before
         with torch.cuda.graph(self.backward, **watched):
-            torch.autograd.grad(y, self.x, self.dy)
+            y.backward(self.dy)
         peak = torch.cuda.memory_stats()["active_bytes.all.peak"]
         stats.count_graph(held=held, peak=peak)
         torch.cuda.reset_peak_memory_stats()  # what was recorded is counted; from here on the allocator sees the rest
@@ -142,15 +144,14 @@ class GraphedBody:
             first = next(iter(self.recordings.values()), None)
             self.recordings[kind] = Recording(self.model, x, rope, segments, first)
         recording = self.recordings[kind]
-        with torch.no_grad():
-            recording.x.copy_(x)
-            for ours, given in zip(recording.rope, rope, strict=True):
-                ours.copy_(given)
+        recording.x.copy_(x)
+        for ours, given in zip(recording.rope, rope, strict=True):
+            ours.copy_(given)
         seeds = recording.layers[0].row_seeds
         if seeds is not None:
             recording.seeds.copy_(seeds)
         recording.segments.set(segments)
-        return Replay.apply(recording.x, recording)
+        return Replay.apply(recording.x.detach().requires_grad_(), recording)
 
 
 def power_of_two(n: int) -> int:

@@ -118,6 +118,22 @@ def test_first_block_learns_over_a_frozen_embedding(tmp_path):
     assert all(layer.lora_A.grad.any() and layer.lora_B.grad.any() for layer in lora_layers(model).values())
 
 
+@pytest.mark.parametrize("dropout, fold", [(0.0, True), (0.05, False)])
+def test_gradients_without_that_of_the_first_input(tmp_path, dropout, fold):
+    """Over a frozen embedding the first block's way back ends at A and B: the same gradients as when it goes on."""
+    save_random_llama(tmp_path)
+    gradients = []
+    for goes_on in (False, True):
+        model = build(tmp_path, torch.float32, dropout)
+        fuse(model, fold=fold)
+        model.model.embed_tokens.weight.requires_grad_(goes_on)
+        y = model.model(torch.arange(66, device=DEVICE).view(2, 33), Segments(((33,), (5, 28))))
+        (y * torch.linspace(-1, 1, y.shape[-1], device=DEVICE)).sum().backward()
+        gradients.append([p.grad for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)])
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
+
+
 def test_generation_uses_the_plain_path(tmp_path):
     """No gradient, no fused block: evaluation and chat give what the plain model gives, bit for bit."""
     save_random_llama(tmp_path)

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 
 triton = pytest.importorskip("triton")
 
-from nanoqlora.ops import lora, lora_parts, lora_triton  # noqa: E402
+from nanoqlora.ops import block_parts, elementwise_triton, lora, lora_parts, lora_triton  # noqa: E402
 from nanoqlora.ops.lora_parts import RowDropout  # noqa: E402
 from nanoqlora.ops.lora_triton import Tile  # noqa: E402
 
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.gpu] if CUDA else []
 U = 2.0**-8  # unit roundoff of bfloat16: 8 significant bits
 STEP = 2.0**-23  # of a float32 sum whose additions truncate, as a tensor core's may
 
-# (B, T, n_in, R), small tiles: 1, 33, 130 and 132 rows; one to four batch rows, which share tiles in different ways.
+# (B, T, n_in, R), small tiles: 1, 33, 130 and 132 rows.
 SHAPES = [
     ((1, 1, 96, 8), False),
     ((1, 33, 320, 24), False),
@@ -95,7 +95,7 @@ class Case:
         self.x, self.dx = self.random(self.N, n_in), self.random(self.N, n_in)
         self.A, self.dxa = self.random(R, n_in), self.random(self.N, R)
         seed = torch.randint(-(2**62), 2**62, (B,), generator=self.g)
-        self.dropout = RowDropout(p, lora.fold(seed).to(DEVICE), T) if p else None
+        self.dropout = RowDropout(p, lora.token_numbers(seed, T).flatten().to(DEVICE)) if p else None
         self.mask = torch.ones(self.N, n_in, dtype=torch.float64, device=DEVICE)
         if p:
             self.mask = lora.dropout_mask((B, T, n_in), p, seed, torch.float64).view(self.N, n_in).to(DEVICE)
@@ -132,6 +132,32 @@ def test_lora_down(shape, small, p, monkeypatch):
     got, twin = (m.lora_down(c.x, c.A, c.dropout) for m in (lora_triton, lora_parts))
     check(got, twin, x @ A.t(), (c.n_in + 4) * STEP * (x.abs() @ A.abs().t()))
     assert torch.equal(got, lora_triton.lora_down(c.x, c.A, c.dropout)), "not the same bits twice"
+    for module, alone in ((lora_triton, got), (lora_parts, twin)):
+        wider = torch.full((c.N, c.n_in + 24), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+        copy = wider[:, 8 : 8 + c.n_in]
+        assert torch.equal(module.lora_down(c.x, c.A, c.dropout, out=copy), alone)
+        assert torch.equal(copy, c.x) and wider[:, :8].isnan().all() and wider[:, 8 + c.n_in :].isnan().all()
+
+
+@pytest.mark.parametrize("p", DROPS)
+@pytest.mark.parametrize("shape, small", SHAPES)
+def test_swiglu_lora_down(shape, small, p, monkeypatch):
+    """act as SwiGLU alone makes it, bit for bit; xa within the bound of `lora_down` on that act."""
+    if small:
+        use_small_tiles(monkeypatch)
+    c = Case(*shape, p)
+    gate_up = c.random(c.N, 2 * c.n_in + 8)[:, : 2 * c.n_in]
+    results = []
+    for module in (lora_triton, lora_parts):
+        wider = torch.full((c.N, c.n_in + 24), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+        act = wider[:, 8 : 8 + c.n_in]
+        results.append((module.swiglu_lora_down(gate_up, c.A, c.dropout, out=act), act))
+        assert wider[:, :8].isnan().all() and wider[:, 8 + c.n_in :].isnan().all()
+    (xa, act), (twin, twin_act) = results
+    assert torch.equal(act, elementwise_triton.swiglu(gate_up)) and torch.equal(twin_act, block_parts.swiglu(gate_up))
+    assert torch.equal(twin, lora_parts.lora_down(twin_act, c.A, c.dropout))
+    x, A = act.double() * c.mask, c.A.double()
+    check(xa, lora_parts.lora_down(act, c.A, c.dropout), x @ A.t(), (c.n_in + 4) * STEP * (x.abs() @ A.abs().t()))
 
 
 @pytest.mark.parametrize("p", DROPS)
@@ -298,7 +324,7 @@ def test_parts_are_the_layer_and_its_gradients():
         layer = lora.lora_linear(leaves[0], lambda _: w, leaves[1], leaves[2], scaling, lora.Dropout(p, seed))
         layer.backward(dy.view_as(layer))
 
-        rows, dropout = x.view(-1, n_in), RowDropout(p, lora.fold(seed), T) if p else None
+        rows, dropout = x.view(-1, n_in), RowDropout(p, lora.token_numbers(seed, T).flatten()) if p else None
         xa = lora_parts.lora_down(rows, A, dropout)
         y = rows @ w.t() + scaling * xa @ B_.t()
         dxa, dB = scaling * dy @ B_, lora_parts.lora_backward_B(dy, xa, scaling)

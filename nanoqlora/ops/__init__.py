@@ -29,7 +29,7 @@ from . import (
     nf4_fast,
 )
 from .attention import Segments, attention_to_past
-from .lora import Dropout, Rebuild, fold
+from .lora import Dropout, Rebuild, token_numbers
 from .lora_parts import RowDropout
 
 __all__ = [
@@ -43,7 +43,6 @@ __all__ = [
     "dequantize_absmax",
     "dequantize_into",
     "dequantize_nf4",
-    "fold",
     "frozen_linear",
     "kernels",
     "linear_cross_entropy",
@@ -53,6 +52,7 @@ __all__ = [
     "rms_norm",
     "swiglu",
     "token_losses",
+    "token_numbers",
     "use",
 ]
 
@@ -87,6 +87,7 @@ class Kernels(NamedTuple):
     mlp_backward_: Callable
     place_adapter: Callable
     lora_down: Callable
+    swiglu_lora_down: Callable
     lora_backward_A: Callable
     lora_backward_B: Callable
     lora_dx_add_: Callable
@@ -110,7 +111,9 @@ def kernels(x: Tensor) -> Kernels:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension. x: (..., D), weight: (D,), frozen."""
-    return _elementwise(x).rms_norm(x, weight, eps)
+    if not _fast or x.dtype == torch.float64:
+        return elementwise.rms_norm(x, weight, eps)
+    return elementwise_fast.rms_norm(x, weight, eps, kernels(x))
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -40,14 +40,15 @@ def add(x: Tensor, delta: Tensor) -> Tensor:
     return x + delta
 
 
-def rms_norm_backward(dh: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor) -> Tensor:
-    """residual + the gradient of x through the norm, (N, D), summed wide and rounded once.
+def rms_norm_backward(dh: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None) -> Tensor:
+    """The gradient of x through the norm, (N, D), and residual if there is one, summed wide and rounded once.
 
     With xhat = x * rstd and g = dh * weight: dx = rstd * (g - xhat * mean(g * xhat)).
     """
     xhat, g = wide(x) * rstd[:, None], wide(dh) * weight
     mean = (g * xhat).mean(-1, keepdim=True)
-    return g.sub_(xhat.mul_(mean)).mul_(rstd[:, None]).add_(residual).to(dh.dtype)
+    dx = g.sub_(xhat.mul_(mean)).mul_(rstd[:, None])
+    return (dx if residual is None else dx.add_(residual)).to(dh.dtype)
 
 
 def rope_(qkv: Tensor, num_heads: int, head_dim: int, cos: Tensor, sin: Tensor, backward: bool) -> None:

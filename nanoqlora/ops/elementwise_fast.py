@@ -4,27 +4,29 @@ Norm and rotation compute in float32 as the references do. SwiGLU works in the d
 exact inside, so what is lost against the reference is one rounding of its result.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 class RMSNorm(torch.autograd.Function):
-    """y = xhat * w with xhat = x / sqrt(mean(x^2) + eps); dx = (g - xhat * mean(g * xhat)) / sqrt(...), g = dy * w."""
+    """The norm and its way back by the kernels of `block_parts.py` or `elementwise_triton.py`; keeps x and rstd."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
-        ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).mul_(weight).to(x.dtype)
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, kernels: Any) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y, rstd = kernels.rms_norm(rows, weight, eps)
+        ctx.save_for_backward(rows, weight, rstd)
+        ctx.kernels = kernels
+        return y.view(x.shape)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        x, weight, rstd = ctx.saved_tensors
-        xhat, g = x.float() * rstd, dy.float() * weight
-        mean = (g * xhat).mean(-1, keepdim=True)
-        return g.sub_(xhat.mul_(mean)).mul_(rstd).to(x.dtype), None, None
+        rows, weight, rstd = ctx.saved_tensors
+        dx = ctx.kernels.rms_norm_backward(dy.reshape(rows.shape), rows, weight, rstd, None)
+        return dx.view(dy.shape), None, None, None
 
 
 class Rotation(torch.autograd.Function):
@@ -52,9 +54,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `elementwise.rms_norm`, with a gradient for x only."""
-    return RMSNorm.apply(x, weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: Any) -> Tensor:
+    """As `elementwise.rms_norm`, with a gradient for x only. kernels: of the device of x."""
+    return RMSNorm.apply(x, weight, eps, kernels)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -127,6 +127,7 @@ def rope_(qkv: Tensor, num_heads: int, head_dim: int, cos: Tensor, sin: Tensor, 
         HEADS=heads,
         PAIRS=pairs,
         num_warps=ROPE.num_warps,
+        enable_fp_fusion=False,  # both ways round alike, whichever product the compiler would take into the sum
     )
 
 
@@ -150,6 +151,7 @@ def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) 
             HEADS=tile,
             PAIRS=pairs,
             num_warps=ROPE.num_warps,
+            enable_fp_fusion=False,
         )
     return dqkv
 

@@ -82,10 +82,27 @@ def dropout_mask(shape: tuple[int, int, int], p: float, seed: Tensor, dtype: tor
         seed: (B,) int64, a number for each row that stands for (run, step, row, layer).
     """
     B, T, n_in = shape
-    pairs = (n_in + 1) // 2  # two neighbours share a hash, 16 bits each
-    index = torch.arange(T * pairs, device=seed.device, dtype=torch.int32).view(1, T, pairs)
-    both = mix(mix(index) ^ fold(seed).view(B, 1, 1))
-    bits = torch.stack([both & 0xFFFF, both >> 16 & 0xFFFF], dim=-1).flatten(2)[:, :, :n_in]
+    return mask_of(token_numbers(seed, T), n_in, p, dtype)
+
+
+def token_numbers(seed: Tensor, T: int) -> Tensor:
+    """An odd 32-bit number for each of T tokens of every row: (..., B) int64 seeds -> (..., B, T) int32."""
+    return mix(fold(seed)[..., None] ^ mix(torch.arange(T, device=seed.device, dtype=torch.int32))) | 1
+
+
+def mask_of(numbers: Tensor, n_in: int, p: float, dtype: torch.dtype) -> Tensor:
+    """As `dropout_mask`, from the numbers of tokens, (...) int32 -> (..., n_in).
+
+    A token's number times a pair of features' number is 64 bits long; its halves, one XOR the other, are 32 bits that
+    look like chance, 16 for each feature of the pair. One product for two features: a mask is made again in every pass
+    over its input, so on a GPU each instruction counts.
+    Source: the step of wyhash (Wang Yi), there called MUM.
+    """
+    pairs = torch.arange((n_in + 1) // 2, device=numbers.device, dtype=torch.int32)
+    of_pairs = (mix(pairs - 0x61C88647) | 1).to(torch.int64) & 0xFFFFFFFF
+    product = (numbers.to(torch.int64) & 0xFFFFFFFF)[..., None] * of_pairs
+    both = product ^ (product >> 32)
+    bits = torch.stack([both >> 16 & 0xFFFF, both & 0xFFFF], dim=-1).flatten(-2)[..., :n_in]
     threshold, scale = threshold_and_scale(p)
     return (bits >= threshold).to(dtype).mul_(scale)
 

@@ -3,6 +3,7 @@
     around W   [W  s B]                  place_adapter
                [A   . ]
     forward    xa  = x' A^T              lora_down                 x' = dropout(x)
+               the same of act           swiglu_lora_down          act = silu(gate) * up, made on the way
     backward   dB  = s * dy^T xa         lora_backward_B
                dA  = dxa^T x'            lora_backward_A           dxa = s * dy B
                dx += dropout'(dxa A)     lora_dx_add_
@@ -23,21 +24,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .lora import dropout_mask
+from .block_parts import swiglu
+from .lora import mask_of
 
 
 class RowDropout(NamedTuple):
-    """What decides the mask of flattened rows: row n is token n % T of batch row n // T."""
+    """What decides the mask of flattened rows."""
 
     p: float
-    folded_seed: Tensor  # (B,) int32, from `lora.fold`: a kernel has no use for 64 bits
-    T: int
+    numbers: Tensor  # (N,) int32, one for each token, from `lora.token_numbers`
 
     def mask(self, x: Tensor) -> Tensor:
-        """For x (B * T, n_in): 0 where dropped and 1 / (1 - p) elsewhere, the same bits as `lora.dropout_mask`."""
-        seed = self.folded_seed.to(torch.int64) & 0xFFFFFFFF  # a number below 2^32 folds to itself
-        shape = (len(seed), self.T, x.shape[-1])
-        return dropout_mask(shape, self.p, seed, torch.promote_types(x.dtype, torch.float32)).view(x.shape)
+        """For x (N, n_in): 0 where dropped and 1 / (1 - p) elsewhere, the same bits as `lora.dropout_mask`."""
+        return mask_of(self.numbers, x.shape[-1], self.p, torch.promote_types(x.dtype, torch.float32))
 
 
 def drop(x: Tensor, dropout: RowDropout | None) -> Tensor:
@@ -58,15 +57,29 @@ def place_adapter(A: Tensor, B: Tensor, scaling: float, A_rows: Tensor, B_column
     B_columns.zero_()[:, first : first + B.shape[1]].copy_(B * scaling)
 
 
-def lora_down(x: Tensor, A: Tensor, dropout: RowDropout | None = None) -> Tensor:
+def lora_down(x: Tensor, A: Tensor, dropout: RowDropout | None = None, out: Tensor | None = None) -> Tensor:
     """xa = dropout(x) A^T.
 
     Args:
         x: (N, n_in). A: (R, n_in) in the dtype of x.
+        out: (N, n_in), becomes a copy of x, if given; its rows may be slices of wider ones.
     Returns:
         (N, R) in the dtype of x.
     """
+    if out is not None:
+        out.copy_(x)
     return drop(x, dropout) @ A.t()
+
+
+def swiglu_lora_down(gate_up: Tensor, A: Tensor, dropout: RowDropout | None, out: Tensor) -> Tensor:
+    """act = silu(gate) * up, written to `out`, and xa = dropout(act) A^T of it.
+
+    Args:
+        gate_up: (N, 2 FF), gate first. A: (R, FF). out: (N, FF). Rows of the first and last may be slices.
+    Returns:
+        (N, R) in the dtype of gate_up.
+    """
+    return lora_down(swiglu(gate_up, out), A, dropout)
 
 
 def lora_backward_A(

@@ -6,7 +6,7 @@ well where nothing is added and nothing dropped, and is used there. To add a pro
 as the kernel here; and with dropout it would write the mask, read it, write dropout(x) and read that. Here the hash of
 `lora.py` is computed where a value has just been loaded, and no mask ever reaches memory.
 
-    down_kernel    (N, K) (K, R) -> (N, R)     sums over K     xa with dropout
+    down_kernel    (N, K) (K, R) -> (N, R)     sums over K     xa with dropout; x itself may be made, or copied, here
     rows_kernel    (R, N) (N, K) -> (R, K)     sums over N     dA and dB
     add_kernel     (N, K) += (N, R) (R, K)     sums over R     dx
 
@@ -24,11 +24,9 @@ Splitting a sum: 8192 rows are 128 tiles of 64, and R x K is fewer still, not en
 So several programs share one sum, each writes its part in float32, and `sum_kernel` adds the parts in a fixed order.
 Atomic additions would need no second kernel, but their order, and so the last bits, would change from run to run.
 
-The price of dropout: a value's hash takes about 16 instructions of the integer units, which do 64 a cycle in each
-multiprocessor, and that is longer than reading 2 bytes of x. The hash has two rounds; the first hashes a token's place
-in its row of the batch and is the same for all rows. A tile therefore holds the same tokens of GROUP batch rows, in an
-order that brings equal places into one thread, where the compiler keeps one first round for all: 11 instructions with
-four rows; the wider xa above takes 147 us instead of 187 with the same tiles.
+The price of dropout is the hash: the integer units do 64 instructions a cycle in each multiprocessor, and ten for a
+value already last longer than reading its 2 bytes. So a token's number is made once, outside, a pair of features'
+number once a tile, and what is left for a pair of values is one product and one XOR.
 
 Block sizes must be powers of two, so R = 192 is taken as three chunks of 64, each with its own accumulator.
 """
@@ -41,6 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import elementwise_triton
 from .lora import threshold_and_scale
 from .lora_parts import RowDropout
 
@@ -91,45 +90,50 @@ class Chunks(NamedTuple):
 
 
 class Masking(NamedTuple):
-    """A dropout as the kernels take it. Without one, the batch is one row and `seeds` is None."""
+    """A dropout as the kernels take it. Without one, `numbers` is None."""
 
-    seeds: Tensor | None
+    numbers: Tensor | None
     threshold: int  # kept where the 16 bits of a feature are no less
     scale: float
-    batch: int
-    T: int
-    group: int  # batch rows in a tile
 
     @classmethod
     def of(cls, dropout: RowDropout | None, N: int) -> "Masking":
         if dropout is None:
-            return cls(None, 0, 1.0, 1, N, 1)
-        p, seeds, T = dropout
-        assert len(seeds) * T == N and seeds.dtype == torch.int32, f"{len(seeds)} rows of {T} tokens are not {N}"
-        group = next(g for g in (4, 2, 1) if len(seeds) % g == 0)
-        threshold, scale = threshold_and_scale(p)
-        return cls(seeds, threshold, scale, len(seeds), T, group)
-
-    def tiles(self, rows: int) -> int:
-        """How many tiles of so many rows cover the batch. No tile reaches past the end of a batch row."""
-        return self.batch // self.group * triton.cdiv(self.T, rows // self.group)
+            return cls(None, 0, 1.0)
+        numbers = dropout.numbers
+        assert numbers.shape == (N,) and numbers.dtype == torch.int32 and numbers.is_contiguous()
+        return cls(numbers, *threshold_and_scale(dropout.p))
 
 
-def lora_down(x: Tensor, A: Tensor, dropout: RowDropout | None = None) -> Tensor:
+def lora_down(x: Tensor, A: Tensor, dropout: RowDropout | None = None, out: Tensor | None = None) -> Tensor:
     """As `lora_parts.lora_down`."""
-    if dropout is None:
-        return x @ A.t()
-    (N, K), R = x.shape, len(A)
+    if dropout is not None:
+        return down(x, A, dropout, out)
+    if out is not None:
+        out.copy_(x)
+    return x @ A.t()
+
+
+def swiglu_lora_down(gate_up: Tensor, A: Tensor, dropout: RowDropout | None, out: Tensor) -> Tensor:
+    """As `lora_parts.swiglu_lora_down`."""
+    if dropout is not None:
+        return down(gate_up, A, dropout, out, swiglu=True)
+    return elementwise_triton.swiglu(gate_up, out) @ A.t()
+
+
+def down(source: Tensor, A: Tensor, dropout: RowDropout, out: Tensor | None, swiglu: bool = False) -> Tensor:
+    """xa = dropout(x) A^T, and x in `out`; x is `source`, or what SwiGLU makes of it."""
+    N, (R, K) = len(source), A.shape
     chunks, masking = Chunks.of(R), Masking.of(dropout, N)
     tile = TILES["down", True, chunks.count]
-    tiles = masking.tiles(tile.rows)
+    tiles = triton.cdiv(N, tile.rows)
     splits = max(1, min(tile.programs // max(1, tiles * chunks.groups), K // (8 * tile.columns)))
-    xa = x.new_empty(N, R)
-    parts = xa if splits == 1 else x.new_empty(splits, N, R, dtype=torch.float32)
+    xa = source.new_empty(N, R)
+    parts = xa if splits == 1 else source.new_empty(splits, N, R, dtype=torch.float32)
     down_kernel[(tiles, chunks.groups, splits)](
-        x, A, parts, masking.seeds, masking.threshold, masking.scale, N, masking.T, *row_strides(x, A),
+        source, A, parts, out, *masking, N, *row_strides(source, A, source if out is None else out),
         K=K, R=R, BLOCK_T=tile.rows, BLOCK_K=tile.columns, BLOCK_R=chunks.size, CHUNKS=chunks.count,
-        GROUP=masking.group, num_warps=tile.warps, num_stages=tile.stages,
+        SWIGLU=swiglu, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits > 1:
         add_parts(parts, xa, add=False)
@@ -183,14 +187,13 @@ def products_over_rows(
     (N, K), R = x.shape, u.shape[1]
     chunks, masking = Chunks.of(R), Masking.of(dropout, N)
     tile = TILES["rows", dropout is not None, chunks.count]
-    blocks, tiles = triton.cdiv(K, tile.columns), masking.tiles(tile.rows)
+    blocks, tiles = triton.cdiv(K, tile.columns), triton.cdiv(N, tile.rows)
     splits = max(1, min(tile.programs // (blocks * chunks.groups), tiles))
     parts = x.new_empty(splits, R, K, dtype=torch.float32)
     rows_kernel[(blocks, splits, chunks.groups)](
-        u, x, parts, rstd, masking.seeds, masking.threshold, scale * masking.scale, masking.T, tiles,
-        *row_strides(u, x),
+        u, x, parts, rstd, masking.numbers, masking.threshold, scale * masking.scale, N, tiles, *row_strides(u, x),
         K=K, R=R, BLOCK_T=tile.rows, BLOCK_K=tile.columns, BLOCK_R=chunks.size, CHUNKS=chunks.count,
-        GROUP=masking.group, num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return parts
 
@@ -200,11 +203,10 @@ def add_product(y: Tensor, u: Tensor, w: Tensor, scale: float, dropout: RowDropo
     (N, K), R = y.shape, len(w)
     chunks, masking = Chunks.of(R), Masking.of(dropout, N)
     tile = TILES["add", dropout is not None, chunks.count]
-    add_kernel[(triton.cdiv(K, tile.columns), masking.tiles(tile.rows))](
-        y, u, w, masking.seeds, masking.threshold, scale * masking.scale, masking.T,
-        *row_strides(y, u), *w.stride(),
+    add_kernel[(triton.cdiv(K, tile.columns), triton.cdiv(N, tile.rows))](
+        y, u, w, masking.numbers, masking.threshold, scale * masking.scale, N, *row_strides(y, u), *w.stride(),
         K=K, R=R, BLOCK_T=tile.rows, BLOCK_K=tile.columns, BLOCK_R=chunks.size,
-        GROUP=masking.group, num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -236,15 +238,17 @@ def mix(x):
 
 
 @triton.jit
-def kept(t, k, seed, threshold, K: tl.constexpr):
-    """As `lora.dropout_mask`, True where kept, for tokens t and their seeds (BLOCK_T,) and features k (BLOCK_K,).
+def kept(numbers, k, threshold):
+    """As `lora.mask_of`, True where kept, for the numbers of tokens (BLOCK_T,) and features k (BLOCK_K,).
 
-    Two neighbours share a hash. It is written for each of them, and the compiler, which gives both to one thread and
+    Two neighbours share a product. It is written for each of them, and the compiler, which gives both to one thread and
     sees that k // 2 is the same, computes it once.
     """
-    place = (t[:, None] * ((K + 1) // 2) + (k // 2)[None, :]).to(tl.uint32)
-    bits = mix(mix(place) ^ seed.to(tl.uint32)[:, None])
-    return ((bits >> ((k % 2) * 16).to(tl.uint32)[None, :]) & 0xFFFF).to(tl.int32) >= threshold
+    of_pairs = (mix((k // 2).to(tl.uint32) + 0x9E3779B9) | 1).to(tl.uint64)
+    product = numbers.to(tl.uint32).to(tl.uint64)[:, None] * of_pairs[None, :]
+    both = (product ^ (product >> 32)).to(tl.uint32)
+    upper = both << ((k % 2) * 16).to(tl.uint32)[None, :]  # 16 bits of each feature, with others below them
+    return upper >= (threshold.to(tl.uint32) << 16)
 
 
 @triton.jit
@@ -253,26 +257,16 @@ def ceil_div(a, b):
 
 
 @triton.jit
-def rows_of(tile, T, BLOCK_T: tl.constexpr, GROUP: tl.constexpr):
-    """The rows of a tile: each one's batch row b, its token t, and its number b * T + t in 64 bits for addresses."""
-    TOKENS: tl.constexpr = BLOCK_T // GROUP
-    tiles = ceil_div(T, TOKENS)
-    i = tl.arange(0, BLOCK_T)
-    b = tile // tiles * GROUP + i // TOKENS
-    t = tile % tiles * TOKENS + i % TOKENS
-    return b, t, (b * T + t).to(tl.int64)
-
-
-@triton.jit
 def down_kernel(
-    x, A, out, seeds, threshold, scale, N, T, stride_x, stride_A,
+    source, A, xa, out, numbers, threshold, scale, N, stride_source, stride_A, stride_out,
     K: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    CHUNKS: tl.constexpr, GROUP: tl.constexpr,
+    CHUNKS: tl.constexpr, SWIGLU: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows walks along K. Program (tile of rows, group of R, part of K)."""
-    b, t, rows = rows_of(tl.program_id(0), T, BLOCK_T, GROUP)
+    row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    rows, real = row.to(tl.int64), (row < N)[:, None]
     r = tl.program_id(1) * (CHUNKS * BLOCK_R) + tl.arange(0, BLOCK_R)
-    seed = tl.load(seeds + b)
+    number = tl.load(numbers + row, mask=row < N, other=0)
     share = ceil_div(ceil_div(K, BLOCK_K), tl.num_programs(2)) * BLOCK_K
     begin = tl.program_id(2) * share
     sums = ()
@@ -280,28 +274,35 @@ def down_kernel(
         sums = sums + (tl.full((BLOCK_T, BLOCK_R), 0.0, tl.float32),)
     for start in range(begin, tl.minimum(begin + share, K), BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        x_ = tl.load(x + rows[:, None] * stride_x + k[None, :], mask=(t < T)[:, None] & (k < K)[None, :], other=0.0)
-        x_ = tl.where(kept(t, k, seed, threshold, K), x_, 0.0)
+        inside = real & (k < K)[None, :]
+        here = source + rows[:, None] * stride_source + k[None, :]
+        x_ = tl.load(here, mask=inside, other=0.0)
+        if SWIGLU:
+            gate, up = x_.to(tl.float32), tl.load(here + K, mask=inside, other=0.0).to(tl.float32)
+            x_ = (gate * (1 / (1 + tl.exp(-gate))) * up).to(x_.dtype)
+        if out is not None:
+            tl.store(out + rows[:, None] * stride_out + k[None, :], x_, mask=inside & (tl.program_id(1) == 0))
+        x_ = tl.where(kept(number, k, threshold), x_, 0.0)
         longer = ()
         for c in tl.static_range(CHUNKS):
             rc = r + c * BLOCK_R
-            inside = (k < K)[:, None] & (rc < R)[None, :]
-            A_ = tl.load(A + rc[None, :] * stride_A + k[:, None], mask=inside, other=0.0)  # already transposed
+            in_A = (k < K)[:, None] & (rc < R)[None, :]
+            A_ = tl.load(A + rc[None, :] * stride_A + k[:, None], mask=in_A, other=0.0)  # already transposed
             longer = longer + (tl.dot(x_, A_, sums[c], input_precision="ieee"),)
         sums = longer
-    part = out + tl.program_id(2).to(tl.int64) * N * R  # the parts lie one after the other
+    part = xa + tl.program_id(2).to(tl.int64) * N * R  # the parts lie one after the other
     for c in tl.static_range(CHUNKS):
         rc = r + c * BLOCK_R
-        here = part + rows[:, None] * R + rc[None, :]
         # The scale here, not on x: one rounding fewer, and 1 / (1 - p) keeps its 24 bits.
-        tl.store(here, (sums[c] * scale).to(out.dtype.element_ty), mask=(t < T)[:, None] & (rc < R)[None, :])
+        summed = (sums[c] * scale).to(xa.dtype.element_ty)
+        tl.store(part + rows[:, None] * R + rc[None, :], summed, mask=real & (rc < R)[None, :])
 
 
 @triton.jit
 def rows_kernel(
-    u, x, parts, rstd, seeds, threshold, scale, T, tiles, stride_u, stride_x,
+    u, x, parts, rstd, numbers, threshold, scale, N, tiles, stride_u, stride_x,
     K: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    CHUNKS: tl.constexpr, GROUP: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """A block of columns walks down N. Program (block of columns, part of the tiles of rows, group of R)."""
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -312,17 +313,18 @@ def rows_kernel(
     for _ in tl.static_range(CHUNKS):
         sums = sums + (tl.full((BLOCK_R, BLOCK_K), 0.0, tl.float32),)
     for tile in range(begin, tl.minimum(begin + share, tiles)):
-        b, t, rows = rows_of(tile, T, BLOCK_T, GROUP)
-        x_ = tl.load(x + rows[:, None] * stride_x + k[None, :], mask=(t < T)[:, None] & (k < K)[None, :], other=0.0)
-        if seeds is not None:
-            x_ = tl.where(kept(t, k, tl.load(seeds + b), threshold, K), x_, 0.0)
+        row = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+        rows, real = row.to(tl.int64), row < N
+        x_ = tl.load(x + rows[:, None] * stride_x + k[None, :], mask=real[:, None] & (k < K)[None, :], other=0.0)
+        if numbers is not None:
+            x_ = tl.where(kept(tl.load(numbers + row, mask=real, other=0), k, threshold), x_, 0.0)
         longer = ()
         for c in tl.static_range(CHUNKS):
             rc = r + c * BLOCK_R
-            inside = (rc < R)[:, None] & (t < T)[None, :]
+            inside = (rc < R)[:, None] & real[None, :]
             u_ = tl.load(u + rows[None, :] * stride_u + rc[:, None], mask=inside, other=0.0)  # already transposed
             if rstd is not None:
-                u_ = (u_.to(tl.float32) * tl.load(rstd + rows, mask=t < T, other=0.0)[None, :]).to(x_.dtype)
+                u_ = (u_.to(tl.float32) * tl.load(rstd + row, mask=real, other=0.0)[None, :]).to(x_.dtype)
             longer = longer + (tl.dot(u_, x_, sums[c], input_precision="ieee"),)
         sums = longer
     for c in tl.static_range(CHUNKS):
@@ -333,27 +335,27 @@ def rows_kernel(
 
 @triton.jit
 def add_kernel(
-    y, u, w, seeds, threshold, scale, T, stride_y, stride_u, stride_wr, stride_wk,
+    y, u, w, numbers, threshold, scale, N, stride_y, stride_u, stride_wr, stride_wk,
     K: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of y. Program (block of columns, tile of rows): neighbours share u, and w stays in the L2 cache."""
-    b, t, rows = rows_of(tl.program_id(1), T, BLOCK_T, GROUP)
+    row = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    rows, real = row.to(tl.int64), (row < N)[:, None]
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    inside = (t < T)[:, None] & (k < K)[None, :]
+    inside = real & (k < K)[None, :]
     here = y + rows[:, None] * stride_y + k[None, :]
     old = tl.load(here, mask=inside, other=0.0)  # first, so that it is on its way during the product
     product = tl.full((BLOCK_T, BLOCK_K), 0.0, tl.float32)
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
-        u_ = tl.load(u + rows[:, None] * stride_u + r[None, :], mask=(t < T)[:, None] & (r < R)[None, :], other=0.0)
+        u_ = tl.load(u + rows[:, None] * stride_u + r[None, :], mask=real & (r < R)[None, :], other=0.0)
         w_ = tl.load(
             w + r[:, None] * stride_wr + k[None, :] * stride_wk, mask=(r < R)[:, None] & (k < K)[None, :], other=0.0
         )
         product = tl.dot(u_, w_, product, input_precision="ieee")
     product *= scale
-    if seeds is not None:
-        product = tl.where(kept(t, k, tl.load(seeds + b), threshold, K), product, 0.0)
+    if numbers is not None:
+        product = tl.where(kept(tl.load(numbers + row, mask=row < N, other=0), k, threshold), product, 0.0)
     tl.store(here, (old + product).to(y.dtype.element_ty), mask=inside)
 
 

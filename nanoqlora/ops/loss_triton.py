@@ -45,6 +45,19 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     return losses
 
 
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """x *= factor in float32, rounded once. x: contiguous. factor: () float32 on the same device, which is not read."""
+    assert x.is_contiguous() and factor.numel() == 1
+    scale_kernel[(triton.cdiv(x.numel(), 4096),)](x, factor.float(), x.numel(), TILE=4096, num_warps=8)
+
+
+@triton.jit
+def scale_kernel(x_ptr, factor_ptr, n, TILE: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    x = tl.load(x_ptr + place, mask=place < n, other=0.0)
+    tl.store(x_ptr + place, (x.to(tl.float32) * tl.load(factor_ptr)).to(x.dtype), mask=place < n)
+
+
 @triton.jit
 def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, V: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import elementwise_triton, lora_triton
 from .lora_parts import RowDropout
-from .lora_triton import Masking, Tile, add_parts, ceil_div, kept, row_strides, rows_of
+from .lora_triton import Masking, Tile, add_parts, ceil_div, kept, row_strides
 from .mlp_backward import one_by_one
 
 # The fastest of thirteen shapes on an H100 for 8,192 rows, FF 14,336 and r 64: 502 us, where the parts one by one take
@@ -41,15 +41,14 @@ def mlp_backward_(
         one_by_one(*parts, dact, gate_up, dxa, A, dropout, dA, xa, scalings, dBs)
         return
     masking, tile = Masking.of(dropout, N), TILE
-    blocks, tiles = triton.cdiv(FF, tile.columns), masking.tiles(tile.rows)
+    blocks, tiles = triton.cdiv(FF, tile.columns), triton.cdiv(N, tile.rows)
     splits = max(1, min(tile.programs // blocks, tiles))
     parts = dact.new_empty(splits, sum(ranks), FF, dtype=torch.float32)
     mlp_backward_kernel[(blocks, splits)](
-        dact, gate_up, dxa, A, xa, parts, masking.seeds, masking.threshold, masking.scale, *scalings,
-        masking.T, tiles, *row_strides(dact, gate_up, dxa, xa), 0 if A is None else A.stride(0),
+        dact, gate_up, dxa, A, xa, parts, *masking, *scalings,
+        N, tiles, *row_strides(dact, gate_up, dxa, xa), 0 if A is None else A.stride(0),
         FF=FF, R=ranks[0], R_GATE=ranks[1], R_UP=ranks[2], BLOCK_T=tile.rows, BLOCK_K=tile.columns,
-        BLOCK_R=max(16, triton.next_power_of_2(max(ranks))), GROUP=masking.group,
-        num_warps=tile.warps, num_stages=tile.stages,
+        BLOCK_R=max(16, triton.next_power_of_2(max(ranks))), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     for ours, place in zip(parts.split(ranks, 1), (dA, dBs[0].t(), dBs[1].t()), strict=True):
         add_parts(ours, place, add=True)
@@ -57,10 +56,10 @@ def mlp_backward_(
 
 @triton.jit
 def mlp_backward_kernel(
-    dact, gate_up, dxa, A, xa, parts, seeds, threshold, scale, scaling_gate, scaling_up,
-    T, tiles, stride_dact, stride_gate_up, stride_dxa, stride_xa, stride_A,
+    dact, gate_up, dxa, A, xa, parts, numbers, threshold, scale, scaling_gate, scaling_up,
+    N, tiles, stride_dact, stride_gate_up, stride_dxa, stride_xa, stride_A,
     FF: tl.constexpr, R: tl.constexpr, R_GATE: tl.constexpr, R_UP: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (block of columns, part of the tiles of rows)."""
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -73,28 +72,28 @@ def mlp_backward_kernel(
     if A is not None:
         A_ = tl.load(A + r[:, None] * stride_A + k[None, :], mask=(r < R)[:, None] & (k < FF)[None, :], other=0.0)
     for tile in range(begin, tl.minimum(begin + share, tiles)):
-        b, t, rows = rows_of(tile, T, BLOCK_T, GROUP)
-        inside = (t < T)[:, None] & (k < FF)[None, :]
+        row = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+        rows, real = row.to(tl.int64), (row < N)[:, None]
+        inside = real & (k < FF)[None, :]
         gate_place = gate_up + rows[:, None] * stride_gate_up + k[None, :]
         gate = tl.load(gate_place, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(gate_place + FF, mask=inside, other=0.0).to(tl.float32)
         d = tl.load(dact + rows[:, None] * stride_dact + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        real = (t < T)[:, None]
         dxa_ = tl.load(dxa + rows[:, None] * stride_dxa + r[None, :], mask=real & (r < R)[None, :], other=0.0)
         xa_place = xa + rows[:, None] * stride_xa + r[None, :]
         xa_gate = tl.load(xa_place, mask=real & (r < R_GATE)[None, :], other=0.0)
         xa_up = tl.load(xa_place + R_GATE, mask=real & (r < R_UP)[None, :], other=0.0)
-        if seeds is not None:
-            keep = kept(t, k, tl.load(seeds + b), threshold, FF)
+        if numbers is not None:
+            keep = kept(tl.load(numbers + row, mask=row < N, other=0), k, threshold)
         if A is not None:
             update = tl.dot(dxa_, A_, input_precision="ieee") * scale
-            if seeds is not None:
+            if numbers is not None:
                 update = tl.where(keep, update, 0.0)
             d += update
         s = 1 / (1 + tl.exp(-gate))
         silu = gate * s
         act = (silu * up).to(dact.dtype.element_ty)
-        if seeds is not None:
+        if numbers is not None:
             act = tl.where(keep, act, 0.0)
         dgate = (d * up * (s + silu * (1 - s))).to(dact.dtype.element_ty)
         dup = (d * silu).to(dact.dtype.element_ty)
@@ -104,7 +103,7 @@ def mlp_backward_kernel(
         sum_gate = tl.dot(tl.trans(xa_gate), dgate, sum_gate, input_precision="ieee")
         sum_up = tl.dot(tl.trans(xa_up), dup, sum_up, input_precision="ieee")
     here = parts + (tl.program_id(1) * (R + R_GATE + R_UP) + r)[:, None] * FF + k[None, :]
-    real = (k < FF)[None, :]
-    tl.store(here, sum_A * scale, mask=real & (r < R)[:, None])
-    tl.store(here + R * FF, sum_gate * scaling_gate, mask=real & (r < R_GATE)[:, None])
-    tl.store(here + (R + R_GATE) * FF, sum_up * scaling_up, mask=real & (r < R_UP)[:, None])
+    in_FF = (k < FF)[None, :]
+    tl.store(here, sum_A * scale, mask=in_FF & (r < R)[:, None])
+    tl.store(here + R * FF, sum_gate * scaling_gate, mask=in_FF & (r < R_GATE)[:, None])
+    tl.store(here + (R + R_GATE) * FF, sum_up * scaling_up, mask=in_FF & (r < R_UP)[:, None])

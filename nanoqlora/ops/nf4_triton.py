@@ -172,12 +172,7 @@ def dequantize_folded_kernel(
     rank = tl.arange(0, RANK)
     real_row, real_column, real_rank = row < n_out, column < N_IN, rank < r
 
-    A = tl.load(
-        lora_A_ptr + rank[:, None] * A_stride + column[None, :], mask=real_rank[:, None] & real_column, other=0.0
-    )
-    B = tl.load(lora_B_ptr + row[:, None] * B_stride + rank[None, :], mask=real_row[:, None] & real_rank, other=0.0)
-    update = tl.dot(B, A, input_precision="ieee")  # (ROWS, COLUMNS) float32
-
+    # Everything is asked for before the product, whose waiting for A and B no later load may pass.
     word = tl.program_id(0) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
     words = tl.load(
         words_ptr + row[:, None] * (N_IN // 8) + word[None, :],
@@ -191,6 +186,11 @@ def dequantize_folded_kernel(
     nested_absmax = tl.load(nested_absmax_ptr + block // 256, mask=inside, other=0.0)
     absmax = tl.load(dynamic_levels_ptr + code) * nested_absmax + tl.load(nested_offset_ptr)
     absmax = tl.broadcast_to(absmax[:, :, None], (ROWS, COLUMNS // 64, 64)).reshape(ROWS, COLUMNS)
+    A = tl.load(
+        lora_A_ptr + rank[:, None] * A_stride + column[None, :], mask=real_rank[:, None] & real_column, other=0.0
+    )
+    B = tl.load(lora_B_ptr + row[:, None] * B_stride + rank[None, :], mask=real_row[:, None] & real_rank, other=0.0)
+    update = tl.dot(B, A, input_precision="ieee")  # (ROWS, COLUMNS) float32
 
     w = look_up(words, nf4_levels_ptr, ROWS, COLUMNS) * absmax
     place = row[:, None] * row_stride + column[None, :]

@@ -35,7 +35,15 @@ from nanoqlora.graphs import GraphedBody, can_record
 from nanoqlora.model import Llama, ModelConfig
 from nanoqlora.ops import Segments
 from nanoqlora.optim import BLOCK, PartOptimizer, make_optimizer, state_bytes
-from nanoqlora.plan import choose_sharding, dense_fits, held_bytes, keeps_for, memory_budget, step_bytes
+from nanoqlora.plan import (
+    choose_sharding,
+    dense_fits,
+    embedding_waits,
+    held_bytes,
+    keeps_for,
+    memory_budget,
+    step_bytes,
+)
 from nanoqlora.qlora import flatten_trainable, inject_lora, set_dropout_rows
 from nanoqlora.sharding import fill_over_ranks
 from nanoqlora.stats import GIB, memory_figures
@@ -141,14 +149,15 @@ def peer_figures(command: str) -> dict:
     return json.loads(lines[-1])
 
 
-def floor_ms(config: ModelConfig, B: int, T: int, dtype: torch.dtype, device: torch.device, repeats: int = 5) -> float:
-    """Milliseconds of a step's unavoidable work: base and head products forward and back, and attention."""
+def floor_ms(config: ModelConfig, B: int, T: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Milliseconds of a step's unavoidable work: base and head products forward and back, and attention.
+
+    All of it in one go, as often and so as long as a step does it: a GPU's clock falls when it multiplies for more than
+    a few milliseconds, and what it does in a burst of one block is up to a tenth faster than a step can be.
+    """
 
     def make(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device).to(dtype)
-
-    def median(work: Callable[[], None]) -> float:
-        return statistics.median(timed(work, repeats, 2, device))
 
     D, FF, H, KV, hd = (
         config.hidden_size,
@@ -171,8 +180,9 @@ def floor_ms(config: ModelConfig, B: int, T: int, dtype: torch.dtype, device: to
     head, hidden, dlogits = make(config.vocab_size, D), make(rows, D), make(rows, config.vocab_size)
 
     def head_products() -> None:
-        hidden @ head.t()
-        dlogits @ head
+        for n in [rows] * (N // rows) + [N % rows]:
+            hidden[:n] @ head.t()
+            dlogits[:n] @ head
 
     q, k, v = (make(B, heads, T, hd).requires_grad_() for heads in (H, KV, KV))
 
@@ -184,8 +194,16 @@ def floor_ms(config: ModelConfig, B: int, T: int, dtype: torch.dtype, device: to
         y = ops.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), Segments.one_per_row(B, T))
         torch.autograd.grad(y, (q, k, v), y.detach())
 
-    attention = min(median(attend), median(attend_by_hand)) if device.type == "cpu" else median(attend)
-    return L * (median(block_products) + attention) + N / rows * median(head_products)
+    attentions = [attend, attend_by_hand] if device.type == "cpu" else [attend]
+    attention = min(attentions, key=lambda work: statistics.median(timed(work, 5, 2, device)))
+
+    def whole_step() -> None:
+        for _ in range(L):
+            block_products()
+            attention()
+        head_products()
+
+    return statistics.median(timed(whole_step, 4, 1, device))
 
 
 def useful_flops(config: ModelConfig, num_lora: int, B: int, T: int) -> float:
@@ -258,7 +276,8 @@ def prepare(args: argparse.Namespace, rank: int, ranks: int, device: torch.devic
     sharding, offload, _ = choose_sharding(shapes, B * T, ranks, budget, args.gradient_checkpointing, state, args.fsdp)
     model, fill = empty()
     options = {"sharding": sharding, "rank": rank, "ranks": ranks, "device": device, "offload": offload}
-    store = fill_over_ranks(model, fill, **options)
+    host_embedding = embedding_waits(args.gradient_checkpointing, offload)
+    store = fill_over_ranks(model, fill, **options, host_embedding=host_embedding)
     torch.manual_seed(rank)
     inject_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout)
     model.train()

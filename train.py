@@ -51,7 +51,7 @@ from nanoqlora.optim import (
     state_bytes,
 )
 from nanoqlora.packing import Plan
-from nanoqlora.plan import choose_sharding, dense_fits, keeps_for, memory_budget
+from nanoqlora.plan import choose_sharding, dense_fits, embedding_waits, keeps_for, memory_budget
 from nanoqlora.preview import plan_text
 from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora, set_dropout_rows, start_magnitudes
 from nanoqlora.rehearsal import rehearse
@@ -249,7 +249,8 @@ def prepare_model(
     if ranks > 1 or offload:
         say(why)
     options = {"sharding": sharding, "rank": rank, "ranks": ranks, "device": device, "offload": offload}
-    store = fill_over_ranks(model, fill, **options)
+    host_embedding = embedding_waits(config.gradient_checkpointing, offload)
+    store = fill_over_ranks(model, fill, **options, host_embedding=host_embedding)
     add_lora(model, say)
     if config.neftune_noise_alpha:
         add_noise(model, config.neftune_noise_alpha)

@@ -48,15 +48,15 @@ def held_bytes(model: Llama) -> int:
     return sum({t.data_ptr(): t.nbytes for t in tensors if not t.requires_grad and t.device == device}.values())
 
 
-def base_bytes(model: Llama, sharding: Sharding, ranks: int, offload: int = 0) -> int:
+def base_bytes(model: Llama, sharding: Sharding, ranks: int, offload: int = 0, host_embedding: bool = False) -> int:
     """The same before it is loaded, from an empty model, for a rank that keeps it as `sharding.py` describes."""
     frozen = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.requires_grad)
+    if host_embedding and not model.config.tie_word_embeddings:
+        frozen -= model.model.embed_tokens.weight.nbytes
     if sharding == "replicate":
         return frozen
     L, block = model.config.num_hidden_layers, block_bytes(model.model.layers[0], ranks)
     outside = frozen - sum(t.nbytes for layer in model.model.layers for _, _, t, _ in frozen_tensors(layer))
-    if offload and not model.config.tie_word_embeddings:
-        outside -= model.model.embed_tokens.weight.nbytes
     return outside + 2 * block + (L - offload) * block // ranks
 
 
@@ -128,6 +128,11 @@ def memory_budget(device: torch.device, ranks: int) -> int:
     return distributed.smallest(int(free * (1 - SPARE)), device)
 
 
+def embedding_waits(checkpointing: bool | str, offload: int) -> bool:
+    """Whether the embedding stays in the host's memory: where memory is so short that other things do already."""
+    return offload > 0 or checkpointing == "offload"
+
+
 def choose_sharding(
     model: Llama,
     N: int,
@@ -151,7 +156,8 @@ def choose_sharding(
 
     def needed(keep: Keep, sharding: Sharding, offload: int = 0) -> int:
         keeps: list[Keep] = [keep] * (L - 1) + ["input" if keep == "offload" else keep]
-        return step_bytes(model, N, keeps, optimizer_bytes, base_bytes(model, sharding, ranks, offload))
+        base = base_bytes(model, sharding, ranks, offload, embedding_waits(checkpointing, offload))
+        return step_bytes(model, N, keeps, optimizer_bytes, base)
 
     most: dict[str, Keep] = {"true": "input", "offload": "offload"}
     whole = needed(most.get(level, "all"), "replicate")

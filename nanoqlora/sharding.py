@@ -23,11 +23,11 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from . import distributed
+from .host_memory import embedding_to_host
 from .model import Llama
 
 Sharding = Literal["replicate", "full_shard"]
@@ -66,17 +66,6 @@ def point_at(block: nn.Module, flat: Tensor, resident: bool) -> None:
         view = flat[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         setattr(layer, name, nn.Parameter(view, requires_grad=False) if name == "weight" else view)
         layer.resident = resident
-
-
-class HostEmbedding(nn.Module):
-    """An embedding whose table stays in host memory; only the rows that a batch needs go to the GPU."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight.cpu(), requires_grad=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens.cpu(), self.weight).to(tokens.device)
 
 
 class BlockStore(nn.Module):
@@ -169,13 +158,14 @@ def fill_over_ranks(
     ranks: int,
     device: torch.device,
     offload: int = 0,
+    host_embedding: bool = False,
 ) -> BlockStore | None:
     """Fill an empty model, the ranks reading its blocks in turn and exchanging them.
 
     Args:
         model, fill: of `checkpoint.open_model`.
-        offload: for full_shard, so many blocks have this rank's part in pinned host memory; the embedding then
-            stays in host memory too, unless the head is the same tensor.
+        offload: for full_shard, so many blocks have this rank's part in pinned host memory.
+        host_embedding: the embedding stays there too, unless the head is the same tensor.
     Returns:
         For full_shard the store, to be attached when the blocks are as they will train.
     Raises:
@@ -186,8 +176,8 @@ def fill_over_ranks(
         if rank == 0:
             fill(None)
     share_outside_blocks(model, device)
-    if offload and model.lm_head.weight is not model.model.embed_tokens.weight:
-        model.model.embed_tokens = HostEmbedding(model.model.embed_tokens.weight.data)
+    if host_embedding:
+        embedding_to_host(model)
     num_bytes, store = block_bytes(layers[0], ranks), None
     if sharding == "full_shard":
         store = model.store = BlockStore(rank, ranks, num_bytes, offload, device)  # as a module: its memory counts

@@ -103,7 +103,7 @@ def test_auto_spreads_the_base_only_where_memory_asks_for_it():
     # Each block whose part is in host memory leaves its part free; the first one frees the embedding too.
     block = 112_515_072
     assert base_bytes(empty, "full_shard", 4, 1) - base_bytes(empty, "full_shard", 4, 5) == block
-    short = step_bytes(empty, 8192, ["input"] * L, base=base_bytes(empty, "full_shard", 4, 7))
+    short = step_bytes(empty, 8192, ["input"] * L, base=base_bytes(empty, "full_shard", 4, 7, host_embedding=True))
     assert chosen(short / 2**30, True) == ("full_shard", 7) and chosen((short - 2**20) / 2**30, True)[1] == 8
 
 

@@ -203,6 +203,15 @@ def test_rope_backward(B, T, H, KV, head_dim, dtype):
     assert (twin.float() - got.float()).abs().max() <= (2**-8 if dtype == torch.bfloat16 else 1e-6) * 8
 
 
+@pytest.mark.parametrize("D", [64, 100])
+def test_embedding_from_host(D):
+    """Rows of the table, also out of the host's pinned memory."""
+    table = torch.randn(300, D, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tokens = torch.randint(300, (3, 7), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    rows = elementwise_triton.embedding_from_host(tokens, table.pin_memory() if DEVICE == "cuda" else table)
+    assert torch.equal(rows, torch.nn.functional.embedding(tokens.cpu(), table).to(DEVICE))
+
+
 def silu_error(z: Tensor) -> Tensor:
     """A bound on the relative error of s = 1 / (1 + exp(-z)) and of 1 - s in float32.
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import attention as attention_reference
@@ -43,6 +44,7 @@ __all__ = [
     "dequantize_absmax",
     "dequantize_into",
     "dequantize_nf4",
+    "embedding_from_host",
     "frozen_linear",
     "kernels",
     "linear_cross_entropy",
@@ -107,6 +109,15 @@ def _kernels(is_cuda: bool) -> Kernels:
 def kernels(x: Tensor) -> Kernels:
     """The kernels for the device of `x`."""
     return _kernels(_fast and x.device.type == "cuda")
+
+
+def embedding_from_host(tokens: Tensor, table: Tensor) -> Tensor:
+    """Rows of a table (V, D) in pinned memory of the host for tokens (B, T) on a device -> (B, T, D) there."""
+    if _fast and tokens.is_cuda:
+        from . import elementwise_triton
+
+        return elementwise_triton.embedding_from_host(tokens, table)
+    return F.embedding(tokens.cpu(), table).to(tokens.device)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

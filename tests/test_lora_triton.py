@@ -82,7 +82,7 @@ def use_small_tiles(monkeypatch) -> None:
     The tiles meant for 8192 rows do neither at the sizes of these tests.
     """
     for site in lora_triton.TILES:
-        tile = Tile(32, 16, 4, 2, 264) if site[0] == "down" else Tile(32, 32, 4, 2, 1)
+        tile = Tile(32, 16, 4, 2, 264) if site[0] in ("down", "swiglu") else Tile(32, 32, 4, 2, 1)
         monkeypatch.setitem(lora_triton.TILES, site, tile)
 
 

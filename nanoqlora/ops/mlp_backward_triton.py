@@ -94,6 +94,10 @@ def mlp_backward_kernel(
         silu = gate * s
         act = (silu * up).to(dact.dtype.element_ty)
         if numbers is not None:
+            if A is not None:
+                # Always true. It ties act to the product, whose results lie in other registers than what was loaded:
+                # the compiler would otherwise do the whole of SwiGLU twice, once for act and once for the rest.
+                keep = keep & (update == update)
             act = tl.where(keep, act, 0.0)
         dgate = (d * up * (s + silu * (1 - s))).to(dact.dtype.element_ty)
         dup = (d * silu).to(dact.dtype.element_ty)

@@ -30,7 +30,7 @@ from . import nf4
 from .elementwise_triton import Launch
 
 DEQUANTIZE = Launch(4096, 4)  # for the weights of an 8B model on an H100: four 16-byte stores a thread
-FOLDED = {torch.bfloat16: (64, 128, 4), torch.float32: (16, 64, 4)}  # rows and columns of a tile, warps
+FOLDED = {torch.bfloat16: (128, 64, 8), torch.float32: (16, 64, 4)}  # rows and columns of a tile, warps
 
 
 def dequantize_nf4_double(
@@ -109,12 +109,11 @@ def nf4_levels(device: torch.device) -> Tensor:
 
 
 @triton.jit
-def look_up(words, levels_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """words (ROWS, COLUMNS / 8) int32 -> levels (ROWS, COLUMNS) float32, in the order of the weights."""
+def look_up(words, levels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """words (ROWS, COLUMNS / 8) int32 -> their levels, of (16,), as (ROWS, COLUMNS) in the order of the weights."""
     # Bytes come lowest first and the high nibble of each first: bits 4, 0, 12, 8, 20, 16, 28, 24.
     shift = (tl.arange(0, 8) * 4) ^ 4
     nibbles = (words[:, :, None] >> shift[None, None, :]) & 15  # & also removes the copies of the sign
-    levels = tl.load(levels_ptr + tl.arange(0, 16))
     return tl.gather(levels, nibbles.reshape(ROWS * COLUMNS), 0).reshape(ROWS, COLUMNS)
 
 
@@ -139,7 +138,8 @@ def dequantize_kernel(
     code = tl.load(codes_ptr + block, mask=inside, other=0).to(tl.int32)
     nested_absmax = tl.load(nested_absmax_ptr + start // 256)
     absmax = tl.load(dynamic_levels_ptr + code) * nested_absmax + tl.load(nested_offset_ptr)
-    w = look_up(words, nf4_levels_ptr, BLOCKS, 64) * absmax[:, None]  # (BLOCKS, 64)
+    levels = tl.load(nf4_levels_ptr + tl.arange(0, 16))
+    w = look_up(words, levels, BLOCKS, 64) * absmax[:, None]  # (BLOCKS, 64)
     row = block // BLOCKS_PER_ROW
     place = row * row_stride + (block - row * BLOCKS_PER_ROW) * 64
     tl.store(out_ptr + place[:, None] + tl.arange(0, 64)[None, :], w, mask=inside[:, None])
@@ -173,6 +173,7 @@ def dequantize_folded_kernel(
     real_row, real_column, real_rank = row < n_out, column < N_IN, rank < r
 
     # Everything is asked for before the product, whose waiting for A and B no later load may pass.
+    levels = tl.load(nf4_levels_ptr + tl.arange(0, 16))
     word = tl.program_id(0) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
     words = tl.load(
         words_ptr + row[:, None] * (N_IN // 8) + word[None, :],
@@ -192,6 +193,6 @@ def dequantize_folded_kernel(
     B = tl.load(lora_B_ptr + row[:, None] * B_stride + rank[None, :], mask=real_row[:, None] & real_rank, other=0.0)
     update = tl.dot(B, A, input_precision="ieee")  # (ROWS, COLUMNS) float32
 
-    w = look_up(words, nf4_levels_ptr, ROWS, COLUMNS) * absmax
+    w = look_up(words, levels, ROWS, COLUMNS) * absmax
     place = row[:, None] * row_stride + column[None, :]
     tl.store(out_ptr + place, w + scaling * update, mask=real_row[:, None] & real_column[None, :])

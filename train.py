@@ -304,7 +304,8 @@ def main() -> None:
         check_vocabulary(tokenizer, open_model(config.base_model)[0].config.vocab_size, config.base_model)
     data = distributed.first_of_host_first(lambda: prepare_data(config, tokenizer, ranks))
     with distributed.together():
-        check_special_rows(tokenizer, data.samples, open_weights(config.base_model), config.base_model)
+        if rank == 0:  # reads the embedding and the head
+            check_special_rows(tokenizer, data.samples, open_weights(config.base_model), config.base_model)
     same_on_all_ranks(config, data, ranks)
     for path, reading in data.readings.items():
         say(f"{path}: {reading.describe(config.sequence_len, config.excess_length_strategy)}")

@@ -32,9 +32,8 @@ def start() -> tuple[int, int, torch.device]:
     """Join the other ranks if torchrun started us. Returns (rank, number of ranks, this rank's device)."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
-    # Whole pages are mapped to where a tensor needs them, so blocks of many sizes leave no holes: 2 GiB less for 8B.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if torch.cuda.is_available():
+        map_gpu_memory_in_pages()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     else:
@@ -177,6 +176,17 @@ def wait_for_all() -> None:
     """Go on when every rank has come here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def map_gpu_memory_in_pages() -> None:
+    """Ask PyTorch to map GPU memory in pages, to where a tensor needs it: tensors of many sizes then leave no holes.
+
+    Whoever has set PyTorch's own variable for this is left alone.
+    """
+    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & set(os.environ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # a newer name for it, which 2.11 does not document either
+            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
 
 def keep_freed_memory() -> None:

@@ -48,19 +48,12 @@ from . import ops
 from .host_memory import HostMemory
 from .model import Block, KVCache, Llama
 from .ops import RowDropout, Segments
+from .ops.loss_fast import ROWS_ON_GPU
+from .ops.scratch import scratch
 from .qlora import QLoRALinear, lora_layers
 
 Keep = Literal["all", "mlp_host", "no_mlp", "input", "offload"]
 ON_HOST = ("mlp_host", "offload")
-_scratch: dict[tuple, Tensor] = {}
-
-
-def scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A (rows, columns) buffer for a rebuilt weight, in the same memory for all: on one stream, the next waits."""
-    key = (dtype, device)
-    if key not in _scratch or _scratch[key].numel() < rows * columns:
-        _scratch[key] = torch.empty(rows * columns, dtype=dtype, device=device)
-    return _scratch[key][: rows * columns].view(rows, columns)
 
 
 class Group:
@@ -382,6 +375,9 @@ def fuse_blocks(model: Llama, keeps: Sequence[Keep], fold: bool = False) -> None
     tokens = TokenNumbers(model.model.layers)
     for block in model.model.layers:
         block.tokens = tokens
+    head = model.lm_head.weight
+    if head.is_cuda:  # the largest that will be asked for, before any graph knows of a smaller one
+        scratch(ROWS_ON_GPU, len(head), head.dtype, head.device)
 
 
 def keep_dense_weights(model: Llama) -> None:

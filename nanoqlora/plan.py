@@ -5,8 +5,9 @@ The model of the peak, in bytes, for N tokens in a micro-batch:
     base        what the model holds now: packed weights, scales, embedding, head, norms
     trained     16 a value with AdamW in float32: value, gradient, two moments
     kept        what the blocks keep from forward to backward, by `fused.Keep`
-    rebuilt     the buffer for the rebuilt weights of one product
-    passing     the largest of what exists only for a moment: a chunk of logits, or the gradients inside one block
+    scratch     the buffer for the rebuilt weights of one product, and for a chunk of logits
+    passing     the largest of what exists only for a moment: the loss's hidden states and their gradient, or the
+                gradients inside one block
 
 The peak comes at the turn from forward to backward, when every block's share is there. Blocks that keep less work
 again in the backward pass, so the first blocks are chosen for it: by the time it is their turn, the others are gone.
@@ -78,15 +79,15 @@ def step_bytes(model: Llama, N: int, keeps: Sequence[Keep], optimizer_bytes: flo
     trained = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers)
     rank = sum(layer.lora_A.shape[0] for layer in layers) // config.num_hidden_layers
     kept = sum(kept_bytes(config, N, rank, keep, itemsize) for keep in keeps)
-    rebuilt = itemsize * D * max(2 * FF, heads + kv)
-    loss = itemsize * (min(N, ROWS_ON_GPU) * V + 4 * N * D)
+    scratch = itemsize * max(D * max(2 * FF, heads + kv), min(N, ROWS_ON_GPU) * V)
+    loss = itemsize * 4 * N * D
     turn = itemsize * N * (FF + 3 * D)  # in the last block: the gradients of its result, of act, of its input
     again = {"all": 0, "no_mlp": 2 * FF, "input": 2 * FF + 2 * D + 2 * heads + kv}[keeps[-1]] * N * itemsize
     if "offload" in keeps:
         again += 2 * D * N * itemsize  # the inputs of this block and of the one below
     if "mlp_host" in keeps:
         again += 4 * FF * N * itemsize
-    return base + int(trained * (8 + optimizer_bytes)) + kept + rebuilt + max(loss, turn + again)
+    return base + int(trained * (8 + optimizer_bytes)) + kept + scratch + max(loss, turn + again)
 
 
 def choose_keeps(model: Llama, N: int, budget: int, optimizer_bytes: float = 8, host_bytes: int = 0) -> list[Keep]:

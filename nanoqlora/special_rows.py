@@ -18,6 +18,7 @@ from nanoqlora.data import Samples
 from nanoqlora.tokenizer import Tokenizer
 
 SAMPLES_READ = 1000  # the same template writes all of them
+ROWS = 4096
 UNTRAINED = 0.01  # of the usual norm; the smallest row of SmolLM2 has 0.57 of it
 
 
@@ -39,7 +40,8 @@ def check_special_rows(tokenizer: Tokenizer, samples: Samples, weights: Weights,
     for name, ids in used.items():
         if not ids:
             continue
-        norms = torch.linalg.vector_norm(weights.load(name), dim=1, dtype=torch.float32)  # (V,)
+        parts = weights.load(name).split(ROWS)  # as float32 the whole table would be the largest tensor of a run
+        norms = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in parts])  # (V,)
         usual = norms.median()
         if untrained := [tokenizer.vocab[id] for id in sorted(ids) if norms[id] < UNTRAINED * usual]:
             raise UserError(

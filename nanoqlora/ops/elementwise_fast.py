@@ -25,7 +25,7 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         rows, weight, rstd = ctx.saved_tensors
-        dx = ctx.kernels.rms_norm_backward(dy.reshape(rows.shape), rows, weight, rstd, None)
+        dx = ctx.kernels.rms_norm_backward(dy.reshape(rows.shape).contiguous(), rows, weight, rstd, None)
         return dx.view(dy.shape), None, None, None
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import loss as reference
+from .scratch import scratch
 
 if torch.cuda.is_available():
     from . import loss_triton
@@ -70,7 +71,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         rows = ROWS_ON_GPU if hidden.is_cuda else ROWS
         for h, dh, t in zip(hidden.split(rows), dhidden.split(rows), targets.split(rows), strict=True):
             if hidden.is_cuda:
-                dlogits = h @ weight.t()
+                dlogits = torch.mm(h, weight.t(), out=scratch(len(h), len(weight), h.dtype, h.device))
                 losses = loss_triton.cross_entropy_(dlogits, t)
             else:
                 losses, dlogits = chunk_losses(h, weight, t, gradient=True)

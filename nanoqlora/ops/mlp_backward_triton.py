@@ -16,9 +16,9 @@ from .lora_parts import RowDropout
 from .lora_triton import Masking, Tile, add_parts, ceil_div, kept, row_strides
 from .mlp_backward import one_by_one
 
-# The fastest of thirteen shapes on an H100 for 8,192 rows, FF 14,336 and r 64: 502 us, where the parts one by one take
-# 760; with dropout 710 and 1,008.
-TILE = Tile(32, 64, 4, 3, 448)
+# The fastest of twelve shapes on an H100 for 8,192 rows, FF 14,336 and r 64: 469 us, where the parts one by one take
+# 760; with dropout, and the product that it leaves to do here, 552.
+TILES = {False: Tile(32, 128, 8, 3, 224), True: Tile(32, 64, 4, 3, 448)}
 LARGEST_RANK = 64  # three sums of a larger one do not fit the registers
 
 
@@ -40,7 +40,7 @@ def mlp_backward_(
         parts = lora_triton, elementwise_triton.swiglu_backward_
         one_by_one(*parts, dact, gate_up, dxa, A, dropout, dA, xa, scalings, dBs)
         return
-    masking, tile = Masking.of(dropout, N), TILE
+    masking, tile = Masking.of(dropout, N), TILES[dropout is not None]
     blocks, tiles = triton.cdiv(FF, tile.columns), triton.cdiv(N, tile.rows)
     splits = max(1, min(tile.programs // blocks, tiles))
     parts = dact.new_empty(splits, sum(ranks), FF, dtype=torch.float32)
@@ -90,7 +90,7 @@ def mlp_backward_kernel(
             if numbers is not None:
                 update = tl.where(keep, update, 0.0)
             d += update
-        s = 1 / (1 + tl.exp(-gate))
+        s = tl.fdiv(1.0, 1.0 + tl.exp2(gate * -1.4426950408889634))  # log2(e); a fifth fewer instructions than exp
         silu = gate * s
         act = (silu * up).to(dact.dtype.element_ty)
         if numbers is not None:

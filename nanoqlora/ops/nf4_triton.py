@@ -30,7 +30,7 @@ from . import nf4
 from .elementwise_triton import Launch
 
 DEQUANTIZE = Launch(4096, 4)  # for the weights of an 8B model on an H100: four 16-byte stores a thread
-FOLDED = {torch.bfloat16: (128, 64, 8), torch.float32: (16, 64, 4)}  # rows and columns of a tile, warps
+FOLDED = {torch.bfloat16: (64, 128, 4), torch.float32: (16, 64, 4)}  # rows and columns of a tile, warps
 
 
 def dequantize_nf4_double(
@@ -172,8 +172,12 @@ def dequantize_folded_kernel(
     rank = tl.arange(0, RANK)
     real_row, real_column, real_rank = row < n_out, column < N_IN, rank < r
 
-    # Everything is asked for before the product, whose waiting for A and B no later load may pass.
-    levels = tl.load(nf4_levels_ptr + tl.arange(0, 16))
+    A = tl.load(
+        lora_A_ptr + rank[:, None] * A_stride + column[None, :], mask=real_rank[:, None] & real_column, other=0.0
+    )
+    B = tl.load(lora_B_ptr + row[:, None] * B_stride + rank[None, :], mask=real_row[:, None] & real_rank, other=0.0)
+    update = tl.dot(B, A, input_precision="ieee")  # (ROWS, COLUMNS) float32
+
     word = tl.program_id(0) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
     words = tl.load(
         words_ptr + row[:, None] * (N_IN // 8) + word[None, :],
@@ -187,12 +191,8 @@ def dequantize_folded_kernel(
     nested_absmax = tl.load(nested_absmax_ptr + block // 256, mask=inside, other=0.0)
     absmax = tl.load(dynamic_levels_ptr + code) * nested_absmax + tl.load(nested_offset_ptr)
     absmax = tl.broadcast_to(absmax[:, :, None], (ROWS, COLUMNS // 64, 64)).reshape(ROWS, COLUMNS)
-    A = tl.load(
-        lora_A_ptr + rank[:, None] * A_stride + column[None, :], mask=real_rank[:, None] & real_column, other=0.0
-    )
-    B = tl.load(lora_B_ptr + row[:, None] * B_stride + rank[None, :], mask=real_row[:, None] & real_rank, other=0.0)
-    update = tl.dot(B, A, input_precision="ieee")  # (ROWS, COLUMNS) float32
 
+    levels = tl.load(nf4_levels_ptr + tl.arange(0, 16))
     w = look_up(words, levels, ROWS, COLUMNS) * absmax
     place = row[:, None] * row_stride + column[None, :]
     tl.store(out_ptr + place, w + scaling * update, mask=real_row[:, None] & real_column[None, :])

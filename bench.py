@@ -295,6 +295,7 @@ def prepare(args: argparse.Namespace, rank: int, ranks: int, device: torch.devic
     else:
         optimizer = make_optimizer(args.optimizer, flat, **adamw)
     optimizer.param_groups[0]["lr"] = 1e-4
+    sum_gradient = distributed.sum_to_parts if sharded else distributed.sum_over_ranks
 
     body = GraphedBody(model) if args.graphs != "false" and can_record(model) else model.model
 
@@ -311,7 +312,7 @@ def prepare(args: argparse.Namespace, rank: int, ranks: int, device: torch.devic
         targets = batch[:, 1:].flatten()
         loss = ops.linear_cross_entropy(hidden, model.lm_head.weight, targets) / len(targets)
         (loss / ranks).backward()
-        distributed.sum_over_ranks(flat.grad)
+        sum_gradient(flat.grad)
         optimizer.step()
         losses.append(loss.detach())
 

@@ -43,12 +43,12 @@ from nanoqlora.ops import Segments
 from nanoqlora.optim import (
     BLOCK,
     PartOptimizer,
-    clip_gradient,
     learning_rate_at,
     loraplus_groups,
     make_optimizer,
     set_learning_rate,
     state_bytes,
+    sum_and_clip,
 )
 from nanoqlora.packing import Plan
 from nanoqlora.plan import choose_sharding, dense_fits, embedding_waits, keeps_for, memory_budget
@@ -121,10 +121,8 @@ def train_step(run: Run, number: int) -> tuple[float, float, float, int]:
         for _ in range(most - len(share)):
             run.store.take_part()
     own_norm = run.flat.grad.norm()
-    distributed.sum_over_ranks(run.flat.grad)
-    distributed.sum_over_ranks(total)
-    loss = total.item() / num_targets
-    grad_norm = clip_gradient(run.flat.grad, config.max_grad_norm).item()
+    grad_norm = sum_and_clip(run.flat, run.optimizer, config.max_grad_norm)
+    loss, grad_norm = distributed.sum_over_ranks(total).item() / num_targets, grad_norm.item()
     if not math.isfinite(loss + grad_norm):
         own = {first: x.item() for first, x in losses.items()}
         raise NotFinite(trace(number + 1, step, run.rank, own, config.micro_batch_size, own_norm.item()))

@@ -87,6 +87,13 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
+def sum_to_parts(x: Tensor) -> Tensor:
+    """This rank's part (n,) of the sum of `x` (ranks * n,) over the ranks, in its place in `x`, whose rest is spent."""
+    part = x.view(dist.get_world_size(), -1)[dist.get_rank()]
+    dist.reduce_scatter_tensor(part, x)
+    return part
+
+
 def smallest(number: int, device: torch.device) -> int:
     """The least of every rank's `number`."""
     x = torch.tensor(number, device=device)

@@ -75,7 +75,8 @@ class Recording:
             # Gradients made while recording would be made, and so be zero, in every replay.
             gradient_of(layer.lora_A), gradient_of(layer.lora_B)
 
-        side = torch.cuda.Stream()
+        # One stream for all that is recorded: cuBLAS has 32 MiB of its own for each stream and thread.
+        self.stream = side = first.stream if first else torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # one block compiles, loads and allocates what all of them share
             self.run(1).backward(self.dy)
@@ -86,12 +87,13 @@ class Recording:
         before = torch.cuda.memory_stats()["active_bytes.all.current"]
         torch.cuda.reset_peak_memory_stats()
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        watched = {"pool": self.pool, "capture_error_mode": "thread_local"}  # NCCL's watchdog looks at the GPU too
-        with torch.cuda.graph(self.forward, **watched):
+        # NCCL's watchdog looks at the GPU too while we record.
+        options = {"pool": self.pool, "stream": side, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self.forward, **options):
             y = self.run()
             self.y.copy_(y.detach())
         held = torch.cuda.memory_stats()["active_bytes.all.current"] - before
-        with torch.cuda.graph(self.backward, **watched):
+        with torch.cuda.graph(self.backward, **options):
             y.backward(self.dy)
         peak = torch.cuda.memory_stats()["active_bytes.all.peak"]
         stats.count_graph(held=held, peak=peak)

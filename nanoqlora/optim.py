@@ -82,7 +82,7 @@ WHOLE, PER_BLOCK = ("exp_avg", "exp_avg_sq", "state1", "state2"), ("absmax1", "a
 class PartOptimizer:
     """AdamW for this rank's part of the flat buffer, so that a rank keeps 1 / ranks of its state (ZeRO, stage 1).
 
-    Every rank has the whole gradient, summed and clipped, and all parts are put together after a step.
+    Each rank gets the sum of its part of the gradient (`sum_and_clip`), and all parts are put together after a step.
     """
 
     def __init__(self, name: str, flat: nn.Parameter, num_trained: int, rank: int, ranks: int, **options: Any) -> None:
@@ -124,13 +124,31 @@ def state_bytes(name: str) -> float:
     return 2 + 2 * 4 / 256 if name.endswith("8bit") else 8
 
 
-def clip_gradient(grad: Tensor, max_norm: float) -> Tensor:
-    """Scale the flat gradient down to `max_norm` where it is longer, in place; 0 leaves it. Returns its norm before.
+def sum_and_clip(flat: nn.Parameter, optimizer: torch.optim.Optimizer | PartOptimizer, max_norm: float) -> Tensor:
+    """Sum the flat gradient over the ranks, or this rank's part of it where each rank has a part; then clip it.
 
-    The norm of norms of 4096 values each: on a CPU one float32 sum over all squares loses 0.3 % at 40 million values.
+    Returns:
+        The norm of the whole gradient before, ().
     """
+    if not isinstance(optimizer, PartOptimizer):
+        return clip_gradient(distributed.sum_over_ranks(flat.grad), max_norm)
+    part = distributed.sum_to_parts(flat.grad)
+    norm = distributed.sum_over_ranks(gradient_norm(part).square()).sqrt()
+    return clip_gradient(part, max_norm, norm)
+
+
+def gradient_norm(grad: Tensor) -> Tensor:
+    """The norm of norms of 4096 values each: on a CPU one float32 sum over 40 million squares loses 0.3 %."""
     whole = grad.numel() // 4096 * 4096
-    norm = torch.cat((grad[:whole].view(-1, 4096).norm(dim=1), grad[whole:].norm()[None])).norm()
+    return torch.cat((grad[:whole].view(-1, 4096).norm(dim=1), grad[whole:].norm()[None])).norm()
+
+
+def clip_gradient(grad: Tensor, max_norm: float, norm: Tensor | None = None) -> Tensor:
+    """Scale a gradient down to `max_norm` where it is longer, in place; 0 leaves it. Returns its norm before.
+
+    norm: if it is known, or is that of more than this part.
+    """
+    norm = gradient_norm(grad) if norm is None else norm
     if max_norm > 0:
         grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

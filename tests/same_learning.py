@@ -8,27 +8,35 @@ every evaluation, how far the paths and the seeds lie apart, and one JSON line.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 RUN = """
 import sys, train
 from nanoqlora.cli import run_command
-train.sample_answers = lambda *_: []  # they take longer than the training
+train.judge = lambda *_: {}  # answers take longer than the training
 if sys.argv.pop(1) == "plain":
     train.can_fuse = lambda model: False
+else:
+    fuse = train.fuse_blocks  # folded on a CPU too, as on a GPU
+    train.fuse_blocks = lambda model, keeps, fold: fuse(model, keeps, fold=True)
 run_command(train.main)
 """
 
 
-def start(path: str, seed: int, steps: int, folder: Path) -> subprocess.Popen:
-    """A run in a process of its own; all go side by side."""
+def start(path: str, seed: int, steps: int, folder: Path, place: int) -> subprocess.Popen:
+    """A run in a process of its own; all go side by side, each on a GPU of its own if there are so many."""
     options = {"max_steps": steps, "seed": seed, "eval_steps": max(1, steps // 10), "save_strategy": "no"}
     options |= {"output_dir": str(folder), "evals_per_epoch": "null", "saves_per_epoch": "null", "logging_steps": 1}
     arguments = ["train.yml", *(part for key, value in options.items() for part in (f"--{key}", str(value)))]
-    return subprocess.Popen([sys.executable, "-c", RUN, path, *arguments], stdout=subprocess.DEVNULL)
+    gpus = torch.cuda.device_count()
+    where = os.environ | ({"CUDA_VISIBLE_DEVICES": str(place % gpus)} if gpus else {})
+    return subprocess.Popen([sys.executable, "-c", RUN, path, *arguments], stdout=subprocess.DEVNULL, env=where)
 
 
 def held_out_losses(folder: Path) -> list[float]:
@@ -43,7 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folders = {(path, seed): Path(folder) / f"{path}-{seed}" for path in ("fast", "plain") for seed in (1, 2)}
-        runs = [start(*which, args.steps, place) for which, place in folders.items()]
+        runs = [start(*which, args.steps, place, i) for i, (which, place) in enumerate(folders.items())]
         if any(run.wait() for run in runs):
             raise SystemExit("a run failed; its message stands above")
         curves = {which: held_out_losses(place) for which, place in folders.items()}

@@ -34,8 +34,8 @@ def start(path: str, seed: int, steps: int, folder: Path, place: int) -> subproc
     options = {"max_steps": steps, "seed": seed, "eval_steps": max(1, steps // 10), "save_strategy": "no"}
     options |= {"output_dir": str(folder), "evals_per_epoch": "null", "saves_per_epoch": "null", "logging_steps": 1}
     arguments = ["train.yml", *(part for key, value in options.items() for part in (f"--{key}", str(value)))]
-    gpus = torch.cuda.device_count()
-    where = os.environ | ({"CUDA_VISIBLE_DEVICES": str(place % gpus)} if gpus else {})
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    where = os.environ | {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]}
     return subprocess.Popen([sys.executable, "-c", RUN, path, *arguments], stdout=subprocess.DEVNULL, env=where)
 
 

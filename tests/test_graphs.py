@@ -6,7 +6,7 @@ from test_fused import build, fuse
 from tiny import save_random_llama
 
 from nanoqlora.graphs import GraphedBody, can_record
-from nanoqlora.ops import Segments
+from nanoqlora.ops import Segments, loss_fast
 from nanoqlora.qlora import lora_layers, set_dropout_rows
 
 CUDA = torch.cuda.is_available()
@@ -44,3 +44,28 @@ def test_a_cpu_records_nothing(tmp_path):
     assert not can_record(model), "plain blocks"
     fuse(model)
     assert can_record(model) == CUDA
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("dropout, fold", [(0.0, True), (0.05, False)])
+def test_nothing_is_compiled_for_other_documents(tmp_path, dropout, fold):
+    """Rows of one document, then of many: after these two, batches with any number of documents compile no kernel."""
+    from nanoqlora.ops import elementwise_triton, lora_triton, loss_triton, mlp_backward_triton, nf4_triton
+
+    modules = elementwise_triton, lora_triton, loss_triton, mlp_backward_triton, nf4_triton
+    kernels = [x for m in modules for x in vars(m).values() if hasattr(x, "device_caches")]
+
+    def compiled() -> int:
+        return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+    save_random_llama(tmp_path)
+    model = build(tmp_path, torch.bfloat16, dropout)
+    fuse(model, "all", fold)
+    counts = []
+    for body in (model.model, GraphedBody(model)):
+        for lengths in ((64,), (40, 24), (10, 20, 34), (1,) * 64, (5, 59), (16,) * 4):
+            y = body(torch.arange(128, device="cuda").view(2, 64), Segments((lengths, lengths[::-1])))
+            loss_fast.linear_cross_entropy(y.flatten(0, 1), model.lm_head.weight, torch.arange(128).cuda()).backward()
+            counts.append(compiled())
+    assert counts[0] > 10 and counts[-1] == counts[1], f"kernels compiled after each batch: {counts}"

@@ -101,7 +101,7 @@ def mask_of(numbers: Tensor, n_in: int, p: float, dtype: torch.dtype) -> Tensor:
     pairs = torch.arange((n_in + 1) // 2, device=numbers.device, dtype=torch.int32)
     of_pairs = (mix(pairs - 0x61C88647) | 1).to(torch.int64) & 0xFFFFFFFF
     product = (numbers.to(torch.int64) & 0xFFFFFFFF)[..., None] * of_pairs
-    both = product ^ (product >> 32)
+    both = product.bitwise_xor_(product >> 32).to(torch.int32)
     bits = torch.stack([both >> 16 & 0xFFFF, both & 0xFFFF], dim=-1).flatten(-2)[..., :n_in]
     threshold, scale = threshold_and_scale(p)
     return (bits >= threshold).to(dtype).mul_(scale)

@@ -14,11 +14,11 @@ One H100, N = 8192, R = 64, in us (a copy of the wide operand's bytes at 3.0 TB/
 which the mask was already there):
 
     K                              4096                  14336
-    xa, dropout 0.05            23 / 49 / 94          79 / 143 / 316
+    xa, dropout 0.05            23 / 44 / 94         236 / 278 / 552, SwiGLU that makes x in it
     dA                          23 / 34 / 32 + add    80 /  89 /  85 + add
-    dA, dropout 0.05            23 / 52 / 99          80 / 161 / 315
+    dA, dropout 0.05            23 / 46 / 99
     dx                          45 / 51 / 73         158 / 164 / 247
-    dx, dropout 0.05            45 / 58 / 121        158 / 192 / 400
+    dx, dropout 0.05            45 / 56 / 121
 
 Splitting a sum: 8192 rows are 128 tiles of 64, and R x K is fewer still, not enough to keep 132 multiprocessors busy.
 So several programs share one sum, each writes its part in float32, and `sum_kernel` adds the parts in a fixed order.

@@ -1,10 +1,13 @@
 """What each block keeps under a limit of memory: as much as fits, and the cheapest sacrifice first."""
 
 import pytest
+import torch
 from tiny import save_random_llama
 
 import nanoqlora as nq
-from nanoqlora.plan import choose_keeps, step_bytes
+from nanoqlora.host_memory import HostEmbedding, embedding_to_host
+from nanoqlora.ops.scratch import scratch
+from nanoqlora.plan import base_bytes, choose_keeps, embedding_waits, step_bytes
 
 N, L = 512, 7
 COST = {"all": 0, "mlp_host": 1, "no_mlp": 2, "input": 3}  # what a block that keeps no more has to do again
@@ -50,3 +53,28 @@ def test_the_way_back_from_the_host_takes_two_places(model):
     gate_up = 2 * model.config.intermediate_size * n * 4
     moved = step_bytes(model, n, ["mlp_host", *["all"] * (L - 1)]) - step_bytes(model, n, ["all"] * L)
     assert moved == 2 * gate_up - gate_up
+
+
+def test_the_embedding_waits_in_host_memory_where_inputs_do(tmp_path):
+    """Then its bytes are no part of the base; the model gives the same, and a head that is the same tensor stays."""
+    assert embedding_waits("offload", 0) and embedding_waits("auto", 1)
+    assert not any(embedding_waits(level, 0) for level in ("auto", True, False))
+    tokens = torch.arange(20)[None]
+    for tied in (False, True):
+        folder = tmp_path / str(tied)
+        save_random_llama(folder, tie_word_embeddings=tied)
+        model = nq.Llama.from_pretrained(folder)
+        table, before = model.model.embed_tokens.weight.nbytes, model(tokens)
+        less = base_bytes(model, "replicate", 1) - base_bytes(model, "replicate", 1, host_embedding=True)
+        embedding_to_host(model)
+        assert isinstance(model.model.embed_tokens, HostEmbedding) != tied and less == (0 if tied else table)
+        assert torch.equal(model(tokens), before)
+
+
+def test_scratch_is_one_memory():
+    """What is asked for next lies where the last lay, unless it is larger."""
+    cpu = torch.device("cpu")
+    first, second = scratch(6, 7, torch.float64, cpu), scratch(3, 4, torch.float64, cpu)
+    assert first.data_ptr() == second.data_ptr() and second.shape == (3, 4)
+    assert scratch(100, 100, torch.float64, cpu).shape == (100, 100)
+    assert scratch(1, 1, torch.float32, cpu).data_ptr() != scratch(1, 1, torch.float64, cpu).data_ptr()

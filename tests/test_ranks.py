@@ -185,6 +185,8 @@ def test_the_optimizer_s_state_in_parts_is_the_same_training(small_run, tmp_path
     assert torch.equal(adapters["parts"], adapters["again"])
     assert (adapters["parts"] - adapters["whole"]).abs().max() < 2e-6
     assert (adapters["parts"] - adapters["mixed"]).abs().max() < 2e-6
+    norms = [[row["grad_norm"] for row in steps_of(tmp_path / name)] for name in ("whole", "parts")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5), "the norm is that of the whole gradient, not of a part"
     saved = [torch.load(tmp_path / name / "checkpoint-4" / "optimizer.pt")["state"][0] for name in ("whole", "parts")]
     assert saved[0].keys() == saved[1].keys() and saved[0]["exp_avg"].shape == saved[1]["exp_avg"].shape
 

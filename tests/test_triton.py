@@ -301,6 +301,15 @@ def test_cross_entropy(n, V, dtype, order, monkeypatch):
     assert frame_is_whole(logits, buffer)
 
 
+@pytest.mark.parametrize("n", [1, 4096, 5000])
+def test_scale(n):
+    """The product in float32, rounded once: a factor rounded to bfloat16 first would be off by up to 0.4 %."""
+    x, factor = randn(n, 3, seed=0, dtype=torch.bfloat16), torch.tensor(1.0039, device=DEVICE)
+    scaled = x.clone()
+    loss_triton.scale_(scaled, factor)
+    assert torch.equal(scaled, (x.float() * factor).bfloat16()) and not torch.equal(scaled, x * factor.bfloat16())
+
+
 def test_cross_entropy_at_the_edges():
     """A hopeless target has its exact loss; a logit of -inf has no probability, in a row's first tile as well."""
     logits = torch.full((2, 300), -float("inf"), device=DEVICE)

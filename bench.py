@@ -256,9 +256,11 @@ class Work(NamedTuple):
     losses: list[torch.Tensor]  # one more after every step
 
 
-def prepare(args: argparse.Namespace, rank: int, ranks: int, device: torch.device, dtype: torch.dtype) -> Work:
-    """Load or make the model as `train.py` would, with LoRA and AdamW on this rank."""
-    B, T = args.micro_batch_size, args.sequence_len
+def load(
+    args: argparse.Namespace, rank: int, ranks: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Llama, dict[str, Any]]:
+    """Load or make the model as `train.py` would, with LoRA; and what was decided on the way."""
+    N = args.micro_batch_size * args.sequence_len
     if args.memory_gib and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gib * GIB / total), device)
@@ -273,7 +275,7 @@ def prepare(args: argparse.Namespace, rank: int, ranks: int, device: torch.devic
     shapes, _ = empty()
     inject_lora(shapes, args.lora_r, args.lora_alpha)
     budget = memory_budget(device, ranks)
-    sharding, offload, _ = choose_sharding(shapes, B * T, ranks, budget, args.gradient_checkpointing, state, args.fsdp)
+    sharding, offload, _ = choose_sharding(shapes, N, ranks, budget, args.gradient_checkpointing, state, args.fsdp)
     model, fill = empty()
     options = {"sharding": sharding, "rank": rank, "ranks": ranks, "device": device, "offload": offload}
     host_embedding = embedding_waits(args.gradient_checkpointing, offload)
@@ -282,21 +284,34 @@ def prepare(args: argparse.Namespace, rank: int, ranks: int, device: torch.devic
     inject_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout)
     model.train()
     load_s = time.perf_counter() - started
-    keeps = keeps_for(model, args.gradient_checkpointing, B * T, optimizer_bytes=state)
+    keeps = keeps_for(model, args.gradient_checkpointing, N, optimizer_bytes=state)
     fuse_blocks(model, keeps, fold=args.fold == "true" or (args.fold == "auto" and device.type == "cuda"))
     if store:
         store.attach(model)
     elif dense_fits(model):
         keep_dense_weights(model)
+    return model, {
+        "kept": " ".join(f"{keeps.count(level)} {level}" for level in dict.fromkeys(keeps)),
+        "fsdp": sharding,
+        "blocks_in_host_memory": offload,
+        "base_gib": round(held_bytes(model) / GIB, 2),
+        "predicted_gib": round(step_bytes(model, N, keeps, state) / GIB, 2),
+        "load_s": round(load_s, 2),
+    }
+
+
+def prepare(args: argparse.Namespace, rank: int, ranks: int, device: torch.device, dtype: torch.dtype) -> Work:
+    """The model with AdamW on this rank, and random tokens."""
+    B, T = args.micro_batch_size, args.sequence_len
+    model, facts = load(args, rank, ranks, device, dtype)
     sharded, adamw = args.shard_optimizer_state and ranks > 1, {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-    flat, base = flatten_trainable(model, multiple=ranks * BLOCK if sharded else 1), held_bytes(model)
+    flat = flatten_trainable(model, multiple=ranks * BLOCK if sharded else 1)
     if sharded:
         optimizer = PartOptimizer(args.optimizer, flat, flat.numel(), rank, ranks, **adamw)
     else:
         optimizer = make_optimizer(args.optimizer, flat, **adamw)
     optimizer.param_groups[0]["lr"] = 1e-4
     sum_gradient = distributed.sum_to_parts if sharded else distributed.sum_over_ranks
-
     body = GraphedBody(model) if args.graphs != "false" and can_record(model) else model.model
 
     tokens = torch.randint(model.config.vocab_size, (4, B, T), device=device)
@@ -316,14 +331,6 @@ def prepare(args: argparse.Namespace, rank: int, ranks: int, device: torch.devic
         optimizer.step()
         losses.append(loss.detach())
 
-    facts = {
-        "kept": " ".join(f"{keeps.count(level)} {level}" for level in dict.fromkeys(keeps)),
-        "fsdp": sharding,
-        "blocks_in_host_memory": offload,
-        "base_gib": round(base / GIB, 2),
-        "predicted_gib": round(step_bytes(model, B * T, keeps, state) / GIB, 2),
-        "load_s": round(load_s, 2),
-    }
     return Work(model, flat.numel(), facts, step, losses)
 
 

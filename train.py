@@ -57,6 +57,7 @@ from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora, set_drop
 from nanoqlora.rehearsal import rehearse
 from nanoqlora.results import judge, save_results
 from nanoqlora.runs import (
+    Data,
     Metrics,
     best_step,
     load_best,
@@ -71,6 +72,7 @@ from nanoqlora.serving import check_vocabulary
 from nanoqlora.sharding import BlockStore, fill_over_ranks
 from nanoqlora.special_rows import check_special_rows
 from nanoqlora.stats import Stopwatch, memory_figures
+from nanoqlora.tokenizer import Tokenizer
 from nanoqlora.trackers import make_trackers
 from nanoqlora.typed_yaml import Option, plain
 
@@ -288,15 +290,8 @@ def prepare_optimizer(
     return flat, make_optimizer(config.optimizer, flat, groups=groups, **adamw), num_trained
 
 
-def main() -> None:
-    config, options = load_command(None, OPTIONS, __doc__.splitlines()[0])
-    rank, ranks, device = distributed.start()
-    torch.backends.cuda.matmul.allow_tf32 = config.tf32 is True  # auto: no, for products are in bfloat16 anyway
-    say = print if rank == 0 else lambda *_: None
-    for note in config.notes:
-        say(note)
-
-    # Whatever is wrong with the input is found here, before anything is written; on one rank, and all stop.
+def read_inputs(config: Config, rank: int, ranks: int) -> tuple[Tokenizer, Data]:
+    """Whatever is wrong with the input is found here, before anything is written; on one rank, and all stop."""
     with distributed.together():
         tokenizer = tokenizer_of(config)
         check_vocabulary(tokenizer, open_model(config.base_model)[0].config.vocab_size, config.base_model)
@@ -305,6 +300,17 @@ def main() -> None:
         if rank == 0:  # reads the embedding and the head
             check_special_rows(tokenizer, data.samples, open_weights(config.base_model), config.base_model)
     same_on_all_ranks(config, data, ranks)
+    return tokenizer, data
+
+
+def main() -> None:
+    config, options = load_command(None, OPTIONS, __doc__.splitlines()[0])
+    rank, ranks, device = distributed.start()
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32 is True  # auto: no, for products are in bfloat16 anyway
+    say = print if rank == 0 else lambda *_: None
+    for note in config.notes:
+        say(note)
+    tokenizer, data = read_inputs(config, rank, ranks)
     for path, reading in data.readings.items():
         say(f"{path}: {reading.describe(config.sequence_len, config.excess_length_strategy)}")
 

@@ -1,5 +1,6 @@
 """What bench.py prints, and what its figures count."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import save_random_llama
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from nanoqlora import stats
@@ -21,6 +23,25 @@ def test_useful_operations_of_8b_are_those_of_its_shapes():
     expected = 4 * (6.979e9 + 0.5253e9) + 6 * 167.77e6 + attention
     given = bench.useful_flops(bench.GEOMETRIES["llama3-8b"], 167_772_160, 4, 2048) / 8192
     assert given == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_floor_is_all_of_a_step_s_products_and_attention(monkeypatch):
+    """Counted by PyTorch: 4 a weight of blocks and head for each token, and at least the causal half of attention."""
+    counted: list[int] = []
+
+    def count(work, steps, warmup, device):
+        with FlopCounterMode(display=False) as counter:
+            work()
+        counted.append(counter.get_total_flops())
+        return [-counted[-1]]  # the attention that PyTorch can count is then the one that is taken
+
+    monkeypatch.setattr(bench, "timed", count)
+    config = dataclasses.replace(bench.llama3(64, 96, 3, 4, 2, 16), vocab_size=1000)
+    B, T = 3, 500  # 1,500 tokens: more than one piece of logits, the last one shorter
+    bench.floor_ms(config, B, T, torch.float32, torch.device("cpu"))
+    weights = 3 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96) + 64 * 1000
+    attention = 3 * B * 3 * 4 * (4 * 16) * T * T / 2
+    assert 4 * weights * B * T + attention <= counted[-1] <= 4 * weights * B * T + 3 * attention
 
 
 def test_the_line_of_json_and_a_peer_beside_it(tmp_path):

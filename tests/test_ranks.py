@@ -27,6 +27,7 @@ from nanoqlora.checkpoint import load_model, open_model
 from nanoqlora.plan import base_bytes, choose_sharding, held_bytes, step_bytes
 from nanoqlora.qlora import ALL_LINEAR, inject_lora
 from nanoqlora.sharding import frozen_tensors
+from nanoqlora.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +190,21 @@ def test_the_optimizer_s_state_in_parts_is_the_same_training(small_run, tmp_path
     assert norms[0] == pytest.approx(norms[1], rel=1e-5), "the norm is that of the whole gradient, not of a part"
     saved = [torch.load(tmp_path / name / "checkpoint-4" / "optimizer.pt")["state"][0] for name in ("whole", "parts")]
     assert saved[0].keys() == saved[1].keys() and saved[0]["exp_avg"].shape == saved[1]["exp_avg"].shape
+
+
+def test_an_end_token_that_was_never_trained_ends_all_ranks(tmp_path):
+    """Rank 0 alone looks at the rows of embedding and head; the others hear of it."""
+    model = save_tiny_model(tmp_path / "model")
+    (path,) = model.glob("*.safetensors")
+    tensors, end = load_file(path), load_tokenizer(model).eos_id
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & tensors.keys():
+        tensors[name][end] *= 1e-6
+    save_file(tensors, path, metadata={"format": "pt"})
+    data = write_rows(tmp_path / "data.jsonl", alpaca_rows(8))
+    run = write_run(tmp_path / "train.yml", model, data)
+    ended = on_ranks(2, end_of_run, run)
+    assert [code for code, _, _ in ended] == [2, 2] and "were never trained" in ended[0][2], ended[0][2]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

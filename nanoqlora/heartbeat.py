@@ -54,9 +54,10 @@ class Heartbeat:
 
     def _watch(self) -> None:
         while not self.stopped.wait(PAUSE_S):
-            now = time.monotonic()
-            silent = [other for other in range(self.ranks) if now - self.last_change[other] > self.limit_s]
-            if now - self.last_answer > self.limit_s:
+            # How long a rank is silent is what the store said of it last: without an answer nobody knows.
+            known = self.last_answer
+            silent = [other for other in range(self.ranks) if known - self.last_change[other] > self.limit_s]
+            if time.monotonic() - known > self.limit_s:
                 found = f"the store on {self.host}, where rank 0 is, cannot be reached"
             elif silent and not self.stopped.is_set():
                 found = f"rank {', '.join(map(str, silent))} has given no sign of life"

@@ -53,15 +53,23 @@ def test_a_rank_that_is_done_is_not_missed(store, capfd):
     second.stop()
 
 
-def test_a_store_out_of_reach_ends_a_rank(store, monkeypatch, capfd):
-    """Its host is cut off: nothing comes back, and nothing says so."""
+@pytest.mark.parametrize("count_seen_before", [0.0, 0.6], ids=["at-once", "a-while-before"])
+def test_a_store_out_of_reach_ends_a_rank(count_seen_before, store, monkeypatch, capfd):
+    """Its host is cut off: nothing comes back, and nothing says so. No rank is blamed for what nobody could hear.
+
+    The other rank's count was last seen `count_seen_before` seconds before the cut.
+    """
     ended: list[int] = []
     real = dist.TCPStore.add
     cut_off: list[bool] = []
     monkeypatch.setattr(dist.TCPStore, "add", lambda *args: time.sleep(3) if cut_off else real(*args))
-    only = Heartbeat(0, 1, ended.append)
+    watching, other = Heartbeat(1, 2, ended.append), Heartbeat(0, 2, lambda code: None)
     assert watch_for(1.5, ended) >= 1.5
+    other.stopped.set()
+    other.threads[0].join()
+    real(dist.TCPStore("127.0.0.1", store.port, is_master=False), "alive/0/0", -heartbeat.LEFT)
+    assert watch_for(count_seen_before, ended) >= count_seen_before
     cut_off.append(True)
     assert 0.8 < watch_for(5.0, ended) < 3.0
-    assert "the store on 127.0.0.1, where rank 0 is, cannot be reached for 1 s" in capfd.readouterr().err
-    only.stopped.set()
+    assert "rank 1 ends: the store on 127.0.0.1, where rank 0 is, cannot be reached for 1 s" in capfd.readouterr().err
+    watching.stopped.set()

@@ -200,6 +200,7 @@ def loop(run: Run, start: int, stop: list[bool]) -> int:
             save_checkpoint(run, step)
         if stopped:
             bar.close()
+            distributed.stop()
             raise Stopped(
                 f"stopped after step {step} of {len(plan)}; it is saved. To go on: "
                 f"--resume_from_checkpoint {folder / f'checkpoint-{step}'}"

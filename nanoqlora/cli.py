@@ -1,14 +1,14 @@
 """What every command shares: one kind of error, one way to end, and files that appear whole or not at all.
 
-Exit codes: 0 done; 2 the user's input is wrong (one line, nothing changed); 130 stopped by Ctrl-C or SIGTERM;
-1 anything else: one line for what can
-happen to a long run, a traceback for a fault of ours.
+Exit codes: 0 done; 2 the user's input is wrong (one line, nothing changed); 130 stopped by Ctrl-C or SIGTERM; 1 for the
+rest: one line for what can happen to a long run, a traceback for a fault of ours.
 """
 
 import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -35,22 +35,26 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        if is_first_rank:
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        _leave(2, f"error: {' '.join(str(error).split())}" if is_first_rank else "")
     except Failed as failure:
-        print("error: " + " ".join(str(failure).split()), file=sys.stderr)
-        sys.exit(1)
+        _leave(1, f"error: {' '.join(str(failure).split())}")
     except Stopped as stopped:
-        if is_first_rank:
-            print(stopped, file=sys.stderr)
-        sys.exit(130)
+        _leave(130, str(stopped) if is_first_rank else "")
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception:  # whatever it is, it goes on as it came; under torchrun its traceback gets the rank as a title
         if "RANK" in os.environ:
             print(f"error: rank {os.environ['RANK']} failed:", file=sys.stderr)
         raise
+
+
+def _leave(code: int, message: str) -> NoReturn:
+    """Say this and end, also where torchrun tells this rank to end because another one has just done the same."""
+    for received in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(received, signal.SIG_IGN)
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 @contextmanager

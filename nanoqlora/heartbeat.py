@@ -27,15 +27,20 @@ class Heartbeat:
         self.rank, self.ranks, self.limit_s, self.end = rank, ranks, LIMIT_S, end
         self.host, self.port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.counts, self.last_change = [0] * ranks, [time.monotonic()] * ranks
-        self.last_answer, self.stopped = time.monotonic(), threading.Event()
+        self.last_answer, self.stopped, self.done = time.monotonic(), threading.Event(), False
         self.threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._watch)]
         for thread in self.threads:
             thread.start()
 
-    def stop(self) -> None:
-        """Leave in order: the others will not miss this rank."""
+    def stop(self, done: bool = True) -> None:
+        """End the threads: in one that is inside the store, the end of the process would be an abort.
+
+        done: leave in order, so that the others do not miss this rank.
+        """
+        self.done |= done
         self.stopped.set()
-        self.threads[0].join(2 * PAUSE_S)
+        for thread in self.threads:
+            thread.join(2 * PAUSE_S)
 
     def _talk(self) -> None:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # ranks that were restarted count anew
@@ -48,7 +53,8 @@ class Heartbeat:
                     if count != self.counts[other] or count < 0:
                         self.counts[other], self.last_change[other] = count, time.monotonic()
                 self.last_answer = time.monotonic()
-            store.add(f"alive/{attempt}/{self.rank}", LEFT)
+            if self.done:
+                store.add(f"alive/{attempt}/{self.rank}", LEFT)
         except RuntimeError:
             return  # the store is gone, as `_watch` will see
 

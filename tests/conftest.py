@@ -1,5 +1,6 @@
 """What the tests share: one thread count, the real small model, and tiny random ones."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,15 @@ def llama3_ranks_folder() -> Path:
 def mistral_folder() -> Path:
     """The sentencepiece model of Mistral 7B."""
     return _witness("mistral")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """In this process as in those that the tests start, so that sums have the same order and bits are equal."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -9,18 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from test_train import (
-    alpaca_rows,
-    dequantised_transformers,
-    encoded_by_tokenizers,
-    peft_on_dequantised,
-    run_here,
-    save_random_adapter,
-    save_tiny_model,
-    snapshot,
-    write_rows,
-    write_run,
-)
+from peft_witness import dequantised_transformers, encoded_by_tokenizers, peft_on_dequantised, save_random_adapter
+from small_runs import alpaca_rows, run_here, save_tiny_model, snapshot, write_rows, write_run
 
 import merge
 from nanoqlora.certificate import GGUF, ON_NF4, ON_ORIGINAL, TRAINED, Score, recommend

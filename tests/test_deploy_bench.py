@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
+from small_runs import run_here
 from test_certificate import merged, run
-from test_train import run_here
 
 import bench
 import export_gguf

@@ -11,18 +11,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from peft_witness import save_random_adapter
 from safetensors.torch import load_file, save_file
-from test_train import (
-    Ended,
-    alpaca_rows,
-    run_here,
-    run_process,
-    save_random_adapter,
-    save_tiny_model,
-    snapshot,
-    write_rows,
-    write_run,
-)
+from small_runs import Ended, alpaca_rows, run_here, run_process, save_tiny_model, snapshot, write_rows, write_run
 
 import export_gguf
 import merge

@@ -12,21 +12,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_train import (
-    PIRATE,
+from peft_witness import (
     Encoded,
-    Ended,
-    alpaca_rows,
     dequantised_transformers,
     encoded_by_tokenizers,
     peft_on_dequantised,
-    run_here,
-    run_process,
     save_random_adapter,
-    save_tiny_model,
     sum_of_losses,
-    write_rows,
 )
+from small_runs import PIRATE, Ended, alpaca_rows, run_here, run_process, save_tiny_model, write_rows
 
 import nanoqlora as nq
 from nanoqlora import chat, evaluate

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from test_train import alpaca_rows, metrics_of, run_here, save_tiny_model, snapshot, write_rows, write_run
+from small_runs import alpaca_rows, metrics_of, run_here, save_tiny_model, snapshot, write_rows, write_run
 from tiny import CONFIG, save_random_llama
 from torch.utils.flop_counter import FlopCounterMode
 

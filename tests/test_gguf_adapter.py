@@ -9,9 +9,10 @@ import peft
 import pytest
 import torch
 import transformers
+from peft_witness import save_random_adapter
 from safetensors.torch import load_file, save_file
+from small_runs import run_here, snapshot
 from test_export import read_modelfile
-from test_train import run_here, save_random_adapter, snapshot
 from tiny import save_random_llama
 
 import export_gguf

@@ -32,10 +32,7 @@ def test_a_rank_that_falls_silent_is_named_by_the_others(store, capfd):
     ended: list[int] = []
     ranks = [Heartbeat(rank, 3, ended.append) for rank in range(3)]
     assert watch_for(2.0, ended) >= 2.0, "all are alive, for longer than the limit"
-    hanging = dist.TCPStore("127.0.0.1", store.port, is_master=False)
-    ranks[1].stopped.set()  # its threads end; what it says on leaving is taken back, as if it had been killed
-    ranks[1].threads[0].join()
-    hanging.add("alive/0/1", -heartbeat.LEFT)
+    ranks[1].stop(done=False)  # as if it had been killed
     assert 0.8 < watch_for(5.0, ended) < 3.0
     assert ended[0] == 1
     line = capfd.readouterr().err.splitlines()[0]
@@ -65,9 +62,7 @@ def test_a_store_out_of_reach_ends_a_rank(count_seen_before, store, monkeypatch,
     monkeypatch.setattr(dist.TCPStore, "add", lambda *args: time.sleep(3) if cut_off else real(*args))
     watching, other = Heartbeat(1, 2, ended.append), Heartbeat(0, 2, lambda code: None)
     assert watch_for(1.5, ended) >= 1.5
-    other.stopped.set()
-    other.threads[0].join()
-    real(dist.TCPStore("127.0.0.1", store.port, is_master=False), "alive/0/0", -heartbeat.LEFT)
+    other.stop(done=False)
     assert watch_for(count_seen_before, ended) >= count_seen_before
     cut_off.append(True)
     assert 0.8 < watch_for(5.0, ended) < 3.0

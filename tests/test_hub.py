@@ -14,7 +14,8 @@ import pytest
 import torch
 from conftest import ROOT
 from huggingface_hub import constants
-from test_train import run_here, save_random_adapter, save_tiny_model
+from peft_witness import save_random_adapter
+from small_runs import run_here, save_tiny_model
 
 import nanoqlora as nq
 from nanoqlora import chat

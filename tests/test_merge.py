@@ -10,18 +10,9 @@ import peft
 import pytest
 import torch
 import transformers
+from peft_witness import dequantised_transformers, peft_on_dequantised, save_random_adapter
 from safetensors.torch import load_file, save_file
-from test_train import (
-    Ended,
-    dequantised_transformers,
-    peft_on_dequantised,
-    run_here,
-    run_process,
-    save_random_adapter,
-    save_tiny_model,
-    snapshot,
-    write_run,
-)
+from small_runs import Ended, run_here, run_process, save_tiny_model, snapshot, write_run
 
 import export_gguf
 import merge

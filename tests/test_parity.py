@@ -2,7 +2,9 @@
 
 import pytest
 from parity import TOLERANCES, compare
-from test_train import one_thread, save_tiny_model  # noqa: F401
+from small_runs import save_tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

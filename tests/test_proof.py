@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import run_here
 from test_certificate import merged, run
-from test_train import run_here
 
 import export_gguf
 from nanoqlora import gguf_model, proof

@@ -9,16 +9,9 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT
+from peft_witness import dequantised_transformers
 from safetensors.torch import load_file
-from test_train import (
-    alpaca_rows,
-    dequantised_transformers,
-    metrics_of,
-    run_here,
-    save_tiny_model,
-    write_rows,
-    write_run,
-)
+from small_runs import alpaca_rows, metrics_of, run_here, save_tiny_model, write_rows, write_run
 
 import train
 from nanoqlora.config import load_config

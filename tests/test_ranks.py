@@ -19,7 +19,7 @@ from ranks import (
     what_is_there,
 )
 from safetensors.torch import load_file, save_file
-from test_train import alpaca_rows, metrics_of, run_here, save_tiny_model, steps_of, write_rows, write_run
+from small_runs import alpaca_rows, metrics_of, run_here, save_tiny_model, steps_of, write_rows, write_run
 
 import bench
 import train

@@ -2,7 +2,7 @@
 
 import pytest
 from safetensors.torch import load_file
-from test_train import alpaca_rows, run_here, save_tiny_model, snapshot, write_rows, write_run
+from small_runs import alpaca_rows, run_here, save_tiny_model, snapshot, write_rows, write_run
 
 import train
 from nanoqlora import rehearsal

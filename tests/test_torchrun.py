@@ -1,4 +1,7 @@
-"""What only torchrun can show: a rank that is killed, a restart, two hosts and a cut between them."""
+"""What only torchrun can show: a rank that is killed or told to end, a restart, two hosts and a cut between them.
+
+Ranks are on the CPU, with gloo; in the tests marked `gpu` each is on a GPU of its own, with NCCL.
+"""
 
 import json
 import os
@@ -11,20 +14,30 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from ranks import end_of_run, on_ranks
-from test_train import ENVIRONMENT, alpaca_rows, save_tiny_model, steps_of, write_rows, write_run
+from small_runs import ENVIRONMENT, alpaca_rows, save_tiny_model, steps_of, write_rows, write_run
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+ON_CPU = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+def environment(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Of a launcher, so that its two ranks speak over this."""
+    if request.param == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    return ENVIRONMENT if request.param == "nccl" else ON_CPU
 
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The YAML of 30 steps with a checkpoint after every second one, on two ranks."""
+    """The YAML of 120 steps, of 50 ms each, with a checkpoint after every second one, on two ranks."""
     folder = tmp_path_factory.mktemp("run")
     model = save_tiny_model(folder / "model", num_hidden_layers=4)
     data = write_rows(folder / "data.jsonl", alpaca_rows(24, seed=2))
-    keys = {"micro_batch_size": 1, "max_steps": 30, "save_steps": 2, "save_total_limit": 2, "fsdp": "full_shard"}
+    keys = {"micro_batch_size": 1, "max_steps": 120, "save_steps": 2, "save_total_limit": 2, "fsdp": "full_shard"}
     return write_run(folder / "train.yml", model, data, **keys, lora_dropout=0.05, auto_resume_from_checkpoints=True)
 
 
@@ -48,7 +61,7 @@ def until(condition: Callable[[], object], processes: list[subprocess.Popen], se
     give_up = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < give_up and all(process.poll() is None for process in processes)
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 def process_of_rank(rank: int, launcher: int) -> int | None:
@@ -76,33 +89,50 @@ def last_step(folder: Path) -> int:
     return max((json.loads(line)["step"] for line in lines), default=0)
 
 
-def test_a_killed_rank_ends_all_and_a_restart_goes_on(run_file, tmp_path):
-    """Rank 1 gets SIGKILL twice, wherever it is, also while rank 0 saves. torchrun restarts once, then names it.
+def launch(environment: dict[str, str], log: Path, *words: object) -> subprocess.Popen:
+    """torchrun with two ranks of train.py, and all that they say in `log`."""
+    with open(log, "w") as file:
+        command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", *map(str, words)]
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file))
+    return started[-1]
 
-    The run that goes on after that ends with the very adapter of a run without any of it.
+
+def test_ranks_that_are_killed_or_told_to_end_lose_nothing(run_file, environment, tmp_path):
+    """Rank 1 gets SIGKILL twice, wherever it is, also while rank 0 saves: torchrun restarts once, then names it.
+
+    The run that goes on gets SIGTERM at rank 1, saves and leaves; the one after that ends with the very adapter of a
+    run without any of it.
     """
-    words = ["--standalone", "--nproc_per_node=2", "--max-restarts=1", "train.py", run_file, "--output_dir", tmp_path]
-    with open(tmp_path.parent / "log", "w+") as log:
-        launcher = subprocess.Popen(TORCHRUN + list(map(str, words)), cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log)
-        started.append(launcher)
-        until(lambda: last_step(tmp_path) >= 5, [launcher])
-        first = process_of_rank(1, launcher.pid)
-        os.kill(first, signal.SIGKILL)
-        reached = last_step(tmp_path)
-        until(lambda: process_of_rank(1, launcher.pid) not in (None, first), [launcher])
-        until(lambda: last_step(tmp_path) >= reached + 4, [launcher])
-        os.kill(process_of_rank(1, launcher.pid), signal.SIGKILL)
-        killed = time.monotonic()
-        assert launcher.wait(timeout=60) == 1 and time.monotonic() - killed < 60
-        log.seek(0)
-        text = log.read()
+    log, run = tmp_path / "log", tmp_path / "run"
+    words = ["train.py", run_file, "--output_dir", run]
+    launcher = launch(environment, log, "--max-restarts=1", *words)
+    until(lambda: last_step(run) >= 5, [launcher])
+    first = process_of_rank(1, launcher.pid)
+    os.kill(first, signal.SIGKILL)
+    reached = last_step(run)
+    until(lambda: process_of_rank(1, launcher.pid) not in (None, first), [launcher])
+    until(lambda: last_step(run) >= reached + 4, [launcher])
+    os.kill(process_of_rank(1, launcher.pid), signal.SIGKILL)
+    killed = time.monotonic()
+    assert launcher.wait(timeout=60) == 1 and time.monotonic() - killed < 60
+    text = log.read_text()
     assert "rank      : 1 (local_rank: 1)" in text and "Signal 9 (SIGKILL)" in text, text[-3000:]
-    done = on_ranks(2, end_of_run, run_file, "--output_dir", tmp_path)
-    assert done[0][0] == 0 and [line["step"] for line in steps_of(tmp_path)] == list(range(1, 31)), done[0][2]
-    whole = on_ranks(2, end_of_run, run_file, "--output_dir", tmp_path / "whole")
-    assert whole[0][0] == 0
+
+    reached = last_step(run)
+    launcher = launch(environment, log, *words)
+    until(lambda: last_step(run) >= reached + 4, [launcher])
+    os.kill(process_of_rank(1, launcher.pid), signal.SIGTERM)
+    assert launcher.wait(timeout=60) == 1, "torchrun's own exit code"
+    text, last = log.read_text(), last_step(run)
+    assert f"it is saved. To go on: --resume_from_checkpoint {run}/checkpoint-{last}" in text, text[-3000:]
+    assert text.count("exitcode  : 130") == 2 and reached + 4 <= last < 120
+
+    for name in (run, tmp_path / "whole"):
+        launcher = launch(environment, log, "train.py", run_file, "--output_dir", name)
+        assert launcher.wait(timeout=90) == 0, log.read_text()
+        assert [line["step"] for line in steps_of(name)] == list(range(1, 121))
     name = "adapter_model.safetensors"
-    assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------ two hosts
@@ -140,7 +170,7 @@ def launch_on_hosts(hosts: list[str], script: Path, *words: object) -> list[subp
     for i, host in enumerate(hosts, start=1):
         place = [f"--local_addr=10.77.0.{i}", f"--rdzv_conf=is_host={i == 1}"]  # their host names are the same
         command = ["ip", "netns", "exec", host, *TORCHRUN, *meet, *place, str(script)]
-        environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": f"cable{i}", "PYTHONPATH": str(ROOT)}
+        environment = ON_CPU | {"GLOO_SOCKET_IFNAME": f"cable{i}", "PYTHONPATH": str(ROOT)}
         with open(script.parent / f"{host}.log", "w") as log:
             options = {"cwd": ROOT, "env": environment, "stdout": log, "stderr": log}
             started.append(subprocess.Popen([*command, *map(str, words)], **options))

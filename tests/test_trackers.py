@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from small_runs import alpaca_rows, metrics_of, run_here, save_tiny_model, write_rows, write_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_train import alpaca_rows, metrics_of, run_here, save_tiny_model, write_rows, write_run
 
 import train
 from nanoqlora.cli import UserError

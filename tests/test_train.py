@@ -1,22 +1,14 @@
-"""Whole runs of train.py on a tiny random model, against transformers, PEFT and torch's AdamW in float64.
+"""Whole runs of train.py on a tiny random model, against transformers, PEFT and torch's AdamW in float64."""
 
-The first part makes what such a run needs, for the tests of the other commands as well.
-"""
-
-import contextlib
 import csv
-import io
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,262 +17,48 @@ import pyarrow.parquet
 import pytest
 import tokenizers
 import torch
-import torch.nn.functional as F
 import transformers
-import yaml
 from conftest import ROOT
+from peft_witness import (
+    dequantised_transformers,
+    encoded_by_tokenizers,
+    peft_on_dequantised,
+    save_random_adapter,
+    train_with_peft,
+)
 from safetensors.torch import load_file, save_file
-from tiny import save_random_llama
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from small_runs import (
+    ENVIRONMENT,
+    PIRATE,
+    PREPARED,
+    Ended,
+    alpaca_rows,
+    assert_one_line_bar,
+    metrics_of,
+    run_here,
+    run_process,
+    save_tiny_model,
+    snapshot,
+    steps_of,
+    write_rows,
+    write_run,
+)
 
 import nanoqlora as nq
 import train
 from nanoqlora.adapter import load_adapter
 from nanoqlora.cadence import due
 from nanoqlora.checkpoint import load_model
-from nanoqlora.cli import run_command
 from nanoqlora.config import load_config, make_config
 from nanoqlora.data import Sample, collate
 from nanoqlora.ops import linear_cross_entropy
 from nanoqlora.optim import clip_gradient, learning_rate_at, make_optimizer
 from nanoqlora.packing import Step
-from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora, lora_layers
+from nanoqlora.qlora import flatten_trainable, inject_lora, lora_layers
 from nanoqlora.results import questions
 from nanoqlora.runs import checkpoints, prepare_data
 
-# ------------------------------------------------------------------------------------------------ a small world
-
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32}
-TINY |= {"num_attention_heads": 2, "num_key_value_heads": 1}
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-PIRATE = [
-    message["content"]
-    for line in (ROOT / "data" / "pirate.jsonl").read_text("utf-8").splitlines()
-    for message in json.loads(line)["messages"]
-]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """In this process as in those that the tests start, so that sums have the same order and bits are equal."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def save_small_tokenizer(folder: Path) -> None:
-    """A byte-level BPE tokenizer of 300 tokens, as the tokenizers package learns it; BOS first, padding is the end."""
-    digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok = tokenizers.Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=sorted(alphabet), special_tokens=special, show_progress=False
-    )
-    tok.train_from_iterator(PIRATE[:100], trainer)
-    tok.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[(special[0], 0)])
-    tok.decoder = decoders.ByteLevel()
-    tok.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHATML, "bos_token": special[0]}
-    config |= {"eos_token": special[2], "pad_token": special[2]}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-def save_tiny_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A model folder as from a hub: weights, configuration, tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_random_llama(folder, seed, **(TINY | changes))
-    save_small_tokenizer(folder)
-    return folder
-
-
-def alpaca_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Answers of 1 to 16 words, so that rows differ much in how many of their tokens count."""
-    g = torch.Generator().manual_seed(seed)
-    spans = torch.randint(1, 17, (count, 2), generator=g).tolist()
-    return [
-        {
-            "instruction": f"Question {seed} {i}?",
-            "input": "some context" if i % 3 == 0 else "",
-            "output": " ".join(PIRATE[1].split()[start : start + length]),
-        }
-        for i, (start, length) in enumerate(spans)
-    ]
-
-
-def write_rows(path: Path, rows: Iterable[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return path
-
-
-PREPARED = tempfile.TemporaryDirectory()  # of all tests; removed when the last one ends
-
-
-def write_run(path: Path, model: Path, data: Path, **keys: Any) -> Path:
-    """The YAML of a small run; keys whose value is None are left out."""
-    run = {"base_model": str(model), "adapter": "qlora", "bf16": False, "output_dir": str(path.parent / "out")}
-    run |= {"datasets": [{"path": str(data), "type": "alpaca"}], "sequence_len": 256, "learning_rate": 0.002}
-    run |= {"lora_r": 4, "lora_alpha": 8, "micro_batch_size": 2, "num_epochs": 2}
-    run |= {"dataset_prepared_path": PREPARED.name} | keys
-    path.write_text(yaml.safe_dump({key: value for key, value in run.items() if value is not None}))
-    return path
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def run_here(main: Callable[[], None], *words: object) -> Ended:
-    """A command's main with these words after its name, in this process, ended as `run_command` ends it."""
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv = [main.__module__, *map(str, words)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run_command(main)
-        code = 0
-    except SystemExit as end:
-        code = int(end.code or 0)
-    finally:
-        sys.argv = argv
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return Ended(code, out.getvalue(), err.getvalue())
-
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-
-def run_process(*words: object) -> Ended:
-    """A python command in a process of its own, from the root of the repository."""
-    command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    return Ended(done.returncode, done.stdout, done.stderr)
-
-
-def assert_one_line_bar(err: str, num_steps: int) -> None:
-    """Every state of the bar is written over the one before; what is said above it has whole lines."""
-    states = [part for part in re.split("[\r\n]", err) if f"/{num_steps} [" in part]
-    assert len(states) > num_steps and f"{num_steps}/{num_steps} [" in states[-1]
-    assert sum(f"/{num_steps} [" in line for line in re.split("\n", err)) <= 1 + err.count(": held-out loss")
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder with what it holds, every folder too."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"folder" for p in folder.rglob("*")}
-
-
-def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-
-
-def steps_of(folder: Path) -> list[dict[str, Any]]:
-    return [row for row in metrics_of(folder) if "loss" in row]
-
-
-# ------------------------------------------------------------------------------------------------ the witnesses
-
-
-def dequantised_transformers(folder: Path) -> transformers.LlamaForCausalLM:
-    """The model of a folder in transformers, with the values in its blocks that NF4 leaves of them; float64."""
-    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    ours = load_model(folder, load_in_4bit=True)
-    for name, parameter in theirs.named_parameters():
-        if ".layers." in name and parameter.ndim == 2:
-            parameter.data = ours.get_submodule(name.removesuffix(".weight")).rebuild(torch.float32)
-    return theirs.double().eval()
-
-
-def save_random_adapter(model: Path, folder: Path, seed: int = 0, r: int = 4, **changes: Any) -> Path:
-    """An adapter as PEFT makes and saves it, with B not zero, so that it changes every layer."""
-    torch.manual_seed(seed)
-    base = transformers.LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
-    options = {"r": r, "lora_alpha": 2 * r, "target_modules": list(ALL_LINEAR), "init_lora_weights": False} | changes
-    theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options))
-    for name, parameter in theirs.named_parameters():
-        if "lora_B" in name:
-            parameter.data.mul_(0.1)
-    theirs.save_pretrained(folder)
-    return folder
-
-
-def peft_on_dequantised(model: Path, adapter: Path, is_trainable: bool = False) -> peft.PeftModel:
-    """PEFT's reading of an adapter on the dequantised base, float64."""
-    theirs = peft.PeftModel.from_pretrained(dequantised_transformers(model), adapter, is_trainable=is_trainable)
-    return theirs.double().eval()
-
-
-class Encoded(NamedTuple):
-    ids: list[int]
-    counted: list[int]  # the places of the tokens whose loss counts
-
-
-def encoded_by_tokenizers(model: Path, row: dict[str, str]) -> Encoded:
-    """An alpaca row as the tokenizers package encodes Stanford's text."""
-    tok = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
-    start = "Below is an instruction that describes a task"
-    if row["input"]:
-        start += ", paired with an input that provides further context"
-    text = f"{start}. Write a response that appropriately completes the request.\n\n### Instruction:\n"
-    text += row["instruction"] + "\n\n"
-    if row["input"]:
-        text += f"### Input:\n{row['input']}\n\n"
-    prompt = tok.encode(text + "### Response:\n").ids  # its post-processor puts BOS first
-    answer = [*tok.encode(row["output"], add_special_tokens=False).ids, tok.token_to_id("<|im_end|>")]
-    return Encoded(prompt + answer, list(range(len(prompt), len(prompt) + len(answer))))
-
-
-def sum_of_losses(theirs: torch.nn.Module, row: Encoded) -> torch.Tensor:
-    """A row's loss from logits, in nats, summed over the tokens that count; alone, without padding."""
-    ids, places = torch.tensor(row.ids), torch.tensor(row.counted)
-    return F.cross_entropy(theirs(ids[None]).logits[0, places - 1], ids[places], reduction="sum")
-
-
-class Reference(NamedTuple):
-    """What a training without our code gives: per step loss, gradient norm, rate, tokens; held-out loss; the model."""
-
-    steps: list[tuple[float, float, float, int]]
-    held_out: dict[int, float]  # after this many steps
-    model: peft.PeftModel
-
-
-def train_with_peft(
-    model: Path, adapter: Path, batches: list[list[Encoded]], held_out: list[Encoded], peak: float, warmup: int
-) -> Reference:
-    """Train PEFT's adapter on the dequantised base in float64, with torch's AdamW and transformers' cosine schedule."""
-    theirs = peft_on_dequantised(model, adapter, is_trainable=True)
-    parameters = [p for p in theirs.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.0)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, len(batches))
-
-    def score() -> float:
-        with torch.no_grad():
-            return sum(sum_of_losses(theirs, row).item() for row in held_out) / sum(
-                len(row.counted) for row in held_out
-            )
-
-    steps, scores = [], {0: score()}
-    for batch in batches:
-        tokens = sum(len(row.counted) for row in batch)
-        loss = sum(sum_of_losses(theirs, row) for row in batch) / tokens
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        steps.append((loss.item(), norm.item(), schedule.get_last_lr()[0], tokens))
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        scores[len(steps)] = score()
-    return Reference(steps, scores, theirs)
-
-
-# ------------------------------------------------------------------------------------------------ a whole run
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class World(NamedTuple):

@@ -8,18 +8,10 @@ import pytest
 import torch
 import transformers
 from peft.optimizers import create_loraplus_optimizer
+from peft_witness import save_random_adapter
 from ranks import end_of_run, on_ranks
+from small_runs import alpaca_rows, run_here, save_tiny_model, steps_of, write_rows, write_run
 from test_qlora import TOKENS, dequantised_copy, randomise
-from test_train import (  # noqa: F401
-    alpaca_rows,
-    one_thread,
-    run_here,
-    save_random_adapter,
-    save_tiny_model,
-    steps_of,
-    write_rows,
-    write_run,
-)
 from tiny import save_random_llama
 from transformers.integrations.neftune import neftune_post_forward_hook
 
@@ -30,6 +22,8 @@ from nanoqlora.neftune import add_noise, set_noise_rows
 from nanoqlora.ops import Segments
 from nanoqlora.optim import loraplus_groups, make_optimizer, set_learning_rate
 from nanoqlora.qlora import flatten_trainable, lora_layers, set_dropout_rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_loraplus_steps_equal_peft(tmp_path, rng):

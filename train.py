@@ -97,7 +97,7 @@ class Run:
     before: dict[str, Any] = field(default_factory=dict)  # what the untrained model could do, for the report
 
 
-def forward_backward(run: Run, rows: list[list[Sample]], number: int, first: int, num_targets: int) -> torch.Tensor:
+def forward_backward(run: Run, rows: list[list[Sample]], number: int, first: int, num_targets: float) -> torch.Tensor:
     """Add the gradient of one micro-batch, row `first` and on of step `number`. Returns the sum of its losses."""
     batch = collate(rows, run.config.row_width).to(run.device)
     seeds = row_seeds(run.config.seed, number, first, len(rows)).to(run.device)
@@ -118,10 +118,9 @@ def train_step(run: Run, number: int) -> tuple[float, float, float, int]:
     share = dict(micro_batches(rows, config.micro_batch_size, run.rank, run.ranks))
     losses = {first: forward_backward(run, mine, number, first, num_targets) for first, mine in share.items()}
     total = sum(losses.values(), torch.zeros((), device=run.device))
-    if run.store:  # in an epoch's last step the first rank may have more rows than this one
-        most = math.ceil(len(rows) / (config.micro_batch_size * run.ranks))
-        for _ in range(most - len(share)):
-            run.store.take_part()
+    if run.store:  # in an epoch's last step the first rank may have more rows: the blocks travel for all ranks or none
+        for _ in range(math.ceil(len(rows) / (config.micro_batch_size * run.ranks)) - len(share)):
+            forward_backward(run, rows[:1], number, 0, math.inf)  # a gradient of zero
     own_norm = run.flat.grad.norm()
     grad_norm = sum_and_clip(run.flat, run.optimizer, config.max_grad_norm)
     loss, grad_norm = distributed.sum_over_ranks(total).item() / num_targets, grad_norm.item()
@@ -271,7 +270,7 @@ def prepare_model(
     if store:
         store.attach(model)
         for i, block in enumerate(model.model.layers if config.peft_use_dora and not config.lora_model_dir else ()):
-            store.bring(i, backward=False)
+            store.bring(i)
             start_magnitudes(block)
     return model, store
 

@@ -78,7 +78,7 @@ class BlockStore(nn.Module):
         self.register_buffer("slots", torch.zeros(2, num_bytes, dtype=torch.uint8, device=device), persistent=False)
         self.inside: list[int | None] = [None, None]  # the block in each slot
         self.waits: list[Callable[[], None] | None] = [None, None]  # for the gather that fills it
-        self.num_blocks = 0
+        self.num_blocks, self.last = 0, -1  # how many there are, and the one that was brought last
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" and offload else None
 
     def add(self, part: Tensor) -> None:
@@ -94,27 +94,22 @@ class BlockStore(nn.Module):
             if hasattr(block, "bring_weights"):
                 block.bring_weights = partial(self.bring, i)
             else:
-                block.register_forward_pre_hook(lambda *_, i=i: self.bring(i, backward=False))
-                block.register_full_backward_pre_hook(lambda *_, i=i: self.bring(i, backward=True))
+                block.register_forward_pre_hook(lambda *_, i=i: self.bring(i))
+                block.register_full_backward_pre_hook(lambda *_, i=i: self.bring(i))
 
-    def bring(self, i: int, backward: bool) -> None:
+    def bring(self, i: int) -> None:
         """Return when block i stands in its slot, for the current stream; begin to gather the one that follows.
 
-        Every rank has to come here for the same blocks in the same order.
+        Every rank has to come here for the same blocks in the same order. A backward pass asks for blocks in falling
+        order, for some of them twice: a block that is computed again asks as in a forward pass.
         """
+        backward, self.last = 0 < i <= self.last, i
         if self.inside[i % 2] != i:
             self._gather(i)
         self._wait(i % 2)
         following = i - 1 if backward else i + 1
         if 0 <= following < self.num_blocks and self.inside[following % 2] != following:
             self._gather(following)
-
-    def take_part(self) -> None:
-        """Gather as for a forward and a backward pass: on a rank that has no rows while others have."""
-        for i in range(self.num_blocks):
-            self.bring(i, backward=False)
-        for i in reversed(range(self.num_blocks)):
-            self.bring(i, backward=True)
 
     def _wait(self, slot: int) -> None:
         wait, self.waits[slot] = self.waits[slot], None

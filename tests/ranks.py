@@ -5,6 +5,7 @@ They are forked from a server that has imported torch, so this file imports noth
 
 import contextlib
 import io
+import math
 import multiprocessing
 import os
 import pickle
@@ -78,10 +79,10 @@ def load_spread(path: Path, load_in_4bit: bool, offload: int = 0) -> tuple[Any, 
 def brought_blocks(path: Path, load_in_4bit: bool) -> dict[str, Any]:
     """Every block as it stands in its slot, asked for in the order of a step, twice, and out of order."""
     model, store = load_spread(path, load_in_4bit)
-    there_and_back = [(i, False) for i in range(LAYERS)] + [(i, True) for i in reversed(range(LAYERS))]
+    there_and_back = [*range(LAYERS), *reversed(range(LAYERS))]
     seen = []
-    for i, backward in there_and_back * 2 + [(3, False), (0, True), (4, False), (1, False)]:
-        store.bring(i, backward)
+    for i in there_and_back * 2 + [3, 0, 4, 1]:
+        store.bring(i)
         blocks = frozen_tensors(model.model.layers[i])
         seen.append((i, [tensor.detach().clone() for _, _, tensor, _ in blocks]))
     parts = [getattr(store, f"part{i}").nbytes for i in range(LAYERS)]
@@ -92,33 +93,37 @@ def brought_blocks(path: Path, load_in_4bit: bool) -> dict[str, Any]:
 ROWS = [(9, 4), (3, 14), (20, 0), (5, 5), (11, 2)]  # tokens before and among those that count
 
 
-def gradient(model: torch.nn.Module, store: Any, rank: int, ranks: int) -> torch.Tensor:
-    """Of the sum of losses over ROWS, rows dealt to the ranks; the last ones have one row less."""
+def gradient(model: torch.nn.Module, rank: int, ranks: int) -> torch.Tensor:
+    """Of the sum of losses over ROWS, dealt to the ranks; the last ones have one less, and score one for nothing."""
     g = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
         if name.endswith("lora_B"):
             p.data.normal_(0, 0.05, generator=g)
     flat = flatten_trainable(model)
     for i in range(rank, len(ROWS) + -len(ROWS) % ranks, ranks):
-        if i >= len(ROWS):
-            store.take_part()
-            continue
-        tokens = torch.arange(1, sum(ROWS[i]) + 2)[None] * 7 % 300
-        hidden = model.model(tokens, Segments.one_per_row(*tokens.shape))[0, ROWS[i][0] : -1]
+        unseen, seen = ROWS[i % len(ROWS)]
+        tokens = torch.arange(1, unseen + seen + 2)[None] * 7 % 300
+        hidden = model.model(tokens, Segments.one_per_row(*tokens.shape))[0, unseen:-1]
         logits = model.lm_head(hidden)
-        torch.nn.functional.cross_entropy(logits, tokens[0, ROWS[i][0] + 1 :], reduction="sum").backward()
+        loss = torch.nn.functional.cross_entropy(logits, tokens[0, unseen + 1 :], reduction="sum")
+        (loss / (1 if i < len(ROWS) else math.inf)).backward()
     return distributed.sum_over_ranks(flat.grad)
 
 
-def spread_gradient(path: Path, load_in_4bit: bool, targets: tuple[str, ...], keep: str) -> torch.Tensor:
+def spread_gradient(path: Path, load_in_4bit: bool, targets: tuple[str, ...], keep: str) -> tuple[torch.Tensor, int]:
+    """And how many blocks this rank has gathered for it."""
     model, store = load_spread(path, load_in_4bit)
     torch.manual_seed(0)
     inject_lora(model, 4, 8, target_modules=targets)
     model.train()
     if targets == ALL_LINEAR:
         fuse_blocks(model, [keep] * LAYERS)
+    for block in model.model.layers:
+        block.recompute = keep == "recompute"
     store.attach(model)
-    return gradient(model, store, torch.distributed.get_rank(), torch.distributed.get_world_size())
+    gathered, gather = [], store._gather
+    store._gather = lambda i: (gathered.append(i), gather(i))
+    return gradient(model, torch.distributed.get_rank(), torch.distributed.get_world_size()), len(gathered)
 
 
 def what_is_there(file: Path) -> bool:
@@ -143,7 +148,7 @@ def end_of_run_with_nan(bad_rank: int, bad_step: int, where: str, *words: object
     """One rank's loss, or only its gradient, is NaN in the last micro-batch of one step."""
     whole = train.forward_backward
 
-    def spoilt(run: train.Run, rows: list, number: int, first: int, num_targets: int) -> torch.Tensor:
+    def spoilt(run: train.Run, rows: list, number: int, first: int, num_targets: float) -> torch.Tensor:
         loss = whole(run, rows, number, first, num_targets)
         if (run.rank, number + 1) == (bad_rank, bad_step) and first == bad_rank + run.ranks:
             run.flat.grad[7] = float("nan")

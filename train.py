@@ -32,7 +32,7 @@ from nanoqlora.checkpoint import Fill, open_model, open_weights
 from nanoqlora.cli import Failed, Stopped, UserError, run_command
 from nanoqlora.config import Config, load_command
 from nanoqlora.data import Sample, Samples, collate, micro_batches
-from nanoqlora.evaluate import mean_loss, score_samples
+from nanoqlora.evaluate import loss_over_ranks
 from nanoqlora.faults import NotFinite, trace
 from nanoqlora.forecast import measure
 from nanoqlora.fused import can_fuse, fuse_blocks, keep_dense_weights
@@ -95,6 +95,7 @@ class Run:
     metrics: Metrics
     store: BlockStore | None  # where the base is spread over the ranks
     before: dict[str, Any] = field(default_factory=dict)  # what the untrained model could do, for the report
+    began: float = field(default_factory=time.time)  # when this process did, in seconds since 1970
 
 
 def forward_backward(run: Run, rows: list[list[Sample]], number: int, first: int, num_targets: float) -> torch.Tensor:
@@ -146,9 +147,9 @@ def row_seeds(seed: int, step: int, first: int, count: int) -> torch.Tensor:
 
 
 def evaluate(run: Run, step: int) -> float:
-    """Held-out loss in nats per token, logged. Every rank scores the same samples, so none has to wait or to ask."""
+    """Held-out loss in nats per token, logged."""
     run.model.eval()
-    loss = mean_loss(score_samples(run.model, run.held_out, run.config.sequence_len))
+    loss = loss_over_ranks(run.model, run.held_out, run.config.sequence_len, run.rank, run.ranks)
     run.model.train()
     run.metrics.write({"step": step, "eval_loss": round(loss, 6), "eval_perplexity": round(math.exp(loss), 4)})
     return loss
@@ -192,9 +193,11 @@ def loop(run: Run, start: int, stop: list[bool]) -> int:
         bar.update()
         if step in when_to_evaluate:
             above(f"step {step}: held-out loss {evaluate(run, step):.4f}")
-        # Any rank may have got the signal first; all of them stop after the same step.
-        stopped = distributed.sum_over_ranks(torch.tensor(float(bool(stop)), device=run.device)).item() > 0
         is_best = config.load_best_model_at_end and step in when_to_evaluate and step == best_step(run.metrics.rows)
+        reason = reason_to_stop(config, run.metrics.rows)
+        # Any rank may have got the signal; of the rest rank 0 decides, whose log is the one on the disk.
+        flags = [bool(stop), bool(is_best) and run.rank == 0, bool(reason) and run.rank == 0]
+        stopped, is_best, ends = distributed.any_has(flags, run.device)
         if stopped or step in when_to_save or is_best:
             save_checkpoint(run, step)
         if stopped:
@@ -204,7 +207,7 @@ def loop(run: Run, start: int, stop: list[bool]) -> int:
                 f"stopped after step {step} of {len(plan)}; it is saved. To go on: "
                 f"--resume_from_checkpoint {folder / f'checkpoint-{step}'}"
             )
-        if reason := reason_to_stop(config, run.metrics.rows):
+        if ends:
             above(f"step {step}: ends here, {reason}")
             break
     bar.close()
@@ -340,6 +343,7 @@ def main() -> None:
                 f"output_dir {config.output_dir}: here the newest checkpoint is of step {start}, for rank 0 it is of "
                 f"another. All hosts have to see one folder, or copies of it."
             )
+    distributed.of_first_rank(flat.data)
     if rank == 0:
         metrics.trackers += make_trackers(plain(config), start)
     say(f"{num_trained:,} trained values, {len(run.plan)} steps, computing in {str(dtype).removeprefix('torch.')}")

@@ -104,6 +104,11 @@ def smallest(number: int, device: torch.device) -> int:
     return int(x)
 
 
+def any_has(flags: list[bool], device: torch.device) -> list[bool]:
+    """For each flag whether it is set on any rank."""
+    return (sum_over_ranks(torch.tensor(flags, dtype=torch.float32, device=device)) > 0).tolist()
+
+
 def of_first_rank(x: Tensor) -> Tensor:
     """`x` as rank 0 has it, in place."""
     if dist.is_initialized():

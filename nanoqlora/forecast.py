@@ -165,14 +165,14 @@ def _trial_step(run: "Run") -> float:
 
 
 def _evaluation_s(run: "Run") -> float:
-    """Seconds of one evaluation, from a row of held-out samples."""
-    lengths = run.held_out.lengths
-    count = max(1, int(np.searchsorted(lengths.cumsum(), run.config.sequence_len, "right")))
+    """Seconds of one evaluation, which the ranks share, from a row of held-out samples."""
+    lengths, capacity = run.held_out.lengths, run.config.sequence_len
+    count = max(1, int(np.searchsorted(lengths.cumsum(), capacity, "right")))
     chosen = [run.held_out[i] for i in range(count)]
     run.model.eval()
-    seconds = statistics.median(timed(lambda: score_samples(run.model, chosen), run.device) for _ in range(2))
+    seconds = statistics.median(timed(lambda: score_samples(run.model, chosen, capacity), run.device) for _ in range(2))
     run.model.train()
-    return seconds * lengths.sum() / lengths[:count].sum()
+    return seconds * lengths.sum() / lengths[:count].sum() / run.ranks
 
 
 def disk_bytes(num_trained: int, optimizer_bytes: int, num_checkpoints: int) -> int:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import distributed
 from .adapter import save_adapter
 from .chat import answer
 from .chat_template import Messages
 from .cli import write_text
 from .config import Config
 from .data_files import split_and_part
-from .evaluate import mean_loss, score_samples
+from .evaluate import loss_over_ranks
 from .forecast import Forecast
 from .prepare import Reading
 from .prompts import PromptFormat
@@ -40,12 +41,13 @@ def judge(run: "Run", data: Data, tokenizer: Tokenizer, step: int) -> dict[str, 
     Args:
         step: steps taken; an evaluation that was logged after it is not repeated.
     """
-    capacity = run.config.sequence_len
+    share = run.config.sequence_len, run.rank, run.ranks
     run.model.eval()
     logged = [row["eval_loss"] for row in run.metrics.rows if row["step"] == step and "eval_loss" in row]
+    everyone_has_it = distributed.smallest(len(logged), run.device)  # a host may not see the log of an earlier run
     figures = {
-        "loss": logged[-1] if logged else mean_loss(score_samples(run.model, run.held_out, capacity)),
-        "plain_loss": mean_loss(score_samples(run.model, plain_samples(tokenizer, capacity), capacity)),
+        "loss": logged[-1] if everyone_has_it else loss_over_ranks(run.model, run.held_out, *share),
+        "plain_loss": loss_over_ranks(run.model, plain_samples(tokenizer, run.config.sequence_len), *share),
         "answers": sample_answers(run, tokenizer, data.prompt_format),
     }
     run.model.train()

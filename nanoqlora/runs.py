@@ -208,13 +208,12 @@ def save_checkpoint(run: "Run", step: int) -> None:
                 save_adapter(run.model, temporary, run.config.base_model)
                 torch.save(optimizer_state, temporary / "optimizer.pt")
                 state = {"step": step, "plan": plan_fingerprint(run.samples, run.plan), "ranks": run.ranks}
-                state["before"] = run.before
+                state |= {"before": run.before, "began": run.began}
                 write_text(temporary / "trainer_state.json", json.dumps(state) + "\n")
         except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, as each of the three writers tells it
             raise Failed(_cannot_save(run, folder / f"checkpoint-{step}", error)) from error
-        by_age = sorted(checkpoints(folder), key=lambda path: (path / "trainer_state.json").stat().st_mtime_ns)
         best = best_step(run.metrics.rows) if run.config.load_best_model_at_end else None
-        for old in by_age[: -run.config.save_total_limit]:  # not by step: an earlier run here may have gone further
+        for old in checkpoints(folder)[: -run.config.save_total_limit]:
             if old.name != f"checkpoint-{best}":
                 shutil.rmtree(old, ignore_errors=True)
     distributed.wait_for_all()
@@ -234,8 +233,10 @@ def _cannot_save(run: "Run", path: Path, error: Exception) -> str:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
-    return sorted((p for p in found if p.name.split("-")[1].isdigit()), key=lambda p: int(p.name.split("-")[1]))
+    files = {path: path / "trainer_state.json" for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
+    whole = {path: read_json(file) for path, file in files.items() if file.exists()}
+    # An earlier run here may have gone further, and this one must not go on from its end.
+    return sorted(whole, key=lambda path: (whole[path].get("began", 0), whole[path]["step"]))
 
 
 def load_checkpoint(run: "Run") -> int:
@@ -295,10 +296,12 @@ def load_best(run: "Run", last: int) -> int:
     """Put the adapter of the best evaluation back, where the run asks for it. Returns the step that the model is of."""
     best = best_step(run.metrics.rows) if run.config.load_best_model_at_end else None
     path = Path(run.config.output_dir) / f"checkpoint-{best}"
-    if best in (None, last) or not path.is_dir():
-        return last
-    fill_adapter(run.model, read_adapter(path)[1], path)
-    return best
+    if best is None or run.rank or not path.is_dir():
+        best = last
+    if best != last:
+        fill_adapter(run.model, read_adapter(path)[1], path)
+    distributed.of_first_rank(run.flat.data)  # which alone has written checkpoints
+    return int(distributed.of_first_rank(torch.tensor(best, device=run.device)))
 
 
 def same_on_all_ranks(config: Config, data: Data, ranks: int) -> None:

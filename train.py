@@ -155,6 +155,15 @@ def evaluate(run: Run, step: int) -> float:
     return loss
 
 
+def log_step(run: Run, number: int, loss: float, grad_norm: float, rate: float, tokens_per_second: float) -> None:
+    """The line of metrics.jsonl for step `number` (from 0)."""
+    step = run.plan[number]
+    line = {"step": number + 1, "epoch": round(step.epoch, 4), "loss": round(loss, 6)}
+    line |= {"grad_norm": round(grad_norm, 6), "learning_rate": rate}
+    line |= {"supervised_tokens": int(run.samples.num_targets[sum(step.rows, [])].sum())}
+    run.metrics.write(line | {"tokens_per_second": round(tokens_per_second, 1)} | memory_figures(run.device))
+
+
 def loop(run: Run, start: int, stop: list[bool]) -> int:
     """All steps from `start` on, evaluations and checkpoints between them. Returns the last step that was taken.
 
@@ -178,18 +187,14 @@ def loop(run: Run, start: int, stop: list[bool]) -> int:
                 ) from found
             run.metrics.write({"step": step, "skipped": str(found)})
             above(f"skipped {found}")
-            bar.update()
-            continue
-        watch.tokens += tokens
+        else:
+            watch.tokens += tokens
+            if step % config.logging_steps == 0 or step == len(plan):
+                speed = watch.rate_since_last()
+                log_step(run, number, loss, grad_norm, rate, speed)
+                bar.set_postfix(loss=f"{loss:.3f}", norm=f"{grad_norm:.2f}", lr=f"{rate:.1e}", tok_s=f"{speed:.0f}")
         if step % 8 == 0 and run.device.type == "cpu":
             distributed.return_freed_memory()
-        if step % config.logging_steps == 0 or step == len(plan):
-            speed = watch.rate_since_last()
-            line = {"step": step, "epoch": round(plan[number].epoch, 4), "loss": round(loss, 6)}
-            line |= {"grad_norm": round(grad_norm, 6), "learning_rate": rate}
-            line |= {"supervised_tokens": int(run.samples.num_targets[sum(plan[number].rows, [])].sum())}
-            run.metrics.write(line | {"tokens_per_second": round(speed, 1)} | memory_figures(run.device))
-            bar.set_postfix(loss=f"{loss:.3f}", norm=f"{grad_norm:.2f}", lr=f"{rate:.1e}", tok_s=f"{speed:.0f}")
         bar.update()
         if step in when_to_evaluate:
             above(f"step {step}: held-out loss {evaluate(run, step):.4f}")

@@ -108,7 +108,8 @@ def run_facts(run: "Run", data: Data, forecast: Forecast, seconds: float) -> dic
     """What report.md says of a run, but for what held-out data tells."""
     config, dtype = run.config, run.model.model.embed_tokens.weight.dtype
     losses = [row for row in run.metrics.rows if "loss" in row]
-    memory = {key: max(row[key] for row in losses) for key in losses[-1] if key.startswith("memory/")}
+    names = [key for key in (losses or [{}])[-1] if key.startswith("memory/")]
+    memory = {key: max(row[key] for row in losses) for key in names}
     return {
         "name": Path(config.output_dir).name,
         "command": " ".join(["python", *sys.argv]),
@@ -117,7 +118,7 @@ def run_facts(run: "Run", data: Data, forecast: Forecast, seconds: float) -> dic
         "model": {
             "base": config.base_model,
             "base in 4 bits": config.load_in_4bit,
-            "trained parameters": run.flat.numel(),
+            "trained parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
             "computed in": str(dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name() if run.device.type == "cuda" else platform.processor() or "CPU",
             "ranks": run.ranks,
@@ -136,7 +137,7 @@ def run_facts(run: "Run", data: Data, forecast: Forecast, seconds: float) -> dic
         },
         "time_s": {"predicted": round(forecast.seconds), "measured": round(seconds)},
         "basis": forecast.basis,
-        "tokens_per_second": sum(row["tokens_per_second"] for row in losses) / len(losses),
+        "tokens_per_second": sum(row["tokens_per_second"] for row in losses) / max(1, len(losses)),
         "files": {
             "adapter_model.safetensors, adapter_config.json": "the adapter, as PEFT reads it",
             "metrics.jsonl": "every step and evaluation",

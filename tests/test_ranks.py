@@ -1,6 +1,8 @@
 """Several ranks: the base in parts or whole, the same run on any number of them, and what happens when one fails."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +235,27 @@ def test_a_step_without_a_number_can_be_left_out(small_run, tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and "rank 0" in lines[3]["skipped"]
     adapter = load_file(tmp_path / "adapter_model.safetensors")
     assert all(tensor.isfinite().all() for tensor in adapter.values())
+    saved = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert "checkpoint-4" in saved, "what comes after a step comes after this one too"
+
+
+def test_a_run_that_learns_nothing_ends_with_a_report(small_run, tmp_path, monkeypatch):
+    """Every step is left out. Ctrl-C works between them too, as after any other."""
+    whole = train.forward_backward
+    monkeypatch.setattr(train, "forward_backward", lambda *words: whole(*words) * float("nan"))
+    words = (small_run, "--skip_nonfinite_steps", "true", "--output_dir")
+    assert run_here(train.main, *words, tmp_path / "all").code == 0
+    assert all("skipped" in line for line in metrics_of(tmp_path / "all"))
+    assert (tmp_path / "all" / "report.md").exists()
+
+    def interrupted(run: train.Run, rows: list, number: int, *rest: Any) -> torch.Tensor:
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return whole(run, rows, number, *rest) * float("nan")
+
+    monkeypatch.setattr(train, "forward_backward", interrupted)
+    ended = run_here(train.main, *words, tmp_path / "stopped")
+    assert ended.code == 130 and "stopped after step 3 of 6" in ended.err
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(small_run, tmp_path):

@@ -38,8 +38,8 @@ demo: setup ## train a real 135M model to talk like a pirate, merge it, export i
 test: setup witnesses ## the whole suite, on a CPU
 	$(PY) -m pytest -q
 
-test-gpu: ## the tests that need a CUDA device, with the python of this machine
-	python3 -m pytest -q -m gpu
+test-gpu: setup witnesses ## the tests that need a CUDA device
+	$(PY) -m pytest -q -m gpu
 
 lint: .venv/ready ## ruff
 	.venv/bin/ruff check .

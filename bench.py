@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import statistics
@@ -274,8 +275,9 @@ def load(
     started = time.perf_counter()
     shapes, _ = empty()
     inject_lora(shapes, args.lora_r, args.lora_alpha)
-    budget = memory_budget(device, ranks)
-    sharding, offload, _ = choose_sharding(shapes, N, ranks, budget, args.gradient_checkpointing, state, args.fsdp)
+    budget = memory_budget(device)
+    wanted = args.gradient_checkpointing, state, args.fsdp
+    sharding, offload, _ = choose_sharding(shapes, N, ranks, budget, *wanted, on_gpu=device.type == "cuda")
     model, fill = empty()
     options = {"sharding": sharding, "rank": rank, "ranks": ranks, "device": device, "offload": offload}
     host_embedding = embedding_waits(args.gradient_checkpointing, offload)
@@ -388,6 +390,10 @@ def main() -> None:
     if args.deploy:
         figures = bench_deploy(args.deploy, prompt_tokens=256, new_tokens=32)
     else:
+        if args.peer and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                "--peer: under torchrun every rank would start it. Run the peer by itself, before or after."
+            )
         peers = [peer_figures(command) for command in args.peer]  # before we take any memory
         rank, ranks, device = distributed.start()
         dtype = distributed.compute_dtype(args.bf16, device)

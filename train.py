@@ -60,6 +60,7 @@ from nanoqlora.runs import (
     Data,
     Metrics,
     best_step,
+    find_checkpoint,
     load_best,
     load_checkpoint,
     prepare_data,
@@ -73,7 +74,7 @@ from nanoqlora.sharding import BlockStore, fill_over_ranks
 from nanoqlora.special_rows import check_special_rows
 from nanoqlora.stats import Stopwatch, memory_figures
 from nanoqlora.tokenizer import Tokenizer
-from nanoqlora.trackers import make_trackers
+from nanoqlora.trackers import check_packages, make_trackers
 from nanoqlora.typed_yaml import Option, plain
 
 
@@ -249,10 +250,11 @@ def prepare_model(
     N = config.micro_batch_size * config.sequence_len
     model, fill = empty()
     shapes, _ = empty()
-    add_lora(shapes, lambda *_: None)
-    budget, state = memory_budget(device, ranks), state_bytes(config.optimizer)
+    with distributed.together():  # reads the adapter of lora_model_dir
+        add_lora(shapes, lambda *_: None)
+    budget, state = memory_budget(device), state_bytes(config.optimizer)
     state /= ranks if config.shard_optimizer_state else 1
-    wanted = config.gradient_checkpointing, state, config.sharding, config.offload_params
+    wanted = config.gradient_checkpointing, state, config.sharding, config.offload_params, device.type == "cuda"
     sharding, offload, why = choose_sharding(shapes, N, ranks, budget, *wanted)
     if ranks > 1 or offload:
         say(why)
@@ -272,7 +274,8 @@ def prepare_model(
         if set(keeps) != {"all"}:
             say("kept for the backward pass: " + ", ".join(f"{keeps.count(k)} x {k}" for k in dict.fromkeys(keeps)))
     else:
-        say("plain blocks are used, which is slower: the fused one needs all seven linear layers, without DoRA")
+        again = ", and computed again in the backward pass" if set(keeps) != {"all"} else ""
+        say(f"plain blocks are used, which is slower{again}: the fused one needs all seven linear layers, without DoRA")
         for block, keep in zip(model.model.layers, keeps, strict=True):
             block.recompute = keep != "all"
     if store:
@@ -305,6 +308,8 @@ def read_inputs(config: Config, rank: int, ranks: int) -> tuple[Tokenizer, Data]
         check_vocabulary(tokenizer, open_model(config.base_model)[0].config.vocab_size, config.base_model)
     data = distributed.first_of_host_first(lambda: prepare_data(config, tokenizer, ranks))
     with distributed.together():
+        find_checkpoint(config, data.samples, data.plan)
+        check_packages(plain(config))
         if rank == 0:  # reads the embedding and the head
             check_special_rows(tokenizer, data.samples, open_weights(config.base_model), config.base_model)
     same_on_all_ranks(config, data, ranks)
@@ -314,6 +319,12 @@ def read_inputs(config: Config, rank: int, ranks: int) -> tuple[Tokenizer, Data]
 def main() -> None:
     config, options = load_command(None, OPTIONS, __doc__.splitlines()[0])
     rank, ranks, device = distributed.start()
+    with distributed.naming_lost_ranks():
+        train(config, options, rank, ranks, device)
+
+
+def train(config: Config, options: dict[str, Any], rank: int, ranks: int, device: torch.device) -> None:
+    """A run, from its input to its results; or only what `options` ask for."""
     torch.backends.cuda.matmul.allow_tf32 = config.tf32 is True  # auto: no, for products are in bfloat16 anyway
     say = print if rank == 0 else lambda *_: None
     for note in config.notes:
@@ -360,8 +371,7 @@ def main() -> None:
         evaluate(run, 0)
         run.before |= judge(run, data, tokenizer, 0)
     started = time.perf_counter()
-    with distributed.naming_lost_ranks():
-        last = loop(run, start, stop)
+    last = loop(run, start, stop)
     seconds = time.perf_counter() - started
     last_kept = load_best(run, last)
     after = judge(run, data, tokenizer, last_kept) if run.before else {}

@@ -5,8 +5,9 @@ one fate: a field of the dataclasses below, or a row of one table of `key_fates.
 key in none of them is an error that names the nearest one. `config_rules.py` says how keys go together, `typed_yaml.py`
 does the reading and the conversion.
 
-Left out: including other files, environment variables, schema versions. Only `train.py`, `runs.py` and this file see
-the whole Config, all other files get plain values. Read next: `train.yml`, then `train.py`.
+Left out: including other files, environment variables, schema versions. The whole Config is seen by `train.py` and by
+what surrounds its loop (data, checkpoints, forecast, report); the model and all below it get plain values. Read next:
+`train.yml`, then `train.py`.
 """
 
 import sys

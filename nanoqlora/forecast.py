@@ -22,7 +22,7 @@ from . import distributed
 from .cli import UserError, check_space
 from .evaluate import score_samples
 from .model import ModelConfig
-from .optim import set_learning_rate, state_bytes
+from .optim import set_learning_rate, state_bytes, sum_and_clip
 from .stats import memory_figures
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def measure(run: "Run", forward_backward: Callable[..., torch.Tensor], num_evals
         forward_backward: as in train.py: adds the gradient of some rows of samples.
         num_evals, num_saves: how often they will happen between the first step and the last.
     Raises:
-        UserError: the longest micro-batch does not fit the device, or the checkpoints the disk.
+        UserError: the longest micro-batch does not fit the device, or, on all ranks, the checkpoints rank 0's disk.
     """
     config, size = run.config, run.config.micro_batch_size
     costs = micro_batch_costs(run)
@@ -111,8 +111,12 @@ def measure(run: "Run", forward_backward: Callable[..., torch.Tensor], num_evals
         run.flat.grad.zero_()
     steps_s = constant * len(costs) + slope * sum(cost for cost, *_ in costs) + optimizer_s * len(run.plan)
     state = round(state_bytes(config.optimizer) * run.flat.numel())
-    disk = disk_bytes(run.flat.numel(), state, min(num_saves, config.save_total_limit))
-    check_space(config.output_dir, disk, "lower save_total_limit, or name another output_dir")
+    best = config.load_best_model_at_end
+    num_kept = min(num_saves + best * num_evals, config.save_total_limit + best)
+    disk = disk_bytes(run.flat.numel(), state, num_kept)
+    with distributed.together():
+        if run.rank == 0:
+            check_space(config.output_dir, disk, "lower save_total_limit, or name another output_dir")
     basis = (
         f"measured on {run.device.type.upper()}: the longest micro-batch {longest_s:.2f} s "
         f"({longest[0] / longest_s / 1e12:.2f} TFLOP/s), optimizer {optimizer_s:.3f} s; {len(costs)} micro-batches in "
@@ -150,14 +154,14 @@ def _trial_step(run: "Run") -> float:
     The optimizers of bitsandbytes do not forget a state once made; theirs is counted and their step is not timed.
     """
     if not run.config.optimizer.startswith("adamw_torch"):
-        num_bytes = round(state_bytes(run.config.optimizer) * run.flat.numel())
+        num_bytes = round(state_bytes(run.config.optimizer) * getattr(run.optimizer, "part", run.flat).numel())
         run.optimizer.state[run.flat] = {"stand_in": torch.empty(num_bytes, dtype=torch.uint8, device=run.device)}
         return 0.0
     run.flat.grad.zero_()
     set_learning_rate(run.optimizer, 0.0)  # value - 0 * update: every bit stays
 
     def step() -> None:
-        distributed.sum_over_ranks(run.flat.grad)
+        sum_and_clip(run.flat, run.optimizer, run.config.max_grad_norm)
         run.optimizer.step()
 
     timed(step, run.device)  # makes the state

@@ -114,8 +114,8 @@ class PartOptimizer:
         for key in (*WHOLE, *PER_BLOCK):
             if key in state:
                 size = len(self.flat) if key in WHOLE else len(self.flat) // BLOCK
-                whole = F.pad(state[key].to(self.flat.device), (0, size - len(state[key])))
-                state[key] = whole.view(self.ranks, -1)[self.rank].clone()
+                whole = F.pad(state[key], (0, size - len(state[key])))
+                state[key] = whole.view(self.ranks, -1)[self.rank].to(self.flat.device, copy=True)
         self.state[self.part] = state
 
 

@@ -14,12 +14,14 @@ again in the backward pass, so the first blocks are chosen for it: by the time i
 """
 
 import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from . import distributed
-from .fused import Keep
+from .fused import Keep, can_fuse
 from .model import Llama, ModelConfig
 from .ops.loss_fast import ROWS_ON_GPU
 from .qlora import lora_layers
@@ -120,13 +122,18 @@ def gpu_budget(device: torch.device) -> int:
     return int(min(free + torch.cuda.memory_reserved(device), limit) * (1 - SPARE))
 
 
-def memory_budget(device: torch.device, ranks: int) -> int:
-    """What a step may take on the rank that has least; ranks on CPUs share what their host has free."""
-    if device.type == "cuda":
-        return distributed.smallest(gpu_budget(device), device)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // here
-    return distributed.smallest(int(free * (1 - SPARE)), device)
+def free_host_bytes() -> int:
+    """This process's share of the host's free memory, which its ranks divide; files that are only cached are free."""
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    free = int(found[1]) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def memory_budget(device: torch.device) -> int:
+    """What a step may take on the rank that has least."""
+    here = gpu_budget(device) if device.type == "cuda" else int(free_host_bytes() * (1 - SPARE))
+    return distributed.smallest(here, device)
 
 
 def embedding_waits(checkpointing: bool | str, offload: int) -> bool:
@@ -143,12 +150,14 @@ def choose_sharding(
     optimizer_bytes: float = 8,
     wanted: str = "auto",
     offload_all: bool = False,
+    on_gpu: bool = True,
 ) -> tuple[Sharding, int, str]:
     """Where the base goes: on every rank if then nothing has to be computed twice for lack of memory, else spread.
 
     Args:
         model: empty, with LoRA injected. N, optimizer_bytes: as for `step_bytes`. budget: of the smallest device.
         wanted: replicate or full_shard where that is decided. offload_all: and so is host memory for every block.
+        on_gpu: so that memory of the host is other memory.
     Returns:
         The mode; of how many blocks a rank keeps its part in host memory, because even spread they are too large; and
         why, for the user.
@@ -165,7 +174,7 @@ def choose_sharding(
     needs = f"a step with the base on every rank needs {whole / GIB:.1f} of {budget / GIB:.1f} GiB"
     least = (most | {"false": "all"}).get(level, "input")
     fewest = next((n for n in range(L + 1) if needed(least, "full_shard", n) <= budget), L)
-    offload = L if offload_all else fewest
+    offload = L if offload_all else fewest * on_gpu
     fits = wanted == "auto" and not offload_all and whole <= budget
     if wanted == "replicate" or fits or (ranks == 1 and not offload):
         return "replicate", 0, f"every rank holds the whole base: {needs}"
@@ -185,14 +194,15 @@ def keeps_for(
             host's memory, auto keeps as much as fits.
         budget: bytes for the whole step, for auto; 0 takes what the device has.
     """
-    L, device = model.config.num_hidden_layers, model.model.norm.weight.device
-    if checkpointing == "offload":
+    L, device, level = model.config.num_hidden_layers, model.model.norm.weight.device, str(checkpointing).lower()
+    if level == "offload":
         return ["offload"] * (L - 1) + ["input"]
-    if str(checkpointing).lower() != "auto" or (device.type != "cuda" and not budget):
-        return ["input" if str(checkpointing).lower() == "true" else "all"] * L
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    host_bytes = free // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if device.type == "cuda" else 0
-    return choose_keeps(model, N, budget or gpu_budget(device), optimizer_bytes, host_bytes)
+    if level == "auto" and (device.type == "cuda" or budget):
+        if can_fuse(model):
+            host_bytes = free_host_bytes() // 2 if device.type == "cuda" else 0
+            return choose_keeps(model, N, budget or gpu_budget(device), optimizer_bytes, host_bytes)
+        level = "true"  # what plain blocks keep is not known here
+    return ["input" if level == "true" else "all"] * L
 
 
 def dense_fits(model: Llama) -> bool:
@@ -200,6 +210,5 @@ def dense_fits(model: Llama) -> bool:
     weight = model.model.norm.weight
     if weight.device.type != "cpu":
         return False
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    layers = lora_layers(model).values()
-    return 8 * sum(layer.in_features * layer.out_features for layer in layers) * weight.element_size() < free
+    weights = sum(layer.in_features * layer.out_features for layer in lora_layers(model).values())
+    return 8 * weights * weight.element_size() < free_host_bytes()

@@ -239,26 +239,39 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(whole, key=lambda path: (whole[path].get("began", 0), whole[path]["step"]))
 
 
-def load_checkpoint(run: "Run") -> int:
-    """Go on from the checkpoint that the configuration names, if any. Returns the number of steps already taken."""
-    config, folder = run.config, Path(run.config.output_dir)
+def find_checkpoint(config: Config, samples: Samples, plan: Plan) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that the configuration names, if any, and its trainer_state.json.
+
+    Raises:
+        UserError: it is none, or of another run.
+    """
     path = Path(config.resume_from_checkpoint) if config.resume_from_checkpoint else None
     if path is None and config.auto_resume_from_checkpoints:
-        path = (checkpoints(folder) or [None])[-1]
+        path = (checkpoints(Path(config.output_dir)) or [None])[-1]
     if path is None:
-        run.metrics.go_on_after(0)
-        return 0
+        return None
     if not path.is_dir():
         raise UserError(f"resume_from_checkpoint: {path} is no folder. Name a checkpoint-STEP folder of a run.")
     state = read_json(path / "trainer_state.json")
-    if state.get("plan") != plan_fingerprint(run.samples, run.plan):
+    if state.get("plan") != plan_fingerprint(samples, plan):
         raise UserError(
             f"{path}: its run had other data, another seed or other batches, so going on would train on the wrong "
             f"samples. Resume with the same configuration, or start anew with lora_model_dir: {path}."
         )
+    return path, state
+
+
+def load_checkpoint(run: "Run") -> int:
+    """Go on from the checkpoint that the configuration names, if any. Returns the number of steps already taken."""
+    found = find_checkpoint(run.config, run.samples, run.plan)
+    if found is None:
+        run.metrics.go_on_after(0)
+        return 0
+    path, state = found
     _, adapter = read_adapter(path)
     try:
-        optimizer_state = torch.load(path / "optimizer.pt", map_location=run.device, weights_only=True)
+        where = "cpu" if run.config.shard_optimizer_state else run.device  # of the whole state, before it is cut
+        optimizer_state = torch.load(path / "optimizer.pt", map_location=where, weights_only=True)
     except Exception as error:  # reading another file, torch's unpickler fails in any way
         raise UserError(
             f"{path / 'optimizer.pt'}: cannot be read ({error}). Resume from another checkpoint."

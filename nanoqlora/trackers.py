@@ -5,6 +5,7 @@ lie in one picture: train/loss, train/grad_norm, eval/loss.
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,26 @@ from .cli import UserError
 Tracker = Callable[[dict[str, Any]], None]
 
 
+def check_packages(config: dict[str, Any]) -> None:
+    """Raises UserError if the package that a key of the configuration needs is not installed."""
+    for key, package in (("use_tensorboard", "tensorboard"), ("use_wandb", "wandb")):
+        if config[key] and not find_spec(package):
+            raise UserError(
+                f"{key} needs the package {package}, which is not there. pip install {package}, or set {key}: false."
+            )
+
+
 def make_trackers(config: dict[str, Any], start: int = 0) -> list[Tracker]:
     """What each row is given to.
 
     Args:
         config: the resolved configuration, as plain values. use_tensorboard, wandb_project and those below it decide.
         start: steps taken already; a resumed run goes on in the same TensorBoard folder and as a new W&B run.
-    Raises:
-        UserError: the package that a key needs is not installed.
     """
     trackers: list[Tracker] = []
     if config["use_tensorboard"]:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise missing("use_tensorboard: true", "tensorboard") from None
+        from torch.utils.tensorboard import SummaryWriter
+
         writer = SummaryWriter(Path(config["output_dir"]) / "tensorboard", purge_step=start or None)
 
         def to_tensorboard(row: dict[str, Any]) -> None:
@@ -37,10 +43,8 @@ def make_trackers(config: dict[str, Any], start: int = 0) -> list[Tracker]:
 
         trackers.append(to_tensorboard)
     if config["use_wandb"]:
-        try:
-            import wandb
-        except ImportError:
-            raise missing("wandb_project", "wandb") from None
+        import wandb
+
         Path(config["output_dir"]).mkdir(parents=True, exist_ok=True)
         run = wandb.init(
             project=config["wandb_project"],
@@ -54,10 +58,6 @@ def make_trackers(config: dict[str, Any], start: int = 0) -> list[Tracker]:
         )
         trackers.append(lambda row: run.log(named(row), step=row["step"]))
     return trackers
-
-
-def missing(key: str, package: str) -> UserError:
-    return UserError(f"{key} needs the package {package}, which is not installed. pip install {package}, or remove it.")
 
 
 def named(row: dict[str, Any]) -> dict[str, float]:

@@ -60,9 +60,9 @@ def fake_run(lengths: list[int], ranks: int, **keys) -> SimpleNamespace:
         micro_batch_size=2,
         row_width=0,
         sequence_len=64,
-        save_total_limit=3,
+        max_grad_norm=1.0,
         output_dir="/tmp",
-        **keys,
+        **{"save_total_limit": 3, "load_best_model_at_end": False} | keys,
     )
     plan = plan_steps(
         lengths, rows_per_step=4 * ranks, capacity=64, packing=False, num_epochs=2, max_steps=None, seed=0
@@ -148,6 +148,10 @@ def test_what_does_not_fit_is_said_before_the_first_step(monkeypatch):
     usage.free -= 1
     with pytest.raises(UserError, match="/tmp: takes .* free, .*lower save_total_limit"):
         measure(run, lambda *_: None, 0, 1)
+    usage.free = 10**9
+    # One of two saves is kept, beside it the one with the best evaluation.
+    best = fake_run([10, 20, 30], 1, save_total_limit=1, load_best_model_at_end=True)
+    assert measure(best, lambda *_: None, 0, 2).disk_bytes == disk_bytes(5, 40, 2)
 
 
 # ------------------------------------------------------------------------------------------------ --plan
@@ -198,6 +202,8 @@ def test_plan_ends_as_the_run_would(tmp_path):
     path = write_run(tmp_path / "train.yml", save_tiny_model(tmp_path / "model"), data, excess_length_strategy="raise")
     ended = run_here(train.main, path, "--plan", "--sequence_len", 40)
     assert ended.code == 2 and "data.jsonl, line 1" in ended.err and ended.err.count("\n") == 1
+    ended = run_here(train.main, path, "--plan", "--resume_from_checkpoint", tmp_path / "nothing")
+    assert ended.code == 2 and "nothing is no folder" in ended.err and ended.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Several ranks: the base in parts or whole, the same run on any number of them, and what happens when one fails."""
 
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from ranks import (
     end_of_own_run,
     end_of_run,
     end_of_run_on_full_disk,
+    end_of_run_with_losses,
     end_of_run_with_nan,
     gradient,
     on_ranks,
@@ -256,6 +258,22 @@ def test_a_run_that_learns_nothing_ends_with_a_report(small_run, tmp_path, monke
     monkeypatch.setattr(train, "forward_backward", interrupted)
     ended = run_here(train.main, *words, tmp_path / "stopped")
     assert ended.code == 130 and "stopped after step 3 of 6" in ended.err
+
+
+def test_rank_0_decides_what_is_best_and_when_to_stop(small_run, tmp_path):
+    """The ranks disagree, as on GPUs of two kinds: best is step 2 for rank 0, step 1 for rank 1, which would stop."""
+    held_out = [{"path": str(write_rows(tmp_path / "held.jsonl", alpaca_rows(3, seed=1))), "type": "alpaca"}]
+    words = ["--test_datasets", json.dumps(held_out), "--eval_steps", 1, "--save_strategy", "no", "--max_steps", 4]
+    words += ["--load_best_model_at_end", "true", "--early_stopping_patience", 2, "--output_dir", tmp_path / "out"]
+    losses = [[9, 3, 1, 2, 1.5], [9, 1, 2, 3, 4]]
+    ended = on_ranks(2, end_of_run_with_losses, losses, small_run, *words)
+    assert [code for code, _, _ in ended] == [0, 0], ended[0][2]
+    saved = {
+        path.name: load_file(path / "adapter_model.safetensors") for path in (tmp_path / "out").glob("checkpoint-*")
+    }
+    kept = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in saved["checkpoint-2"].items())
+    assert steps_of(tmp_path / "out")[-1]["step"] == 4
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(small_run, tmp_path):

@@ -56,7 +56,7 @@ from nanoqlora.optim import clip_gradient, learning_rate_at, make_optimizer
 from nanoqlora.packing import Step
 from nanoqlora.qlora import flatten_trainable, inject_lora, lora_layers
 from nanoqlora.results import questions
-from nanoqlora.runs import checkpoints, prepare_data
+from nanoqlora.runs import checkpoints, find_checkpoint, prepare_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -477,6 +477,21 @@ def test_checkpoints_of_an_earlier_run_do_not_push_out_new_ones(world, uninterru
     path = write_run(tmp_path / "train.yml", world.model, world.data, **(LONG | {"max_steps": 6, "save_steps": 2}))
     assert run_here(train.main, path).code == 0
     assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_auto_resume_goes_on_from_the_last_run_not_from_the_furthest(world, uninterrupted, tmp_path):
+    """The folder has checkpoint-80 of an earlier run; the second one, with another rate, got to step 2."""
+    shutil.copytree(uninterrupted, tmp_path / "out")
+    path = write_run(tmp_path / "train.yml", world.model, world.data, **LONG | {"learning_rate": 1e-4, "save_steps": 1})
+    data = train.read_inputs(load_config([str(path)]), 0, 1)[1]
+    assert find_checkpoint(load_config([str(path)]), data.samples, data.plan) is None
+    resumed = load_config([str(path), "--auto_resume_from_checkpoints", "true"])
+    assert find_checkpoint(resumed, data.samples, data.plan)[0].name == "checkpoint-80"
+    state = json.loads((tmp_path / "out" / "checkpoint-80" / "trainer_state.json").read_text())
+    for step in (1, 2):
+        folder = shutil.copytree(uninterrupted / "checkpoint-80", tmp_path / "out" / f"checkpoint-{step}")
+        (folder / "trainer_state.json").write_text(json.dumps(state | {"step": step, "began": state["began"] + 60}))
+    assert find_checkpoint(resumed, data.samples, data.plan)[0].name == "checkpoint-2"
 
 
 # ------------------------------------------------------------------------------------------------ data of a run

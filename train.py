@@ -17,7 +17,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from nanoqlora.cadence import evaluations, saves, warmup_steps
 from nanoqlora.checkpoint import Fill, open_model, open_weights
 from nanoqlora.cli import Failed, Stopped, UserError, run_command
 from nanoqlora.config import Config, load_command
-from nanoqlora.data import Sample, Samples, collate, micro_batches
+from nanoqlora.data import collate, micro_batches
 from nanoqlora.evaluate import loss_over_ranks
 from nanoqlora.faults import NotFinite, trace
 from nanoqlora.forecast import measure
@@ -39,7 +38,6 @@ from nanoqlora.fused import can_fuse, fuse_blocks, keep_dense_weights
 from nanoqlora.graphs import GraphedBody, can_record
 from nanoqlora.model import Llama
 from nanoqlora.neftune import add_noise, set_noise_rows
-from nanoqlora.ops import Segments
 from nanoqlora.optim import (
     BLOCK,
     PartOptimizer,
@@ -50,7 +48,6 @@ from nanoqlora.optim import (
     state_bytes,
     sum_and_clip,
 )
-from nanoqlora.packing import Plan
 from nanoqlora.plan import choose_sharding, dense_fits, embedding_waits, keeps_for, memory_budget
 from nanoqlora.preview import plan_text
 from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora, set_dropout_rows, start_magnitudes
@@ -59,6 +56,7 @@ from nanoqlora.results import judge, save_results
 from nanoqlora.runs import (
     Data,
     Metrics,
+    Run,
     best_step,
     find_checkpoint,
     load_best,
@@ -78,30 +76,13 @@ from nanoqlora.trackers import check_packages, make_trackers
 from nanoqlora.typed_yaml import Option, plain
 
 
-@dataclass
-class Run:
-    """What the loop works with."""
+def forward_backward(run: Run, rows: list[list[int]], number: int, first: int, num_targets: float) -> torch.Tensor:
+    """Add the gradient of one micro-batch, row `first` and on of step `number`. Returns the sum of its losses.
 
-    config: Config
-    rank: int
-    ranks: int
-    device: torch.device
-    model: Llama
-    body: Callable[[torch.Tensor, Segments], torch.Tensor]  # model.model, or the same from recorded graphs
-    samples: Samples
-    held_out: Samples
-    plan: Plan
-    flat: torch.nn.Parameter  # every trained value, and its gradient
-    optimizer: torch.optim.Optimizer | PartOptimizer
-    metrics: Metrics
-    store: BlockStore | None  # where the base is spread over the ranks
-    before: dict[str, Any] = field(default_factory=dict)  # what the untrained model could do, for the report
-    began: float = field(default_factory=time.time)  # when this process did, in seconds since 1970
-
-
-def forward_backward(run: Run, rows: list[list[Sample]], number: int, first: int, num_targets: float) -> torch.Tensor:
-    """Add the gradient of one micro-batch, row `first` and on of step `number`. Returns the sum of its losses."""
-    batch = collate(rows, run.config.row_width).to(run.device)
+    Args:
+        rows: the numbers of the samples in each. num_targets: what the losses are divided by for the gradient.
+    """
+    batch = collate([[run.samples[i] for i in row] for row in rows], run.config.row_width).to(run.device)
     seeds = row_seeds(run.config.seed, number, first, len(rows)).to(run.device)
     set_dropout_rows(run.model, seeds)
     set_noise_rows(run.model, seeds, batch.segments)
@@ -114,15 +95,15 @@ def forward_backward(run: Run, rows: list[list[Sample]], number: int, first: int
 def train_step(run: Run, number: int) -> tuple[float, float, float, int]:
     """Take optimizer step `number` (from 0). Returns loss, gradient norm, learning rate, tokens of all ranks."""
     config, step = run.config, run.plan[number]
-    rows = [[run.samples[i] for i in row] for row in step.rows]
-    num_targets = sum(sample.num_targets for row in rows for sample in row)  # of all ranks: the plan is the same
+    everyones = [i for row in step.rows for i in row]
+    num_targets, num_tokens = (int(x[everyones].sum()) for x in (run.samples.num_targets, run.samples.lengths))
+    share = dict(micro_batches(step.rows, config.micro_batch_size, run.rank, run.ranks))
     run.flat.grad.zero_()
-    share = dict(micro_batches(rows, config.micro_batch_size, run.rank, run.ranks))
-    losses = {first: forward_backward(run, mine, number, first, num_targets) for first, mine in share.items()}
+    losses = {first: forward_backward(run, rows, number, first, num_targets) for first, rows in share.items()}
     total = sum(losses.values(), torch.zeros((), device=run.device))
     if run.store:  # in an epoch's last step the first rank may have more rows: the blocks travel for all ranks or none
-        for _ in range(math.ceil(len(rows) / (config.micro_batch_size * run.ranks)) - len(share)):
-            forward_backward(run, rows[:1], number, 0, math.inf)  # a gradient of zero
+        for _ in range(math.ceil(len(step.rows) / (config.micro_batch_size * run.ranks)) - len(share)):
+            forward_backward(run, step.rows[:1], number, 0, math.inf)  # a gradient of zero
     own_norm = run.flat.grad.norm()
     grad_norm = sum_and_clip(run.flat, run.optimizer, config.max_grad_norm)
     loss, grad_norm = distributed.sum_over_ranks(total).item() / num_targets, grad_norm.item()
@@ -139,7 +120,7 @@ def train_step(run: Run, number: int) -> tuple[float, float, float, int]:
     )
     set_learning_rate(run.optimizer, rate)
     run.optimizer.step()
-    return loss, grad_norm, rate, sum(len(sample) for row in rows for sample in row)
+    return loss, grad_norm, rate, num_tokens
 
 
 def row_seeds(seed: int, step: int, first: int, count: int) -> torch.Tensor:

@@ -18,8 +18,8 @@ from typing import Any
 
 import tiktoken
 
-from nanoqlora.cli import UserError
-from nanoqlora.vocabulary import NORMAL, Vocabulary
+from .cli import UserError
+from .vocabulary import NORMAL, Vocabulary
 
 LONGEST_BLANK = 500_000  # white space in a row; the regex engine runs out of stack at a little under a million
 

@@ -16,7 +16,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from nanoqlora.cli import UserError
+from .cli import UserError
 
 Messages = list[dict[str, Any]]
 

@@ -93,19 +93,17 @@ class Batch:
 
     tokens: (B, T) int64, padded at the end of a row. segments: where its documents are; padding is one of them.
     supervised: (N,) int64, places in the flattened (B * T) that count. targets: (N,) int64, the next token there.
-    num_tokens: all tokens but padding.
     """
 
     tokens: Tensor
     segments: Segments
     supervised: Tensor
     targets: Tensor
-    num_tokens: int
 
     def to(self, device: torch.device) -> "Batch":
         moved = (x.to(device, non_blocking=True) for x in (self.tokens, self.supervised, self.targets))
         tokens, supervised, targets = moved
-        return Batch(tokens, self.segments, supervised, targets, self.num_tokens)
+        return Batch(tokens, self.segments, supervised, targets)
 
 
 def collate(rows: list[list[Sample]], pad_to: int = 0) -> Batch:
@@ -129,8 +127,7 @@ def collate(rows: list[list[Sample]], pad_to: int = 0) -> Batch:
         lengths.append((*map(len, row), *([T - end] if end < T else ())))
     flat = targets.flatten()
     supervised = (flat != IGNORED).nonzero().squeeze(1)
-    num_tokens = sum(len(sample) for row in rows for sample in row)
-    return Batch(tokens, Segments(tuple(lengths)), supervised, flat[supervised], num_tokens)
+    return Batch(tokens, Segments(tuple(lengths)), supervised, flat[supervised])
 
 
 def micro_batches(rows: list[Any], micro_batch_size: int, rank: int, ranks: int) -> Iterator[tuple[int, list[Any]]]:

@@ -141,6 +141,15 @@ def everyones(flat: Tensor) -> tuple[Tensor, ...]:
     return whole.unbind()
 
 
+def everyones_object(x: T) -> list[T]:
+    """`x`, anything that pickle takes, of every rank, by rank."""
+    if not dist.is_initialized():
+        return [x]
+    everyone = [x] * dist.get_world_size()
+    dist.all_gather_object(everyone, x)
+    return everyone
+
+
 def exchange(flat: Tensor) -> tuple[Tensor, ...]:
     """This rank's part of the `flat` (n,) of every rank, by rank: each (n / ranks,)."""
     if not dist.is_initialized():
@@ -162,10 +171,7 @@ def together() -> Iterator[None]:
         yield
     except UserError as error:
         problem = str(error)
-    problems = [problem]
-    if dist.is_initialized():
-        problems = [""] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
+    problems = everyones_object(problem)
     for rank, found in enumerate(problems):
         if found:
             stop()

@@ -2,8 +2,7 @@
 
 import math
 
-import torch.distributed as dist
-
+from . import distributed
 from .packing import Step
 
 
@@ -22,10 +21,6 @@ def trace(number: int, step: Step, rank: int, losses: dict[int, float], micro_ba
     what = f"the loss is {next(iter(bad.values()))}" if bad else f"the norm of the gradient is {norm}"
     rows = [row for first in bad or losses for row in step.rows[first : first + micro_batch_size]]
     text = f"{what} on rank {rank}, in samples {', '.join(str(i) for row in rows for i in row)}"
-    mine = text if bad or not math.isfinite(norm) else ""
-    texts = [mine]
-    if dist.is_initialized():
-        texts = [""] * dist.get_world_size()
-        dist.all_gather_object(texts, mine)
+    texts = distributed.everyones_object(text if bad or not math.isfinite(norm) else "")
     found = "; ".join(filter(None, texts)) or "the sum of the gradients of all ranks is too large for float32"
     return f"step {number}: {found} (counted from 0 in the order of the data)"

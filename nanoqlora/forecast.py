@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +23,8 @@ from .cli import UserError, check_space
 from .evaluate import score_samples
 from .model import ModelConfig
 from .optim import set_learning_rate, state_bytes, sum_and_clip
+from .runs import Run
 from .stats import memory_figures
-
-if TYPE_CHECKING:
-    from train import Run
-
 
 # Tensors of changing sizes leave holes in a CPU's heap, which grows for a hundred steps. What a step adds to the
 # process became so many times as much in the demo's 150 steps (0.88 GiB before, 1.45 after the trial, 2.11 at the end).
@@ -66,11 +63,11 @@ def operations(config: ModelConfig, rows: Iterable[list[int]], width: int, super
     return config.num_hidden_layers * per_layer + 4 * D * config.vocab_size * tokens * supervised
 
 
-def measure(run: "Run", forward_backward: Callable[..., torch.Tensor], num_evals: int, num_saves: int) -> Forecast:
+def measure(run: Run, forward_backward: Callable[..., torch.Tensor], num_evals: int, num_saves: int) -> Forecast:
     """Time the longest micro-batch of the run, and what else a run consists of.
 
     Args:
-        forward_backward: as in train.py: adds the gradient of some rows of samples.
+        forward_backward: as in train.py: adds the gradient of some rows.
         num_evals, num_saves: how often they will happen between the first step and the last.
     Raises:
         UserError: the longest micro-batch does not fit the device, or, on all ranks, the checkpoints rank 0's disk.
@@ -81,8 +78,7 @@ def measure(run: "Run", forward_backward: Callable[..., torch.Tensor], num_evals
 
     def once(cost: tuple[float, int, int]) -> float:
         rows = run.plan[cost[1]].rows[cost[2] : cost[2] + size]
-        samples = [[run.samples[i] for i in row] for row in rows]
-        return timed(lambda: forward_backward(run, samples, 0, 0, 1), run.device)
+        return timed(lambda: forward_backward(run, rows, 0, 0, 1), run.device)
 
     before = memory_figures(run.device)
     try:
@@ -125,7 +121,7 @@ def measure(run: "Run", forward_backward: Callable[..., torch.Tensor], num_evals
     return Forecast(steps_s + num_evals * eval_s, memory, disk, basis)
 
 
-def micro_batch_costs(run: "Run") -> list[tuple[float, int, int]]:
+def micro_batch_costs(run: Run) -> list[tuple[float, int, int]]:
     """(operations, step, first row) of each micro-batch that rank 0 will run, the cheapest first."""
     size, stride = run.config.micro_batch_size, run.config.micro_batch_size * run.ranks
     supervised = float(run.samples.num_targets.sum() / run.samples.lengths.sum())
@@ -148,7 +144,7 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _trial_step(run: "Run") -> float:
+def _trial_step(run: Run) -> float:
     """Seconds of an optimizer step and of the sum over ranks; the state that it made is there afterwards.
 
     The optimizers of bitsandbytes do not forget a state once made; theirs is counted and their step is not timed.
@@ -168,7 +164,7 @@ def _trial_step(run: "Run") -> float:
     return timed(step, run.device)
 
 
-def _evaluation_s(run: "Run") -> float:
+def _evaluation_s(run: Run) -> float:
     """Seconds of one evaluation, which the ranks share, from a row of held-out samples."""
     lengths, capacity = run.held_out.lengths, run.config.sequence_len
     count = max(1, int(np.searchsorted(lengths.cumsum(), capacity, "right")))

@@ -17,9 +17,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from os.path import commonprefix
 
-from nanoqlora.chat_template import Messages
-from nanoqlora.cli import UserError
-from nanoqlora.tokenizer import Tokenizer
+from .chat_template import Messages
+from .cli import UserError
+from .tokenizer import Tokenizer
 
 ENDS = ("turn", "last", "all", "none")  # end tokens that count: of every trained turn, of the last, of all turns, none
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from nanoqlora.chat_template import Messages
-from nanoqlora.cli import UserError
+from .chat_template import Messages
+from .cli import UserError
 
 SAME_ROLE = {"human": "user", "gpt": "assistant"}  # names in data files -> names in templates
 DEFAULT_NAMES = {"role": "role", "content": "content"}

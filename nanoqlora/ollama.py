@@ -13,15 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from nanoqlora.byte_pairs import merges_of
-from nanoqlora.chat_template import Messages
-from nanoqlora.cli import UserError
-from nanoqlora.gguf import Metadata
-from nanoqlora.messages import say
-from nanoqlora.prompts import PromptFormat
-from nanoqlora.sentencepieces import UNREACHED
-from nanoqlora.tokenizer import Tokenizer
-from nanoqlora.vocabulary import UNUSED
+from .byte_pairs import merges_of
+from .chat_template import Messages
+from .cli import UserError
+from .gguf import Metadata
+from .messages import say
+from .prompts import PromptFormat
+from .sentencepieces import UNREACHED
+from .tokenizer import Tokenizer
+from .vocabulary import UNUSED
 
 # ---------------------------------------------------------------------------------------------------------------------
 # For the .gguf file

@@ -1,25 +1,21 @@
 """What `train.py --plan` says: the steps, the data as the model will see it, and what the run needs, as text."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .data import Sample
+from .forecast import Forecast
+from .runs import Run
 from .stats import GIB
 from .tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from train import Run
-
-    from .forecast import Forecast
 
 GREEN, DIM, END = "\033[1;32m", "\033[2m", "\033[0m"
 PREVIEWED = 3  # samples
 SHOWN = 1200  # characters of each
 
 
-def plan_text(run: "Run", tokenizer: Tokenizer, forecast: "Forecast", warmup: int) -> str:
+def plan_text(run: Run, tokenizer: Tokenizer, forecast: Forecast, warmup: int) -> str:
     """The whole plan, several lines for a terminal; what learns stands in green."""
     config, plan = run.config, run.plan
     lengths, targets = run.samples.lengths, run.samples.num_targets.sum()
@@ -48,7 +44,7 @@ def plan_text(run: "Run", tokenizer: Tokenizer, forecast: "Forecast", warmup: in
     return "\n".join(lines)
 
 
-def _slots(row_tokens: list[int], run: "Run") -> int:
+def _slots(row_tokens: list[int], run: Run) -> int:
     """Token slots of a step, padding included."""
     size, width = run.config.micro_batch_size, run.config.row_width
     parts = [row_tokens[i : i + size] for i in range(0, len(row_tokens), size)]

@@ -23,11 +23,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from nanoqlora.chat_template import Messages
-from nanoqlora.cli import UserError
-from nanoqlora.masks import ENDS, encode_chat
-from nanoqlora.messages import check_order, messages_of, say, text_of, tools_of
-from nanoqlora.tokenizer import Tokenizer
+from .chat_template import Messages
+from .cli import UserError
+from .masks import ENDS, encode_chat
+from .messages import check_order, messages_of, say, text_of, tools_of
+from .tokenizer import Tokenizer
 
 CHAT_TEMPLATES = {  # for models that bring none of their own; the tokenizer must know the special tokens
     "chatml": (

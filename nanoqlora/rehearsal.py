@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,16 +24,13 @@ from .checkpoint import ShardWriter, open_weights
 from .cli import UserError, write_text
 from .report import plot_metrics
 from .results import sample_answers, save_trained
-from .runs import Data, Metrics, load_checkpoint, save_checkpoint
+from .runs import Data, Metrics, Run, load_checkpoint, save_checkpoint
 from .tokenizer import Tokenizer, save_tokenizer
-
-if TYPE_CHECKING:
-    from train import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def rehearse(run: "Run", data: Data, tokenizer: Tokenizer, say: Callable[..., None]) -> None:
+def rehearse(run: Run, data: Data, tokenizer: Tokenizer, say: Callable[..., None]) -> None:
     """Go through the end of the run. Raises what the run would have ended with."""
     output = Path(run.config.output_dir)
     folder = output.with_name(f".{output.name}.rehearsal.tmp")
@@ -66,7 +62,7 @@ def rehearse(run: "Run", data: Data, tokenizer: Tokenizer, say: Callable[..., No
     say(f"rehearsed to the end in {time.perf_counter() - started:.0f} s; nothing is left of it")
 
 
-def save_and_resume(run: "Run", folder: Path) -> None:
+def save_and_resume(run: Run, folder: Path) -> None:
     """Write a checkpoint and go on from it: the same values and the same optimizer state, to the bit."""
     config = replace(run.config, output_dir=str(folder), resume_from_checkpoint=str(folder / "checkpoint-1"))
     mine = replace(run, config=config, metrics=Metrics(folder / "metrics.jsonl", writes=run.rank == 0))
@@ -87,7 +83,7 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [x.detach().to("cpu", copy=True) for state in states for x in state.values() if torch.is_tensor(x)]
 
 
-def keep_first_block(run: "Run", tokenizer: Tokenizer, folder: Path) -> None:
+def keep_first_block(run: Run, tokenizer: Tokenizer, folder: Path) -> None:
     """The base as a folder with its first block alone, and the adapter cut to that block, with an update to merge."""
     weights, base = open_weights(run.config.base_model), folder / "base"
     base.mkdir()

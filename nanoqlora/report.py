@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanoqlora.cli import whole_file, write_text
+from .cli import whole_file, write_text
 
 WIDTH_IN, HEIGHT_IN, DPI = 12, 7.6, 150  # 1800 x 1140 pixels; text stays readable when shown 1200 wide
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -27,15 +27,12 @@ from .prompts import PromptFormat
 from .quality import domain_score, domain_words, plain_samples, plain_text, supervised_texts
 from .report import plot_metrics, write_report
 from .rows import read_rows
-from .runs import Data, data_files, row_format
+from .runs import Data, Run, data_files, row_format
 from .serving import Usable
 from .tokenizer import Tokenizer, save_tokenizer
 
-if TYPE_CHECKING:
-    from train import Run
 
-
-def judge(run: "Run", data: Data, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
+def judge(run: Run, data: Data, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
     """What the model can do now: {"loss" on held-out data, "plain_loss", "answers" to some questions}.
 
     Args:
@@ -54,7 +51,7 @@ def judge(run: "Run", data: Data, tokenizer: Tokenizer, step: int) -> dict[str, 
     return figures
 
 
-def sample_answers(run: "Run", tokenizer: Tokenizer, prompt_format: PromptFormat, count: int = 3) -> list[str]:
+def sample_answers(run: Run, tokenizer: Tokenizer, prompt_format: PromptFormat, count: int = 3) -> list[str]:
     """Greedy answers to the first questions of the held-out file, or of the training data without one."""
     used = Usable(run.model, tokenizer, prompt_format)
     return ["".join(answer(used, messages, max_new_tokens=80)) for messages in questions(run.config, count)]
@@ -69,7 +66,7 @@ def questions(config: Config, count: int = 3) -> list[Messages]:
 
 
 def save_results(
-    run: "Run",
+    run: Run,
     data: Data,
     tokenizer: Tokenizer,
     after: dict[str, Any],
@@ -95,7 +92,7 @@ def save_results(
     say(f"adapter, report and figure: {folder}/adapter_model.safetensors, report.md, Fine-Tuning.png")
 
 
-def save_trained(run: "Run", data: Data, tokenizer: Tokenizer, folder: Path) -> None:
+def save_trained(run: Run, data: Data, tokenizer: Tokenizer, folder: Path) -> None:
     """The adapter with all that is needed to merge it, and to talk to it in the way that it was trained."""
     save_adapter(run.model, folder, run.config.base_model)
     save_tokenizer(tokenizer, folder, data.prompt_format.jinja(tokenizer))
@@ -104,7 +101,7 @@ def save_trained(run: "Run", data: Data, tokenizer: Tokenizer, folder: Path) -> 
     write_text(folder / "train.yml", replace(run.config, bf16=dtype == torch.bfloat16).to_yaml())
 
 
-def run_facts(run: "Run", data: Data, forecast: Forecast, seconds: float) -> dict[str, Any]:
+def run_facts(run: Run, data: Data, forecast: Forecast, seconds: float) -> dict[str, Any]:
     """What report.md says of a run, but for what held-out data tells."""
     config, dtype = run.config, run.model.model.embed_tokens.weight.dtype
     losses = [row for row in run.metrics.rows if "loss" in row]
@@ -149,7 +146,7 @@ def run_facts(run: "Run", data: Data, forecast: Forecast, seconds: float) -> dic
     }
 
 
-def before_and_after(run: "Run", data: Data, tokenizer: Tokenizer, after: dict[str, Any]) -> dict[str, Any]:
+def before_and_after(run: Run, data: Data, tokenizer: Tokenizer, after: dict[str, Any]) -> dict[str, Any]:
     """What `judge` found before training and now, side by side, as facts of the report."""
     texts = supervised_texts(run.samples, tokenizer)
     marks, when = domain_words(texts, plain_text()), {"before": run.before, "after": after}

@@ -8,15 +8,15 @@ import json
 import platform
 import random
 import shutil
+import time
 from array import array
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from . import distributed
@@ -26,13 +26,14 @@ from .cli import Failed, UserError, read_json, whole_folder, write_text
 from .config import Config, DatasetConfig
 from .data import Samples, join
 from .data_files import DataFile, find_files, split_and_part
+from .model import Llama
+from .ops import Segments
+from .optim import PartOptimizer
 from .packing import Plan, plan_steps
 from .prepare import Encoding, Reading, prepare_samples
 from .prompts import CHAT_TEMPLATES, Frame, PromptFormat
+from .sharding import BlockStore
 from .tokenizer import Tokenizer, load_tokenizer
-
-if TYPE_CHECKING:
-    from train import Run
 
 # ------------------------------------------------------------------------------------------------ data
 
@@ -186,6 +187,30 @@ class Metrics:
                 track(row)
 
 
+# ------------------------------------------------------------------------------------------------ the run
+
+
+@dataclass
+class Run:
+    """What the loop works with."""
+
+    config: Config
+    rank: int
+    ranks: int
+    device: torch.device
+    model: Llama
+    body: Callable[[torch.Tensor, Segments], torch.Tensor]  # model.model, or the same from recorded graphs
+    samples: Samples
+    held_out: Samples
+    plan: Plan
+    flat: torch.nn.Parameter  # every trained value, and its gradient
+    optimizer: torch.optim.Optimizer | PartOptimizer
+    metrics: Metrics
+    store: BlockStore | None  # where the base is spread over the ranks
+    before: dict[str, Any] = field(default_factory=dict)  # what the untrained model could do, for the report
+    began: float = field(default_factory=time.time)  # when this process did, in seconds since 1970
+
+
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
@@ -194,7 +219,7 @@ def plan_fingerprint(samples: Samples, plan: Plan) -> str:
     return hashlib.sha256((samples.fingerprint + plan.fingerprint()).encode()).hexdigest()
 
 
-def save_checkpoint(run: "Run", step: int) -> None:
+def save_checkpoint(run: Run, step: int) -> None:
     """Write checkpoint-STEP whole: adapter, optimizer state and step; then drop the oldest ones.
 
     The data order, the schedule and the dropout masks are functions of the seed and the step, so nothing else is
@@ -219,7 +244,7 @@ def save_checkpoint(run: "Run", step: int) -> None:
     distributed.wait_for_all()
 
 
-def _cannot_save(run: "Run", path: Path, error: Exception) -> str:
+def _cannot_save(run: Run, path: Path, error: Exception) -> str:
     """What to say and to do when a checkpoint cannot be written."""
     state = [x for values in run.optimizer.state.values() for x in values.values() if isinstance(x, torch.Tensor)]
     needed, free = run.flat.nbytes + sum(x.nbytes for x in state), shutil.disk_usage(path.parent).free
@@ -261,7 +286,7 @@ def find_checkpoint(config: Config, samples: Samples, plan: Plan) -> tuple[Path,
     return path, state
 
 
-def load_checkpoint(run: "Run") -> int:
+def load_checkpoint(run: Run) -> int:
     """Go on from the checkpoint that the configuration names, if any. Returns the number of steps already taken."""
     found = find_checkpoint(run.config, run.samples, run.plan)
     if found is None:
@@ -305,7 +330,7 @@ def reason_to_stop(config: Config, rows: list[dict[str, Any]]) -> str:
     return ""
 
 
-def load_best(run: "Run", last: int) -> int:
+def load_best(run: Run, last: int) -> int:
     """Put the adapter of the best evaluation back, where the run asks for it. Returns the step that the model is of."""
     best = best_step(run.metrics.rows) if run.config.load_best_model_at_end else None
     path = Path(run.config.output_dir) / f"checkpoint-{best}"
@@ -322,8 +347,7 @@ def same_on_all_ranks(config: Config, data: Data, ranks: int) -> None:
     if ranks > 1:
         mine = {"configuration": config.to_yaml(), "data": plan_fingerprint(data.samples, data.plan)}
         mine |= {"model files": fingerprint(config.base_model), "host": platform.node()}
-        everyone: list[dict[str, str]] = [{}] * ranks
-        dist.all_gather_object(everyone, mine)
+        everyone = distributed.everyones_object(mine)
         for rank, theirs in enumerate(everyone):
             different = [kind for kind in mine if kind != "host" and theirs[kind] != everyone[0][kind]]
             if different:

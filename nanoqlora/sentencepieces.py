@@ -18,8 +18,8 @@ from typing import Any
 
 import sentencepiece
 
-from nanoqlora.cli import UserError
-from nanoqlora.vocabulary import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Vocabulary
+from .cli import UserError
+from .vocabulary import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Vocabulary
 
 BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
 UNREACHED = -2e9  # the score of a piece that no merge leads to; Mistral has pieces with half of it

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanoqlora.checkpoint import Weights
-from nanoqlora.cli import UserError
-from nanoqlora.data import Samples
-from nanoqlora.tokenizer import Tokenizer
+from .checkpoint import Weights
+from .cli import UserError
+from .data import Samples
+from .tokenizer import Tokenizer
 
 SAMPLES_READ = 1000  # the same template writes all of them
 ROWS = 4096

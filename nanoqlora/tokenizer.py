@@ -17,13 +17,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from nanoqlora.byte_pairs import BytePairs, piece_to_bytes
-from nanoqlora.chat_template import Messages, guard, render
-from nanoqlora.cli import UserError
-from nanoqlora.hub import TOKENIZER_FILES, local_path
-from nanoqlora.sentencepieces import SentencePieces, width
-from nanoqlora.tokenizer_files import read_folder, read_gguf_metadata, write_folder
-from nanoqlora.vocabulary import (
+from .byte_pairs import BytePairs, piece_to_bytes
+from .chat_template import Messages, guard, render
+from .cli import UserError
+from .hub import TOKENIZER_FILES, local_path
+from .sentencepieces import SentencePieces, width
+from .tokenizer_files import read_folder, read_gguf_metadata, write_folder
+from .vocabulary import (
     BYTE,
     CONTROL,
     NAMED_TOKENS,

@@ -15,11 +15,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from nanoqlora.byte_pairs import LETTERS, SPLIT_RULES
-from nanoqlora.cli import UserError, whole_file, write_text
-from nanoqlora.sentencepieces import BYTE_PIECES, UNREACHED, read_model, write_model
-from nanoqlora.tokenizer_json import adds_bos, check_merges, read_tokenizer_json, write_tokenizer_json
-from nanoqlora.vocabulary import (
+from .byte_pairs import LETTERS, SPLIT_RULES
+from .cli import UserError, whole_file, write_text
+from .sentencepieces import BYTE_PIECES, UNREACHED, read_model, write_model
+from .tokenizer_json import adds_bos, check_merges, read_tokenizer_json, write_tokenizer_json
+from .vocabulary import (
     BYTE,
     CONTROL,
     MARKER,

@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nanoqlora.byte_pairs import SPLIT_RULES, byte_level, merges_of, piece_to_bytes
-from nanoqlora.cli import UserError
-from nanoqlora.sentencepieces import BYTE_PIECES, UNREACHED, merges_of_scores
-from nanoqlora.vocabulary import (
+from .byte_pairs import SPLIT_RULES, byte_level, merges_of, piece_to_bytes
+from .cli import UserError
+from .sentencepieces import BYTE_PIECES, UNREACHED, merges_of_scores
+from .vocabulary import (
     BYTE,
     CONTROL,
     NORMAL,

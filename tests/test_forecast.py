@@ -93,6 +93,7 @@ def test_time_is_the_sum_over_the_micro_batches_of_rank_0(monkeypatch, ranks):
     share = sum(n - 1 for n in lengths) / sum(lengths)
 
     def cost(rows) -> float:
+        rows = [[run.samples[i] for i in row] for row in rows]
         B, T = collate(rows).tokens.shape
         squares = sum(len(s) ** 2 for row in rows for s in row) + sum((T - sum(map(len, row))) ** 2 for row in rows)
         D, heads, kv = 128, 4 * 32, 2 * 32
@@ -104,11 +105,7 @@ def test_time_is_the_sum_over_the_micro_batches_of_rank_0(monkeypatch, ranks):
     def forward_backward(run, rows, number, first, num_targets):
         clock.now += cost(rows)
 
-    expected = sum(
-        cost(mine)
-        for step in run.plan
-        for _, mine in micro_batches([[run.samples[i] for i in row] for row in step.rows], 2, 0, ranks)
-    )
+    expected = sum(cost(mine) for step in run.plan for _, mine in micro_batches(step.rows, 2, 0, ranks))
     got = measure(run, forward_backward, 0, 1)
     assert got.seconds == pytest.approx(expected, rel=1e-9)
     assert got.memory["memory/max_rss_gib"] > 0

@@ -4,7 +4,6 @@ Every rank trains on its share of each step's rows. After the backward passes th
 ranks, once, and all take the same optimizer step. `sharding.py` says where the frozen base is.
 """
 
-import atexit
 import ctypes
 import os
 import warnings
@@ -51,7 +50,6 @@ def start() -> tuple[int, int, torch.device]:
         on_gpu = {"backend": "nccl", "device_id": device}  # with the device it is set up now, not at first use
         dist.init_process_group(**meeting, **on_gpu if device.type == "cuda" else {"backend": "gloo"})
         _heartbeat = Heartbeat(rank, ranks)
-        atexit.register(_heartbeat.stop, done=False)
     return int(os.environ.get("RANK", "0")), ranks, device
 
 

@@ -6,6 +6,7 @@ up in the store that torchrun keeps for them, and looks at how the others count;
 named, and this process ends. A main thread that waits for an exchange cannot do that itself.
 """
 
+import atexit
 import os
 import sys
 import threading
@@ -31,6 +32,7 @@ class Heartbeat:
         self.threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._watch)]
         for thread in self.threads:
             thread.start()
+        atexit.register(self.stop, done=False)
 
     def stop(self, done: bool = True) -> None:
         """End the threads: in one that is inside the store, the end of the process would be an abort.

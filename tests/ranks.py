@@ -22,7 +22,7 @@ import torch
 import train
 from nanoqlora import distributed
 from nanoqlora.checkpoint import open_model
-from nanoqlora.cli import run_command
+from nanoqlora.cli import UserError, run_command
 from nanoqlora.fused import fuse_blocks
 from nanoqlora.ops import Segments
 from nanoqlora.plan import held_bytes
@@ -142,6 +142,19 @@ def what_is_there(file: Path) -> bool:
 def end_of_own_run(words_of_ranks: list[tuple]) -> tuple[int, str, str]:
     """Each rank with words of its own."""
     return end_of_run(*words_of_ranks[int(os.environ["RANK"])])
+
+
+def end_of_run_without_adapter(bad_rank: int, *words: object) -> tuple[int, str, str]:
+    """One host does not have the adapter that all are to go on from."""
+    whole = train.continue_adapter
+
+    def read(*arguments: Any, **wanted: Any) -> str:
+        if os.environ["RANK"] == str(bad_rank):
+            raise UserError("lora_model_dir: no such folder")
+        return whole(*arguments, **wanted)
+
+    train.continue_adapter = read
+    return end_of_run(*words)
 
 
 def end_of_run_with_nan(bad_rank: int, bad_step: int, where: str, *words: object) -> tuple[int, str, str]:

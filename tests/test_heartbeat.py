@@ -1,9 +1,12 @@
 """Ranks that fall silent are noticed and named; ranks that are done, or only slow to begin, are not."""
 
+import subprocess
+import sys
 import time
 
 import pytest
 import torch.distributed as dist
+from conftest import ROOT
 
 from nanoqlora import heartbeat
 from nanoqlora.heartbeat import Heartbeat
@@ -68,3 +71,30 @@ def test_a_store_out_of_reach_ends_a_rank(count_seen_before, store, monkeypatch,
     assert 0.8 < watch_for(5.0, ended) < 3.0
     assert "rank 1 ends: the store on 127.0.0.1, where rank 0 is, cannot be reached for 1 s" in capfd.readouterr().err
     watching.stopped.set()
+
+
+LEAVES_FROM_WITHIN_THE_STORE = """
+import os, sys, time
+from datetime import timedelta
+import torch.distributed as dist
+from nanoqlora.heartbeat import Heartbeat
+
+server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}
+dist.TCPStore.add = lambda store, *_: store.wait(["never"], timedelta(seconds=1))
+
+class Slow:
+    def __del__(self):
+        time.sleep(2)
+
+slow = Slow()  # of the things that Python takes apart at its end
+Heartbeat(0, 1)
+time.sleep(1.5)
+sys.exit(3)
+"""
+
+
+def test_a_process_may_end_while_its_thread_is_in_the_store():
+    """A thread that comes back from C++ when Python is being taken apart would abort the process: exit code -6."""
+    ended = subprocess.run([sys.executable, "-c", LEAVES_FROM_WITHIN_THE_STORE], cwd=ROOT, capture_output=True)
+    assert ended.returncode == 3, ended.stderr.decode()

@@ -17,6 +17,7 @@ from ranks import (
     end_of_run_on_full_disk,
     end_of_run_with_losses,
     end_of_run_with_nan,
+    end_of_run_without_adapter,
     gradient,
     on_ranks,
     spread_gradient,
@@ -26,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import alpaca_rows, metrics_of, run_here, save_tiny_model, steps_of, write_rows, write_run
 
 import bench
+import nanoqlora as nq
 import train
 from nanoqlora.checkpoint import load_model, open_model
 from nanoqlora.plan import base_bytes, choose_sharding, held_bytes, step_bytes
@@ -312,6 +314,16 @@ def test_another_input_on_one_rank_stops_all_before_the_first_step(small_run, tm
     assert message.startswith("error: rank 1") and message.count("\n") == 1 and not ended[1][2]
     assert ("nothing.jsonl" if case == "no data" else f"other {case}") in message
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_one_host_lacks_stops_all(model, small_run, tmp_path):
+    base = load_model(model)
+    nq.inject_lora(base, r=4, alpha=8)
+    nq.save_adapter(base, tmp_path / "adapter")
+    words = (small_run, "--output_dir", tmp_path / "out", "--lora_model_dir", tmp_path / "adapter")
+    ended = on_ranks(2, end_of_run_without_adapter, 1, *words)
+    assert [code for code, _, _ in ended] == [2, 2] and not ended[1][2]
+    assert ended[0][2] == "error: rank 1: lora_model_dir: no such folder\n"
 
 
 def test_what_one_process_of_a_host_has_prepared_the_others_find(tmp_path):

@@ -58,7 +58,7 @@ def on_ranks(ranks: int, work: Callable, *arguments: Any) -> list[Any]:
     try:
         for receiver, sender in pipes:
             sender.close()
-            assert receiver.poll(100), "a rank has not answered for 100 s"
+            assert receiver.poll(300), "a rank has not answered for 300 s"
         return [pickle.loads(receiver.recv_bytes()) for receiver, _ in pipes]
     finally:
         for process in processes:

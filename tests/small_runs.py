@@ -124,7 +124,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 def run_process(*words: object) -> Ended:
     """A python command in a process of its own, from the root of the repository."""
     command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     return Ended(done.returncode, done.stdout, done.stderr)
 
 

@@ -57,10 +57,12 @@ def no_process_is_left() -> Iterator[None]:
                 process.kill()
 
 
-def until(condition: Callable[[], object], processes: list[subprocess.Popen], seconds: float = 90) -> None:
+def until(condition: Callable[[], object], processes: list[subprocess.Popen], seconds: float = 240) -> None:
+    """Wait for it, as long as the processes run. So long takes only a machine that does much else."""
     give_up = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < give_up and all(process.poll() is None for process in processes)
+        assert all(process.poll() is None for process in processes), "a process has ended"
+        assert time.monotonic() < give_up, f"not within {seconds} s"
         time.sleep(0.02)
 
 
@@ -129,7 +131,7 @@ def test_ranks_that_are_killed_or_told_to_end_lose_nothing(run_file, environment
 
     for name in (run, tmp_path / "whole"):
         launcher = launch(environment, log, "train.py", run_file, "--output_dir", name)
-        assert launcher.wait(timeout=90) == 0, log.read_text()
+        assert launcher.wait(timeout=240) == 0, log.read_text()
         assert [line["step"] for line in steps_of(name)] == list(range(1, 121))
     name = "adapter_model.safetensors"
     assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -186,7 +188,7 @@ def test_two_hosts_are_one_run_and_a_cut_ends_both(run_file, hosts, tmp_path):
     script = tmp_path / "impatient.py"
     script.write_text(
         "import train\nfrom nanoqlora import heartbeat\nfrom nanoqlora.cli import run_command\n"
-        "heartbeat.LIMIT_S = 4.0\nrun_command(train.main)\n"
+        "heartbeat.LIMIT_S = 8.0\nrun_command(train.main)\n"
     )
     words = [run_file, "--lr_scheduler", "constant", "--output_dir"]
     both = launch_on_hosts(hosts, script, *words, tmp_path / "two", "--max_steps", "3000")
@@ -196,8 +198,8 @@ def test_two_hosts_are_one_run_and_a_cut_ends_both(run_file, hosts, tmp_path):
     until(lambda: not any(map(runs, ranks)), [], seconds=60)
     both[0].wait(timeout=60)
     said = [(tmp_path / f"{host}.log").read_text() for host in hosts]
-    assert "error: rank 0 ends: rank 1 has given no sign of life for 4 s" in said[0], said[0][-2000:]
-    assert "error: rank 1 ends: the store on 10.77.0.1, where rank 0 is, cannot be reached for 4 s" in said[1], said[1]
+    assert "error: rank 0 ends: rank 1 has given no sign of life for 8 s" in said[0], said[0][-2000:]
+    assert "error: rank 1 ends: the store on 10.77.0.1, where rank 0 is, cannot be reached for 8 s" in said[1], said[1]
 
     assert on_ranks(2, end_of_run, *words, tmp_path / "one", "--max_steps", "4")[0][0] == 0
     losses = [[line["loss"] for line in steps_of(tmp_path / name)[:4]] for name in ("two", "one")]

@@ -28,7 +28,7 @@ from nanoqlora import distributed, ops
 from nanoqlora.adapter import continue_adapter
 from nanoqlora.cadence import evaluations, saves, warmup_steps
 from nanoqlora.checkpoint import Fill, open_model, open_weights
-from nanoqlora.cli import Failed, Stopped, UserError, run_command
+from nanoqlora.cli import Failed, Stopped, UserError, check_writable, run_command
 from nanoqlora.config import Config, load_command
 from nanoqlora.data import collate, micro_batches
 from nanoqlora.evaluate import loss_over_ranks
@@ -291,7 +291,8 @@ def read_inputs(config: Config, rank: int, ranks: int) -> tuple[Tokenizer, Data]
     with distributed.together():
         find_checkpoint(config, data.samples, data.plan)
         check_packages(plain(config))
-        if rank == 0:  # reads the embedding and the head
+        if rank == 0:  # which writes, and reads the embedding and the head
+            check_writable(config.output_dir, "output_dir")
             check_special_rows(tokenizer, data.samples, open_weights(config.base_model), config.base_model)
     same_on_all_ranks(config, data, ranks)
     return tokenizer, data

@@ -137,6 +137,14 @@ def check_space(path: str | Path, num_bytes: int, advice: str = "write elsewhere
         )
 
 
+def check_writable(folder: str | Path, key: str) -> None:
+    """Raises UserError if a folder, which need not exist yet, cannot be made or written to; `key` says whose it is."""
+    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "may not be written to" if there.is_dir() else "is a file, not a folder"
+        raise UserError(f"{key} {folder}: {there} {what}, so nothing could be saved there. Name another {key}.")
+
+
 class Parser(argparse.ArgumentParser):
     """Options of the commands that need no YAML file; a wrong one ends like every other wrong input."""
 

@@ -111,6 +111,7 @@ class PartOptimizer:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take this rank's part of it; another number of ranks may have saved it."""
         state = dict(saved["state"][0])
+        state |= state.pop("__bnb_optimizer_quant_state__", {})  # where bitsandbytes has it, if saved whole
         for key in (*WHOLE, *PER_BLOCK):
             if key in state:
                 size = len(self.flat) if key in WHOLE else len(self.flat) // BLOCK
@@ -122,6 +123,11 @@ class PartOptimizer:
 def state_bytes(name: str) -> float:
     """GPU memory of an optimizer's two moments for each trained value; a scale for 256 values in 8 bits."""
     return 2 + 2 * 4 / 256 if name.endswith("8bit") else 8
+
+
+def state_kind(name: str) -> str:
+    """Optimizers of one kind can take up each other's state."""
+    return "8 bits" if "8bit" in name else "32 bits of bitsandbytes" if "32bit" in name else "32 bits of PyTorch"
 
 
 def sum_and_clip(flat: nn.Parameter, optimizer: torch.optim.Optimizer | PartOptimizer, max_norm: float) -> Tensor:

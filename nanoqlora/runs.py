@@ -28,7 +28,7 @@ from .data import Samples, join
 from .data_files import DataFile, find_files, split_and_part
 from .model import Llama
 from .ops import Segments
-from .optim import PartOptimizer
+from .optim import PartOptimizer, state_kind
 from .packing import Plan, plan_steps
 from .prepare import Encoding, Reading, prepare_samples
 from .prompts import CHAT_TEMPLATES, Frame, PromptFormat
@@ -219,6 +219,10 @@ def plan_fingerprint(samples: Samples, plan: Plan) -> str:
     return hashlib.sha256((samples.fingerprint + plan.fingerprint()).encode()).hexdigest()
 
 
+# What a run cannot change on its way: the scale of what it has learnt, the base below, the groups of the optimizer.
+FIXED = ("lora_alpha", "peft_use_rslora", "load_in_4bit", "loraplus_lr_ratio")
+
+
 def save_checkpoint(run: Run, step: int) -> None:
     """Write checkpoint-STEP whole: adapter, optimizer state and step; then drop the oldest ones.
 
@@ -233,7 +237,8 @@ def save_checkpoint(run: Run, step: int) -> None:
                 save_adapter(run.model, temporary, run.config.base_model)
                 torch.save(optimizer_state, temporary / "optimizer.pt")
                 state = {"step": step, "plan": plan_fingerprint(run.samples, run.plan), "ranks": run.ranks}
-                state |= {"before": run.before, "began": run.began}
+                state |= {"before": run.before, "began": run.began, "optimizer": run.config.optimizer}
+                state["fixed"] = {key: getattr(run.config, key) for key in FIXED}
                 write_text(temporary / "trainer_state.json", json.dumps(state) + "\n")
         except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, as each of the three writers tells it
             raise Failed(_cannot_save(run, folder / f"checkpoint-{step}", error)) from error
@@ -283,6 +288,18 @@ def find_checkpoint(config: Config, samples: Samples, plan: Plan) -> tuple[Path,
             f"{path}: its run had other data, another seed or other batches, so going on would train on the wrong "
             f"samples. Resume with the same configuration, or start anew with lora_model_dir: {path}."
         )
+    saved = state.get("optimizer", config.optimizer)
+    if state_kind(saved) != state_kind(config.optimizer):
+        raise UserError(
+            f"{path}: its optimizer was {saved}, whose state ({state_kind(saved)}) {config.optimizer} cannot take up. "
+            f"Resume with optimizer: {saved}, or start anew with lora_model_dir: {path}."
+        )
+    for key, value in state.get("fixed", {}).items():
+        if value != getattr(config, key):
+            raise UserError(
+                f"{path}: its run had {key}: {value}, this one has {getattr(config, key)}: what was learnt would mean "
+                f"something else. Resume with {key}: {value}, or start anew."
+            )
     return path, state
 
 

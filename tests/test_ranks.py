@@ -201,6 +201,18 @@ def test_the_optimizer_s_state_in_parts_is_the_same_training(small_run, tmp_path
     assert saved[0].keys() == saved[1].keys() and saved[0]["exp_avg"].shape == saved[1]["exp_avg"].shape
 
 
+def test_a_whole_state_of_8_bits_is_taken_up_in_parts(small_run, tmp_path):
+    """Steps of 0.002 and less, as above."""
+    words = (small_run, "--optimizer", "adamw_8bit", "--max_steps", "4", "--output_dir")
+    resume = ("--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-2", "--shard_optimizer_state", "true")
+    states = []
+    for name, options in (("whole", ()), ("parts", resume)):
+        ended = on_ranks(2, end_of_run, *words, tmp_path / name, *options)
+        assert all(code == 0 for code, _, _ in ended), ended[0][2]
+        states.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert all((states[0][key] - states[1][key]).abs().max() < 2e-6 for key in states[0])
+
+
 def test_an_end_token_that_was_never_trained_ends_all_ranks(tmp_path):
     """Rank 0 alone looks at the rows of embedding and head; the others hear of it."""
     model = save_tiny_model(tmp_path / "model")

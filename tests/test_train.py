@@ -479,6 +479,28 @@ def test_checkpoints_of_an_earlier_run_do_not_push_out_new_ones(world, uninterru
     assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
+def test_resume_with_another_optimizer_or_scale_is_refused(world, uninterrupted, tmp_path):
+    """bitsandbytes cannot read PyTorch's state; PyTorch's own two read each other's."""
+    path = write_run(tmp_path / "train.yml", world.model, world.data, test_datasets=world.tests, **LONG)
+    words = (path, "--resume_from_checkpoint", uninterrupted / "checkpoint-80")
+    ended = run_here(train.main, *words, "--optimizer", "adamw_8bit")
+    assert ended.code == 2 and "its optimizer was adamw_torch" in ended.err and ended.err.count("\n") == 1, ended.err
+    assert run_here(train.main, *words, "--optimizer", "adamw_torch_fused").code == 0
+    for key, value in (("lora_alpha", 16), ("peft_use_rslora", "true"), ("loraplus_lr_ratio", 4)):
+        ended = run_here(train.main, *words, f"--{key}", value)
+        assert ended.code == 2 and f"its run had {key}: " in ended.err and ended.err.count("\n") == 1, ended.err
+
+
+def test_a_place_that_cannot_be_written_to_is_found_before_anything_is_loaded(world, tmp_path, monkeypatch):
+    path = write_run(tmp_path / "train.yml", world.model, world.data)
+    monkeypatch.setattr(train, "prepare_model", None)
+    ended = run_here(train.main, path, "--output_dir", path / "out")
+    assert ended.code == 2 and f"{path} is a file, not a folder" in ended.err and ended.err.count("\n") == 1
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    ended = run_here(train.main, path, "--output_dir", tmp_path / "new" / "out")
+    assert ended.code == 2 and f"{tmp_path} may not be written to" in ended.err
+
+
 def test_auto_resume_goes_on_from_the_last_run_not_from_the_furthest(world, uninterrupted, tmp_path):
     """The folder has checkpoint-80 of an earlier run; the second one, with another rate, got to step 2."""
     shutil.copytree(uninterrupted, tmp_path / "out")

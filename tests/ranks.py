@@ -157,6 +157,19 @@ def end_of_run_without_adapter(bad_rank: int, *words: object) -> tuple[int, str,
     return end_of_run(*words)
 
 
+def end_of_run_with_other_values(*words: object) -> tuple[int, str, str]:
+    """Rank 1 has read another adapter than rank 0."""
+    whole = train.load_checkpoint
+
+    def load(run: train.Run) -> int:
+        start = whole(run)
+        run.flat.data += run.rank
+        return start
+
+    train.load_checkpoint = load
+    return end_of_run(*words)
+
+
 def end_of_run_with_nan(bad_rank: int, bad_step: int, where: str, *words: object) -> tuple[int, str, str]:
     """One rank's loss, or only its gradient, is NaN in the last micro-batch of one step."""
     whole = train.forward_backward

@@ -17,6 +17,7 @@ from ranks import (
     end_of_run_on_full_disk,
     end_of_run_with_losses,
     end_of_run_with_nan,
+    end_of_run_with_other_values,
     end_of_run_without_adapter,
     gradient,
     on_ranks,
@@ -30,7 +31,7 @@ import bench
 import nanoqlora as nq
 import train
 from nanoqlora.checkpoint import load_model, open_model
-from nanoqlora.plan import base_bytes, choose_sharding, held_bytes, step_bytes
+from nanoqlora.plan import base_bytes, choose_sharding, free_host_bytes, held_bytes, keeps_for, step_bytes
 from nanoqlora.qlora import ALL_LINEAR, inject_lora
 from nanoqlora.sharding import frozen_tensors
 from nanoqlora.tokenizer import load_tokenizer
@@ -114,7 +115,27 @@ def test_auto_spreads_the_base_only_where_memory_asks_for_it():
     block = 112_515_072
     assert base_bytes(empty, "full_shard", 4, 1) - base_bytes(empty, "full_shard", 4, 5) == block
     short = step_bytes(empty, 8192, ["input"] * L, base=base_bytes(empty, "full_shard", 4, 7, host_embedding=True))
+    assert chosen(0.1, True, ranks=1, on_gpu=False) == ("replicate", 0), "a CPU's memory is the host's"
     assert chosen(short / 2**30, True) == ("full_shard", 7) and chosen((short - 2**20) / 2**30, True)[1] == 8
+
+
+def test_plain_blocks_are_computed_again_where_memory_decides(model):
+    """How much they keep is not known, so under `auto` they keep the least; fused ones keep all that fits."""
+    kept = {}
+    for targets in (("q_proj", "v_proj"), ALL_LINEAR):
+        loaded = load_model(model)
+        inject_lora(loaded, 4, 8, target_modules=targets)
+        kept[targets] = keeps_for(loaded, "auto", 64, budget=1 << 40)
+    assert list(kept.values()) == [["input"] * LAYERS, ["all"] * LAYERS]
+
+
+def test_the_ranks_of_a_host_divide_its_free_memory(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    whole = free_host_bytes()
+    free, total = (os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
+    assert 0.9 * free < whole <= total, "what is only cached counts as free"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_host_bytes() == pytest.approx(whole / 4, rel=0.1)
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
@@ -336,6 +357,14 @@ def test_an_adapter_that_one_host_lacks_stops_all(model, small_run, tmp_path):
     ended = on_ranks(2, end_of_run_without_adapter, 1, *words)
     assert [code for code, _, _ in ended] == [2, 2] and not ended[1][2]
     assert ended[0][2] == "error: rank 1: lora_model_dir: no such folder\n"
+
+
+def test_all_ranks_begin_with_the_values_of_rank_0(small_run, tmp_path):
+    for name, work in (("same", end_of_run), ("other", end_of_run_with_other_values)):
+        ended = on_ranks(2, work, small_run, "--output_dir", tmp_path / name)
+        assert all(code == 0 for code, _, _ in ended), ended[0][2]
+    file = "adapter_model.safetensors"
+    assert (tmp_path / "same" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
 
 
 def test_what_one_process_of_a_host_has_prepared_the_others_find(tmp_path):

@@ -27,7 +27,7 @@ ON_CPU = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}
 def environment(request: pytest.FixtureRequest) -> dict[str, str]:
     """Of a launcher, so that its two ranks speak over this."""
     if request.param == "nccl" and torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
+        pytest.skip("needs two CUDA devices: NCCL takes no two ranks on one")
     return ENVIRONMENT if request.param == "nccl" else ON_CPU
 
 

@@ -341,7 +341,7 @@ def train(config: Config, options: dict[str, Any], rank: int, ranks: int, device
                 f"output_dir {config.output_dir}: here the newest checkpoint is of step {start}, for rank 0 it is of "
                 f"another. All hosts have to see one folder, or copies of it."
             )
-    distributed.of_first_rank(flat.data)
+    distributed.of_first_rank(flat.data)  # whatever each rank has read, all begin with the same
     if rank == 0:
         metrics.trackers += make_trackers(plain(config), start)
     say(f"{num_trained:,} trained values, {len(run.plan)} steps, computing in {str(dtype).removeprefix('torch.')}")

@@ -110,8 +110,10 @@ def gradient(model: torch.nn.Module, rank: int, ranks: int) -> torch.Tensor:
     return distributed.sum_over_ranks(flat.grad)
 
 
-def spread_gradient(path: Path, load_in_4bit: bool, targets: tuple[str, ...], keep: str) -> tuple[torch.Tensor, int]:
-    """And how many blocks this rank has gathered for it."""
+def spread_gradient(
+    path: Path, load_in_4bit: bool, targets: tuple[str, ...], keep: str
+) -> tuple[torch.Tensor, int, int]:
+    """And how many blocks this rank has gathered for it, and how many of them only when they were needed."""
     model, store = load_spread(path, load_in_4bit)
     torch.manual_seed(0)
     inject_lora(model, 4, 8, target_modules=targets)
@@ -120,10 +122,12 @@ def spread_gradient(path: Path, load_in_4bit: bool, targets: tuple[str, ...], ke
         fuse_blocks(model, [keep] * LAYERS)
     for block in model.model.layers:
         block.recompute = keep == "recompute"
+    asked, gathered, bring, gather = [], [], store.bring, store._gather
+    store.bring = lambda i: asked.append(i) or bring(i)  # None, as a hook has to give
+    store._gather = lambda i: (gathered.append(i == asked[-1]), gather(i))
     store.attach(model)
-    gathered, gather = [], store._gather
-    store._gather = lambda i: (gathered.append(i), gather(i))
-    return gradient(model, torch.distributed.get_rank(), torch.distributed.get_world_size()), len(gathered)
+    flat = gradient(model, torch.distributed.get_rank(), torch.distributed.get_world_size())
+    return flat, len(gathered), sum(gathered)
 
 
 def what_is_there(file: Path) -> bool:

@@ -80,10 +80,11 @@ def test_gradient_over_gathered_blocks_is_that_of_one_process(model, load_in_4bi
     inject_lora(whole, 4, 8, target_modules=targets)
     whole.train()
     expected = gradient(whole, 0, 1)
-    for ours, num_gathered in on_ranks(2, spread_gradient, model, load_in_4bit, targets, keep):
+    for ours, num_gathered, num_late in on_ranks(2, spread_gradient, model, load_in_4bit, targets, keep):
         assert (ours - expected).norm() < 2e-6 * expected.norm()
         micro_batches = 3  # of five rows on two ranks; the first one finds no block there
         assert num_gathered == micro_batches * (2 * LAYERS - 4) + 2
+        assert num_late == 1, "all but the first are begun while the block before is computed"
 
 
 # ------------------------------------------------------------------------------------------------ which mode

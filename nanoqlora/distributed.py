@@ -47,8 +47,12 @@ def start() -> tuple[int, int, torch.device]:
         # After a restart the addresses of those that are gone are still in it: each attempt has names of its own.
         meeting = {"store": dist.PrefixStore(f"attempt{attempt}", store), "rank": rank, "world_size": ranks}
         meeting["timeout"] = timedelta(days=1)  # one rank may tokenise for hours; who is gone, the heartbeat notices
-        on_gpu = {"backend": "nccl", "device_id": device}  # with the device it is set up now, not at first use
-        dist.init_process_group(**meeting, **on_gpu if device.type == "cuda" else {"backend": "gloo"})
+        if device.type == "cuda":  # with the device it is set up now, not at first use
+            options = dist.ProcessGroupNCCL.Options()
+            options.config.cta_policy = dist.ProcessGroupNCCL.NCCL_CTA_POLICY_ZERO  # see `memory_to_gather`
+            dist.init_process_group("nccl", device_id=device, pg_options=options, **meeting)
+        else:
+            dist.init_process_group("gloo", **meeting)
         _heartbeat = Heartbeat(rank, ranks)
     return int(os.environ.get("RANK", "0")), ranks, device
 
@@ -128,6 +132,23 @@ def all_gather(whole: Tensor, part: Tensor) -> Callable[[], None] | None:
         return None
     done = torch.cuda.current_stream().record_event()
     return lambda: torch.cuda.current_stream().wait_event(done)
+
+
+@contextmanager
+def memory_to_gather(device: torch.device) -> Iterator[None]:
+    """Where both of `all_gather`'s tensors are made in here, GPUs joined by NVLink move them by their copy engines.
+
+    A gather then takes no multiprocessor from the products beside it. Every rank has to make the same tensors.
+    """
+    if not dist.is_initialized() or device.type != "cuda":
+        yield
+        return
+    nccl = dist.group.WORLD._get_backend(device)
+    pool = torch.cuda.MemPool(nccl.mem_allocator)
+    with torch.cuda.use_mem_pool(pool):
+        yield
+    nccl.register_mem_pool(pool, symm=True)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))  # for ever: to free it when NCCL is gone would be an abort
 
 
 def everyones(flat: Tensor) -> tuple[Tensor, ...]:

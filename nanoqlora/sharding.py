@@ -71,22 +71,28 @@ def point_at(block: nn.Module, flat: Tensor, resident: bool) -> None:
 class BlockStore(nn.Module):
     """This rank's part of every block, and the two slots that whole blocks are gathered into."""
 
-    def __init__(self, rank: int, ranks: int, num_bytes: int, offload: int, device: torch.device) -> None:
-        """offload: so many blocks, the first ones, have their part in host memory."""
+    def __init__(
+        self, rank: int, ranks: int, num_blocks: int, num_bytes: int, offload: int, device: torch.device
+    ) -> None:
+        """num_bytes: of a whole block. offload: so many blocks, the first ones, have their part in host memory."""
         super().__init__()
-        self.rank, self.ranks, self.offload = rank, ranks, offload
-        self.register_buffer("slots", torch.zeros(2, num_bytes, dtype=torch.uint8, device=device), persistent=False)
+        self.rank, self.ranks, self.num_blocks = rank, ranks, num_blocks
+        offload = offload if device.type == "cuda" else 0
+        with distributed.memory_to_gather(device):
+            slots = torch.zeros(2, num_bytes, dtype=torch.uint8, device=device)
+            parts = torch.empty(num_blocks - offload, num_bytes // ranks, dtype=torch.uint8, device=device)
+        in_host = [torch.empty(num_bytes // ranks, dtype=torch.uint8, pin_memory=True) for _ in range(offload)]
+        self.register_buffer("slots", slots, persistent=False)
+        for i, part in enumerate([*in_host, *parts]):
+            self.register_buffer(f"part{i}", part, persistent=False)
         self.inside: list[int | None] = [None, None]  # the block in each slot
         self.waits: list[Callable[[], None] | None] = [None, None]  # for the gather that fills it
-        self.num_blocks, self.last = 0, -1  # how many there are, and the one that was brought last
-        self.copies = torch.cuda.Stream(device) if device.type == "cuda" and offload else None
+        self.last = -1  # the block that was brought last
+        self.copies = torch.cuda.Stream(device) if offload else None
 
-    def add(self, part: Tensor) -> None:
-        """Keep this rank's part (bytes / ranks,) of the next block."""
-        if self.num_blocks < self.offload and part.is_cuda:
-            part = torch.empty_like(part, device="cpu", pin_memory=True).copy_(part)
-        self.register_buffer(f"part{self.num_blocks}", part, persistent=False)
-        self.num_blocks += 1
+    def part(self, i: int) -> Tensor:
+        """What this rank keeps of block i, (bytes / ranks,)."""
+        return self.get_buffer(f"part{i}")
 
     def attach(self, model: Llama) -> None:
         """Have the blocks, as they will train, ask for their weights."""
@@ -118,7 +124,7 @@ class BlockStore(nn.Module):
 
     def _gather(self, i: int) -> None:
         """Begin to fill the slot of block i. The current stream is done with what it holds: NCCL waits for that."""
-        slot, part = i % 2, getattr(self, f"part{i}")
+        slot, part = i % 2, self.part(i)
         self._wait(slot)
         whole, self.inside[slot] = self.slots.data[slot], i  # .data: autograd need not know
         if part.device == whole.device:
@@ -175,7 +181,7 @@ def fill_over_ranks(
         embedding_to_host(model)
     num_bytes, store = block_bytes(layers[0], ranks), None
     if sharding == "full_shard":
-        store = model.store = BlockStore(rank, ranks, num_bytes, offload, device)  # as a module: its memory counts
+        store = model.store = BlockStore(rank, ranks, len(layers), num_bytes, offload, device)  # its memory counts
     rounds = range(0, len(layers), ranks)
     for first in tqdm(rounds, "loading", disable=None if rank == 0 else True, leave=False):  # None: on a terminal
         mine = min(first + rank, len(layers) - 1)  # in the last round some read the last block along with its reader
@@ -190,7 +196,7 @@ def fill_over_ranks(
                 point_at(layers[i], whole, resident=True)
             continue
         for i, part in zip(blocks, distributed.exchange(flat), strict=False):
-            store.add(part if len(blocks) == ranks else part.clone())
+            store.part(i).copy_(part)
             point_at(layers[i], store.slots[i % 2], resident=False)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the 16-bit tensors left holes of every size

@@ -85,7 +85,7 @@ def brought_blocks(path: Path, load_in_4bit: bool) -> dict[str, Any]:
         store.bring(i)
         blocks = frozen_tensors(model.model.layers[i])
         seen.append((i, [tensor.detach().clone() for _, _, tensor, _ in blocks]))
-    parts = [getattr(store, f"part{i}").nbytes for i in range(LAYERS)]
+    parts = [store.part(i).nbytes for i in range(LAYERS)]
     rest = {name: p.detach() for name, p in model.named_parameters() if not name.endswith("_proj.weight")}
     return {"seen": seen, "parts": parts, "held": held_bytes(model), "rest": rest}
 

@@ -146,7 +146,7 @@ def log_step(run: Run, number: int, loss: float, grad_norm: float, rate: float, 
     run.metrics.write(line | {"tokens_per_second": round(tokens_per_second, 1)} | memory_figures(run.device))
 
 
-def loop(run: Run, start: int, stop: list[bool]) -> int:
+def loop(run: Run, start: int, stop: list[bool], bar: tqdm) -> int:
     """All steps from `start` on, evaluations and checkpoints between them. Returns the last step that was taken.
 
     Raises Stopped when `stop` is filled.
@@ -154,7 +154,6 @@ def loop(run: Run, start: int, stop: list[bool]) -> int:
     config, plan = run.config, run.plan
     when_to_evaluate, when_to_save = set(evaluations(config, plan) if run.held_out else ()), set(saves(config, plan))
     watch, folder, step = Stopwatch(), Path(config.output_dir), start
-    bar = tqdm(total=len(plan), initial=start, disable=run.rank != 0, unit="step", dynamic_ncols=True, smoothing=0.1)
     above = partial(bar.write, file=sys.stderr) if run.rank == 0 else lambda _: None  # a line of its own above the bar
     for number in range(start, len(plan)):
         step = number + 1
@@ -188,7 +187,6 @@ def loop(run: Run, start: int, stop: list[bool]) -> int:
         if stopped or step in when_to_save or is_best:
             save_checkpoint(run, step)
         if stopped:
-            bar.close()
             distributed.stop()
             raise Stopped(
                 f"stopped after step {step} of {len(plan)}; it is saved. To go on: "
@@ -197,7 +195,6 @@ def loop(run: Run, start: int, stop: list[bool]) -> int:
         if ends:
             above(f"step {step}: ends here, {reason}")
             break
-    bar.close()
     return step
 
 
@@ -299,9 +296,10 @@ def read_inputs(config: Config, rank: int, ranks: int) -> tuple[Tokenizer, Data]
 
 
 def main() -> None:
-    config, options = load_command(None, OPTIONS, __doc__.splitlines()[0])
     rank, ranks, device = distributed.start()
     with distributed.naming_lost_ranks():
+        with distributed.together():
+            config, options = load_command(None, OPTIONS, __doc__.splitlines()[0])
         train(config, options, rank, ranks, device)
 
 
@@ -353,7 +351,9 @@ def train(config: Config, options: dict[str, Any], rank: int, ranks: int, device
         evaluate(run, 0)
         run.before |= judge(run, data, tokenizer, 0)
     started = time.perf_counter()
-    last = loop(run, start, stop)
+    shown = {"disable": rank != 0, "unit": "step", "dynamic_ncols": True, "smoothing": 0.1}
+    with tqdm(total=len(run.plan), initial=start, **shown) as bar:
+        last = loop(run, start, stop, bar)
     seconds = time.perf_counter() - started
     last_kept = load_best(run, last)
     after = judge(run, data, tokenizer, last_kept) if run.before else {}

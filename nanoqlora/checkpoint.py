@@ -59,10 +59,13 @@ def open_weights(path: str | Path) -> Weights:
     )
 
 
-def fingerprint(path: str | Path) -> str:
-    """A hash of the names, sizes and both ends of a checkpoint's files: cheap, and another one for another model."""
+def fingerprint(path: str | Path, weights: bool = False) -> str:
+    """A hash of the names, sizes and both ends of a checkpoint's files: cheap, and another one for another model.
+
+    weights: of the files with weights alone.
+    """
     path, digest = local_path(path), hashlib.sha256()
-    suffixes = {".json", ".safetensors", ".pth", ".gguf", ".model"}
+    suffixes = {".safetensors", ".pth", ".gguf"} | (set() if weights else {".json", ".model"})
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in suffixes)
     for file in files:
         digest.update(f"{file.name} {file.stat().st_size}".encode())

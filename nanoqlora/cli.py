@@ -7,6 +7,7 @@ rest: one line for what can happen to a long run, a traceback for a fault of our
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -32,6 +33,7 @@ class Stopped(Exception):
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` and leave the process with the exit code that its outcome deserves."""
     is_first_rank = os.environ.get("RANK", "0") == "0"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         main()
     except UserError as error:
@@ -107,6 +109,23 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+# Of a process that was killed: `whole_file` and `whole_folder` in the making, and what a folder took the place of.
+LEFTOVER = re.compile(r"\.(.+)\.(old|[a-z0-9_]{8})\.tmp")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process has left half-written in a folder; a whole folder gets its name back."""
+    for path in folder.glob(".*.tmp"):
+        if found := LEFTOVER.fullmatch(path.name):
+            whole = folder / found[1]
+            if found[2] == "old" and not whole.exists():
+                os.replace(path, whole)
+            elif path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that has to hold an object."""
     try:
@@ -132,9 +151,14 @@ def check_space(path: str | Path, num_bytes: int, advice: str = "write elsewhere
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise UserError(
-            f"{path}: takes {num_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free, so it would break off "
-            f"half-way. Free some, or {advice}."
+            f"{path}: takes {_size(num_bytes)} and its disk has {_size(free)} free, so it would break off half-way. "
+            f"Free some, or {advice}."
         )
+
+
+def _size(num_bytes: int) -> str:
+    """In the unit that people would take."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2f} MB"
 
 
 def check_writable(folder: str | Path, key: str) -> None:

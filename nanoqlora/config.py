@@ -10,6 +10,7 @@ what surrounds its loop (data, checkpoints, forecast, report); the model and all
 `train.yml`, then `train.py`.
 """
 
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ import yaml
 
 from . import key_fates
 from .cli import UserError
-from .config_rules import CHECKS, DERIVED, DIFFERENCES, EXCLUSIVE
+from .config_rules import CHECKS, DERIVED, DIFFERENCES, EXCLUSIVE, WHOLE
 from .typed_yaml import (
     Fates,
     Given,
@@ -43,6 +44,8 @@ Cadence = Literal["no", "steps", "epoch"]
 Attention = Literal["flash_attention_2", "flash_attention_3", "sdpa", "flex_attention", "eager"]
 Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 Fsdp = Literal["auto", "replicate", "full_shard", "shard_grad_op", "hybrid_shard", "no_shard", "auto_wrap", "offload"]
+
+ShardingStrategy = Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +131,7 @@ class FsdpConfig:
     cpu_ram_efficient_loading: bool = key("accepted: tensors are always streamed", True)
     auto_wrap_policy: str | None = key("accepted: the unit is always the decoder layer", None)
     transformer_layer_cls_to_wrap: str | None = key("accepted: the unit is always the decoder layer", None)
+    sharding_strategy: ShardingStrategy | None = key("older place of fsdp: NO_SHARD is replicate", None)
     activation_checkpointing: bool | None = key("older place of gradient_checkpointing; unset: false", None)
 
 
@@ -249,9 +253,15 @@ class Config:
     def sharding(self) -> Literal["auto", "replicate", "full_shard"]:
         """Where the base goes when several GPUs train."""
         keeps_gathered = self.fsdp_config and not self.fsdp_config.reshard_after_forward
-        if keeps_gathered or set(self.fsdp) & {"replicate", "no_shard", "shard_grad_op"}:
+        if keeps_gathered or self.fsdp_words & WHOLE:
             return "replicate"
         return "auto" if "auto" in self.fsdp or not (self.fsdp or self.fsdp_config) else "full_shard"
+
+    @property
+    def fsdp_words(self) -> set[str]:
+        """What `fsdp` says, and what `fsdp_config` says in its place."""
+        strategy = self.fsdp_config and self.fsdp_config.sharding_strategy
+        return {*self.fsdp, *([strategy.lower()] if strategy else [])}
 
     @property
     def offload_params(self) -> bool:
@@ -308,7 +318,8 @@ def load_command(
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        print(help_text(own, about))
+        if os.environ.get("RANK", "0") == "0":
+            print(help_text(own, about))
         raise SystemExit(0)
     path, overrides, options = read_words(argv, Config, own)
     values = {name: options.get(name, option.default) for name, option in own.items()}

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import Config
 
+# Words of `fsdp`: each GPU holds its part of the base, or all of it.
+IN_PARTS, WHOLE = {"full_shard", "hybrid_shard"}, {"replicate", "no_shard", "shard_grad_op"}
+
 # Two ways to say one thing. Both in one file is an error; on the command line the one given there wins.
 EXCLUSIVE = (
     ("warmup_steps", "warmup_ratio"),
@@ -62,6 +65,8 @@ CHECKS: dict[str, Callable[["Config"], Any]] = {
     "Leave out one of the two.": lambda c: c.shard_optimizer_state and c.loraplus_lr_ratio,
     "offload_params keeps each GPU's part of the base in host memory, and with fsdp: replicate there are no parts. "
     "Write fsdp: full_shard, or leave out offload_params.": lambda c: c.offload_params and c.sharding == "replicate",
+    "fsdp asks for the whole base on every GPU (replicate, no_shard, shard_grad_op) and for a part on each "
+    "(full_shard, hybrid_shard). Write one of the two.": lambda c: c.fsdp_words & WHOLE and c.fsdp_words & IN_PARTS,
     "eval_strategy contradicts its counts: epoch goes without them, steps needs evals_per_epoch or eval_steps. "
     "Remove it, or correct them.": lambda c: (
         _evaluates(c) and not _fits(c.eval_strategy, c.evals_per_epoch, c.eval_steps)
@@ -86,9 +91,9 @@ CHECKS: dict[str, Callable[["Config"], Any]] = {
 DIFFERENCES: dict[str, Callable[["Config"], Any]] = {
     "loss is one mean over all supervised tokens of an optimizer step; Axolotl averages the means of its "
     "micro-batches": lambda c: c.gradient_accumulation_steps > 1,
-    "hybrid_shard spreads the base over the GPUs of all hosts, not of each": lambda c: "hybrid_shard" in c.fsdp,
+    "hybrid_shard spreads the base over the GPUs of all hosts, not of each": lambda c: "hybrid_shard" in c.fsdp_words,
     "gathered weights that are kept from forward to backward take the memory of the whole base, so every GPU holds "
-    "all of it": lambda c: c.sharding == "replicate" and not {"replicate", "no_shard"} & set(c.fsdp),
+    "all of it": lambda c: c.sharding == "replicate" and not {"replicate", "no_shard"} & c.fsdp_words,
     "nothing will be evaluated: there is neither val_set_size nor test_datasets": lambda c: (
         not _evaluates(c) and (c.evals_per_epoch or c.eval_steps)
     ),

@@ -25,6 +25,7 @@ warnings.filterwarnings("ignore", message=".*is deprecated. Please use .torch.di
 
 
 T = TypeVar("T")
+MEETING_LIMIT = timedelta(minutes=5)  # for imports from a slow disk
 _heartbeat: Heartbeat | None = None
 
 
@@ -45,7 +46,9 @@ def start() -> tuple[int, int, torch.device]:
         by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun keeps the store, not rank 0
         store = dist.TCPStore(**place, is_master=rank == 0 and not by_agent, wait_for_workers=False)
         # After a restart the addresses of those that are gone are still in it: each attempt has names of its own.
-        meeting = {"store": dist.PrefixStore(f"attempt{attempt}", store), "rank": rank, "world_size": ranks}
+        store = dist.PrefixStore(f"attempt{attempt}", store)
+        meet(store, rank, ranks)
+        meeting = {"store": store, "rank": rank, "world_size": ranks}
         meeting["timeout"] = timedelta(days=1)  # one rank may tokenise for hours; who is gone, the heartbeat notices
         if device.type == "cuda":  # with the device it is set up now, not at first use
             options = dist.ProcessGroupNCCL.Options()
@@ -55,6 +58,24 @@ def start() -> tuple[int, int, torch.device]:
             dist.init_process_group("gloo", **meeting)
         _heartbeat = Heartbeat(rank, ranks)
     return int(os.environ.get("RANK", "0")), ranks, device
+
+
+def meet(store: dist.Store, rank: int, ranks: int, limit: timedelta = MEETING_LIMIT) -> None:
+    """Return when all ranks are here.
+
+    Raises:
+        Failed: some have not come within `limit`.
+    """
+    names = [f"here{other}" for other in range(ranks)]
+    store.set(names[rank], "")
+    try:
+        store.wait(names, limit)
+    except RuntimeError as error:
+        missing = [other for other in range(ranks) if not store.check([names[other]])]
+        raise Failed(
+            f"rank {rank} has waited {limit.total_seconds():.0f} s for rank {', '.join(map(str, missing))}, which has "
+            f"not begun. What does its host say? Every host has to be given the same command."
+        ) from error
 
 
 def stop() -> None:

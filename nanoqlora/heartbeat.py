@@ -2,15 +2,15 @@
 
 A rank that is killed takes its connections along, and torchrun ends the others. But a host that is cut off, or a
 process that hangs, leaves the rest waiting in an exchange, where a GPU waits forever. So a thread of every rank counts
-up in the store that torchrun keeps for them, and looks at how the others count; who stands still for LIMIT_S is
-named, and this process ends. A main thread that waits for an exchange cannot do that itself.
+up in the store that torchrun keeps for them, and looks at how the others count; who stands still while the store
+answers LIMIT_S times, a second apart, is named, and this process ends. A main thread that waits for an exchange cannot
+do that itself. Answers are counted, not seconds, because a run that was stopped (Ctrl-Z) and goes on has lost nobody.
 """
 
 import atexit
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -27,8 +27,10 @@ class Heartbeat:
         """end: is given the exit code."""
         self.rank, self.ranks, self.limit_s, self.end = rank, ranks, LIMIT_S, end
         self.host, self.port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.counts, self.last_change = [0] * ranks, [time.monotonic()] * ranks
-        self.last_answer, self.stopped, self.done = time.monotonic(), threading.Event(), False
+        self.one_host = os.environ.get("LOCAL_WORLD_SIZE") == str(ranks)
+        self.counts, self.quiet = [0] * ranks, [0] * ranks  # how each counts, and for how many answers it has not
+        self.unanswered, self.store_is_gone = 0, False  # for how many pauses
+        self.stopped, self.done = threading.Event(), False
         self.threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._watch)]
         for thread in self.threads:
             thread.start()
@@ -52,20 +54,20 @@ class Heartbeat:
                 store.add(f"alive/{attempt}/{self.rank}", 1)
                 for other in range(self.ranks):
                     count = store.add(f"alive/{attempt}/{other}", 0)
-                    if count != self.counts[other] or count < 0:
-                        self.counts[other], self.last_change[other] = count, time.monotonic()
-                self.last_answer = time.monotonic()
+                    self.quiet[other] = 0 if count != self.counts[other] or count < 0 else self.quiet[other] + 1
+                    self.counts[other] = count
+                self.unanswered = 0
             if self.done:
                 store.add(f"alive/{attempt}/{self.rank}", LEFT)
         except RuntimeError:
-            return  # the store is gone, as `_watch` will see
+            self.store_is_gone = True
 
     def _watch(self) -> None:
         while not self.stopped.wait(PAUSE_S):
-            # How long a rank is silent is what the store said of it last: without an answer nobody knows.
-            known = self.last_answer
-            silent = [other for other in range(self.ranks) if known - self.last_change[other] > self.limit_s]
-            if time.monotonic() - known > self.limit_s:
+            self.unanswered += 1
+            silent = [other for other in range(self.ranks) if self.quiet[other] * PAUSE_S > self.limit_s]
+            # On one host no cable can be cut: a store that is silent, but there, is a torchrun that was stopped.
+            if self.unanswered * PAUSE_S > self.limit_s and (self.store_is_gone or not self.one_host):
                 found = f"the store on {self.host}, where rank 0 is, cannot be reached"
             elif silent and not self.stopped.is_set():
                 found = f"rank {', '.join(map(str, silent))} has given no sign of life"

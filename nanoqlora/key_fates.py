@@ -167,7 +167,7 @@ SPECIAL_TOKENS = Fates(old={name: (f"{name}_token", None) for name in ("bos", "e
 FSDP = Fates(
     prefix="fsdp_",
     ignored={
-        "there is one way to shard": "version use_orig_params sync_module_states limit_all_gathers sharding_strategy "
+        "there is one way to shard": "version use_orig_params sync_module_states limit_all_gathers "
         "backward_prefetch forward_prefetch min_num_params cpu_offload_pin_memory",
         "bf16 decides": "mixed_precision_policy",
         "adapters are always saved whole, as safetensors": "final_state_dict_type",

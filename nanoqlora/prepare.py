@@ -289,6 +289,7 @@ _encoding: Encoding  # of a worker
 def _start_worker(encoding: Encoding) -> None:
     global _encoding
     _encoding = encoding
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the first process, which ends these
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # and so does whatever kills it
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from . import distributed
 from .adapter import save_adapter
 from .chat import answer
 from .chat_template import Messages
-from .cli import write_text
+from .cli import Failed, write_text
 from .config import Config
 from .data_files import split_and_part
 from .evaluate import loss_over_ranks
@@ -27,7 +28,7 @@ from .prompts import PromptFormat
 from .quality import domain_score, domain_words, plain_samples, plain_text, supervised_texts
 from .report import plot_metrics, write_report
 from .rows import read_rows
-from .runs import Data, Run, data_files, row_format
+from .runs import Data, Run, cannot_write, data_files, row_format
 from .serving import Usable
 from .tokenizer import Tokenizer, save_tokenizer
 
@@ -81,14 +82,16 @@ def save_results(
         forecast: what was predicted for the steps that this process took; seconds: what they took.
     """
     folder = Path(run.config.output_dir)
-    save_trained(run, data, tokenizer, folder)
-    plot_metrics(run.metrics.rows, folder / "Fine-Tuning.png", folder.name)
-
-    facts = run_facts(run, data, forecast, seconds)
-    if run.before:
-        facts |= before_and_after(run, data, tokenizer, after)
-        say("Held-out perplexity: {before:.3f} before, {after:.3f} after".format(**facts["perplexity"]))
-    write_report(folder / "report.md", facts)
+    try:
+        save_trained(run, data, tokenizer, folder)
+        plot_metrics(run.metrics.rows, folder / "Fine-Tuning.png", folder.name)
+        facts = run_facts(run, data, forecast, seconds)
+        if run.before:
+            facts |= before_and_after(run, data, tokenizer, after)
+            say("Held-out perplexity: {before:.3f} before, {after:.3f} after".format(**facts["perplexity"]))
+        write_report(folder / "report.md", facts)
+    except (OSError, SafetensorError) as error:
+        raise Failed(cannot_write(folder, "adapter_model.safetensors with its report", error)) from error
     say(f"adapter, report and figure: {folder}/adapter_model.safetensors, report.md, Fine-Tuning.png")
 
 

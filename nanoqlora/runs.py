@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from . import distributed
 from .adapter import fill_adapter, read_adapter, save_adapter
 from .checkpoint import fingerprint
-from .cli import Failed, UserError, read_json, whole_folder, write_text
+from .cli import Failed, UserError, read_json, sweep, whole_folder, write_text
 from .config import Config, DatasetConfig
 from .data import Samples, join
 from .data_files import DataFile, find_files, split_and_part
@@ -181,8 +181,11 @@ class Metrics:
     def write(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         if self.writes:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise Failed(cannot_write(self.path.parent, self.path.name, error)) from error
             for track in self.trackers:
                 track(row)
 
@@ -209,6 +212,10 @@ class Run:
     store: BlockStore | None  # where the base is spread over the ranks
     before: dict[str, Any] = field(default_factory=dict)  # what the untrained model could do, for the report
     began: float = field(default_factory=time.time)  # when this process did, in seconds since 1970
+    base: str = ""  # `fingerprint` of the base model's weights
+
+    def __post_init__(self) -> None:
+        self.base = fingerprint(self.config.base_model, weights=True)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -238,10 +245,13 @@ def save_checkpoint(run: Run, step: int) -> None:
                 torch.save(optimizer_state, temporary / "optimizer.pt")
                 state = {"step": step, "plan": plan_fingerprint(run.samples, run.plan), "ranks": run.ranks}
                 state |= {"before": run.before, "began": run.began, "optimizer": run.config.optimizer}
+                state |= {"steps": len(run.plan), "base": run.base}
                 state["fixed"] = {key: getattr(run.config, key) for key in FIXED}
                 write_text(temporary / "trainer_state.json", json.dumps(state) + "\n")
         except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, as each of the three writers tells it
-            raise Failed(_cannot_save(run, folder / f"checkpoint-{step}", error)) from error
+            state = [x for values in run.optimizer.state.values() for x in values.values() if torch.is_tensor(x)]
+            needed = run.flat.nbytes + sum(x.nbytes for x in state)
+            raise Failed(cannot_write(folder, f"checkpoint-{step}", error, needed)) from error
         best = best_step(run.metrics.rows) if run.config.load_best_model_at_end else None
         for old in checkpoints(folder)[: -run.config.save_total_limit]:
             if old.name != f"checkpoint-{best}":
@@ -249,24 +259,27 @@ def save_checkpoint(run: Run, step: int) -> None:
     distributed.wait_for_all()
 
 
-def _cannot_save(run: Run, path: Path, error: Exception) -> str:
-    """What to say and to do when a checkpoint cannot be written."""
-    state = [x for values in run.optimizer.state.values() for x in values.values() if isinstance(x, torch.Tensor)]
-    needed, free = run.flat.nbytes + sum(x.nbytes for x in state), shutil.disk_usage(path.parent).free
-    last = (checkpoints(path.parent) or [None])[-1]
-    there = f"{last} is whole" if last else "there is no older one"
+def cannot_write(folder: Path, what: str, error: Exception, needed: int = 0) -> str:
+    """What to say, and to do, when something in output_dir cannot be written. needed: its bytes, where known."""
+    last = (checkpoints(folder) or [None])[-1]
+    takes = f"it takes {needed / 1e6:.0f} MB and " if needed else ""
     return (
-        f"{path} cannot be written ({error}): it takes {needed / 1e6:.0f} MB and its disk has {free / 1e6:.0f} MB "
-        f"free. {there}. Make room, then go on with --auto_resume_from_checkpoints true."
+        f"{folder / what} cannot be written ({error}): {takes}its disk has {shutil.disk_usage(folder).free / 1e6:.0f} "
+        f"MB free. {f'{last} is whole' if last else 'There is no checkpoint yet'}. Make room, then go on with "
+        f"--auto_resume_from_checkpoints true."
     )
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+# When a run began in a folder with checkpoints of an earlier one: it must not go on from those.
+BEGAN = ".began"
+
+
+def checkpoints(folder: Path, since: float = 0.0) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first, of processes that began then or later."""
     files = {path: path / "trainer_state.json" for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
     whole = {path: read_json(file) for path, file in files.items() if file.exists()}
-    # An earlier run here may have gone further, and this one must not go on from its end.
-    return sorted(whole, key=lambda path: (whole[path].get("began", 0), whole[path]["step"]))
+    order = {path: (state.get("began", 0), state["step"]) for path, state in whole.items()}
+    return sorted((path for path, (began, _) in order.items() if began >= since), key=order.get)
 
 
 def find_checkpoint(config: Config, samples: Samples, plan: Plan) -> tuple[Path, dict[str, Any]] | None:
@@ -277,16 +290,29 @@ def find_checkpoint(config: Config, samples: Samples, plan: Plan) -> tuple[Path,
     """
     path = Path(config.resume_from_checkpoint) if config.resume_from_checkpoint else None
     if path is None and config.auto_resume_from_checkpoints:
-        path = (checkpoints(Path(config.output_dir)) or [None])[-1]
+        began = Path(config.output_dir) / BEGAN
+        since = float(began.read_text()) if began.exists() else 0.0
+        path = ([None, *checkpoints(Path(config.output_dir), since)])[-1]
     if path is None:
         return None
     if not path.is_dir():
         raise UserError(f"resume_from_checkpoint: {path} is no folder. Name a checkpoint-STEP folder of a run.")
     state = read_json(path / "trainer_state.json")
+    if state.get("steps", len(plan)) != len(plan):
+        raise UserError(
+            f"{path}: its run has {state['steps']} steps, this one {len(plan)}, so the learning rate would not be the "
+            f"one it has come with. Resume with the same max_steps and num_epochs, or start anew with "
+            f"lora_model_dir: {path}."
+        )
     if state.get("plan") != plan_fingerprint(samples, plan):
         raise UserError(
             f"{path}: its run had other data, another seed or other batches, so going on would train on the wrong "
             f"samples. Resume with the same configuration, or start anew with lora_model_dir: {path}."
+        )
+    if state.get("base") not in (None, fingerprint(config.base_model, weights=True)):
+        raise UserError(
+            f"{path}: its run trained over other weights than those in base_model {config.base_model} now, and what it "
+            f"has learnt belongs to them. Give the same base_model, or start anew with lora_model_dir: {path}."
         )
     saved = state.get("optimizer", config.optimizer)
     if state_kind(saved) != state_kind(config.optimizer):
@@ -305,8 +331,14 @@ def find_checkpoint(config: Config, samples: Samples, plan: Plan) -> tuple[Path,
 
 def load_checkpoint(run: Run) -> int:
     """Go on from the checkpoint that the configuration names, if any. Returns the number of steps already taken."""
+    folder = Path(run.config.output_dir)
+    if run.rank == 0:
+        sweep(folder)
+    distributed.wait_for_all()
     found = find_checkpoint(run.config, run.samples, run.plan)
     if found is None:
+        if run.rank == 0 and checkpoints(folder):
+            write_text(folder / BEGAN, f"{run.began}\n")
         run.metrics.go_on_after(0)
         return 0
     path, state = found

@@ -235,7 +235,6 @@ def test_axolotl_file_runs_as_it_stands(tmp_path):
         "fsdp_config.fsdp_limit_all_gathers",
         "fsdp_config.fsdp_sync_module_states",
         "fsdp_config.fsdp_use_orig_params",
-        "fsdp_config.fsdp_sharding_strategy",
     ]
     assert sum("mean over all supervised tokens" in note for note in c.notes) == 1
     used = next(note for note in c.notes if " keys used: " in note)
@@ -414,6 +413,7 @@ BROKEN = {
     "chat_template is": least(chat_template="jinja"),
     "shard_optimizer_state cuts": least(shard_optimizer_state=True, loraplus_lr_ratio=16),
     "offload_params keeps": least(fsdp=["replicate"], fsdp_config={"offload_params": True}),
+    "fsdp asks": least(fsdp=["full_shard", "replicate"]),
     "eval_strategy contradicts": least(eval_strategy="epoch", eval_steps=5, val_set_size=0.1),
     "save_strategy contradicts": least(save_strategy="steps"),
     "eval_steps and": least(save_steps=2.5),
@@ -437,6 +437,9 @@ BROKEN = {
         ({"fsdp_config": {"fsdp_offload_params": True}, "fsdp_version": 2}, "full_shard", True),
         ({"fsdp_config": {"reshard_after_forward": True}}, "full_shard", False),
         ({"fsdp_config": {"reshard_after_forward": False}}, "replicate", False),
+        ({"fsdp_config": {"fsdp_sharding_strategy": "FULL_SHARD"}}, "full_shard", False),
+        ({"fsdp_config": {"fsdp_sharding_strategy": "NO_SHARD"}}, "replicate", False),
+        ({"fsdp_config": {"sharding_strategy": "SHARD_GRAD_OP"}}, "replicate", False),
         ({"fsdp": "auto", "fsdp_config": {"activation_checkpointing": True}}, "auto", False),
     ],
 )

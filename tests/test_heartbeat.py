@@ -1,14 +1,19 @@
 """Ranks that fall silent are noticed and named; ranks that are done, or only slow to begin, are not."""
 
+import signal
 import subprocess
 import sys
+import threading
 import time
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 from conftest import ROOT
 
 from nanoqlora import heartbeat
+from nanoqlora.cli import Failed
+from nanoqlora.distributed import meet
 from nanoqlora.heartbeat import Heartbeat
 
 
@@ -71,6 +76,76 @@ def test_a_store_out_of_reach_ends_a_rank(count_seen_before, store, monkeypatch,
     assert 0.8 < watch_for(5.0, ended) < 3.0
     assert "rank 1 ends: the store on 127.0.0.1, where rank 0 is, cannot be reached for 1 s" in capfd.readouterr().err
     watching.stopped.set()
+
+
+def test_a_launcher_that_was_stopped_is_waited_for_on_one_host(store, monkeypatch, capfd):
+    """Ctrl-Z stops torchrun and its store, not its ranks. When it goes on, nobody has been silent."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    ended: list[int] = []
+    real = dist.TCPStore.add
+    stopped_until = [0.0]
+
+    def add(*args: object) -> int:
+        time.sleep(max(0.0, stopped_until[0] - time.monotonic()))
+        return real(*args)
+
+    monkeypatch.setattr(dist.TCPStore, "add", add)
+    ranks = [Heartbeat(rank, 2, ended.append) for rank in range(2)]
+    assert watch_for(0.5, ended) >= 0.5
+    stopped_until[0] = time.monotonic() + 3
+    assert watch_for(4.0, ended) >= 4.0, capfd.readouterr().err
+    ranks[1].stop(done=False)
+    assert watch_for(5.0, ended) < 3.0, "the watch goes on"
+    ranks[0].stop()
+
+
+BOTH_RANKS = """
+import os, time
+import torch.distributed as dist
+from nanoqlora import heartbeat
+
+heartbeat.PAUSE_S, heartbeat.LIMIT_S = 0.05, 1.0
+server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}
+ranks = [heartbeat.Heartbeat(rank, 2) for rank in range(2)]
+print("begun", flush=True)
+time.sleep(3)
+"""
+
+
+def test_a_process_that_was_stopped_takes_its_own_pause_for_nobodys_silence():
+    with subprocess.Popen([sys.executable, "-c", BOTH_RANKS], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"begun\n"
+        for _ in range(2):
+            time.sleep(0.3)
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(2)
+            process.send_signal(signal.SIGCONT)
+        assert process.wait(timeout=30) == 0
+
+
+def test_ranks_that_never_come_are_named(store):
+    """A host whose processes do not even begin, while torchrun waits there: PyTorch alone would wait for a day."""
+    place = {"host_name": "127.0.0.1", "port": store.port, "is_master": False}
+    ranks = {rank: dist.TCPStore(**place) for rank in (0, 2)}
+    found: dict[int, str] = {}
+
+    def come(rank: int) -> None:
+        try:
+            meet(ranks[rank], rank, 4, timedelta(seconds=1))
+        except Failed as failed:
+            found[rank] = str(failed)
+
+    threads = [threading.Thread(target=come, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rank in ranks:
+        assert found[rank].startswith(f"rank {rank} has waited 1 s for rank 1, 3, which"), found
+    for rank in range(4):
+        store.set(f"here{rank}", "")
+    meet(ranks[0], 0, 4, timedelta(seconds=1))
 
 
 LEAVES_FROM_WITHIN_THE_STORE = """

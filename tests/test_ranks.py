@@ -312,16 +312,24 @@ def test_rank_0_decides_what_is_best_and_when_to_stop(small_run, tmp_path):
     assert steps_of(tmp_path / "out")[-1]["step"] == 4
 
 
-def test_a_full_disk_leaves_the_older_checkpoint(small_run, tmp_path):
-    """The optimizer's state, two numbers for each of the adapter's, is the one file larger than a file may be."""
-    words = (small_run, "--output_dir", tmp_path)
+@pytest.mark.parametrize(
+    ("too_large", "said", "whole"),
+    [
+        ("optimizer.pt", "checkpoint-4 cannot", 2),
+        ("metrics.jsonl", "metrics.jsonl cannot", 2),
+        ("adapter_model.safetensors", "adapter_model.safetensors with its report cannot", 4),
+    ],
+)
+def test_a_full_disk_leaves_the_older_checkpoint(small_run, tmp_path, too_large, said, whole):
+    """After the first checkpoint no file may be as large as this one; the results come after the last."""
+    words = (small_run, "--save_steps", whole, "--output_dir", tmp_path)
     assert on_ranks(1, end_of_run, *words)[0][0] == 0
-    size = (tmp_path / "checkpoint-2" / "optimizer.pt").stat().st_size
-    ((code, _, err),) = on_ranks(1, end_of_run_on_full_disk, size - 1000, small_run, "--output_dir", tmp_path / "full")
-    assert code == 1 and "Traceback" not in err and "checkpoint-4 cannot be written" in err, err
+    room = 50 if too_large == "metrics.jsonl" else (tmp_path / f"checkpoint-{whole}" / too_large).stat().st_size - 1000
+    ((code, _, err),) = on_ranks(1, end_of_run_on_full_disk, room, *words[:-1], tmp_path / "full")
+    assert code == 1 and "Traceback" not in err and said in err and err.count("\nerror: ") == 1, err
     left = {path.name for path in (tmp_path / "full").iterdir()}
-    assert "checkpoint-2 is whole" in err and left == {"checkpoint-2", "metrics.jsonl"}
-    again = (small_run, "--output_dir", tmp_path / "full", "--auto_resume_from_checkpoints", "true")
+    assert f"checkpoint-{whole} is whole" in err and left == {f"checkpoint-{whole}", "metrics.jsonl"}
+    again = (*words[:-1], tmp_path / "full", "--auto_resume_from_checkpoints", "true")
     assert on_ranks(1, end_of_run, *again)[0][0] == 0
     name = "adapter_model.safetensors"
     assert (tmp_path / name).read_bytes() == (tmp_path / "full" / name).read_bytes()
@@ -339,15 +347,21 @@ def differently(case: str, small_run: Path, folder: Path) -> list:
     return ["--base_model", save_tiny_model(folder / "other", seed=1, num_hidden_layers=LAYERS)]
 
 
-@pytest.mark.parametrize("case", ["configuration", "data", "no data", "model files"])
+@pytest.mark.parametrize("case", ["configuration", "no configuration", "data", "no data", "model files"])
 def test_another_input_on_one_rank_stops_all_before_the_first_step(small_run, tmp_path, case):
     same = (small_run, "--output_dir", tmp_path / "out")
-    ended = on_ranks(2, end_of_own_run, [same, (*same, *differently(case, small_run, tmp_path))])
+    other = ["nothing.yml"] if case == "no configuration" else [*same, *differently(case, small_run, tmp_path)]
+    ended = on_ranks(2, end_of_own_run, [same, other])
     assert [code for code, _, _ in ended] == [2, 2]
     message = ended[0][2]
     assert message.startswith("error: rank 1") and message.count("\n") == 1 and not ended[1][2]
-    assert ("nothing.jsonl" if case == "no data" else f"other {case}") in message
+    assert {"no data": "nothing.jsonl", "no configuration": "nothing.yml"}.get(case, f"other {case}") in message
     assert not (tmp_path / "out").exists()
+
+
+def test_help_is_said_once():
+    ended = on_ranks(2, end_of_run, "--help")
+    assert [code for code, _, _ in ended] == [0, 0] and "--micro_batch_size" in ended[0][1] and not ended[1][1]
 
 
 def test_an_adapter_that_one_host_lacks_stops_all(model, small_run, tmp_path):

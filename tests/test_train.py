@@ -390,6 +390,13 @@ def test_ctrl_c_before_the_first_step_is_not_lost(world, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "checkpoint-1").is_dir() and len(steps_of(tmp_path / "out")) == 1
 
 
+@pytest.mark.parametrize("received", [signal.SIGINT, signal.SIGTERM])
+def test_told_to_end_before_the_loop_a_run_ends_with_130(world, tmp_path, monkeypatch, received):
+    monkeypatch.setattr(train, "prepare_model", lambda *_: os.kill(os.getpid(), received))
+    ended = run_here(train.main, write_run(tmp_path / "train.yml", world.model, world.data))
+    assert ended.code == 130 and not ended.err and not (tmp_path / "out").exists()
+
+
 def resumed(interrupted: tuple[Ended, Path], folder: Path, *words: str) -> Ended:
     """Go on in a copy of the interrupted run's folder; the log as if a kill had come after one more step."""
     shutil.copytree(interrupted[1], folder, dirs_exist_ok=True)
@@ -438,17 +445,26 @@ def test_auto_resume_begins_where_there_is_nothing(world, uninterrupted, tmp_pat
     assert len(steps_of(tmp_path / "out")) == 2
 
 
-@pytest.mark.parametrize("change", [["--seed", "1"], ["--micro_batch_size", "3"], ["data"], ["--lora_r", "8"]])
+@pytest.mark.parametrize(
+    "change",
+    [["--seed", "1"], ["--micro_batch_size", "3"], ["data"], ["--lora_r", "8"], ["--max_steps", "70"], ["base"]],
+)
 def test_resume_with_another_run_is_refused(world, interrupted, tmp_path, change):
-    """Other data, seed or batches would train on the wrong samples; another rank has no such tensors."""
+    """Other data, seed or batches would train on the wrong samples; another rank has no such tensors.
+
+    With another number of steps the learning rate would have been another; over another base it is another update.
+    """
     words = ["--auto_resume_from_checkpoints", "true", *change]
     if change == ["data"]:
         other = write_rows(tmp_path / "other.jsonl", [*alpaca_rows(10), alpaca_rows(11)[10] | {"output": "Arr."}])
         words[2:] = ["--datasets", json.dumps([{"path": str(other), "type": "alpaca"}])]
+    if change == ["base"]:
+        words[2:] = ["--base_model", str(save_tiny_model(tmp_path / "other", seed=9))]
     shutil.copytree(interrupted[1], tmp_path / "out")
     before = snapshot(tmp_path)
     ended = run_here(train.main, interrupted[1].parent / "train.yml", "--output_dir", tmp_path / "out", *words)
     assert ended.code == 2 and ended.err.startswith("error: ") and "checkpoint-" in ended.err
+    assert {"--max_steps": "80 steps, this one 70", "base": "other weights"}.get(change[0], "") in ended.err
     assert snapshot(tmp_path) == before
 
 
@@ -514,6 +530,36 @@ def test_auto_resume_goes_on_from_the_last_run_not_from_the_furthest(world, unin
         folder = shutil.copytree(uninterrupted / "checkpoint-80", tmp_path / "out" / f"checkpoint-{step}")
         (folder / "trainer_state.json").write_text(json.dumps(state | {"step": step, "began": state["began"] + 60}))
     assert find_checkpoint(resumed, data.samples, data.plan)[0].name == "checkpoint-2"
+
+
+def test_a_run_that_began_anew_never_goes_on_from_an_earlier_one(world, uninterrupted, tmp_path, monkeypatch):
+    """It dies before its first checkpoint, in a folder with those of a run with another learning rate."""
+    shutil.copytree(uninterrupted, tmp_path / "out")
+    path = write_run(tmp_path / "train.yml", world.model, world.data, **LONG | {"learning_rate": 1e-4})
+    resumed = load_config([str(path), "--auto_resume_from_checkpoints", "true"])
+    data = train.read_inputs(resumed, 0, 1)[1]
+    assert find_checkpoint(resumed, data.samples, data.plan)[0].name == "checkpoint-80"
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "loop", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        patched.setattr(os, "kill", lambda *_: sys.exit(9))
+        assert run_here(train.main, path).code == 9
+    assert find_checkpoint(resumed, data.samples, data.plan) is None
+    named = load_config([str(path), "--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-80")])
+    assert find_checkpoint(named, data.samples, data.plan)[1]["step"] == 80, "whoever names one gets it"
+
+
+def test_what_a_killed_process_left_half_written_is_removed(world, interrupted, tmp_path):
+    """And a checkpoint that was about to be replaced has its name again."""
+    out, last = tmp_path / "out", steps_of(interrupted[1])[-1]["step"]
+    shutil.copytree(interrupted[1], out)
+    (out / f"checkpoint-{last}").rename(out / f".checkpoint-{last}.old.tmp")
+    shutil.copytree(interrupted[1] / f"checkpoint-{last}", out / f".checkpoint-{last}.x1_b2c3d.tmp")
+    (out / ".metrics.jsonl.abcdefgh.tmp").write_text("half")
+    (out / ".mine.tmp").write_text("of somebody else")
+    words = ["--output_dir", out, "--auto_resume_from_checkpoints", "true"]
+    assert run_here(train.main, interrupted[1].parent / "train.yml", *words).code == 0
+    assert [path.name for path in out.glob(".*")] == [".mine.tmp"]
+    assert [row["step"] for row in steps_of(out)] == list(range(1, 81))
 
 
 # ------------------------------------------------------------------------------------------------ data of a run

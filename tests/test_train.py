@@ -393,7 +393,9 @@ def test_ctrl_c_before_the_first_step_is_not_lost(world, tmp_path, monkeypatch):
 @pytest.mark.parametrize("received", [signal.SIGINT, signal.SIGTERM])
 def test_told_to_end_before_the_loop_a_run_ends_with_130(world, tmp_path, monkeypatch, received):
     monkeypatch.setattr(train, "prepare_model", lambda *_: os.kill(os.getpid(), received))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     ended = run_here(train.main, write_run(tmp_path / "train.yml", world.model, world.data))
+    signal.signal(signal.SIGINT, before)
     assert ended.code == 130 and not ended.err and not (tmp_path / "out").exists()
 
 

@@ -17,12 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import train
-from nanoqlora import distributed
-from nanoqlora.checkpoint import open_model
+from nanoqlora import distributed, evaluate
+from nanoqlora.checkpoint import load_model, open_model
 from nanoqlora.cli import UserError, run_command
+from nanoqlora.data import Sample
 from nanoqlora.fused import fuse_blocks
 from nanoqlora.ops import Segments
 from nanoqlora.plan import held_bytes
@@ -128,6 +130,22 @@ def spread_gradient(
     store.attach(model)
     flat = gradient(model, torch.distributed.get_rank(), torch.distributed.get_world_size())
     return flat, len(gathered), sum(gathered)
+
+
+SAMPLES = [Sample(np.arange(1, n + 1) * 7 % 300, np.arange(n) >= n // 3) for n in (9, 30, 4, 17, 25, 12, 40)]
+
+
+def share_of_evaluation(path: Path, capacity: int) -> tuple[float, list[int]]:
+    """The loss over SAMPLES, and the numbers of those that this rank has scored for it."""
+    rank, ranks, _ = distributed.start()
+    scored, whole = [], evaluate.score_rows
+
+    def score_rows(model: Any, samples: Any, rows: list[list[int]]) -> dict:
+        scored.extend(i for row in rows for i in row)
+        return whole(model, samples, rows)
+
+    evaluate.score_rows = score_rows
+    return evaluate.loss_over_ranks(load_model(path), SAMPLES, capacity, rank, ranks), scored
 
 
 def what_is_there(file: Path) -> bool:

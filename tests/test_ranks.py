@@ -11,6 +11,7 @@ import pytest
 import torch
 from ranks import (
     LAYERS,
+    SAMPLES,
     brought_blocks,
     end_of_own_run,
     end_of_run,
@@ -21,6 +22,7 @@ from ranks import (
     end_of_run_without_adapter,
     gradient,
     on_ranks,
+    share_of_evaluation,
     spread_gradient,
     what_is_there,
 )
@@ -31,6 +33,7 @@ import bench
 import nanoqlora as nq
 import train
 from nanoqlora.checkpoint import load_model, open_model
+from nanoqlora.evaluate import mean_loss, score_samples
 from nanoqlora.plan import base_bytes, choose_sharding, free_host_bytes, held_bytes, keeps_for, step_bytes
 from nanoqlora.qlora import ALL_LINEAR, inject_lora
 from nanoqlora.sharding import frozen_tensors
@@ -380,6 +383,16 @@ def test_all_ranks_begin_with_the_values_of_rank_0(small_run, tmp_path):
         assert all(code == 0 for code, _, _ in ended), ended[0][2]
     file = "adapter_model.safetensors"
     assert (tmp_path / "same" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
+
+
+def test_ranks_share_an_evaluation(model):
+    """Four packed rows on three ranks: those with one row less score the first once more, for nothing."""
+    ended = on_ranks(3, share_of_evaluation, model, 40)
+    assert sorted(len(scored) for _, scored in ended) == [3, 3, 3]
+    longest = max(range(len(SAMPLES)), key=lambda i: len(SAMPLES[i]))
+    assert sorted(i for _, scored in ended for i in scored) == sorted([*range(len(SAMPLES)), longest, longest])
+    scores = score_samples(load_model(model), SAMPLES)
+    assert [loss for loss, _ in ended] == pytest.approx([mean_loss(scores)] * 3, rel=1e-6)
 
 
 def test_what_one_process_of_a_host_has_prepared_the_others_find(tmp_path):

@@ -1,6 +1,6 @@
 """Ranks as processes on this machine, and what the tests have them do.
 
-They are forked from a server that has imported torch, so this file imports nothing that is slow besides.
+On a CPU they are forked from a server that has imported torch, so this file imports nothing that is slow besides.
 """
 
 import contextlib
@@ -33,7 +33,8 @@ from nanoqlora.sharding import fill_over_ranks, frozen_tensors
 
 LAYERS = 5  # more than the two slots, and no multiple of 2 or 3 ranks
 
-CONTEXT = multiprocessing.get_context("forkserver")
+# What has touched a GPU, as imports here do, cannot be forked.
+CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "bitsandbytes", "safetensors.torch", "matplotlib.pyplot"])
 
 
@@ -73,22 +74,23 @@ def on_ranks(ranks: int, work: Callable, *arguments: Any) -> list[Any]:
 
 def load_spread(path: Path, load_in_4bit: bool, offload: int = 0) -> tuple[Any, Any]:
     rank, ranks, device = distributed.start()
-    model, fill = open_model(path, load_in_4bit=load_in_4bit, dtype=torch.float32)
+    model, fill = open_model(path, load_in_4bit=load_in_4bit, dtype=torch.float32, device=device)
     options = {"sharding": "full_shard", "rank": rank, "ranks": ranks, "device": device, "offload": offload}
     return model, fill_over_ranks(model, fill, **options)
 
 
-def brought_blocks(path: Path, load_in_4bit: bool) -> dict[str, Any]:
+def brought_blocks(path: Path, load_in_4bit: bool, offload: int = 0) -> dict[str, Any]:
     """Every block as it stands in its slot, asked for in the order of a step, twice, and out of order."""
-    model, store = load_spread(path, load_in_4bit)
+    model, store = load_spread(path, load_in_4bit, offload)
     there_and_back = [*range(LAYERS), *reversed(range(LAYERS))]
     seen = []
     for i in there_and_back * 2 + [3, 0, 4, 1]:
         store.bring(i)
         blocks = frozen_tensors(model.model.layers[i])
         seen.append((i, [tensor.detach().clone() for _, _, tensor, _ in blocks]))
+    seen = [(i, [tensor.cpu() for tensor in tensors]) for i, tensors in seen]
     parts = [store.part(i).nbytes for i in range(LAYERS)]
-    rest = {name: p.detach() for name, p in model.named_parameters() if not name.endswith("_proj.weight")}
+    rest = {name: p.detach().cpu() for name, p in model.named_parameters() if not name.endswith("_proj.weight")}
     return {"seen": seen, "parts": parts, "held": held_bytes(model), "rest": rest}
 
 

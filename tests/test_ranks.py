@@ -66,6 +66,22 @@ def test_gathered_blocks_are_those_of_one_process_bit_for_bit(model, load_in_4bi
         assert all(size / 3 <= part < size / 3 + 28 * 256 for part, size in zip(rank["parts"], sizes, strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", [0, 2])
+def test_gpus_gather_blocks_bit_for_bit(tmp_path, offload):
+    """With their copy engines, where NVLink joins them; also where parts wait in host memory."""
+    ranks = torch.cuda.device_count()
+    if ranks < 2:
+        pytest.skip("needs two CUDA devices: NCCL takes no two ranks on one")
+    wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 4}
+    path = save_tiny_model(tmp_path / "model", num_hidden_layers=LAYERS, **wide | {"head_dim": 64})
+    whole = load_model(path, load_in_4bit=True, device=torch.device("cuda"))
+    expected = [[tensor.cpu() for _, _, tensor, _ in frozen_tensors(block)] for block in whole.model.layers]
+    for rank in on_ranks(ranks, brought_blocks, path, True, offload):
+        for i, tensors in rank["seen"]:
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(tensors, expected[i], strict=True)), i
+
+
 @pytest.mark.parametrize(
     "load_in_4bit, targets, keep",
     [

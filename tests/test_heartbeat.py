@@ -109,7 +109,8 @@ server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}
 ranks = [heartbeat.Heartbeat(rank, 2) for rank in range(2)]
 print("begun", flush=True)
-time.sleep(3)
+for _ in range(60):  # 3 s of its own time
+    time.sleep(0.05)
 """
 
 

@@ -292,7 +292,7 @@ def find_checkpoint(config: Config, samples: Samples, plan: Plan) -> tuple[Path,
     if path is None and config.auto_resume_from_checkpoints:
         began = Path(config.output_dir) / BEGAN
         since = float(began.read_text()) if began.exists() else 0.0
-        path = ([None, *checkpoints(Path(config.output_dir), since)])[-1]
+        path = [None, *checkpoints(Path(config.output_dir), since)][-1]
     if path is None:
         return None
     if not path.is_dir():

@@ -47,7 +47,7 @@ def start() -> tuple[int, int, torch.device]:
         store = dist.TCPStore(**place, is_master=rank == 0 and not by_agent, wait_for_workers=False)
         # After a restart the addresses of those that are gone are still in it: each attempt has names of its own.
         store = dist.PrefixStore(f"attempt{attempt}", store)
-        meet(store, rank, ranks)
+        meet(store, rank, ranks, MEETING_LIMIT)
         meeting = {"store": store, "rank": rank, "world_size": ranks}
         meeting["timeout"] = timedelta(days=1)  # one rank may tokenise for hours; who is gone, the heartbeat notices
         if device.type == "cuda":  # with the device it is set up now, not at first use
@@ -60,7 +60,7 @@ def start() -> tuple[int, int, torch.device]:
     return int(os.environ.get("RANK", "0")), ranks, device
 
 
-def meet(store: dist.Store, rank: int, ranks: int, limit: timedelta = MEETING_LIMIT) -> None:
+def meet(store: dist.Store, rank: int, ranks: int, limit: timedelta) -> None:
     """Return when all ranks are here.
 
     Raises:

@@ -23,7 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +279,10 @@ def _encode_files(files: list[DataFile], encoding: Encoding) -> Iterator[Encoded
                 "a process that tokenised data was ended from outside, most likely for want of memory. Free some, or "
                 "split the longest rows."
             ) from error
+        except KeyboardInterrupt:  # Ctrl-C, SIGTERM: what is under way is not waited for
+            for worker in active_children():
+                worker.kill()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 import train
 from nanoqlora import distributed, evaluate
 from nanoqlora.checkpoint import load_model, open_model
-from nanoqlora.cli import UserError, run_command
+from nanoqlora.cli import Failed, UserError, run_command
 from nanoqlora.data import Sample
 from nanoqlora.fused import fuse_blocks
 from nanoqlora.ops import Segments
@@ -148,6 +149,17 @@ def share_of_evaluation(path: Path, capacity: int) -> tuple[float, list[int]]:
 
     evaluate.score_rows = score_rows
     return evaluate.loss_over_ranks(load_model(path), SAMPLES, capacity, rank, ranks), scored
+
+
+def wait_for_the_others() -> str:
+    """What the first rank says of those that never come."""
+    distributed.MEETING_LIMIT = timedelta(seconds=1)
+    try:
+        if os.environ["RANK"] == "0":
+            distributed.start()
+        return ""
+    except Failed as failed:
+        return str(failed)
 
 
 def what_is_there(file: Path) -> bool:

@@ -3,17 +3,13 @@
 import signal
 import subprocess
 import sys
-import threading
 import time
-from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 from conftest import ROOT
 
 from nanoqlora import heartbeat
-from nanoqlora.cli import Failed
-from nanoqlora.distributed import meet
 from nanoqlora.heartbeat import Heartbeat
 
 
@@ -99,6 +95,21 @@ def test_a_launcher_that_was_stopped_is_waited_for_on_one_host(store, monkeypatc
     ranks[0].stop()
 
 
+def test_a_launcher_that_was_killed_ends_the_ranks_of_its_host(store, monkeypatch, capfd):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    ended: list[int] = []
+    rank = Heartbeat(0, 1, ended.append)
+    assert watch_for(0.5, ended) >= 0.5
+
+    def add(*_: object) -> int:
+        raise dist.DistNetworkError("Connection reset by peer")
+
+    monkeypatch.setattr(dist.TCPStore, "add", add)
+    assert 0.8 < watch_for(5.0, ended) < 3.0
+    assert "the store on 127.0.0.1, where rank 0 is, cannot be reached for 1 s" in capfd.readouterr().err
+    rank.stop(done=False)
+
+
 BOTH_RANKS = """
 import os, time
 import torch.distributed as dist
@@ -123,30 +134,6 @@ def test_a_process_that_was_stopped_takes_its_own_pause_for_nobodys_silence():
             time.sleep(2)
             process.send_signal(signal.SIGCONT)
         assert process.wait(timeout=30) == 0
-
-
-def test_ranks_that_never_come_are_named(store):
-    """A host whose processes do not even begin, while torchrun waits there: PyTorch alone would wait for a day."""
-    place = {"host_name": "127.0.0.1", "port": store.port, "is_master": False}
-    ranks = {rank: dist.TCPStore(**place) for rank in (0, 2)}
-    found: dict[int, str] = {}
-
-    def come(rank: int) -> None:
-        try:
-            meet(ranks[rank], rank, 4, timedelta(seconds=1))
-        except Failed as failed:
-            found[rank] = str(failed)
-
-    threads = [threading.Thread(target=come, args=(rank,)) for rank in ranks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for rank in ranks:
-        assert found[rank].startswith(f"rank {rank} has waited 1 s for rank 1, 3, which"), found
-    for rank in range(4):
-        store.set(f"here{rank}", "")
-    meet(ranks[0], 0, 4, timedelta(seconds=1))
 
 
 LEAVES_FROM_WITHIN_THE_STORE = """

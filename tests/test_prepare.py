@@ -170,7 +170,7 @@ def test_processes_end_with_the_one_that_started_them(many, monkeypatch, number)
     monkeypatch.setattr(prepare, "encode_block", never_done)
 
     def read() -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run inside this process may have left its own
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as `run_command` does
         read_samples(find_files(many), Encoding(COMPLETION, BYTES, 100))
 
     first = context.Process(target=read)
@@ -190,6 +190,18 @@ def test_processes_end_with_the_one_that_started_them(many, monkeypatch, number)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert len(workers) == 2 and not left
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_that_is_ended_from_outside_is_told(many, monkeypatch, number):
+    """By the system, for want of memory, or by hand; in a command, where SIGTERM is as Ctrl-C for the first process."""
+    monkeypatch.setattr(prepare, "encode_block", lambda *_: os.kill(os.getpid(), number))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(UserError, match="a process that tokenised data was ended from outside"):
+            read_samples(find_files(many), Encoding(COMPLETION, BYTES, 100))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # ------------------------------------------------------------------------------------------------ kept in a folder

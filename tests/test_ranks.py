@@ -24,6 +24,7 @@ from ranks import (
     on_ranks,
     share_of_evaluation,
     spread_gradient,
+    wait_for_the_others,
     what_is_there,
 )
 from safetensors.torch import load_file, save_file
@@ -376,6 +377,12 @@ def test_another_input_on_one_rank_stops_all_before_the_first_step(small_run, tm
     assert message.startswith("error: rank 1") and message.count("\n") == 1 and not ended[1][2]
     assert {"no data": "nothing.jsonl", "no configuration": "nothing.yml"}.get(case, f"other {case}") in message
     assert not (tmp_path / "out").exists()
+
+
+def test_ranks_that_never_come_are_named():
+    """A host whose processes do not even begin, while torchrun waits there: PyTorch alone would wait for a day."""
+    said, *_ = on_ranks(3, wait_for_the_others)
+    assert said.startswith("rank 0 has waited 1 s for rank 1, 2, which has not begun"), said
 
 
 def test_help_is_said_once():

@@ -550,7 +550,7 @@ def test_a_run_that_began_anew_never_goes_on_from_an_earlier_one(world, uninterr
     assert find_checkpoint(named, data.samples, data.plan)[1]["step"] == 80, "whoever names one gets it"
 
 
-def test_what_a_killed_process_left_half_written_is_removed(world, interrupted, tmp_path):
+def test_what_a_killed_process_left_half_written_is_removed(world, interrupted, tmp_path, monkeypatch):
     """And a checkpoint that was about to be replaced has its name again."""
     out, last = tmp_path / "out", steps_of(interrupted[1])[-1]["step"]
     shutil.copytree(interrupted[1], out)
@@ -558,9 +558,11 @@ def test_what_a_killed_process_left_half_written_is_removed(world, interrupted, 
     shutil.copytree(interrupted[1] / f"checkpoint-{last}", out / f".checkpoint-{last}.x1_b2c3d.tmp")
     (out / ".metrics.jsonl.abcdefgh.tmp").write_text("half")
     (out / ".mine.tmp").write_text("of somebody else")
+    starts, loop = [], train.loop
+    monkeypatch.setattr(train, "loop", lambda run, start, *rest: starts.append(start) or loop(run, start, *rest))
     words = ["--output_dir", out, "--auto_resume_from_checkpoints", "true"]
     assert run_here(train.main, interrupted[1].parent / "train.yml", *words).code == 0
-    assert [path.name for path in out.glob(".*")] == [".mine.tmp"]
+    assert [path.name for path in out.glob(".*")] == [".mine.tmp"] and starts == [last]
     assert [row["step"] for row in steps_of(out)] == list(range(1, 81))
 
 

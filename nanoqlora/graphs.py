@@ -12,6 +12,7 @@ the longest length are launch parameters, so each is rounded up to a power of tw
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import stats
@@ -22,10 +23,16 @@ from .qlora import lora_layers
 
 
 def can_record(model: Llama) -> bool:
-    """Whether every block is one that a graph can hold: on a GPU, with all that it keeps there."""
-    blocks = model.model.layers
-    on_gpu = model.model.norm.weight.is_cuda
-    return on_gpu and all(isinstance(b, FusedBlock) and b.keep not in ON_HOST and not b.is_spread for b in blocks)
+    """Whether every block is one that a graph can hold: on a GPU, with all that it keeps there, in 16 bits.
+
+    In float32 no kernel takes several documents, and attention builds a mask anew for every batch.
+    """
+    blocks, weight = model.model.layers, model.model.norm.weight
+    return (
+        weight.is_cuda
+        and weight.itemsize == 2
+        and all(isinstance(b, FusedBlock) and b.keep not in ON_HOST and not b.is_spread for b in blocks)
+    )
 
 
 class RecordedSegments:
@@ -77,10 +84,8 @@ class Recording:
 
         # One stream for all that is recorded: cuBLAS has 32 MiB of its own for each stream and thread.
         self.stream = side = first.stream if first else torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # one block compiles, loads and allocates what all of them share
-            self.run(1).backward(self.dy)
-        torch.cuda.current_stream().wait_stream(side)
+        if first is None:
+            self.warm_up(segments)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
@@ -90,7 +95,7 @@ class Recording:
         # NCCL's watchdog looks at the GPU too while we record.
         options = {"pool": self.pool, "stream": side, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(self.forward, **options):
-            y = self.run()
+            y = self.run(self.segments)
             self.y.copy_(y.detach())
         held = torch.cuda.memory_stats()["active_bytes.all.current"] - before
         with torch.cuda.graph(self.backward, **options):
@@ -101,11 +106,24 @@ class Recording:
         for layer in self.layers:
             layer.row_seeds = current
 
-    def run(self, blocks: int | None = None) -> Tensor:
+    def warm_up(self, segments: Segments) -> None:
+        """Have one block compile, load and allocate what all blocks share, for both kernels of attention.
+
+        Only before the first recording: a block that runs by itself later would need memory beside that of the graphs.
+        """
+        B, T = self.x.shape[:2]
+        other = Segments(((1, T - 1),) * B) if segments.one_each else Segments.one_per_row(B, T)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for kind in (self.segments, RecordedSegments(other, T, self.x.device)):
+                self.run(kind, blocks=1).backward(self.dy)
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def run(self, segments: RecordedSegments, blocks: int | None = None) -> Tensor:
         """The last norm's result, after all blocks or so many of them."""
         h = self.x
         for block in self.model.model.layers[:blocks]:
-            h = block(h, self.rope, self.segments, None)
+            h = block(h, self.rope, segments, None)
         return self.model.model.norm(h)
 
 
@@ -128,7 +146,9 @@ class Replay(torch.autograd.Function):
 class GraphedBody:
     """As `model.model(tokens, segments)` in training, from graphs recorded at the first batch of each kind.
 
-    Only batches of the first batch's shape are recorded; others, the last of an epoch say, take the plain way.
+    A batch with fewer rows than the first, such as the last of an epoch, runs in the same graphs: rows of zeros fill it
+    up, and their results are dropped. Launched kernel by kernel, its activations would need memory of their own beside
+    that of the graphs, which is kept for good. Its gradients of zero change nothing.
     """
 
     def __init__(self, model: Llama) -> None:
@@ -137,10 +157,13 @@ class GraphedBody:
 
     def __call__(self, tokens: Tensor, segments: Segments) -> Tensor:
         self.shape = self.shape or tokens.shape
-        if tokens.shape != self.shape:
-            return self.model.model(tokens, segments)
+        count, (B, T) = len(tokens), self.shape
+        if tokens.shape[1] != T or count > B:
+            raise ValueError(f"graphs of {B} rows of {T} tokens cannot run {count} rows of {tokens.shape[1]}")
         body = self.model.model
-        x, rope = body.embed_tokens(tokens), body.rope(segments.positions.to(tokens.device))
+        x = F.pad(body.embed_tokens(tokens), (0, 0, 0, 0, 0, B - count))
+        segments = with_empty_rows(segments, B - count)
+        rope = body.rope(segments.positions.to(tokens.device))
         kind = segments.one_each or (power_of_two(len(segments.documents)), power_of_two(segments.longest))
         if kind not in self.recordings:
             first = next(iter(self.recordings.values()), None)
@@ -151,9 +174,17 @@ class GraphedBody:
             ours.copy_(given)
         seeds = recording.layers[0].row_seeds
         if seeds is not None:
-            recording.seeds.copy_(seeds)
+            recording.seeds[:count].copy_(seeds)
         recording.segments.set(segments)
-        return Replay.apply(recording.x.detach().requires_grad_(), recording)
+        return Replay.apply(recording.x.detach().requires_grad_(), recording)[:count]
+
+
+def with_empty_rows(segments: Segments, count: int) -> Segments:
+    """The same with `count` rows of padding below, whose documents are as long as this kind of graph allows."""
+    T = sum(segments.lengths[0])
+    longest = T if segments.one_each else min(T, power_of_two(segments.longest))
+    row = (longest,) * (T // longest) + ((T % longest,) if T % longest else ())
+    return Segments(segments.lengths + (row,) * count)
 
 
 def power_of_two(n: int) -> int:

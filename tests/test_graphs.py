@@ -5,7 +5,7 @@ import torch
 from test_fused import build, fuse
 from tiny import save_random_llama
 
-from nanoqlora.graphs import GraphedBody, can_record
+from nanoqlora.graphs import GraphedBody, can_record, power_of_two, with_empty_rows
 from nanoqlora.ops import Segments, loss_fast
 from nanoqlora.qlora import lora_layers, set_dropout_rows
 
@@ -26,11 +26,14 @@ def test_replayed_equals_launched(tmp_path, keep, dropout, fold):
     assert can_record(models[1])
     bodies = models[0].model, GraphedBody(models[1])
     for i, lengths in enumerate(batches):
-        tokens = torch.randint(300, (len(lengths), 64), generator=torch.Generator().manual_seed(i)).cuda()
+        count = len(lengths)
+        tokens = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(i)).cuda()
+        filled = with_empty_rows(Segments(lengths), 2 - count)  # the last batch has a row less than the first
         results = []
-        for model, body in zip(models, bodies, strict=True):
-            set_dropout_rows(model, torch.arange(len(lengths), device="cuda") + 7 * i)
-            y = body(tokens, Segments(lengths))
+        for is_graphed, (model, body) in enumerate(zip(models, bodies, strict=True)):
+            rows, segments = (count, Segments(lengths)) if is_graphed else (2, filled)
+            set_dropout_rows(model, torch.arange(rows, device="cuda") + 7 * i)
+            y = body(tokens[:rows], segments)[:count]
             (y.float() * torch.linspace(-1, 1, y.shape[-1], device="cuda")).sum().backward()
             results.append([y.detach().clone(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
         for ours, theirs in zip(*reversed(results), strict=True):
@@ -38,10 +41,40 @@ def test_replayed_equals_launched(tmp_path, keep, dropout, fold):
     assert len(bodies[1].recordings) == 3 and all(layer.lora_A.grad.any() for layer in lora_layers(models[1]).values())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_batches_that_come_later_need_no_more_memory(tmp_path):
+    """Fewer rows, other documents, each kind of attention for the first time: no peak above the first batch's."""
+    save_random_llama(tmp_path)
+    model = build(tmp_path, torch.bfloat16, 0.0)
+    fuse(model, "all")
+    body, T, peaks = GraphedBody(model), 4096, []
+    for lengths in (((T,),) * 4, ((T,),) * 2, ((1000, 2000, T - 3000),) * 4, ((100,) * 40 + (96,),), ((1, T - 1),) * 3):
+        tokens = torch.randint(300, (len(lengths), T), generator=torch.Generator().manual_seed(1)).cuda()
+        body(tokens, Segments(lengths)).float().sum().backward()
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_reserved())
+    assert max(peaks) - peaks[0] <= 2 << 21, (
+        f"reserved bytes after each batch: {peaks}"
+    )  # two of the allocator's pieces
+
+
+@pytest.mark.parametrize("lengths", [((64,),), ((40, 24), (10, 54)), ((5, 5, 54),), ((1,) * 64,), ((33, 31),)], ids=str)
+def test_empty_rows_are_of_the_same_kind(lengths):
+    """A recording is chosen by its longest document, rounded up, and by whether each row is one document."""
+    given, filled = Segments(lengths), with_empty_rows(Segments(lengths), 3)
+    assert filled.lengths[: len(lengths)] == lengths and len(filled.lengths) == len(lengths) + 3
+    assert {sum(row) for row in filled.lengths} == {64} and all(min(row) > 0 for row in filled.lengths)
+    assert power_of_two(filled.longest) == power_of_two(given.longest) and filled.one_each == given.one_each
+
+
 def test_a_cpu_records_nothing(tmp_path):
     save_random_llama(tmp_path)
     model = build(tmp_path, torch.float32, 0.0)
     assert not can_record(model), "plain blocks"
+    fuse(model)
+    assert not can_record(model), "float32: no kernel takes several documents"
+    model = build(tmp_path, torch.bfloat16, 0.0)
     fuse(model)
     assert can_record(model) == CUDA
 

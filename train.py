@@ -312,6 +312,8 @@ def train(config: Config, options: dict[str, Any], rank: int, ranks: int, device
     tokenizer, data = read_inputs(config, rank, ranks)
     for path, reading in data.readings.items():
         say(f"{path}: {reading.describe(config.sequence_len, config.excess_length_strategy)}")
+        for line in reading.describe_notes():
+            say(f"{path}: {line}")
 
     dtype = distributed.compute_dtype(config.bf16, device)
     try:

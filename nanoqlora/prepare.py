@@ -17,7 +17,7 @@ import json
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -80,13 +80,21 @@ class Counts:
     rows: int = 0
     longest: int = 0  # tokens of the longest
     too_long: Places = field(default_factory=Places)  # longer than sequence_len: dropped or cut
-    unsupervised: Places = field(default_factory=Places)  # without a token that counts: dropped
+    unsupervised: Places = field(default_factory=Places)  # without a supervised token: dropped
+    notes: dict[str, Places] = field(default_factory=dict)  # of `encode_row`: what was noted -> the rows it is true of
+
+    def note(self, texts: Iterable[str], where: str) -> None:
+        """Count what was noted of the row that stands there."""
+        for text in texts:
+            self.notes.setdefault(text, Places()).add(where)
 
     def extend(self, others: "Counts") -> None:
         self.rows += others.rows
         self.longest = max(self.longest, others.longest)
         self.too_long.extend(others.too_long)
         self.unsupervised.extend(others.unsupervised)
+        for text, places in others.notes.items():
+            self.notes.setdefault(text, Places()).extend(places)
 
 
 @dataclass(kw_only=True)
@@ -96,8 +104,12 @@ class Reading(Counts):
     samples: Samples
     files: dict[str, str] = field(default_factory=dict)  # path -> SHA-256 of its contents, where they were prepared
 
+    def describe_notes(self) -> list[str]:
+        """A line for each thing that was noted of rows, with their number and the first of them."""
+        return [f"{len(places)} rows: {text} (first: {places.first[0]})" for text, places in self.notes.items()]
+
     def describe(self, sequence_len: int, strategy: str) -> str:
-        """One line that says all of it."""
+        """One line on the samples, and on the rows that are too long or without anything to learn."""
         tokens, targets = int(self.samples.lengths.sum()), int(self.samples.num_targets.sum())
         text = f"{len(self.samples)} samples, {tokens} tokens, {targets / max(tokens, 1):.0%} of them supervised"
         if self.too_long:
@@ -148,6 +160,7 @@ def prepare_samples(files: list[DataFile], encoding: Encoding, folder: Path) -> 
     fingerprint = facts.pop("fingerprint")
     for name in ("too_long", "unsupervised"):
         facts[name] = Places(**facts[name])
+    facts["notes"] = {text: Places(**places) for text, places in facts["notes"].items()}
     lengths, num_targets = np.load(prepared / "samples.npy")
     words = np.memmap(prepared / "words.bin", np.uint32, "r")
     return Reading(**facts, samples=Samples.of(words, lengths, num_targets, fingerprint), files=hashes)
@@ -221,10 +234,12 @@ def encode_block(block: Block, encoding: Encoding) -> Encoded:
     for where, row in block.rows():
         try:
             prompt_format = encoding.prompt_format or detect_format(row)
-            ids, mask = prompt_format.encode_row(encoding.tokenizer, row)
+            notes: list[str] = []
+            ids, mask = prompt_format.encode_row(encoding.tokenizer, row, notes.append)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         counts.rows += 1
+        counts.note(notes, where)
         counts.longest = max(counts.longest, len(ids))
         pieces = range(0, len(ids), limit)
         if len(ids) > limit and prompt_format.type != "completion":

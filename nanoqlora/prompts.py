@@ -20,6 +20,7 @@ Read next: messages.py, masks.py; prepare.py, which has all rows of a run encode
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,9 +207,14 @@ class PromptFormat:
 
     # Training
 
-    def encode_row(self, tok: Tokenizer, row: dict[str, Any]) -> tuple[list[int], list[bool]]:
+    def encode_row(
+        self, tok: Tokenizer, row: dict[str, Any], note: Callable[[str], object] = lambda _: None
+    ) -> tuple[list[int], list[bool]]:
         """Tokens of a row of data, and for each whether the model shall learn to write it.
 
+        Args:
+            note: called with everything that the user should know of this row. Rows with the same text are counted
+                together and reported in one line ("12 rows: TEXT (first: a.jsonl, line 3)"), so it holds no values.
         Raises:
             UserError: the row is not of this format. It does not say which row: the caller knows the file and the line.
         """

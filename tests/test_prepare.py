@@ -204,6 +204,27 @@ def test_a_process_that_is_ended_from_outside_is_told(many, monkeypatch, number)
         signal.signal(signal.SIGTERM, before)
 
 
+def test_what_is_noted_of_rows_is_counted_over_processes_and_kept(many, monkeypatch):
+    """A note for every 10,000th row, and another for two of them; the same from the folder that keeps the samples."""
+    encode_row = PromptFormat.encode_row
+
+    def encode(self, tok, row, note=lambda _: None):
+        number = int(row["text"].split()[0])
+        for text in ("round numbers", "large ones")[: (number % 10_000 == 0) + (number == 20_000)]:
+            note(text)
+        return encode_row(self, tok, row, note)
+
+    monkeypatch.setattr(PromptFormat, "encode_row", encode)
+    encoding = Encoding(COMPLETION, BYTES, 100)
+    expected = [
+        f"3 rows: round numbers (first: {many}, line 1)",
+        f"1 rows: large ones (first: {many}, line 20001)",
+    ]
+    assert read_samples(find_files(many), encoding).describe_notes() == expected
+    for _ in range(2):
+        assert prepare_samples(find_files(many), encoding, many.parent / "kept").describe_notes() == expected
+
+
 # ------------------------------------------------------------------------------------------------ kept in a folder
 
 

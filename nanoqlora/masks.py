@@ -87,30 +87,34 @@ def encode_chat(
     render: Callable[[Messages, bool], str],
     messages: Messages,
     mark: str,
-    roles_to_train: Sequence[str],
+    trained: Sequence[bool],
     train_on_eos: str,
+    check: Callable[[str, dict[int, tuple[int, int]]], None],
 ) -> tuple[list[int], list[bool]]:
     """The tokens of a conversation, and for each whether it counts.
 
     Args:
         render: the chat template, from messages and whether to add the header of an answer.
         messages: guarded by `mark`, so that what they say becomes no special token.
-        roles_to_train: whose turns count; at least one message is theirs.
+        trained: for each message, whether it shall be learnt.
         train_on_eos: one of `ENDS`.
+        check: called with the text and, for the turns that were looked for, the characters from where one begins to
+            where it ends.
     Raises:
         UserError: the template hides where an answer begins, or puts no token behind the last one.
     """
     written = Written(tok, render, messages, mark)
     mask = [False] * len(written.ids)
-    last_trained = max(i for i, message in enumerate(messages) if message["role"] in roles_to_train)
+    last_trained = max((i for i, is_trained in enumerate(trained) if is_trained), default=-1)
+    spans: dict[int, tuple[int, int]] = {}
     for i, message in enumerate(messages):
-        trained = message["role"] in roles_to_train
-        if not trained and train_on_eos != "all":
+        if not trained[i] and train_on_eos != "all":
             continue
         begin = written.begin_of(i)
         if begin is None:
             continue
         turn_end, is_whole = written.shared(i + 1)
+        spans[i] = begin, turn_end
         end = written.end_token(i, begin, turn_end)
         # Llama-3's first template writes the header of an answer behind whatever comes last. So the text goes on in
         # another way behind a turn, and only the token at its end tells where that is.
@@ -122,9 +126,10 @@ def encode_chat(
                 "stop. Use a template whose end token this tokenizer has, or a built-in one by its name under "
                 "chat_template."
             )
-        if trained:
+        if trained[i]:
             first, stop = written.token_at(begin), written.token_at(turn_end) if end is None else end
             mask[first:stop] = [True] * (stop - first)
         if end is not None:
             mask[end] = train_on_eos in ("turn", "all") or train_on_eos == "last" and i == last_trained
+    check(written.text, spans)
     return written.ids, mask

@@ -269,7 +269,8 @@ class PromptFormat:
         def render(some: Messages, header: bool) -> str:
             return tok.render_chat(some, header, template, tools)
 
-        return encode_chat(tok, render, guarded, mark, self.roles_to_train, self.train_on_eos)
+        trained = [message["role"] in self.roles_to_train for message in messages]
+        return encode_chat(tok, render, guarded, mark, trained, self.train_on_eos, check=lambda text, spans: None)
 
 
 def detect_format(row: dict[str, Any]) -> PromptFormat:

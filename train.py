@@ -28,7 +28,7 @@ from nanoqlora import distributed, ops
 from nanoqlora.adapter import continue_adapter
 from nanoqlora.cadence import evaluations, saves, warmup_steps
 from nanoqlora.checkpoint import Fill, open_model, open_weights
-from nanoqlora.cli import Failed, Stopped, UserError, check_writable, run_command
+from nanoqlora.cli import Failed, Stopped, UserError, check_writable, run_command, visible
 from nanoqlora.config import Config, load_command
 from nanoqlora.data import collate, micro_batches
 from nanoqlora.evaluate import loss_over_ranks
@@ -311,9 +311,9 @@ def train(config: Config, options: dict[str, Any], rank: int, ranks: int, device
         say(note)
     tokenizer, data = read_inputs(config, rank, ranks)
     for path, reading in data.readings.items():
-        say(f"{path}: {reading.describe(config.sequence_len, config.excess_length_strategy)}")
+        say(visible(f"{path}: {reading.describe(config.sequence_len, config.excess_length_strategy)}"))
         for line in reading.describe_notes():
-            say(f"{path}: {line}")
+            say(visible(f"{path}: {line}"))
 
     dtype = distributed.compute_dtype(config.bf16, device)
     try:

@@ -17,13 +17,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+# What a terminal would obey instead of showing: control characters, except tab and line break, and what changes the
+# order or the lines of text.
+HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """A text of others, for a terminal: characters that it would obey are shown as escapes, such as \\x1b."""
+    return HIDDEN.sub(lambda found: found[0].encode("unicode_escape", "backslashreplace").decode(), text)
+
 
 class UserError(ValueError):
     """Something the user gave is wrong. The message says where, what was found, why it matters, and what to do."""
 
+    def __init__(self, message: object) -> None:
+        super().__init__(visible(str(message)))
+
 
 class Failed(Exception):
     """The run cannot go on, though the input was right: a rank is gone, a loss is NaN. The message says what to do."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(visible(str(message)))
 
 
 class Stopped(Exception):

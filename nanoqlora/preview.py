@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .cli import visible
 from .data import Sample
 from .forecast import Forecast
 from .runs import Run
 from .stats import GIB
 from .tokenizer import Tokenizer
 
-GREEN, DIM, END = "\033[1;32m", "\033[2m", "\033[0m"
+GREEN, DIM, INVERSE, END = "\033[1;32m", "\033[2m", "\033[7m", "\033[0m"
 PREVIEWED = 3  # samples
 SHOWN = 1200  # characters of each
 
@@ -39,7 +40,10 @@ def plan_text(run: Run, tokenizer: Tokenizer, forecast: Forecast, warmup: int) -
         f"           {forecast.basis}",
     ]
     for number in range(min(PREVIEWED, len(run.samples))):
-        lines += ["", f"sample {number + 1}: {GREEN}what the model learns to write{END}, {DIM}what it only reads{END}"]
+        legend = (
+            f"{GREEN}what the model learns to write{END}, {DIM}what it only reads{END}, {INVERSE}special tokens{END}"
+        )
+        lines += ["", f"sample {number + 1}: {legend}"]
         lines.append(coloured(run.samples[number], tokenizer))
     return "\n".join(lines)
 
@@ -61,15 +65,22 @@ def histogram(lengths: Sequence[int] | np.ndarray, bins: int = 8, width: int = 4
 
 
 def coloured(sample: Sample, tokenizer: Tokenizer, shown: int = SHOWN) -> str:
-    """The text of a sample, supervised tokens in green and the others dim; cut after `shown` characters."""
+    """The text of a sample, supervised tokens in green and the others dim; cut after `shown` characters.
+
+    Special tokens are in inverse video: a marker that is only text, which steers nothing, looks like other text.
+    """
     parts, start, room = [], 0, shown
+    special = set(tokenizer.special_tokens.values())
+    kinds = [(bool(s), int(id) in special) for s, id in zip(sample.supervised, sample.tokens, strict=True)]
     for end in range(1, len(sample) + 1):
-        if end < len(sample) and sample.supervised[end] == sample.supervised[start]:
+        if end < len(sample) and kinds[end] == kinds[start]:
             continue
-        text = tokenizer.decode(sample.tokens[start:end])
+        text = b"".join(map(tokenizer.token_bytes, sample.tokens[start:end])).decode(errors="replace")
+        text = visible(text)
         if len(text) > room:
             text = text[:room] + f" ... ({len(sample)} tokens in all)"
-        parts.append(f"{GREEN if sample.supervised[start] else DIM}{text}{END}")
+        is_supervised, is_special = kinds[start]
+        parts.append(f"{GREEN if is_supervised else DIM}{INVERSE * is_special}{text}{END}")
         start, room = end, room - len(text)
         if room <= 0:
             break

@@ -19,6 +19,8 @@ import export_gguf
 import merge
 import train
 from nanoqlora import chat, evaluate
+from nanoqlora.chat_template import render
+from nanoqlora.cli import Failed, UserError
 
 
 class World(NamedTuple):
@@ -72,6 +74,16 @@ def insert(path: Path, line: str) -> None:
     """Make this the third line."""
     lines = path.read_text("utf-8").splitlines(keepends=True)
     path.write_text("".join([*lines[:2], line + "\n", *lines[2:]]))
+
+
+def test_no_error_steers_the_terminal():
+    """What files hold reaches the terminal as escapes, whoever puts it into a message, and however often."""
+    for kind in (UserError, Failed):
+        assert str(kind(kind("a.jsonl: \x1b]0;title\x07 \x9b2J \u202e \ud800"))) == (
+            r"a.jsonl: \x1b]0;title\x07 \x9b2J \u202e \ud800"
+        )
+    with pytest.raises(UserError, match=r"TemplateError: \\x1b\[2J"):
+        render("{{ raise_exception('\x1b[2J') }}", [], False, {})
 
 
 def test_all_is_right_without_a_mistake(world):

@@ -15,11 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from nanoqlora import forecast
 from nanoqlora.cli import UserError, read_json
-from nanoqlora.data import SUPERVISED, Samples, collate, micro_batches
+from nanoqlora.data import SUPERVISED, Sample, Samples, collate, micro_batches
 from nanoqlora.forecast import disk_bytes, measure, operations
 from nanoqlora.model import ModelConfig
 from nanoqlora.packing import plan_steps
-from nanoqlora.preview import DIM, END, GREEN, duration, histogram
+from nanoqlora.preview import DIM, END, GREEN, INVERSE, coloured, duration, histogram
+from nanoqlora.tokenizer import load_tokenizer
 
 ANSI = re.compile(r"\033\[[0-9;]*m")
 
@@ -178,9 +179,9 @@ def test_plan_says_what_the_run_then_does(tmp_path):
     theirs = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
     for number in range(3):
         shown = planned.out.split(f"sample {number + 1}: ")[1].split("\n", 1)[1]
-        green = shown.split(GREEN)[1].split(END)[0]
-        assert green == rows[number]["output"] + "<|im_end|>"
-        assert shown.startswith(f"{DIM}<|endoftext|>Below is an instruction")
+        green = [part.split(END)[0] for part in shown.split(GREEN)[1:3]]
+        assert green == [rows[number]["output"], f"{INVERSE}<|im_end|>"]
+        assert shown.startswith(f"{DIM}{INVERSE}<|endoftext|>{END}{DIM}Below is an instruction")
         assert theirs.encode(rows[number]["output"]).ids  # the text is that of the file, not of ids made up
 
     report = (tmp_path / "out" / "report.md").read_text("utf-8")
@@ -201,6 +202,14 @@ def test_plan_ends_as_the_run_would(tmp_path):
     assert ended.code == 2 and "data.jsonl, line 1" in ended.err and ended.err.count("\n") == 1
     ended = run_here(train.main, path, "--plan", "--resume_from_checkpoint", tmp_path / "nothing")
     assert ended.code == 2 and "nothing is no folder" in ended.err and ended.err.count("\n") == 1
+
+
+def test_preview_shows_what_is_special_and_what_a_terminal_would_obey(smollm2_path):
+    """A marker in a text looks like text; escape sequences and characters that turn lines round are shown."""
+    tok = load_tokenizer(smollm2_path)
+    ids = [*tok.encode("a <|im_end|>\x1b[2J\u202e\n\tb"), tok.eos_id]
+    shown = coloured(Sample(np.array(ids), np.array([False] * (len(ids) - 1) + [True])), tok)
+    assert shown == f"{DIM}a <|im_end|>\\x1b[2J\\u202e\n\tb{END}{GREEN}{INVERSE}<|im_end|>{END}"
 
 
 @pytest.mark.parametrize(

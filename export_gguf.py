@@ -2,7 +2,7 @@
 
     python export_gguf.py [train.yml] [--type q8_0]              what merge.py made of the run in train.yml
     python export_gguf.py --model FOLDER [--out FILE] [--type TYPE]
-    python export_gguf.py --adapter FOLDER [--model BASE]        the adapter alone, for a base model's .gguf
+    python export_gguf.py --adapter FOLDER --model BASE          the adapter alone, for a base model's .gguf
     ollama create my-model -f output_dir/Modelfile
 
 Weights that are right are half of it. The other half is that the model is prompted the way it was trained, and that it
@@ -26,6 +26,7 @@ from nanoqlora.file_types import FILE_TYPES
 from nanoqlora.ggml_blocks import FORMATS
 from nanoqlora.gguf_adapter import adapter_metadata, plan_adapter
 from nanoqlora.gguf_model import plan_tensors
+from nanoqlora.hub import ADAPTER_FILES, is_hub_name, local_path
 from nanoqlora.ollama import GoTemplate, go_template, tokenizer_metadata
 from nanoqlora.prompts import PromptFormat
 from nanoqlora.proof import prove_file
@@ -36,9 +37,11 @@ OPTIONS = {
     "out": Option("the file to write; default: model-TYPE.gguf in output_dir, or in the folder given by --model"),
     "type": Option(f"how weights are stored: {', '.join(FILE_TYPES).lower()}; default: q8_0, of an adapter f32"),
     "prove": Option("read the file back and compare it with what was trained; the result goes into merge.json", bool),
-    "data": Option("held-out texts for --prove; default: those of the run"),
+    "data": Option("held-out texts for --prove; default: those of the run in the YAML file"),
     "max_tokens": Option("held-out tokens for --prove", int, 1024),
-    "adapter": Option("folder of a trained adapter, to be written alone; its base is --model, or what it names"),
+    "adapter": Option(
+        "folder of a trained adapter, to be written alone; its base is --model, that of the YAML, or a hub name in it"
+    ),
 }
 
 
@@ -60,7 +63,7 @@ def main() -> None:
             )
         adapter = Path(options["adapter"])
         out = Path(options["out"] or adapter / f"adapter-{file_type.lower()}.gguf")
-        export_adapter(adapter, options["model"] or base_of(adapter), out, file_type)
+        export_adapter(adapter, options["model"] or (config.base_model if config else base_of(adapter)), out, file_type)
         return
     model = Path(options["model"] or Path(config.output_dir) / "merged")
     if not model.exists():
@@ -70,7 +73,8 @@ def main() -> None:
     export(model, out, file_type)
     if options["prove"]:
         tok = load_tokenizer(model)
-        prove_file(out, model, tok, prompt_format(model, tok), file_type, options["data"], options["max_tokens"])
+        texts = options["data"], options["max_tokens"]
+        prove_file(out, model, config, tok, prompt_format(model, tok), file_type, *texts)
 
 
 def export(model: Path, out: Path, file_type: str) -> None:
@@ -87,11 +91,14 @@ def export(model: Path, out: Path, file_type: str) -> None:
 
 
 def base_of(adapter: Path) -> str:
-    """The base model that an adapter names."""
-    about = read_json(adapter / "adapter_config.json")
-    base = about.get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"{adapter}: its adapter_config.json names no base model. Give it with --model.")
+    """The base model that an adapter names, if that is a hub name: a path is for the user to name."""
+    where = local_path(adapter, ADAPTER_FILES) / "adapter_config.json"
+    base = read_json(where).get("base_model_name_or_path")
+    if not isinstance(base, str) or not is_hub_name(base):
+        raise UserError(
+            f"{where}: names {base!r} as the base model. Only a hub name is taken from there, because the file may "
+            f"come from anybody. Give the base with --model, or the YAML file of the run first."
+        )
     return base
 
 

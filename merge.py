@@ -14,14 +14,13 @@ each is from the trained model, those of the GGUF types in `--types` too. Over `
 The sum is made in float32 and rounded once. Memory: about one shard of the output.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from nanoqlora.adapter import read_updates
+from nanoqlora.adapter import adapter_hash, read_updates
 from nanoqlora.certificate import GGUF, ON_NF4, ON_ORIGINAL, certify
 from nanoqlora.checkpoint import ShardWriter, model_config, open_weights
 from nanoqlora.cli import UserError, check_space, run_command, whole_folder, write_text
@@ -40,7 +39,7 @@ OPTIONS = {
     "base": Option("nf4: the values that training saw; original: the weights before quantisation"),
     "dtype": Option("bf16, fp16 or fp32; unset: what training computed in"),
     "max_shard_size": Option("GB in a file of the output", float, 5.0),
-    "data": Option("held-out texts for the certificate; default: those of the run"),
+    "data": Option("held-out texts for the certificate; default: those of the run in the YAML file"),
     "types": Option("GGUF types to score as well, as q8_0,q4_k_m"),
     "max_kl": Option("nats a token; above it nothing is written; unset: 0.05 for --base nf4", float),
     "max_tokens": Option("held-out tokens to score on; 0: no scores", int, 1024),
@@ -123,13 +122,13 @@ def main() -> None:
     if not asked.in_4bit and str(asked.base).endswith(".gguf"):
         print(f"note: `original` means the weights as they are in {asked.base}, which that file may have rounded.")
     saved = asked.adapter / "prompt.json"
-    prompt_format = PromptFormat.from_json(saved.read_text("utf-8")) if saved.exists() else None
+    prompt_format = PromptFormat.from_json(saved.read_text("utf-8")) if saved.is_file() else None
     end_id = prompt_format.end_id(tokenizer) if prompt_format else tokenizer.eos_id
     merged = Merged(weights, updates, asked.in_4bit, asked.seen, asked.dtype, device)
     check_space(asked.out, merged.num_bytes)
     texts = None
     if options["max_tokens"]:
-        texts = held_out_texts(asked.adapter, tokenizer, prompt_format, options["data"], options["max_tokens"])
+        texts = held_out_texts(config, tokenizer, prompt_format, options["data"], options["max_tokens"])
     with whole_folder(asked.out) as folder:
         facts = write_merged(merged, folder, int(options["max_shard_size"] * 1e9))
         described = hf_config(weights.config, asked.dtype, tokenizer, end_id)
@@ -143,7 +142,7 @@ def main() -> None:
             "base_model": str(asked.base),
             "base": "nf4" if asked.in_4bit else "original",
             "adapter": str(asked.adapter),
-            "adapter_sha256": hashlib.sha256((asked.adapter / "adapter_model.safetensors").read_bytes()).hexdigest(),
+            "adapter_sha256": adapter_hash(asked.adapter),
             "dtype": str(asked.dtype).removeprefix("torch."),
             **facts,
         }

@@ -8,6 +8,7 @@ An adapter computes something else when a part of it is left out. So a configura
 and asks for anything, is an error that names it.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -135,6 +136,15 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
         return config, load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}). Save or copy the adapter again.") from error
+
+
+def adapter_hash(folder: str | Path) -> str | None:
+    """SHA-256 of an adapter's tensors, by which a certificate names it; None without such a file."""
+    path = local_path(folder, ADAPTER_FILES) / "adapter_model.safetensors"
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_positive(value: Any) -> bool:

@@ -21,7 +21,10 @@ from .cli import UserError
 from .file_types import tensor_type
 from .ggml_blocks import FORMATS, dequantize, quantize
 from .gguf import gguf_name, tensor_shapes
+from .hub import ADAPTER_FILES, local_path
 from .qlora import QLoRALinear
+
+LARGEST_YAML = 100_000  # characters of a train.yml that are read: one of ours has 6,000
 
 
 class Merged:
@@ -150,11 +153,33 @@ def _count(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
+class _Plain(yaml.SafeLoader):
+    """YAML without `<<`, by which a small file becomes a large map."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None: ...
+
+
 def as_trained(adapter: Path) -> tuple[bool, torch.dtype]:
-    """(base in four bits?, dtype of the products) of the run that made an adapter; of a stranger's, the usual."""
-    run = adapter / "train.yml"  # the resolved configuration, if the adapter is ours
-    trained = yaml.safe_load(run.read_text("utf-8")) if run.exists() else {}
-    return trained.get("load_in_4bit", True), torch.float32 if trained.get("bf16") is False else torch.bfloat16
+    """(base in four bits?, dtype of the products) of the run that made an adapter; of a stranger's, the usual.
+
+    Two values are taken from its train.yml. It is not a configuration here: the folder may come from anybody.
+    """
+    run, about = local_path(adapter, ADAPTER_FILES) / "train.yml", {}
+    try:
+        if run.is_file() and (about := yaml.load(run.read_text("utf-8")[:LARGEST_YAML], _Plain)) is None:
+            about = {}
+        given = {key: about.get(key, usual) for key, usual in {"load_in_4bit": True, "bf16": True}.items()}
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise UserError(
+            f"{run}: cannot be read ({type(error).__name__}: {str(error)[:200]!r}), so it is not known how the adapter "
+            f"was trained. Copy the file again, or remove it: then NF4 and bfloat16 are taken."
+        ) from error
+    for key, value in given.items():
+        if value not in (True, False, None, "auto"):
+            raise UserError(
+                f"{run}: {key} is {str(value)[:60]!r}, where true or false is expected. Correct or remove it."
+            )
+    return given["load_in_4bit"] is not False, torch.float32 if given["bf16"] is False else torch.bfloat16
 
 
 def trained_form(base: Weights, updates: dict[str, Update], adapter: Path, device: torch.device) -> Form:

@@ -1,10 +1,12 @@
-"""The texts that certificates are made on: what the run kept away from training."""
+"""The texts that certificates are made on: what the run kept away from training.
 
-from pathlib import Path
+They are named by the user: a file, or the YAML of the run on the command line. The train.yml in an adapter's folder is
+not asked: the folder may come from anybody, and a configuration decides which files are read and written.
+"""
 
 from .certificate import Texts
 from .cli import UserError
-from .config import Config, load_config
+from .config import Config
 from .data_files import find_files
 from .prepare import Encoding, read_samples
 from .prompts import PromptFormat
@@ -15,26 +17,26 @@ LIMIT = 4096  # tokens of a text when no run says sequence_len
 
 
 def held_out_texts(
-    adapter: Path, tokenizer: Tokenizer, prompt_format: PromptFormat | None, data: str | None, max_tokens: int
+    config: Config | None, tokenizer: Tokenizer, prompt_format: PromptFormat | None, data: str | None, max_tokens: int
 ) -> tuple[str, Texts] | None:
-    """What was held out, by its name, or None with a line that says why there is nothing.
+    """What was held out, by its name, or None with a line that names the reason.
 
     Args:
-        adapter: output folder of a run; its train.yml names the evaluation data.
+        config: of the run, from the YAML that the user named; None: no YAML was named.
         prompt_format: of the run, for `data`.
         data: a file that the user names; it wins.
         max_tokens: the first samples, up to so many tokens.
     Raises:
-        UserError: `data` cannot be read. That the run's own data is gone is none.
+        UserError: `data` cannot be read. The run's own data may be missing by now.
     """
     if data:
         reading = read_samples(find_files(data), Encoding(prompt_format, tokenizer, LIMIT, "drop"))
         return data, Texts.of(reading.samples, max_tokens)
-    if not (adapter / "train.yml").exists():
-        print(f"{adapter}: no train.yml that names held-out data, so nothing is scored. Name a file with --data.")
+    if config is None:
+        print("Nothing is scored: no held-out texts are named. Give a file with --data, or the run's YAML file first.")
         return None
     try:
-        return _of_run(load_config([str(adapter / "train.yml")]), tokenizer, max_tokens)
+        return _of_run(config, tokenizer, max_tokens)
     except UserError as error:
         print(f"Nothing is scored, because the run's held-out data cannot be read: {error} Name a file with --data.")
         return None

@@ -23,6 +23,7 @@ TOKENIZER_FILES = (
 # Not the second copies that some models bring: Mistral's consolidated.safetensors, Meta's original/, *.bin.
 MODEL_FILES = (*TOKENIZER_FILES, "model*.safetensors", "model.safetensors.index.json")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES)
+WEIGHTS = (".safetensors", ".pth", ".gguf")
 
 
 def is_hub_name(path: str | Path) -> bool:
@@ -33,8 +34,37 @@ def is_hub_name(path: str | Path) -> bool:
 
 
 def local_path(path: str | Path, patterns: Sequence[str] = MODEL_FILES) -> Path:
-    """The path itself, or, where it is the hub name of a model, the folder that holds its files."""
-    return hub_files(str(path), patterns) if is_hub_name(path) else Path(path)
+    """The path itself, or, where it is the hub name of a model, the folder that holds its files.
+
+    Raises:
+        UserError: the hub does not give the files, or the folder has a link that leads out of it.
+    """
+    if is_hub_name(path):
+        return hub_files(str(path), patterns)
+    path = Path(path)
+    if path.is_dir():
+        _check_links(path, of_adapter=ADAPTER_FILES[0] in patterns)
+    return path
+
+
+def _check_links(folder: Path, of_adapter: bool) -> None:
+    """Refuse links by which a folder that somebody else made would choose which files of this machine are read.
+
+    The hub's cache is made of links to its own blobs. In the folder of a model, weights may lie elsewhere, and other
+    files under the same name.
+    """
+    home = folder.resolve()
+    for file in folder.iterdir():
+        if not file.is_symlink():
+            continue
+        target = file.resolve()
+        is_inside = target.is_relative_to(home) or target.parent == home.parent.parent / "blobs"
+        is_shared = not of_adapter and (target.name == file.name or file.suffix in WEIGHTS and target.suffix in WEIGHTS)
+        if not is_inside and not is_shared and target.is_file():
+            raise UserError(
+                f"{file}: is a link to {target}, out of its folder; whoever made the folder would choose which file "
+                f"is read. Put a copy of the file in the place of the link."
+            )
 
 
 def hub_files(

@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from .adapter import read_updates
+from .adapter import adapter_hash, read_updates
 from .certificate import Form, Texts, score_forms
 from .checkpoint import GGUFWeights, Weights, open_weights
 from .cli import UserError, read_json, write_text
+from .config import Config
 from .forms import Rounded, bytes_on_disk, trained_form
 from .held_out import held_out_texts
 from .ollama import PROBES
@@ -62,23 +63,32 @@ WORDS = [
 
 
 def prove_file(
-    out: Path, model: Path, tok: Tokenizer, fmt: PromptFormat, file_type: str, data: str | None, max_tokens: int
+    out: Path,
+    model: Path,
+    config: Config | None,
+    tok: Tokenizer,
+    fmt: PromptFormat,
+    file_type: str,
+    data: str | None,
+    max_tokens: int,
 ) -> None:
     """Compare the file with what was trained, print it, and write it into the certificate of the merged model.
 
-    The trained model is base and adapter, where the folder's merge.json names them and they are still there; else the
-    folder is the truth.
+    The trained model is base and adapter of `config`, the run that the user named, if merge.json has the hash of that
+    adapter; else the folder is the truth. The paths in merge.json are not followed: the folder may come from anybody.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source, certificate = open_weights(model), model / "merge.json"
     record = read_json(certificate) if certificate.exists() else {}
     proof = prove(out, source, tok, fmt, file_type, device)
     merged = Form("merged", source, bytes_on_disk(model))
-    trained, adapter = merged, Path(record.get("adapter", "."))
-    if record.get("adapter") and (adapter / "adapter_config.json").exists():
+    trained, adapter = merged, Path(config.output_dir if config else model.parent)
+    if config and record.get("adapter_sha256") == adapter_hash(adapter):
         _, updates = read_updates(adapter)
-        trained = trained_form(open_weights(record["base_model"]), updates, adapter, device)
-    texts = held_out_texts(adapter, tok, fmt, data, max_tokens)
+        trained = trained_form(open_weights(config.base_model), updates, adapter, device)
+    else:
+        print(f"compared with {model}, not with base and adapter: give the YAML file of their run first")
+    texts = held_out_texts(config, tok, fmt, data, max_tokens)
     if texts:
         proof |= {"held_out": texts[0], "forms": score_file(out, trained, merged, texts[1], device)}
     proof["llama_cpp"] = ask_llama_cpp(out, tok, fmt, texts and texts[1])

@@ -42,7 +42,7 @@ def load_for_use(args: argparse.Namespace) -> Usable:
         load_adapter(model, adapter)
     model.requires_grad_(False).eval()
     files = [Path(folder) / "prompt.json" for folder in (adapter, local_path(args.model)) if folder]
-    prompts = [PromptFormat.from_json(file.read_text("utf-8")) for file in files if file.exists()]
+    prompts = [PromptFormat.from_json(file.read_text("utf-8")) for file in files if file.is_file()]
     prompt_format = prompts[0] if prompts else None
     return Usable(model, tokenizer, prompt_format)
 

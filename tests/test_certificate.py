@@ -22,18 +22,20 @@ from nanoqlora.tokenizer import load_tokenizer
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a float32 run: base in `model`, adapter in `out`, held-out rows in `held.jsonl`."""
+    """The folder of a float32 run: `run.yml`, base in `model`, adapter in `out`, held-out rows in `held.jsonl`."""
     folder = tmp_path_factory.mktemp("run")
     model = save_tiny_model(folder / "model")
     save_random_adapter(model, folder / "out")
     held = write_rows(folder / "held.jsonl", alpaca_rows(8, seed=3))
-    write_run(folder / "out" / "train.yml", model, held, test_datasets=[{"path": str(held), "type": "alpaca"}])
+    run = write_run(folder / "run.yml", model, held, test_datasets=[{"path": str(held), "type": "alpaca"}])
+    shutil.copy(run, folder / "out" / "train.yml")
     (folder / "out" / "prompt.json").write_text(PromptFormat(type="alpaca").to_json())
     return folder
 
 
 def merged(run: Path, out: Path, *words: object):
-    return run_here(merge.main, "--model", run / "model", "--adapter", run / "out", "--out", out, *words)
+    model, adapter = run / "model", run / "out"
+    return run_here(merge.main, run / "run.yml", "--model", model, "--adapter", adapter, "--out", out, *words)
 
 
 def distributions(model: torch.nn.Module, run: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,16 +129,18 @@ def test_default_limit_holds_what_is_not_the_trained_model(run, tmp_path, monkey
 
 
 def test_texts_that_are_not_there(run, tmp_path):
-    """The run's own: a line that says so. Named by the user: an error."""
-    other = tmp_path / "run"
-    shutil.copytree(run, other)
-    (other / "out" / "train.yml").unlink()
-    ended = merged(other, tmp_path / "a")
-    assert ended.code == 0 and "nothing is scored" in ended.out
+    """No YAML, or the run's own are missing: a line that names the reason. Named by the user: an error."""
+    words = ("--model", run / "model", "--adapter", run / "out", "--out")
+    ended = run_here(merge.main, *words, tmp_path / "a")
+    assert ended.code == 0 and "Nothing is scored" in ended.out and "--data" in ended.out
     assert "forms" not in json.loads((tmp_path / "a" / "merge.json").read_text())
-    ended = merged(other, tmp_path / "b", "--data", run / "held.jsonl")
+    absent = [{"path": str(tmp_path / "absent.jsonl"), "type": "alpaca"}]
+    path = write_run(tmp_path / "run.yml", run / "model", run / "held.jsonl", test_datasets=absent)
+    ended = run_here(merge.main, path, *words, tmp_path / "a")
+    assert ended.code == 0 and "Nothing is scored" in ended.out and "absent.jsonl" in ended.out
+    ended = run_here(merge.main, *words, tmp_path / "b", "--data", run / "held.jsonl")
     assert ended.code == 0 and ON_NF4 in ended.out
-    ended = merged(other, tmp_path / "c", "--data", tmp_path / "nothing.jsonl")
+    ended = run_here(merge.main, *words, tmp_path / "c", "--data", tmp_path / "nothing.jsonl")
     assert ended.code == 2 and "nothing.jsonl" in ended.err and not (tmp_path / "c").exists()
 
 
@@ -145,12 +149,11 @@ def test_rows_that_the_run_set_aside_are_found_again(run, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     folder = shutil.copytree(run / "out", tmp_path / "out")
     data = write_rows(tmp_path / "rows.jsonl", alpaca_rows(30, seed=4))
-    write_run(folder / "train.yml", run / "model", data, val_set_size=5)
-    words = ("--model", run / "model", "--adapter", folder, "--out", tmp_path / "merged")
-    ended = run_here(merge.main, *words)
+    path = write_run(tmp_path / "run.yml", run / "model", data, val_set_size=5)
+    ended = run_here(merge.main, path)
     assert ended.code == 0, ended.err
-    found = json.loads((tmp_path / "merged" / "merge.json").read_text())["held_out"]
-    config = load_config([str(folder / "train.yml")])
+    found = json.loads((folder / "merged" / "merge.json").read_text())["held_out"]
+    config = load_config([str(path)])
     expected = prepare_data(config, load_tokenizer(run / "model"), 1).held_out
     assert found == {"data": "val_set_size 5", "tokens": int(expected.num_targets.sum())} and len(expected) == 5
 

@@ -1,6 +1,7 @@
 """Adapters as .gguf files: llama.cpp on the base's file computes what PEFT computes."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import transformers
 from peft_witness import save_random_adapter
 from safetensors.torch import load_file, save_file
-from small_runs import run_here, snapshot
+from small_runs import run_here, snapshot, write_run
 from test_export import read_modelfile
 from tiny import save_random_llama
 
@@ -93,13 +94,17 @@ def test_modelfile_puts_the_adapter_on_the_base(base: Path, smollm2_path: Path, 
     assert read_modelfile(adapter / "Modelfile")["FROM"] == ["../base.gguf"]
 
 
-def test_base_is_the_one_that_the_adapter_names(base: Path, tmp_path: Path):
+def test_base_is_the_one_that_the_user_names(base: Path, tmp_path: Path):
+    """The YAML of the run, or --model; of a path in the adapter, which may come from anybody, nothing is read."""
     adapter = save_random_adapter(base, tmp_path / "adapter")
-    assert run_here(export_gguf.main, "--adapter", adapter).code == 0
+    run = write_run(tmp_path / "run.yml", base, tmp_path / "data.jsonl", output_dir=str(adapter))
+    assert run_here(export_gguf.main, run, "--adapter", adapter).code == 0
     about = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(about | {"base_model_name_or_path": None}))
-    ended = run_here(export_gguf.main, "--adapter", adapter)
-    assert ended.code == 2 and "names no base model" in ended.err
+    os.mkfifo(tmp_path / "fifo")  # whoever opened it would wait for ever
+    for name in (str(base), str(tmp_path / "fifo"), "/etc/passwd", None, 5, ["a/b"]):
+        (adapter / "adapter_config.json").write_text(json.dumps(about | {"base_model_name_or_path": name}))
+        ended = run_here(export_gguf.main, "--adapter", adapter)
+        assert ended.code == 2 and "Give the base with --model" in ended.err and ended.err.count("\n") == 1, ended
 
 
 def test_what_such_a_file_cannot_express_is_refused(base: Path, tmp_path: Path):

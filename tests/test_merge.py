@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from small_runs import Ended, run_here, run_process, save_tiny_model, snapshot, 
 import export_gguf
 import merge
 import nanoqlora as nq
+from nanoqlora import chat
 from nanoqlora.prompts import PromptFormat
 from nanoqlora.qlora import inject_lora, lora_layers
 
@@ -332,3 +335,99 @@ def test_damaged_base_is_refused(model, adapter, tmp_path):
 def test_unknown_options_are_refused(model, adapter, tmp_path, words):
     refused(merged(model, adapter, tmp_path / "out", *words), words[0].lstrip("-"))
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------ folders of others
+
+TEXTS = {  # what a configuration in such a folder may name
+    "val_set_size": {"val_set_size": 2},
+    "test_datasets": {"test_datasets": [{"path": "SECRET", "ds_type": "text", "type": "completion"}]},
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_train_yml_of_an_adapter_is_no_configuration(model, adapter, tmp_path, case):
+    """It names a private file, and a folder to write to: the file is not read, and nothing appears but --out."""
+    theirs, secret = shutil.copytree(adapter, tmp_path / "adapter"), tmp_path / "secret.txt"
+    secret.write_text("a secret\nof some\nlines\nand more\n")
+    data = [{"path": str(secret), "ds_type": "text", "type": "completion"}]
+    keys = json.loads(json.dumps(TEXTS[case]).replace("SECRET", str(secret)))
+    keys |= {"dataset_prepared_path": str(tmp_path / "home" / ".config"), "output_dir": str(tmp_path / "home")}
+    write_run(theirs / "train.yml", model, secret, datasets=data, **keys)
+    before = {path.name for path in tmp_path.iterdir()}
+    ended = merged(model, theirs, tmp_path / "out")
+    assert ended.code == 0 and "Nothing is scored" in ended.out, ended
+    assert {path.name for path in tmp_path.iterdir()} == before | {"out"}
+
+
+TRAIN_YML = {
+    "a tag": "load_in_4bit: true\nlora_r: !!python/object/apply:os.system ['exit 3']\n",
+    "a tag of a module": "x: !!python/module:os\n",
+    "another type": "load_in_4bit: [true]\n",
+    "another value": "bf16: sixteen\n",
+    "a list": "- 1\n",
+    "deep": "[" * 100_000,
+    "no UTF-8": b"\xff\xfe\x00",
+    "maps in maps": "a: &a {x: 1}\n"
+    + "".join(f"{n}: &{n} {{<<: [{f'*{o}, ' * 99}]}}\n" for o, n in zip("abcdef", "bcdefg", strict=True)),
+}
+
+
+@pytest.mark.parametrize("case", TRAIN_YML)
+def test_train_yml_of_an_adapter_that_cannot_be_read_is_one_line(model, adapter, tmp_path, case):
+    theirs, text = shutil.copytree(adapter, tmp_path / "adapter"), TRAIN_YML[case]
+    (theirs / "train.yml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    started = time.monotonic()
+    ended = merged(model, theirs, tmp_path / "out", "--max_tokens", 0)
+    assert time.monotonic() - started < 10
+    if case != "maps in maps":  # which is small when read without `<<`
+        refused(ended, "train.yml")
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "prompt.json", "train.yml", "adapter_model.safetensors"])
+def test_links_out_of_an_adapter_are_refused(model, adapter, tmp_path, name):
+    theirs = shutil.copytree(adapter, tmp_path / "adapter")
+    (tmp_path / "secret").write_text("a secret")
+    (theirs / name).unlink(missing_ok=True)
+    (theirs / name).symlink_to(tmp_path / "secret")
+    refused(merged(model, theirs, tmp_path / "out"), name, "is a link to", "secret")
+    words = ("--model", model, "--adapter", theirs, "--prompt", "x", "--max_new_tokens", 1)
+    refused(run_here(chat.main, *words), name, "is a link to")
+    refused(run_here(export_gguf.main, *words[:4]), name, "is a link to")
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_in_the_folder_of_a_model(model, adapter, tmp_path):
+    """Weights may lie elsewhere, other files under the same name, and the hub's cache is made of links."""
+    cache = tmp_path / "models--a--b"
+    base = cache / "snapshots" / "c0ffee"
+    base.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for i, file in enumerate(model.iterdir()):
+        shutil.copy(file, cache / "blobs" / str(i))
+        (base / file.name).symlink_to(f"../../blobs/{i}")
+    assert merged(base, adapter, tmp_path / "out").code == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in model.iterdir():
+        (other / file.name).symlink_to(file)
+    assert merged(other, adapter, tmp_path / "out").code == 0
+    (tmp_path / "secret").write_text("a secret")
+    (other / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    refused(merged(other, adapter, tmp_path / "out"), "chat_template.jinja", "is a link to")
+
+
+def test_merge_json_of_others_names_no_files_to_read(model, adapter, tmp_path):
+    """The proof of a merged folder reads base, adapter and texts of the YAML that the user names, and nothing else."""
+    assert merged(model, adapter, tmp_path / "merged").code == 0
+    record = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    theirs = shutil.copytree(adapter, tmp_path / "adapter")
+    os.mkfifo(tmp_path / "fifo")
+    for file in ("adapter_config.json", "train.yml"):
+        (theirs / file).unlink()
+        os.mkfifo(theirs / file)
+    record |= {"base_model": str(tmp_path / "fifo"), "adapter": str(theirs)}
+    (tmp_path / "merged" / "merge.json").write_text(json.dumps(record))
+    ended = run_here(export_gguf.main, "--model", tmp_path / "merged", "--prove")
+    assert ended.code == 0 and "give the YAML file of their run" in ended.out, ended

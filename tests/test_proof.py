@@ -19,14 +19,16 @@ assert run  # the fixture: a run's base, adapter and held-out rows
 
 @pytest.fixture
 def model(run: Path, tmp_path: Path) -> Path:
-    """A merged folder with its certificate."""
+    """A merged folder with its certificate; the YAML of the run beside it."""
     ended = merged(run, tmp_path / "merged", "--max_tokens", 0)
     assert ended.code == 0, ended.err
+    shutil.copy(run / "run.yml", tmp_path / "run.yml")
     return tmp_path / "merged"
 
 
 def proved(model: Path, *words: object):
-    return run_here(export_gguf.main, "--model", model, "--prove", "--max_tokens", 2000, *words)
+    more = (model.parent / "run.yml", "--out", model / f"model-{words[1]}.gguf")
+    return run_here(export_gguf.main, *more, "--model", model, "--prove", "--max_tokens", 2000, *words)
 
 
 def test_good_file_passes_and_the_certificate_says_so(model: Path):
@@ -64,12 +66,12 @@ def test_llama_cpp_finds_the_perplexity_that_we_find(run: Path, model: Path):
 def proof_texts(run: Path, tok, fmt):
     from nanoqlora.held_out import held_out_texts
 
-    return held_out_texts(run / "out", tok, fmt, str(run / "held.jsonl"), 400)
+    return held_out_texts(None, tok, fmt, str(run / "held.jsonl"), 400)
 
 
 def test_folder_without_certificate_gets_a_file_of_its_own(run: Path, tmp_path: Path):
     model = shutil.copytree(run / "model", tmp_path / "model")
-    ended = proved(model, "--type", "q8_0")
+    ended = run_here(export_gguf.main, "--model", model, "--prove", "--type", "q8_0")
     assert ended.code == 0, ended.err
     assert json.loads((model / "model-q8_0.proof.json").read_text())["tensors"] == 21
 

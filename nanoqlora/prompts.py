@@ -182,17 +182,19 @@ class PromptFormat:
 
     # Talking
 
-    def render(self, tok: Tokenizer, messages: Messages, add_generation_prompt: bool = False) -> str:
+    def render(
+        self, tok: Tokenizer, messages: Messages, add_generation_prompt: bool = False, tools: list[Any] | None = None
+    ) -> str:
         """The text of a conversation; what alpaca and completion prompt with is the last message alone."""
         if self.type == "chat_template":
-            return tok.render_chat(messages, add_generation_prompt, self.jinja(tok))
+            return tok.render_chat(messages, add_generation_prompt, self.jinja(tok), tools)
         last = messages[-1]["content"]
         return last if self.type == "completion" else self._frame.prompt(last)
 
-    def encode_prompt(self, tok: Tokenizer, messages: Messages) -> list[int]:
+    def encode_prompt(self, tok: Tokenizer, messages: Messages, tools: list[Any] | None = None) -> list[int]:
         """The tokens that the model is to go on from, when it shall answer."""
         if self.type == "chat_template":
-            return tok.encode_chat(messages, add_generation_prompt=True, chat_template=self.jinja(tok))
+            return tok.encode_chat(messages, add_generation_prompt=True, chat_template=self.jinja(tok), tools=tools)
         return tok.encode(self.render(tok, messages), bos=tok.add_bos)
 
     def question(self, row: dict[str, Any]) -> Messages | None:
@@ -204,6 +206,12 @@ class PromptFormat:
         messages = self._messages(row)
         answer = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), 0)
         return messages[:answer] or None
+
+    def last_question(self, row: dict[str, Any]) -> tuple[Messages, list[Any] | None]:
+        """What a row of a chat holds in front of its last answer, and its tools."""
+        messages = self._messages(row)
+        last = max(i for i, message in enumerate(messages) if message["role"] in self.roles_to_train)
+        return messages[:last], tools_of(row, self.field_tools)
 
     # Training
 

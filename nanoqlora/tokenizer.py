@@ -176,7 +176,11 @@ class Tokenizer(Vocabulary):
     # Chats
 
     def encode_chat(
-        self, messages: Messages, add_generation_prompt: bool = False, chat_template: str | None = None
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = False,
+        chat_template: str | None = None,
+        tools: list[Any] | None = None,
     ) -> list[int]:
         """The ids of a conversation, as the chat template writes it; special tokens come from the template alone.
 
@@ -184,11 +188,12 @@ class Tokenizer(Vocabulary):
             messages: each with "role" and "content".
             add_generation_prompt: end with the header of an assistant's turn, for the model to go on.
             chat_template: Jinja to use in place of the tokenizer's own.
+            tools: descriptions of the functions that the assistant may call.
         """
         if not messages:
             raise UserError("a chat has no messages, so there is nothing to encode. Give at least one.")
-        guarded, mark = self.guard(messages)
-        text = self.render_chat(guarded, add_generation_prompt, chat_template)
+        (guarded, tools), mark = self.guard([messages, tools])
+        text = self.render_chat(guarded, add_generation_prompt, chat_template, tools)
         return self.encode_guarded(text, mark)[0]
 
     def render_chat(

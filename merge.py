@@ -15,6 +15,7 @@ The sum is made in float32 and rounded once. Memory: about one shard of the outp
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from nanoqlora.config import Config, Option, load_command
 from nanoqlora.file_types import FILE_TYPES
 from nanoqlora.forms import Merged, all_forms, as_trained, bytes_on_disk
 from nanoqlora.held_out import held_out_texts
+from nanoqlora.model import ModelConfig
 from nanoqlora.prompts import PromptFormat
 from nanoqlora.serving import check_vocabulary
 from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
@@ -94,16 +96,16 @@ def write_merged(merged: Merged, folder: Path, max_shard_bytes: int) -> dict[str
 
 
 def hf_config(config: dict, dtype: torch.dtype, tokenizer: Tokenizer, end_id: int | None) -> dict:
-    """config.json of the merged model, in the older form that every reader knows."""
-    config = dict(config)
-    rope = dict(config.pop("rope_parameters", None) or {})
-    if rope:
-        config["rope_theta"] = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
-        config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
-    config.pop("dtype", None)
-    config.pop("quantization_config", None)
+    """config.json of the merged model: the base's, and every number as it was understood, under the keys that all
+    readers know: RoPE as rope_theta and rope_scaling."""
+    model = asdict(ModelConfig.from_hf(config))
+    model["rope_scaling"] = model["rope_scaling"] or None
+    dropped = ("rope_parameters", "dtype", "quantization_config", "transformers_weights")
+    config = {key: value for key, value in config.items() if key not in (*dropped, "original_max_position_embeddings")}
+    kind = config.get("model_type") or ("mistral" if "Mistral" in str(config.get("architectures")) else "llama")
+    names = {"model_type": kind, "architectures": [f"{kind.title()}ForCausalLM"]}
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": end_id, "pad_token_id": tokenizer.pad_id}
-    return config | ids | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    return config | names | model | ids | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ Every fault of a file is told with the file's name. Files appear whole or not at
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,16 +22,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .cli import UserError, read_json, write_text
-from .gguf import gguf_name, hf_config, read_gguf
+from .cli import UserError, note, read_json, write_text
+from .gguf import gguf_name, hf_config, read_gguf, tensor_shapes
 from .hub import local_path
 from .meta import MetaWeights, is_meta_folder
 from .model import Llama, ModelConfig, rope_frequencies
 from .qlora import QLoRALinear, quantize_model
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 
 class Weights(Protocol):
-    """A checkpoint on disk. `config` is config.json as a dict and `where` its file; names are Hugging Face's."""
+    """A checkpoint on disk; names are Hugging Face's.
+
+    `config` is config.json as a dict, and `where` its file. Of it, tie_word_embeddings is what the weights are.
+    """
 
     config: dict[str, Any]
     where: Path
@@ -50,7 +56,7 @@ def open_weights(path: str | Path) -> Weights:
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         kind = GGUFWeights if path.is_file() else MetaWeights if is_meta_folder(path) else FolderWeights
         weights = kind(path)
-        check_names(weights, expected_names(model_config(weights.config, weights.where)), path)
+        check_names(weights, model_config(weights.config, weights.where), path)
         return weights
     found = "a file of another kind" if path.exists() else "nothing"
     raise UserError(
@@ -88,28 +94,80 @@ class FolderWeights:
                 f"{self.where}: quantization_config.quant_method is {method!r}, so the weights are quantised "
                 f"already in a way that is not read here. Use the folder of the original weights, or a GGUF file."
             )
-        index = folder / "model.safetensors.index.json"
         self.handles: dict[str, Any] = {}
-        if index.exists():
-            self.files: dict[str, str] = read_json(index).get("weight_map")
-            if not isinstance(self.files, dict) or not all(isinstance(file, str) for file in self.files.values()):
-                raise UserError(f"{index}: weight_map is no map from tensors to files. Download the checkpoint again.")
-            for file in sorted(set(self.files.values())):
-                if Path(file).name != file:
-                    raise UserError(f"{index}: weight_map names {file}, which is outside of the folder. Refused.")
-                if not (folder / file).is_file():
-                    raise UserError(
-                        f"{folder / file}: {index.name} names this file and it is not in the folder, so weights are "
-                        f"missing. Download the checkpoint again."
-                    )
-        else:
-            files = sorted(file.name for file in folder.glob("*.safetensors") if not file.name.startswith("adapter"))
-            if not files:
+        self.places = self._places()
+        tied = self.config.get("tie_word_embeddings")
+        if tied is True and HEAD in self.places:  # as in transformers: a head of its own in the file is the head
+            self.places.setdefault(EMBEDDING, self.places[HEAD])
+            if equal_tensors(self.load(HEAD), self.load(EMBEDDING)):
+                del self.places[HEAD]
+            else:
+                self.config["tie_word_embeddings"] = False
+
+    def _places(self) -> dict[str, tuple[str, str]]:
+        """Of every tensor of the checkpoint, the file that it is in and its name there.
+
+        The files are those that transformers reads. Others beside them are named, and what contradicts is refused.
+        """
+        folder, single = self.folder, str(self.config.get("transformers_weights") or "model.safetensors")
+        index = folder / (single if single.endswith(".index.json") else "model.safetensors.index.json")
+        weight_map = self._read_index(index) if index.is_file() else {}
+        files = sorted(set(weight_map.values()))
+        missing = [file for file in files if not (folder / file).is_file()]
+        if single != index.name and (folder / single).is_file():
+            if files not in ([], [single]) and not missing:
                 raise UserError(
-                    f"{folder}: has config.json but no *.safetensors file, so there are no weights to load. "
-                    f"Give the folder of a whole checkpoint."
+                    f"{folder}: holds {single}, and {index.name} with its {len(files)} files: two checkpoints in one "
+                    f"folder, and nothing tells which one is meant. Remove the one that is not."
                 )
-            self.files = {name: file for file in files for name in self._open(file).keys()}  # noqa: SIM118
+            weight_map, files, missing = {}, [single], []
+        if missing:
+            raise UserError(
+                f"{folder / missing[0]}: {index.name} names this file and it is not in the folder, so weights are "
+                f"missing. Download the checkpoint again."
+            )
+        others = sorted({path.name for path in folder.glob("*.safetensors")} - set(files))
+        if not files:
+            found = others or sorted(path.name for end in ("bin", "pth", "pt") for path in folder.glob(f"*.{end}"))
+            raise UserError(
+                f"{folder}: has config.json but neither {single} nor {index.name}"
+                + (f"; it holds {', '.join(found[:3])}" if found else "")
+                + ". Only safetensors files of these names are read, as in transformers: "
+                + (
+                    "rename the file if it is the model."
+                    if others
+                    else "convert the weights, or get them as safetensors."
+                )
+            )
+        others += [index.name] if index.is_file() and not weight_map else []
+        if others:
+            read = index.name if weight_map else single
+            note(f"{folder}: the weights are those of {read}; not read: {', '.join(others)}.")
+        places: dict[str, tuple[str, str]] = {}
+        for file in files:
+            for name in self._open(file).keys():  # noqa: SIM118
+                if name in places:
+                    raise UserError(
+                        f"{folder}: tensor {name} is in {places[name][0]} and in {file}, and nothing tells which one "
+                        f"is meant. Download the checkpoint again."
+                    )
+                places[name] = file, name
+        for name, file in weight_map.items():
+            if places.get(name, ("", ""))[0] != file:
+                raise UserError(
+                    f"{folder / file}: tensor {name} cannot be read: {index.name} says that it is in this file, and "
+                    f"it is not. Download the checkpoint again."
+                )
+        return places
+
+    def _read_index(self, index: Path) -> dict[str, str]:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise UserError(f"{index}: weight_map is no map from tensors to files. Download the checkpoint again.")
+        for file in weight_map.values():
+            if Path(file).name != file:
+                raise UserError(f"{index}: weight_map names {file}, which is outside of the folder. Refused.")
+        return weight_map
 
     def _open(self, file: str) -> Any:
         if file not in self.handles:
@@ -117,17 +175,17 @@ class FolderWeights:
                 self.handles[file] = safe_open(self.folder / file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise UserError(
-                    f"{self.folder / file}: not a whole safetensors file ({error}). Download or copy it again."
+                    f"{self.folder / file}: not a complete safetensors file ({error}). Download or copy it again."
                 ) from error
         return self.handles[file]
 
     def names(self) -> list[str]:
-        return list(self.files)
+        return list(self.places)
 
     def load(self, name: str) -> Tensor:
-        if name not in self.files:
+        if name not in self.places:
             raise UserError(f"{self.folder}: has no tensor {name}, which the model of its config.json needs.")
-        file = self.files[name]
+        file, name = self.places[name]
         try:
             w = self._open(file).get_tensor(name)
         except SafetensorError as error:
@@ -140,6 +198,11 @@ class FolderWeights:
         return w
 
 
+def equal_tensors(a: Tensor, b: Tensor) -> bool:
+    """Equal in every value; of two that differ, little is read."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a[:1], b[:1]) and torch.equal(a, b)
+
+
 class GGUFWeights:
     """A GGUF file of the llama architecture, dequantised to float32 tensor by tensor."""
 
@@ -148,7 +211,7 @@ class GGUFWeights:
         self.config = hf_config(self.file)
 
     def names(self) -> list[str]:
-        return [name for name in expected_names(model_config(self.config, self.file.path)) if self._has(name)]
+        return [name for name in tensor_shapes(model_config(self.config, self.file.path)) if self._has(name)]
 
     def _has(self, name: str) -> bool:
         return gguf_name(name) in self.file.tensors
@@ -163,12 +226,6 @@ def model_config(config: dict[str, Any], where: str | Path) -> ModelConfig:
         return ModelConfig.from_hf(config)
     except ValueError as error:
         raise UserError(f"{where}: {error}. Use a plain Llama or Mistral, and a whole copy of its files.") from error
-
-
-def expected_names(config: ModelConfig) -> list[str]:
-    """The tensors that a model of this configuration is made of, in model order; a tied head is not one."""
-    with torch.device("meta"):
-        return list(dict(Llama(config).named_parameters()))
 
 
 Fill = Callable[[int | None], None]  # fills one block's linear layers; None: everything else
@@ -188,18 +245,18 @@ def load_model(path: str | Path, **options: Any) -> Llama:
     return model
 
 
-def check_names(weights: Weights, expected: list[str], path: str | Path) -> None:
+def check_names(weights: Weights, config: ModelConfig, path: str | Path) -> None:
     """Before anything is read: the tensors have to be those of this Llama, none missing and none left over."""
     here = set(weights.names())
+    num_layers = min(config.num_hidden_layers, len(here))  # a damaged count would keep us busy for hours
+    expected = list(tensor_shapes(replace(config, num_hidden_layers=num_layers)))
     missing = [name for name in expected if name not in here]
     if missing:
         raise UserError(
             f"{path}: tensor {missing[0]} is missing, {len(missing)} in all, of the model that {weights.where.name} "
             f"describes, and it cannot be built without them. Get a whole checkpoint."
         )
-    # Angles can be computed, and the head of a tied model is its embedding.
-    known = {*expected, "lm_head.weight"}
-    left = sorted(name for name in here - known if not name.endswith("rotary_emb.inv_freq"))
+    left = sorted(name for name in here - set(expected) if not name.endswith("rotary_emb.inv_freq"))  # is computed
     if left:
         raise UserError(
             f"{path}: tensor {left[0]} has no place in the model that {weights.where.name} describes, {len(left)} in "

@@ -142,16 +142,28 @@ def sweep(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that has to hold an object."""
+    """A JSON file that has to hold an object. NaN and infinity are not JSON, but other tools write them."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. It is needed to know what the other files mean.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Check the path and its permissions.") from error
+    except (ValueError, RecursionError) as error:  # also a number of more than 4300 digits, and no UTF-8
         raise UserError(f"{path}: not valid JSON ({error}). Copy the file again.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__} where an object is expected.")
     return value
+
+
+_noted: set[str] = set()
+
+
+def note(text: str) -> None:
+    """Print a line that the user should know of, once, however often the same file is opened."""
+    if text not in _noted and os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}")
+    _noted.add(text)
 
 
 def check_space(path: str | Path, num_bytes: int, advice: str = "write elsewhere with --out") -> None:

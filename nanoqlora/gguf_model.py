@@ -20,10 +20,6 @@ from .model import ModelConfig
 def plan_tensors(weights: Weights, config: ModelConfig, file_type: str, model: Path) -> list[gguf.NewTensor]:
     """Every tensor of the file, with its name, shape and type, in the order of the model; no weights are read yet."""
     shapes = gguf.tensor_shapes(config)
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if config.tie_word_embeddings and head in weights.names():
-        if not torch.equal(weights.load(head), weights.load(embedding)):
-            shapes[head] = shapes[embedding]  # trained apart from the embedding, whatever config.json says
 
     def produce(name: str, ggml_type: str) -> Tensor:
         """The bytes of one tensor, called when its turn to be written has come."""
@@ -43,7 +39,7 @@ def plan_tensors(weights: Weights, config: ModelConfig, file_type: str, model: P
         return quantize(gguf.permute_rows(w, heads) if heads else w, ggml_type)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tensors, is_tied = [], head not in shapes
+    tensors, is_tied = [], config.tie_word_embeddings
     is_gqa = config.num_key_value_heads < config.num_attention_heads
     for hf_name, shape in shapes.items():
         name = gguf.gguf_name(hf_name)

@@ -48,55 +48,57 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "ModelConfig":
-        """Read config.json as a dict, in its older form (`rope_theta` on top) or its newer one (`rope_parameters`).
+        """Read config.json as a dict, with the meaning and the defaults that transformers gives to its keys.
 
         Raises:
-            ValueError: an architecture or a feature that this model does not have, or a number that is none; says
-                which key.
+            ValueError: an architecture or a feature that this model does not have, a number that is missing or out of
+                range, or two keys that contradict each other; names the keys.
         """
-        architectures = config.get("architectures") or ["LlamaForCausalLM"]
+        architectures = config.get("architectures") or []
         architectures = architectures if isinstance(architectures, list) else [architectures]
-        if not any(name in ("LlamaForCausalLM", "MistralForCausalLM") for name in architectures):
-            raise ValueError(f"architectures is {architectures}; LlamaForCausalLM and MistralForCausalLM are read")
+        kinds = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
+        found = [kinds[name] for name in architectures if name in list(kinds)]  # a list: also for what cannot be a key
+        if architectures and not found:
+            raise ValueError(f"architectures is {architectures}; {' and '.join(kinds)} are read")
+        kind = config.get("model_type") or (found or ["llama"])[0]
+        if kind not in list(kinds.values()):
+            raise ValueError(f"model_type is {kind!r}; {' and '.join(kinds.values())} are read")
+        defaults = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+        if kind == "mistral":
+            defaults |= {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
+        given, config = config, defaults | config
         plain = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "sliding_window": None}
         plain |= {"partial_rotary_factor": 1.0}
         for key, value in plain.items():
             if config.get(key) not in (value, None):
-                raise ValueError(f"{key} is {config[key]!r}; only {value!r} is computed here")
-        rope_key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-        rope = config.get(rope_key) or {}
-        if not isinstance(rope, dict):
-            raise ValueError(f"{rope_key} is {rope!r}, where a map is expected")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in list(ROPE_NUMBERS):  # a list: also for what cannot be a key
-            raise ValueError(f"{rope_key}.rope_type is {kind!r}; known are {', '.join(ROPE_NUMBERS)}")
-        heads = config.get("num_attention_heads")
+                note = "" if key in given else f", which is the default of a {kind} without this key"
+                raise ValueError(f"{key} is {config[key]!r}{note}; only {value!r} is computed here")
+        tied = config["tie_word_embeddings"]
+        if tied not in (True, False, None) or isinstance(tied, int | float) and type(tied) is not bool:
+            raise ValueError(f"tie_word_embeddings is {tied!r}, where true or false is expected")
+        heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
         sizes = {key: config.get(key) for key in ("hidden_size", "intermediate_size", "num_hidden_layers")}
-        sizes |= {"num_attention_heads": heads, "num_key_value_heads": config.get("num_key_value_heads") or heads}
-        sizes |= {"vocab_size": config.get("vocab_size")}
-        sizes |= {"max_position_embeddings": config.get("max_position_embeddings", 2048)}
+        sizes |= {"num_attention_heads": heads, "num_key_value_heads": heads if kv_heads is None else kv_heads}
+        sizes |= {key: config.get(key) for key in ("vocab_size", "max_position_embeddings")}
         for key, value in sizes.items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{key} is {value!r}, where a Llama needs a whole number above zero")
-        numbers = {"rms_norm_eps": config.get("rms_norm_eps", 1e-6)}
-        numbers |= {"rope_theta": rope.get("rope_theta") or config.get("rope_theta") or 10000.0}
-        for key, value in (numbers | {f"{rope_key}.{key}": rope.get(key) for key in ROPE_NUMBERS[kind]}).items():
-            if type(value) not in (int, float) or not value > 0:
-                raise ValueError(f"{key} is {value!r}, where a Llama needs a number above zero")
-        head_dim, kv_heads = config.get("head_dim") or sizes["hidden_size"] // heads, sizes["num_key_value_heads"]
-        if heads % kv_heads or type(head_dim) is not int or head_dim < 1 or head_dim % 2:
+            largest = 2**31 - 1 if key == "max_position_embeddings" else 2**24
+            if type(value) is not int or not 0 < value <= largest:
+                raise ValueError(f"{key} is {_short(value)}, where a Llama needs a whole number from 1 to {largest}")
+        head_dim, kv_heads = config.get("head_dim"), sizes["num_key_value_heads"]
+        head_dim = sizes["hidden_size"] // heads if head_dim is None else head_dim
+        if type(head_dim) is not int or not 0 < head_dim <= 2**16 or heads % kv_heads or head_dim % 2:
             raise ValueError(
-                f"num_attention_heads is {heads}, num_key_value_heads {kv_heads} and head_dim {head_dim}: the first "
-                f"has to be a multiple of the second, and the third has to be even"
+                f"num_attention_heads is {heads}, num_key_value_heads {kv_heads} and head_dim {_short(head_dim)}: the "
+                f"first has to be a multiple of the second, and the third has to be even"
             )
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"} | {"rope_type": kind}
+        theta, scaling = _read_rope(config, sizes["max_position_embeddings"])
         return cls(
             **sizes,
             head_dim=head_dim,
-            rms_norm_eps=float(numbers["rms_norm_eps"]),
-            rope_theta=float(numbers["rope_theta"]),
-            rope_scaling={} if kind == "default" else scaling,
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            rms_norm_eps=_number(config["rms_norm_eps"], "rms_norm_eps"),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_word_embeddings=bool(tied),
         )
 
 
@@ -106,6 +108,75 @@ ROPE_NUMBERS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+
+
+def _read_rope(config: dict[str, Any], positions: int) -> tuple[float, dict[str, Any]]:
+    """rope_theta, and rope_scaling with `rope_type` and the numbers of its kind; empty for plain RoPE.
+
+    transformers wrote `rope_theta` beside `rope_scaling`, and writes both as `rope_parameters` today. Where both are
+    there, it reads `rope_scaling` and drops the other; here they must not contradict each other.
+    """
+    context = "original_max_position_embeddings"
+    thetas = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
+    kinds: dict[str, dict[str, Any]] = {}  # by the key that describes it
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = config.get(key)
+        if rope in (None, {}):
+            continue
+        if not isinstance(rope, dict):
+            raise ValueError(f"{key} is {_short(rope)}, where a map is expected")
+        rope = dict(rope)
+        names = [rope[name] for name in ("rope_type", "type") if name in rope] or ["default"]
+        if names[0] != names[-1]:
+            raise ValueError(f"{key}.rope_type is {names[0]!r} and {key}.type is {names[1]!r}, which contradict")
+        if names[0] not in list(ROPE_NUMBERS):
+            raise ValueError(f"{key}.rope_type is {names[0]!r}; known are {', '.join(ROPE_NUMBERS)}")
+        if rope.get("partial_rotary_factor") not in (1.0, None):
+            raise ValueError(f"{key}.partial_rotary_factor is {rope['partial_rotary_factor']!r}; only 1.0 is computed")
+        known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE_NUMBERS[names[0]]}
+        for name, value in rope.items():
+            if name not in known and value is not None:
+                raise ValueError(f"{key}.{name} is {_short(value)}, which RoPE of type {names[0]!r} has no use for")
+        if names[0] == "llama3":
+            outside = config.get(context)
+            inside = rope.setdefault(context, positions if outside is None else outside)
+            if outside not in (None, inside):
+                raise ValueError(f"{context} is {outside!r} and {key}.{context} is {inside!r}, which contradict")
+        numbers = {name: rope.get(name) for name in ROPE_NUMBERS[names[0]]}
+        for name, value in numbers.items():
+            _number(value, f"{key}.{name}")
+        if names[0] == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
+            raise ValueError(f"{key}.low_freq_factor has to be below {key}.high_freq_factor")
+        kinds[key] = {"rope_type": names[0], **numbers}
+        if "rope_theta" in rope:
+            thetas[f"{key}.rope_theta"] = rope["rope_theta"]
+        elif key == "rope_scaling" and "rope_theta" not in config:
+            thetas["rope_scaling.rope_theta, by default,"] = 10000.0
+    for name, value in thetas.items():
+        _number(value, name)
+    places = list(thetas)
+    for name in places[1:]:
+        if thetas[name] != thetas[places[0]]:
+            raise ValueError(f"{places[0]} is {thetas[places[0]]} and {name} is {thetas[name]}, which contradict")
+    first, *others = [*kinds.values()] or [{"rope_type": "default"}]
+    if others and others[0]["rope_type"] != "default" and others[0] != first:
+        raise ValueError(f"rope_scaling is {first} and rope_parameters is {others[0]}, which contradict")
+    return float(thetas[places[0]] if places else 10000.0), {} if first["rope_type"] == "default" else first
+
+
+def _number(value: Any, key: str) -> float:
+    if type(value) not in (int, float) or not 0 < value < 1e30:
+        raise ValueError(f"{key} is {_short(value)}, where a Llama needs a number above zero")
+    return float(value)
+
+
+def _short(value: Any) -> str:
+    """A value from a file, in a message."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .byte_pairs import LETTERS, SPLIT_RULES
-from .cli import UserError, whole_file, write_text
+from .cli import UserError, read_json, whole_file, write_text
 from .sentencepieces import BYTE_PIECES, UNREACHED, read_model, write_model
 from .tokenizer_json import adds_bos, check_merges, read_tokenizer_json, write_tokenizer_json
 from .vocabulary import (
@@ -48,13 +48,13 @@ def read_folder(folder: Path) -> Fields:
     """The vocabulary of a folder in Hugging Face's or in Meta's format."""
     path, model_path, config_path = (folder / f"tokenizer{end}" for end in (".json", ".model", "_config.json"))
     if path.is_file() or not model_path.is_file():
-        data, config = _read_json(path), _read_json(config_path)
+        data, config = read_json(path), read_json(config_path)
         fields = read_tokenizer_json(path, data)
         if fields["pre"] == SENTENCEPIECE and model_path.is_file():
             _take_scores(fields, model_path)
         is_added = adds_bos(data)
     else:
-        config = _read_json(config_path) if config_path.is_file() else {}
+        config = read_json(config_path) if config_path.is_file() else {}
         data = model_path.read_bytes()
         is_ranks = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data)
         fields = _from_ranks(model_path, data) if is_ranks else _from_model(model_path, data, folder, config)
@@ -78,21 +78,6 @@ def read_folder(folder: Path) -> Fields:
     return _checked(path if path.is_file() else model_path, fields)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such file. In Hugging Face's format a tokenizer is tokenizer.json and tokenizer_config.json. "
-            "Copy the missing one from the model's page."
-        )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}). The tokenizer is read from it. Copy it again.") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: a JSON {type(data).__name__}, not an object. It must be one. Copy the file again.")
-    return data
-
-
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja, else the entry of the config: a text, or a list of named ones."""
     path = folder / "chat_template.jinja"
@@ -114,7 +99,7 @@ def _from_model(path: Path, data: bytes, folder: Path, config: dict[str, Any]) -
     in_front = fields.pop("space_in_front") and config.get("add_prefix_space") is not False
     fields["space_before"] = ("every" if config.get("legacy") else "first") if in_front else "never"
     file = folder / "added_tokens.json"
-    added = {id: {"content": text} for text, id in (_read_json(file) if file.is_file() else {}).items()}
+    added = {id: {"content": text} for text, id in (read_json(file) if file.is_file() else {}).items()}
     for id, token in sorted((added | {int(i): t for i, t in config.get("added_tokens_decoder", {}).items()}).items()):
         known = len(fields["vocab"])
         if id < known and fields["vocab"][id] == token["content"]:

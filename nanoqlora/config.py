@@ -55,7 +55,7 @@ class FrameConfig:
     fates: ClassVar[Fates] = Fates()
 
     format: str = key("prompt of a row with an input; {instruction}, {input} stand for it", "{instruction} {input} ")
-    no_input_format: str | None = key("prompt of a row without one; unset: as format", None)
+    no_input_format: str | None = key('prompt of a row without one; unset: as format, or "{instruction} "', None)
     system_format: str = key("stands in front where there is a system text; {system} stands for it", "{system}")
     system_prompt: str = key("system text of rows that have none", "")
     field_system: str = key("column with the system text", "system")
@@ -86,8 +86,16 @@ class DatasetConfig:
         {"role": "role", "content": "content"},
     )
     roles: dict[str, tuple[str, ...]] = key("role of the template -> its names in this file", {})
-    roles_to_train: tuple[str, ...] = key("roles whose tokens count in the loss", ("assistant",))
+    roles_to_train: tuple[str, ...] = key(
+        "roles that are learnt, by the template's names or this file's", ("assistant",)
+    )
+    message_field_training: str | None = key(
+        "chat_template: the key of a message that says whether it is learnt; unset: weight: 0 and train: false do", None
+    )
     field_tools: str = key("chat_template: the column with the list of tools, if there are any", "tools")
+    field_system: str = key("chat_template: the column with a system text, if no message has one", "system")
+    field_instruction: str | None = key("chat_template: the column with a question, in place of messages", None)
+    field_output: str | None = key("chat_template: the column with the answer to it", None)
     train_on_eos: Literal["turn", "last", "all", "none"] = key(
         "end tokens that count: of trained turns, of the last, of all, none", "turn"
     )

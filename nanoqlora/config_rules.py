@@ -61,6 +61,11 @@ CHECKS: dict[str, Callable[["Config"], Any]] = {
     "chat_template_jinja.": lambda c: any(
         part.chat_template == "jinja" and not part.chat_template_jinja for part in (c, *c.datasets, *c.test_datasets)
     ),
+    "field_instruction and field_output of a data set are read together, with type: chat_template. Write both beside "
+    "it, or within type, as in type: {field_instruction: question, field_output: answer}.": lambda c: any(
+        bool(d.field_instruction) != bool(d.field_output) or d.field_instruction and d.type != "chat_template"
+        for d in (*c.datasets, *c.test_datasets)
+    ),
     "shard_optimizer_state cuts LoRA's values into equal parts, and loraplus_lr_ratio gives them rates of their own. "
     "Leave out one of the two.": lambda c: c.shard_optimizer_state and c.loraplus_lr_ratio,
     "offload_params keeps each GPU's part of the base in host memory, and with fsdp: replicate there are no parts. "

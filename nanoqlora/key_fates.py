@@ -156,7 +156,7 @@ DATASET = Fates(
         SHAREGPT: "conversation",
         NO_CODE: "trust_remote_code",
         "not supported yet: remove it": "shards shards_idx preprocess_shards drop_system_message "
-        "message_field_training* field_system field_thinking template_thinking_key split_thinking "
+        "message_field_training_detail field_thinking template_thinking_key split_thinking "
         "train_on_eot input_transform input_format field_human field_model logprobs_field temperature",
     },
     refused_values={"type": {"sharegpt*": SHAREGPT}},

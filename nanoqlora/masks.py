@@ -68,7 +68,8 @@ class Written:
         message = self.messages[i]
         ends = [t for t in range(self.token_at(begin), self.token_at(turn_end)) if self.ids[t] in self.controls]
         if not message.get("tool_calls"):
-            content = (message.get("content") or "").strip()  # many templates strip it too
+            content = message.get("content") or ""
+            content = (content[-1]["text"] if isinstance(content, list) else content).strip()  # templates strip it too
             found = self.text.find(content, begin, turn_end)
             content_end = self.token_at(begin if found < 0 else found + len(content))
             ends = [t for t in ends if t >= content_end][:1]

@@ -20,14 +20,27 @@ Read next: messages.py, masks.py; prepare.py, which has all rows of a run encode
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
-from .chat_template import Messages
+from .chat_template import Messages, render
 from .cli import UserError
+from .completeness import check_complete
 from .masks import ENDS, encode_chat
-from .messages import check_order, messages_of, say, text_of, tools_of
+from .messages import (
+    USUAL_ROLES,
+    Chat,
+    Note,
+    chat_of,
+    missing_column,
+    names_in,
+    note_unread,
+    plain,
+    say,
+    text_of,
+)
 from .tokenizer import Tokenizer
 
 CHAT_TEMPLATES = {  # for models that bring none of their own; the tokenizer must know the special tokens
@@ -58,12 +71,15 @@ CHAT_TEMPLATES = {  # for models that bring none of their own; the tokenizer mus
 }
 
 
+WITH_INPUT = "{instruction} {input} "
+
+
 @dataclass(frozen=True, kw_only=True)
 class Frame:
     """The words around the columns of a row. The fields are the keys of Axolotl's `type`, where that is a map."""
 
-    format: str = "{instruction} {input} "  # of a row with an input
-    no_input_format: str | None = None  # of one without; None: the same
+    format: str = WITH_INPUT  # of a row with an input
+    no_input_format: str | None = None  # of one without; None: the same, or Axolotl's own where format is Axolotl's own
     system_format: str = "{system}"  # stands in front, if there is a system text
     system_prompt: str = ""  # the system text of rows that have none
     field_system: str = "system"  # names of columns
@@ -74,7 +90,8 @@ class Frame:
     def prompt(self, instruction: str, context: str = "", system: str = "") -> str:
         """The text in front of what is to be written."""
         texts = {"instruction": instruction, "input": context, "system": system or self.system_prompt}
-        frame = self.format if context or self.no_input_format is None else self.no_input_format
+        without = "{instruction} " if self.format == WITH_INPUT else self.format
+        frame = self.format if context else without if self.no_input_format is None else self.no_input_format
         frame = (self.system_format if texts["system"] else "") + frame
         return re.sub(r"{(instruction|input|system)}", lambda name: texts[name[1]], frame)  # the texts may hold braces
 
@@ -112,6 +129,10 @@ class PromptFormat:
     field: str = "text"  # completion: the column with the text
     field_messages: str = "messages"  # chat_template: the column with the messages
     field_tools: str = "tools"  # chat_template: the column with the tools that the assistant may call, if there are any
+    field_system: str = "system"  # chat_template: the column with a system text, where no message has one
+    field_instruction: str = ""  # chat_template: the column with a question, in place of messages; and with its answer
+    field_output: str = ""
+    message_field_training: str = ""  # chat_template: the key that says whether a message is learnt
     # What the template calls a field of a message, or a role -> what the file calls it.
     message_property_mappings: dict[str, str] = dataclasses.field(default_factory=dict)
     roles: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -127,6 +148,17 @@ class PromptFormat:
         # From JSON they come as lists; frozen, so that nobody changes a format between training and talking.
         object.__setattr__(self, "roles_to_train", tuple(self.roles_to_train))
         object.__setattr__(self, "roles", {role: tuple(names) for role, names in self.roles.items()})
+        if unknown := [role for role in self.roles_to_train if role not in self.role_of]:
+            raise UserError(
+                f"roles_to_train names {', '.join(unknown)}, and known are {', '.join(self.role_of)}. No message of it "
+                "could be learnt. Correct the name, or name it under roles."
+            )
+
+    @cached_property
+    def role_of(self) -> dict[str, str]:
+        """Every known name of a role in the file -> its name in the template."""
+        own = {theirs: ours for ours, names in self.roles.items() for theirs in names}
+        return USUAL_ROLES | {role: role for role in self.roles} | own
 
     # prompt.json
 
@@ -203,15 +235,14 @@ class PromptFormat:
             return None
         if self.type != "chat_template":
             return say("user", text_of(row, self._frame.field_instruction))
-        messages = self._messages(row)
-        answer = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), 0)
-        return messages[:answer] or None
+        messages = _as_texts(chat_of(row, self, note=lambda _: None).messages)
+        return messages[: next((i for i, message in enumerate(messages) if message["role"] == "assistant"), 0)] or None
 
     def last_question(self, row: dict[str, Any]) -> tuple[Messages, list[Any] | None]:
         """What a row of a chat holds in front of its last answer, and its tools."""
-        messages = self._messages(row)
-        last = max(i for i, message in enumerate(messages) if message["role"] in self.roles_to_train)
-        return messages[:last], tools_of(row, self.field_tools)
+        chat = chat_of(row, self, note=lambda _: None)
+        last = max((i for i, is_trained in enumerate(chat.trained) if is_trained), default=0)
+        return _as_texts(chat.messages[:last]), chat.tools
 
     # Training
 
@@ -227,14 +258,14 @@ class PromptFormat:
             UserError: the row is not of this format. It does not say which row: the caller knows the file and the line.
         """
         if self.type == "chat_template":
-            ids, mask = self._encode_chat(tok, self._messages(row), tools_of(row, self.field_tools))
+            ids, mask = self._encode_chat(tok, row, note)
         else:
             if tok.eos_id is None:
                 raise UserError(
                     "the tokenizer has no end token (eos). Without it the model would never learn to stop. Name one "
                     "under special_tokens, eos_token."
                 )
-            prompt, answer = self._texts(row)
+            prompt, answer = self._texts(row, note)
             ids = tok.encode(prompt, bos=tok.add_bos)  # prompt and answer apart: no token may reach into both
             start = len(ids)
             ids += [*tok.encode(answer), tok.eos_id]
@@ -243,48 +274,110 @@ class PromptFormat:
             mask = [position > 0 for position in range(len(ids))]  # nothing stands before the first to predict it from
         return ids, mask
 
-    def _texts(self, row: dict[str, Any]) -> tuple[str, str]:
+    def _texts(self, row: dict[str, Any], note: Note) -> tuple[str, str]:
         """What a row that is no chat prompts with, and what is to be written."""
         if self.type == "completion":
+            if self.field not in row:
+                raise missing_column(row, self.field, self)
+            note_unread(row, {self.field}, note)
             return "", text_of(row, self.field)
         frame = self._frame
-        instruction, answer = text_of(row, frame.field_instruction), text_of(row, frame.field_output)
+        for column in (frame.field_instruction, frame.field_output):
+            if column not in row:
+                raise missing_column(row, column, self)
+        instruction, answer = text_of(row, frame.field_instruction), text_of(row, frame.field_output, empty=True)
         context, system = (
             text_of(row, key, empty=True) if key and row.get(key) else ""
             for key in (frame.field_input, frame.field_system)
         )
-        return frame.prompt(instruction, context, system), answer
+        note_unread(row, {frame.field_instruction, frame.field_output, frame.field_input, frame.field_system}, note)
+        prompt = frame.prompt(instruction, context, system)
+        texts = {frame.field_instruction: instruction, frame.field_input: context, frame.field_system: system}
+        for column in (column for column, text in texts.items() if text not in prompt):
+            note(f"the column {column} was not read: the format has no place for it")
+        if not answer.strip():
+            note(EMPTY_ANSWER)
+        return prompt, answer
 
     @property
     def _frame(self) -> Frame:
         return self.frame or FRAMES[self.type]
 
-    def _messages(self, row: dict[str, Any]) -> Messages:
-        messages = messages_of(row, self.field_messages, self.message_property_mappings, self.roles)
-        found = [message["role"] for message in messages]
-        if not set(found) & set(self.roles_to_train):
+    def _chat(self, row: dict[str, Any], read_by_template: Iterable[str], note: Note) -> Chat:
+        chat = chat_of(row, self, note, read_by_template)
+        roles = [message["role"] for message in chat.messages]
+        wanted = {self.role_of[role] for role in self.roles_to_train}
+        if not wanted & set(roles) and not any(chat.trained):
             raise UserError(
-                f"no message has the role {' or '.join(self.roles_to_train)}, only {', '.join(dict.fromkeys(found))}. "
+                f"no message has the role {' or '.join(wanted)}, only {', '.join(dict.fromkeys(roles))}. "
                 "There is nothing to learn from. Add an answer, or map the names with roles."
             )
-        check_order(found)
-        return messages
+        for message, is_trained in zip(chat.messages, chat.trained, strict=True):
+            if is_trained and not message.get("tool_calls") and not plain(message["content"]).strip():
+                note(EMPTY_ANSWER)
+        return chat
 
-    def _encode_chat(self, tok: Tokenizer, messages: Messages, tools: list[Any] | None) -> tuple[list[int], list[bool]]:
-        (guarded, tools), mark = tok.guard([messages, tools])
+    def _encode_chat(self, tok: Tokenizer, row: dict[str, Any], note: Note) -> tuple[list[int], list[bool]]:
         template = self.jinja(tok)
+        keys = names_in(template or "")
+        chat = self._chat(row, keys, note)
+        messages = [_written_as_read(message, template, tok) for message in chat.messages]
+        (messages, tools), mark = tok.guard([messages, chat.tools])
 
         def render(some: Messages, header: bool) -> str:
             return tok.render_chat(some, header, template, tools)
 
-        trained = [message["role"] in self.roles_to_train for message in messages]
-        return encode_chat(tok, render, guarded, mark, trained, self.train_on_eos, check=lambda text, spans: None)
+        def check(text: str, spans: dict[int, tuple[int, int]]) -> None:
+            without_tools = partial(tok.render_chat, messages, False, template)
+            check_complete(text, spans, messages, tools, without_tools, keys, note)
+
+        return encode_chat(tok, render, messages, mark, chat.trained, self.train_on_eos, check)
+
+
+def _as_texts(messages: Messages) -> Messages:
+    """The same with text parts as one text."""
+    return [{**m, "content": plain(m["content"])} if isinstance(m["content"], list) else m for m in messages]
+
+
+def _written_as_read(message: dict[str, Any], template: str | None, tok: Tokenizer) -> dict[str, Any]:
+    """A message whose text parts are joined as its template does it, or as servers do for one that takes only texts."""
+    if not isinstance(message["content"], list):
+        return message
+    between = _between_parts(template, message["role"], tuple(tok.named_texts.items()))
+    if between is None:
+        return message
+    return {**message, "content": between.join(part["text"] for part in message["content"])}
+
+
+@lru_cache
+def _between_parts(template: str, role: str, named_tokens: tuple[tuple[str, str], ...]) -> str | None:
+    """What a template writes between two parts of a text; None: it takes parts alone."""
+    one, two = "some words", "other words"
+
+    def write(content: Any) -> str:
+        before = say("user", "a question") if role in ("assistant", "tool") else []
+        try:
+            return render(template, [*before, {"role": role, "content": content}], False, dict(named_tokens))
+        except UserError:
+            return ""
+
+    parts = write([{"type": "text", "text": text} for text in (one, two)])
+    if "'type'" in parts or not (one in parts and two in parts):
+        return "\n"  # it would write them as Python or not at all; vLLM and llama.cpp give such a template lines
+    return next((between for between in ("", "\n", " ", "\n\n") if write(f"{one}{between}{two}") == parts), None)
+
+
+SHAREGPT = {"role": "from", "content": "value"}
+EMPTY_ANSWER = "the answer is empty, so only the token that ends it is learnt"
 
 
 def detect_format(row: dict[str, Any]) -> PromptFormat:
     """The format that the columns of a row tell of."""
-    if "messages" in row:
+    pair = row.get("prompt"), row.get("completion")
+    if "messages" in row or all(isinstance(part, list) for part in pair):
         return PromptFormat(type="chat_template")
+    if "conversations" in row:
+        return PromptFormat(type="chat_template", field_messages="conversations", message_property_mappings=SHAREGPT)
     if "instruction" in row and "output" in row:
         return PromptFormat(type="alpaca")
     if "prompt" in row and "completion" in row:

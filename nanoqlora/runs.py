@@ -149,6 +149,10 @@ def row_format(dataset: DatasetConfig) -> PromptFormat:
         field=dataset.field,
         field_messages=dataset.field_messages,
         field_tools=dataset.field_tools,
+        field_system=dataset.field_system,
+        field_instruction=dataset.field_instruction or "",
+        field_output=dataset.field_output or "",
+        message_field_training=dataset.message_field_training or "",
         message_property_mappings=dataset.message_property_mappings,
         roles=dataset.roles,
     )

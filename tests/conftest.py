@@ -1,10 +1,15 @@
 """What the tests share: one thread count, the real small model, and tiny random ones."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
+
+from nanoqlora.prompts import CHAT_TEMPLATES
+from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,6 +39,33 @@ def llama3_ranks_folder() -> Path:
 def mistral_folder() -> Path:
     """The sentencepiece model of Mistral 7B."""
     return _witness("mistral")
+
+
+@pytest.fixture(scope="session")
+def tok(smollm2_path: Path) -> Tokenizer:
+    return load_tokenizer(smollm2_path)
+
+
+@pytest.fixture(scope="session")
+def llama3(tok: Tokenizer) -> Tokenizer:
+    """The same vocabulary with the names, the BOS and the template of Llama-3."""
+    names = ["<|end_of_text|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
+    vocab = [*names, *tok.vocab[len(names) :]]
+    return replace(tok, vocab=vocab, bos_id=1, eos_id=0, add_bos=True, chat_template=CHAT_TEMPLATES["llama3"])
+
+
+@pytest.fixture(scope="session")
+def hf(tok: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("smollm2")
+    save_tokenizer(tok, folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def llama3_hf(llama3: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("llama3")
+    save_tokenizer(llama3, folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

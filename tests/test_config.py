@@ -411,6 +411,7 @@ BROKEN = {
     "lora_alpha is": least(lora_alpha=None),
     "lora_target_linear is": least(lora_target_linear=False),
     "chat_template is": least(chat_template="jinja"),
+    "field_instruction and": least(datasets=[{"path": "d", "type": "alpaca", "field_instruction": "q"}]),
     "shard_optimizer_state cuts": least(shard_optimizer_state=True, loraplus_lr_ratio=16),
     "offload_params keeps": least(fsdp=["replicate"], fsdp_config={"offload_params": True}),
     "fsdp asks": least(fsdp=["full_shard", "replicate"]),

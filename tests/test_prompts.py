@@ -2,48 +2,19 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from go_text import go_write, needs_go
-from transformers import AutoTokenizer
 
 from nanoqlora.cli import UserError
 from nanoqlora.config import load_config
 from nanoqlora.ollama import go_template
 from nanoqlora.prompts import CHAT_TEMPLATES, Frame, PromptFormat, detect_format
 from nanoqlora.runs import prompt_format_of
-from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from nanoqlora.tokenizer import Tokenizer
 
 CHAT = PromptFormat(type="chat_template")
 DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-
-
-@pytest.fixture(scope="module")
-def tok(smollm2_path: Path) -> Tokenizer:
-    return load_tokenizer(smollm2_path)
-
-
-@pytest.fixture(scope="module")
-def llama3(tok: Tokenizer) -> Tokenizer:
-    """The same vocabulary with the names, the BOS and the template of Llama-3."""
-    names = ["<|end_of_text|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
-    vocab = [*names, *tok.vocab[len(names) :]]
-    return replace(tok, vocab=vocab, bos_id=1, eos_id=0, add_bos=True, chat_template=CHAT_TEMPLATES["llama3"])
-
-
-@pytest.fixture(scope="module")
-def hf(tok: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("smollm2")
-    save_tokenizer(tok, folder)
-    return AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def llama3_hf(llama3: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("llama3")
-    save_tokenizer(llama3, folder)
-    return AutoTokenizer.from_pretrained(folder)
 
 
 def say(*turns: str) -> list[dict[str, str]]:
@@ -303,26 +274,11 @@ def test_completion_counts_all_but_the_first_token(tok, llama3):
         ("chat_template", {"messages": ["hi"]}, "message 1 is str"),
         ("chat_template", {"messages": [{"content": "hi"}]}, "message 1: role is missing"),
         ("chat_template", {"messages": [*say("user", "x"), {"role": "assistant"}]}, "message 2: content is missing"),
-        ("chat_template", {"messages": say("user", "x", "assistant", " \n")}, "message 2: content is str"),
+        ("chat_template", {"messages": say("user", " \n", "assistant", "x")}, "message 1: content is str"),
         ("chat_template", {"messages": [{"role": "user", "content": [{"text": "hi"}]}]}, "content is list"),
         ("chat_template", {"messages": say("user", "hi", "system", "s")}, "no message has the role assistant"),
+        ("chat_template", {"messages": say("user", "hi", "asistant", "s")}, "the role asistant is unknown"),
         ("chat_template", {"messages": say("user", "\ud83d", "assistant", "x")}, "surrogate"),
-        (
-            "chat_template",
-            {"messages": say("user", "a", "user", "b", "assistant", "c")},
-            "message 2: the role user behind",
-        ),
-        (
-            "chat_template",
-            {"messages": say("user", "a", "assistant", "b", "assistant", "c")},
-            "message 3: .* take turns",
-        ),
-        (
-            "chat_template",
-            {"messages": say("user", "a", "system", "s", "assistant", "b")},
-            "message 2: .*at the beginning",
-        ),
-        ("chat_template", {"messages": say("user", "a", "tool", "t", "assistant", "b")}, "message 2: .*that called it"),
         ("chat_template", {"messages": [{"role": "assistant", "tool_calls": "x"}]}, "message 1: tool_calls is str"),
         ("chat_template", {"messages": say("user", "a", "assistant", "b"), "tools": "x"}, "tools is str"),
         ("prompt_completion", {"prompt": "hi"}, "completion is missing"),

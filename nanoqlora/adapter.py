@@ -24,7 +24,7 @@ from torch import Tensor
 from .cli import UserError, read_json, whole_file, write_text
 from .hub import ADAPTER_FILES, local_path
 from .model import Llama
-from .qlora import ALL_LINEAR, add_update, block_linears, lora_layers
+from .qlora import ALL_LINEAR, add_update, block_linears, lora_layers, target_layers
 
 PREFIX = "base_model.model."
 PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}  # ours: PEFT's
@@ -258,9 +258,8 @@ def continue_adapter(model: Llama, folder: str | Path, dropout: float, **wanted:
         "peft_use_dora": [next(iter(layers.values())).magnitude is not None],
     }
     for key, value in wanted.items():
-        if isinstance(value, tuple):
-            value = tuple(kind for kind in ALL_LINEAR if kind in value)
-        if value and [value] != found[key]:
+        is_target = key == "lora_target_modules"
+        if value and (target_layers(model, value) != [*layers] if is_target else [value] != found[key]):
             raise UserError(
                 f"{key} is {value!r} and the adapter in {folder}, from which lora_model_dir goes on, has "
                 f"{', '.join(map(str, found[key]))}. An adapter keeps its own: remove {key}, or start a new adapter."

@@ -7,8 +7,10 @@ The model file does not know: a layer is replaced by one with the same name, so 
 stays what it is called in Hugging Face's checkpoints and in PEFT's adapters. Read next: `../train.py`.
 """
 
+import difflib
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .cli import UserError
 from .model import Llama
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -150,7 +153,7 @@ def inject_lora(
     r: int,
     alpha: float,
     dropout: float = 0.0,
-    target_modules: tuple[str, ...] = ALL_LINEAR,
+    target_modules: str | Sequence[str] = ALL_LINEAR,
     use_rslora: bool = False,
     use_dora: bool = False,
 ) -> None:
@@ -160,22 +163,49 @@ def inject_lora(
         model: plain or 4-bit. Changed in place.
         alpha: the update is scaled by alpha / r, or by alpha / sqrt(r) with `use_rslora` (arXiv:2312.03732).
         dropout: probability with which an input of the update's path is dropped in training.
-        target_modules: last parts of the layers' names.
+        target_modules: as in `target_layers`.
         use_dora: learn the length of each row of W apart from its direction (arXiv:2402.09353).
     Raises:
-        ValueError: a name that no layer has.
+        UserError: as `target_layers`.
     """
-    unknown = set(target_modules) - set(ALL_LINEAR)
-    if unknown or not target_modules:
-        raise ValueError(
-            f"lora_target_modules: {sorted(unknown) or 'empty'} names no linear layer of a block, so nothing would be "
-            f"trained there. Known are {', '.join(ALL_LINEAR)}."
-        )
+    names = target_layers(model, target_modules)
     model.requires_grad_(False)
-    for name, _ in list(block_linears(model)):
-        if name.rpartition(".")[2] in target_modules:
-            add_update(model, name, r, alpha, dropout, use_rslora, use_dora)
+    for name in names:
+        add_update(model, name, r, alpha, dropout, use_rslora, use_dora)
     start_magnitudes(model)
+
+
+def target_layers(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """The linear layers of the blocks that `targets` name, in model order.
+
+    Args:
+        targets: as in PEFT: full names; ends of names (`q_proj`, `layers.0.mlp.up_proj`); `all-linear`; or, where no
+            name ends so, a regular expression that fits full names (`model.layers.[0-3].self_attn.(q|v)_proj`).
+    Raises:
+        UserError: one of them names nothing, or something else than a linear layer of a block.
+    """
+    every = [name for name, _ in model.named_modules() if name]
+    linears = [name for name, _ in block_linears(model)]
+    chosen: set[str] = set()
+    for target in [targets] if isinstance(targets, str) else targets or [""]:
+        found = [name for name in every if name == target or name.endswith(f".{target}")]
+        try:
+            found = linears if target == "all-linear" else found or [x for x in every if re.fullmatch(target, x)]
+            problem = "no layer's name ends so"
+        except re.error as error:
+            problem = f"no layer's name ends so, and it is no regular expression ({error})"
+        if others := [name for name in found if name not in linears]:
+            problem = f"{others[0]} is no linear layer of a block, and others are not trained"
+        if others or not found:
+            kinds = dict.fromkeys(name.rpartition(".")[2] for name in linears)
+            near = difflib.get_close_matches(target.rpartition(".")[2], kinds, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]}?" if near and not others else ""
+            raise UserError(
+                f"lora_target_modules: {target!r}: {problem}.{hint} Give ends of names ({', '.join(kinds)}), full "
+                f"names such as {linears[0]}, or a regular expression for full names."
+            )
+        chosen.update(found)
+    return [name for name in linears if name in chosen]
 
 
 def start_magnitudes(module: nn.Module) -> None:

@@ -7,7 +7,17 @@ import transformers
 from tiny import save_random_llama
 
 import nanoqlora as nq
-from nanoqlora.qlora import ALL_LINEAR, QLoRALinear, block_linears, flatten_trainable, lora_layers, set_dropout_rows
+from nanoqlora.checkpoint import load_model
+from nanoqlora.cli import UserError
+from nanoqlora.qlora import (
+    ALL_LINEAR,
+    QLoRALinear,
+    block_linears,
+    flatten_trainable,
+    inject_lora,
+    lora_layers,
+    set_dropout_rows,
+)
 
 TOKENS = torch.arange(60).view(2, 30) * 4
 
@@ -141,3 +151,61 @@ def test_dropout_depends_on_row_and_layer_only(tmp_path):
     assert len(seeds) == 4 * 3, "one for each input of a block: q, k and v share theirs, as gate and up do"
     model.eval()
     assert torch.equal(run([7])[0], run([9])[0]), "no dropout in evaluation"
+
+
+# ------------------------------------------------------------------------------------------------ which layers
+
+
+UNSLOTH = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:k_proj|v_proj|q_proj|"
+    r"o_proj|gate_proj|up_proj|down_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward"
+    r"|ffn|dense)\.(?:(?:k_proj|v_proj|q_proj|o_proj|gate_proj|up_proj|down_proj)))"
+)  # what its get_peft_regex makes for all linear layers of a text model
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["q_proj", "down_proj"],
+        ["model.layers.1.self_attn.q_proj"],
+        ["layers.0.mlp.up_proj", "v_proj"],
+        ["self_attn.q_proj", "self_attn.k_proj"],
+        UNSLOTH,
+        r"model\.layers\.[02]\.(self_attn|mlp)\.(q|v|up)_proj",
+        r".*\.layers\.[0-1]\..*_proj",
+        "all-linear",
+    ],
+)
+def test_targets_are_those_of_peft(tmp_path, targets):
+    """Names as a list, a regular expression as a text: what PEFT wraps of the same model."""
+    theirs = save_random_llama(tmp_path)
+    peft_model = peft.get_peft_model(theirs, peft.LoraConfig(target_modules=targets, task_type="CAUSAL_LM"))
+    expected = [name for name, module in peft_model.base_model.model.named_modules() if hasattr(module, "lora_A")]
+    model = load_model(tmp_path)
+    inject_lora(model, 4, 8, target_modules=targets)
+    assert [*lora_layers(model)] == expected and expected
+    again = load_model(tmp_path)
+    inject_lora(again, 4, 8, target_modules=[targets] if isinstance(targets, str) else targets)  # as from YAML
+    assert [*lora_layers(again)] == expected
+
+
+@pytest.mark.parametrize(
+    "targets, said",
+    [
+        (["q_proj", "k_pro"], ["'k_pro'", "k_proj?"]),
+        (["model.layers.9.self_attn.q_proj"], ["layers.9"]),
+        (["lm_head"], ["lm_head is no linear layer of a block"]),
+        (["q_proj", "embed_tokens"], ["embed_tokens is no linear layer"]),
+        ([".*"], ["is no linear layer of a block"]),
+        ([r"model\.(layers"], ["no regular expression"]),
+        (["self_attn"], ["self_attn is no linear layer"]),
+        ([], ["lora_target_modules"]),
+    ],
+)
+def test_targets_that_name_nothing_are_refused_with_what_is_near(tmp_path, targets, said):
+    save_random_llama(tmp_path)
+    model = load_model(tmp_path)
+    with pytest.raises(UserError) as refused:
+        inject_lora(model, 4, 8, target_modules=targets)
+    assert all(text in str(refused.value) for text in said), refused.value
+    assert not lora_layers(model), "nothing was changed"

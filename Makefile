@@ -20,7 +20,7 @@ setup: .venv/ready $(MODEL) ## virtual environment in .venv, pinned packages, th
 witnesses: $(LLAMA3) $(MISTRAL) ## real tokenizers for the tests, 7 MB
 
 demo: setup ## train a real 135M model to talk like a pirate, merge it, export it, and ask it: about 6 minutes on 2 cores
-	$(PY) train.py train.yml
+	$(PY) train.py train.yml --overwrite_output_dir true
 	$(PY) merge.py train.yml
 	$(PY) export_gguf.py train.yml --type q8_0 --prove
 	@echo; echo "The same held-out chats through every form of the model:"

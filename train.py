@@ -13,6 +13,7 @@ number. So neither accumulation nor the number of ranks changes what is learnt.
 """
 
 import math
+import os
 import signal
 import sys
 import time
@@ -30,10 +31,12 @@ from nanoqlora.cadence import evaluations, saves, warmup_steps
 from nanoqlora.checkpoint import Fill, open_model, open_weights
 from nanoqlora.cli import Failed, Stopped, UserError, check_writable, run_command, visible
 from nanoqlora.config import Config, load_command
+from nanoqlora.config_rules import without_effect
 from nanoqlora.data import collate, micro_batches
+from nanoqlora.doubts import doubts
 from nanoqlora.evaluate import loss_over_ranks
 from nanoqlora.faults import NotFinite, trace
-from nanoqlora.forecast import measure
+from nanoqlora.forecast import Forecast, measure
 from nanoqlora.fused import can_fuse, fuse_blocks, keep_dense_weights
 from nanoqlora.graphs import GraphedBody, can_record
 from nanoqlora.model import Llama
@@ -48,8 +51,9 @@ from nanoqlora.optim import (
     state_bytes,
     sum_and_clip,
 )
+from nanoqlora.output_dir import checkpoint_to_resume, claim, is_finished, refuse_other_runs
 from nanoqlora.plan import choose_sharding, dense_fits, embedding_waits, keeps_for, memory_budget
-from nanoqlora.preview import plan_text
+from nanoqlora.preview import duration, plan_text
 from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora, set_dropout_rows, start_magnitudes
 from nanoqlora.rehearsal import rehearse
 from nanoqlora.results import judge, save_results
@@ -57,12 +61,10 @@ from nanoqlora.runs import (
     Data,
     Metrics,
     Run,
-    best_step,
     find_checkpoint,
     load_best,
     load_checkpoint,
     prepare_data,
-    reason_to_stop,
     same_on_all_ranks,
     save_checkpoint,
     tokenizer_of,
@@ -72,7 +74,7 @@ from nanoqlora.sharding import BlockStore, fill_over_ranks
 from nanoqlora.special_rows import check_special_rows
 from nanoqlora.stats import Stopwatch, memory_figures
 from nanoqlora.tokenizer import Tokenizer
-from nanoqlora.trackers import check_packages, make_trackers
+from nanoqlora.trackers import check_trackers, make_trackers
 from nanoqlora.typed_yaml import Option, plain
 
 
@@ -155,6 +157,10 @@ def loop(run: Run, start: int, stop: list[bool], bar: tqdm) -> int:
     when_to_evaluate, when_to_save = set(evaluations(config, plan) if run.held_out else ()), set(saves(config, plan))
     watch, folder, step = Stopwatch(), Path(config.output_dir), start
     above = partial(bar.write, file=sys.stderr) if run.rank == 0 else lambda _: None  # a line of its own above the bar
+    if reason := start and run.progress.reason_to_stop(config):  # a kill came between the decision and the results
+        above(f"step {start}: ends here, {reason}")
+        return start
+    began = time.perf_counter()
     for number in range(start, len(plan)):
         step = number + 1
         try:
@@ -173,14 +179,23 @@ def loop(run: Run, start: int, stop: list[bool], bar: tqdm) -> int:
             if step % config.logging_steps == 0 or step == len(plan):
                 speed = watch.rate_since_last()
                 log_step(run, number, loss, grad_norm, rate, speed)
+                run.progress.logged(loss, config.loss_watchdog_threshold)
                 bar.set_postfix(loss=f"{loss:.3f}", norm=f"{grad_norm:.2f}", lr=f"{rate:.1e}", tok_s=f"{speed:.0f}")
+                if bar.disable:  # no terminal: a line for each logged step
+                    left = (time.perf_counter() - began) / (step - start) * (len(plan) - step)
+                    above(
+                        f"step {step}/{len(plan)}  epoch {plan[number].epoch:.2f}  loss {loss:.4f}  "
+                        f"norm {grad_norm:.2f}  lr {rate:.1e}  {speed:.0f} tok/s  {duration(left)} left"
+                    )
         if step % 8 == 0 and run.device.type == "cpu":
             distributed.return_freed_memory()
         bar.update()
         if step in when_to_evaluate:
-            above(f"step {step}: held-out loss {evaluate(run, step):.4f}")
-        is_best = config.load_best_model_at_end and step in when_to_evaluate and step == best_step(run.metrics.rows)
-        reason = reason_to_stop(config, run.metrics.rows)
+            held_out = evaluate(run, step)
+            run.progress.evaluated(step, held_out)
+            above(f"step {step}: held-out loss {held_out:.4f}")
+        is_best = config.load_best_model_at_end and step in when_to_evaluate and step == run.progress.best_step
+        reason = run.progress.reason_to_stop(config)
         # Any rank may have got the signal; of the rest rank 0 decides, whose log is the one on the disk.
         flags = [bool(stop), bool(is_best) and run.rank == 0, bool(reason) and run.rank == 0]
         stopped, is_best, ends = distributed.any_has(flags, run.device)
@@ -218,7 +233,7 @@ def prepare_model(
             wanted = {key: getattr(config, key) for key in keys}
             say(continue_adapter(model, config.lora_model_dir, config.lora_dropout, **wanted))
         else:
-            targets = ALL_LINEAR if config.lora_target_linear else config.lora_target_modules
+            targets = (*(ALL_LINEAR if config.lora_target_linear else ()), *config.lora_target_modules)
             variants = config.peft_use_rslora, config.peft_use_dora
             inject_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, targets, *variants)
 
@@ -287,12 +302,24 @@ def read_inputs(config: Config, rank: int, ranks: int) -> tuple[Tokenizer, Data]
     data = distributed.first_of_host_first(lambda: prepare_data(config, tokenizer, ranks))
     with distributed.together():
         find_checkpoint(config, data.samples, data.plan)
-        check_packages(plain(config))
-        if rank == 0:  # which writes, and reads the embedding and the head
-            check_writable(config.output_dir, "output_dir")
+        if rank == 0:  # which reads the embedding and the head
             check_special_rows(tokenizer, data.samples, open_weights(config.base_model), config.base_model)
     same_on_all_ranks(config, data, ranks)
     return tokenizer, data
+
+
+def check_surroundings(config: Config, options: dict[str, Any], rank: int, say: Callable[..., None]) -> None:
+    """What is wrong around the run, before anything is read: trackers that cannot be used, a folder that is taken."""
+    with distributed.together():
+        check_trackers(plain(config), rank)
+        if rank == 0:  # which writes
+            check_writable(config.output_dir, "output_dir")
+            try:
+                refuse_other_runs(config)
+            except UserError as error:
+                if not options["rehearse"]:  # which writes nothing there
+                    raise
+                say(f"note: the run itself would end with: {error}")
 
 
 def main() -> None:
@@ -300,7 +327,13 @@ def main() -> None:
     with distributed.naming_lost_ranks():
         with distributed.together():
             config, options = load_command(None, OPTIONS, __doc__.splitlines()[0])
-        train(config, options, rank, ranks, device)
+        try:
+            train(config, options, rank, ranks, device)
+        except torch.OutOfMemoryError as error:
+            raise Failed(
+                f"{device}: {str(error).split('. ')[0]}. Set gradient_checkpointing to auto or true, or a smaller "
+                f"micro_batch_size; a run with a checkpoint goes on with --auto_resume_from_checkpoints true."
+            ) from error
 
 
 def train(config: Config, options: dict[str, Any], rank: int, ranks: int, device: torch.device) -> None:
@@ -309,17 +342,24 @@ def train(config: Config, options: dict[str, Any], rank: int, ranks: int, device
     say = print if rank == 0 else lambda *_: None
     for note in config.notes:
         say(note)
+    check_surroundings(config, options, rank, say)
     tokenizer, data = read_inputs(config, rank, ranks)
     for path, reading in data.readings.items():
         say(visible(f"{path}: {reading.describe(config.sequence_len, config.excess_length_strategy)}"))
         for line in reading.describe_notes():
             say(visible(f"{path}: {line}"))
 
+    model_config = open_model(config.base_model)[0].config
+    for text in (*without_effect(config, ranks), *doubts(config, data, tokenizer, model_config)):
+        say(f"warning: {text}")
+    only_asks = options["plan"] or options["rehearse"]
+    is_over = config.auto_resume_from_checkpoints and is_finished(Path(config.output_dir))
+    if distributed.everyones_object(is_over)[0] and not only_asks:
+        say(f"{config.output_dir}: its run is finished; nothing is left to do. Another run needs another output_dir.")
+        return distributed.stop()
+
     dtype = distributed.compute_dtype(config.bf16, device)
-    try:
-        model, store = prepare_model(config, rank, ranks, device, dtype, say)
-    except ValueError as error:  # a width that four bits cannot split, a name that no layer has
-        raise UserError(str(error)) from error
+    model, store = prepare_model(config, rank, ranks, device, dtype, say)
     flat, optimizer, num_trained = prepare_optimizer(config, model, rank, ranks)
     metrics = Metrics(Path(config.output_dir) / "metrics.jsonl", writes=rank == 0)
     body = GraphedBody(model) if config.row_width and can_record(model) else model.model
@@ -342,26 +382,46 @@ def train(config: Config, options: dict[str, Any], rank: int, ranks: int, device
                 f"another. All hosts have to see one folder, or copies of it."
             )
     distributed.of_first_rank(flat.data)  # whatever each rank has read, all begin with the same
-    if rank == 0:
-        metrics.trackers += make_trackers(plain(config), start)
-    say(f"{num_trained:,} trained values, {len(run.plan)} steps, computing in {str(dtype).removeprefix('torch.')}")
+    with distributed.together():
+        metrics.trackers += make_trackers(plain(config), start) if rank == 0 else []
+    with claim(config, rank, start, say):
+        metrics.go_on_after(start)
+        if start:
+            say(f"goes on from step {start} of {len(run.plan)}, as saved in {checkpoint_to_resume(config)}")
+        elif config.auto_resume_from_checkpoints:
+            say(f"auto_resume_from_checkpoints: {config.output_dir} has no checkpoint, so the run begins with step 1")
+        say(f"{num_trained:,} trained values, {len(run.plan)} steps, computing in {str(dtype).removeprefix('torch.')}")
+        train_to_the_end(run, data, tokenizer, start, forecast, say)
 
-    stop: list[bool] = []  # from here on Ctrl-C ends the run after the step under way, with a checkpoint
+
+def train_to_the_end(
+    run: Run, data: Data, tokenizer: Tokenizer, start: int, forecast: Forecast, say: Callable[..., None]
+) -> None:
+    """The steps from `start` on, with what is asked of the model before and after, and the results."""
+    stop: list[bool] = []
     for received in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(received, lambda *_: stop.append(True))
+        signal.signal(received, partial(stop_after_step, stop, run.rank))
     if start == 0 and run.held_out:
         evaluate(run, 0)
         run.before |= judge(run, data, tokenizer, 0)
     started = time.perf_counter()
-    shown = {"disable": rank != 0, "unit": "step", "dynamic_ncols": True, "smoothing": 0.1}
-    with tqdm(total=len(run.plan), initial=start, **shown) as bar:
+    shown = {"disable": run.rank != 0 or not sys.stderr.isatty(), "unit": "step", "dynamic_ncols": True}
+    with tqdm(total=len(run.plan), initial=start, smoothing=0.1, **shown) as bar:
         last = loop(run, start, stop, bar)
     seconds = time.perf_counter() - started
     last_kept = load_best(run, last)
     after = judge(run, data, tokenizer, last_kept) if run.before else {}
     distributed.stop()
-    if rank == 0:
+    if run.rank == 0:
         save_results(run, data, tokenizer, after, forecast.of_part((last - start) / len(run.plan)), seconds, say)
+
+
+def stop_after_step(stop: list[bool], rank: int, number: int, frame: object) -> None:
+    """Handle Ctrl-C or SIGTERM: the run ends after the step under way, with a checkpoint. Once more ends it at once."""
+    stop.append(True)
+    signal.signal(number, signal.default_int_handler)
+    if rank == 0:  # not by print, which may be what was interrupted
+        os.write(2, b"\nstopping after this step, with a checkpoint; once more ends at once\n")
 
 
 if __name__ == "__main__":

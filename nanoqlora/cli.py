@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -142,6 +141,16 @@ def sweep(folder: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
+def remove(path: Path) -> None:
+    """Remove a file or a folder, under another name: a kill in the middle leaves nothing that looks whole."""
+    temporary = path.with_name(f".{path.name}.removing.tmp")  # which `sweep` takes away
+    os.replace(path, temporary)
+    if temporary.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        temporary.unlink()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that has to hold an object. NaN and infinity are not JSON, but other tools write them."""
     try:
@@ -195,13 +204,6 @@ def check_writable(folder: str | Path, key: str) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK):
         what = "may not be written to" if there.is_dir() else "is a file, not a folder"
         raise UserError(f"{key} {folder}: {there} {what}, so nothing could be saved there. Name another {key}.")
-
-
-def script_command(script: str, *words: object) -> str:
-    """A command of ours as the user can paste it into a shell, in the folder in which this program was started."""
-    path = Path(__file__).resolve().parent.parent / script
-    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    return shlex.join(map(str, ("python", path, *words)))
 
 
 class Parser(argparse.ArgumentParser):

@@ -157,6 +157,7 @@ class Config:
     load_in_4bit: bool | None = key("quantise the linear layers of the blocks to NF4; unset: true for qlora", None)
     bnb_config_kwargs: BnbConfig = key("accepted: there is one way to quantise", BnbConfig())
     output_dir: str = key("folder of the adapter, checkpoints, metrics and report", "./model-out")
+    overwrite_output_dir: bool = key("remove the run that output_dir holds; false: refuse to write over it", False)
     special_tokens: SpecialTokens = key("tokens in place of the tokenizer's own", SpecialTokens())
     tokens: tuple[str, ...] = key(
         "more special tokens; the vocabulary must have them: the embedding is not trained", ()
@@ -169,7 +170,9 @@ class Config:
     lora_alpha: int | float | None = key("the update is scaled by lora_alpha / lora_r", None, "(0, inf)")
     lora_dropout: float = key("share of an adapter's inputs that is dropped in training", 0.0, "[0, 1)")
     lora_target_linear: bool | None = key("adapt all linear layers of the blocks; unset: if no modules are named", None)
-    lora_target_modules: tuple[str, ...] = key("names of the layers to adapt, such as q_proj", ())
+    lora_target_modules: tuple[str, ...] = key(
+        "the layers to adapt: ends of names such as q_proj, full names, or a regular expression for full names", ()
+    )
     lora_model_dir: str | None = key("start from the adapter in this folder", None)
     peft_use_rslora: bool = key("scale by lora_alpha / sqrt(lora_r) instead", False)
     peft_use_dora: bool = key("DoRA: learn the length of every row of a weight apart from its direction", False)

@@ -16,6 +16,7 @@ EXCLUSIVE = (
     ("evals_per_epoch", "eval_steps"),
     ("saves_per_epoch", "save_steps"),
     ("resume_from_checkpoint", "auto_resume_from_checkpoints"),
+    ("overwrite_output_dir", "auto_resume_from_checkpoints"),
 )
 
 
@@ -100,6 +101,48 @@ DIFFERENCES: dict[str, Callable[["Config"], Any]] = {
     "gathered weights that are kept from forward to backward take the memory of the whole base, so every GPU holds "
     "all of it": lambda c: c.sharding == "replicate" and not {"replicate", "no_shard"} & c.fsdp_words,
     "nothing will be evaluated: there is neither val_set_size nor test_datasets": lambda c: (
-        not _evaluates(c) and (c.evals_per_epoch or c.eval_steps)
+        not _evaluates(c) and (c.evals_per_epoch or c.eval_steps or c.eval_strategy != "no")
     ),
 }
+
+# Options that do nothing beside the others, and what would make them work.
+WITHOUT_EFFECT: dict[str, Callable[["Config"], Any]] = {
+    "there is no warm-up with lr_scheduler constant; constant_with_warmup has one": lambda c: (
+        c.lr_scheduler == "constant" and (c.warmup_steps or c.warmup_ratio)
+    ),
+    "lora_target_modules adds nothing to lora_target_linear: true, which takes all linear layers; write "
+    "lora_target_linear: false to train only those named": lambda c: c.lora_target_linear and c.lora_target_modules,
+    "eval_strategy is no, so evals_per_epoch and eval_steps do nothing; remove eval_strategy": lambda c: (
+        _evaluates(c) and c.eval_strategy == "no" and (c.evals_per_epoch or c.eval_steps)
+    ),
+    "save_strategy is no, so saves_per_epoch and save_steps do nothing; remove save_strategy": lambda c: (
+        c.save_strategy == "no" and (c.saves_per_epoch or c.save_steps)
+    ),
+    "no checkpoint is written (save_strategy no), so save_total_limit does nothing": lambda c: (
+        c.save_strategy == "no" and c.save_total_limit != 4 and not (c.save_first_step or c.load_best_model_at_end)
+    ),
+    "loss_watchdog_patience does nothing without loss_watchdog_threshold": lambda c: (
+        c.loss_watchdog_patience != 3 and not c.loss_watchdog_threshold
+    ),
+    "wandb_entity, wandb_name, wandb_mode and wandb_run_id do nothing without wandb_project": lambda c: (
+        not (c.use_wandb or c.wandb_project) and (c.wandb_entity or c.wandb_name or c.wandb_mode or c.wandb_run_id)
+    ),
+    "default_system_message is only for data of type chat_template, and there is none": lambda c: (
+        c.default_system_message and all(d.type != "chat_template" for d in (*c.datasets, *c.test_datasets))
+    ),
+    "train_on_inputs does nothing for data of type completion, which is learnt from its first word on": lambda c: (
+        c.train_on_inputs and all(d.type == "completion" for d in c.datasets)
+    ),
+}
+
+
+def without_effect(config: "Config", ranks: int) -> list[str]:
+    """A line for each option that does nothing in this run."""
+    found = [text for text, matters in WITHOUT_EFFECT.items() if matters(config)]
+    if ranks == 1:
+        start = "with one process; torchrun --nproc_per_node=N starts several"
+        names = {"fsdp": config.fsdp_words - {"auto", "replicate", "no_shard", "offload", "auto_wrap"}}
+        names |= {"fsdp_config": config.fsdp_config and not config.fsdp_words}
+        names |= {"shard_optimizer_state": config.shard_optimizer_state}
+        found += [f"{name} does nothing {start}" for name, wanted in names.items() if wanted]
+    return found

@@ -130,6 +130,49 @@ def state_kind(name: str) -> str:
     return "8 bits" if "8bit" in name else "32 bits of bitsandbytes" if "32bit" in name else "32 bits of PyTorch"
 
 
+def state_problem(optimizer: torch.optim.Optimizer | PartOptimizer, saved: Any) -> str:
+    """How a saved state differs from what this optimizer keeps, in words; empty: in nothing.
+
+    Kernels take sizes and types for granted: a moment that is too short would be read, and written, beyond its end.
+    """
+    is_part = isinstance(optimizer, PartOptimizer)
+    params = [] if is_part else [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = [(optimizer.num_trained,)] if is_part else [tuple(p.shape) for p in params]
+    states = saved.get("state") if isinstance(saved, dict) else None
+    if not isinstance(states, dict) or (states and set(states) != set(range(len(shapes)))):
+        return f"it does not hold the state of {len(shapes)} parameters"
+    for i, state in states.items():
+        nested = state.get("__bnb_optimizer_quant_state__", {}) if isinstance(state, dict) else None
+        if not isinstance(nested, dict):
+            return f"the state of parameter {i} is no map"
+        found = {key: _kind(value) for key, value in (state | nested).items() if key != "__bnb_optimizer_quant_state__"}
+        n, moments = math.prod(shapes[i]), (shapes[i], torch.float32)
+        if isinstance(optimizer.inner if is_part else optimizer, torch.optim.AdamW):
+            wanted = {"step": ((), torch.float32), "exp_avg": moments, "exp_avg_sq": moments}
+        elif found.get("state1") == (shapes[i], torch.uint8):  # which few values do not get
+            moments, scales = (shapes[i], torch.uint8), ((math.ceil(n / BLOCK),), torch.float32)
+            wanted = {"step": int, "state1": moments, "state2": moments, "absmax1": scales, "absmax2": scales}
+            wanted |= dict.fromkeys(("qmap1", "qmap2"), ((256,), torch.float32))
+        else:
+            wanted = {"step": int, "state1": moments, "state2": moments}
+        for key in sorted(found.keys() | wanted.keys() if found else ()):
+            if found.get(key) != wanted.get(key):
+                return f"{key} of parameter {i} is {found.get(key)} where {wanted.get(key)} is needed"
+    return ""
+
+
+def _kind(value: Any) -> Any:
+    """Shape and dtype of a tensor, the type of anything else."""
+    return (tuple(value.shape), value.dtype) if torch.is_tensor(value) else type(value)
+
+
+def load_state(optimizer: torch.optim.Optimizer | PartOptimizer, saved: dict[str, Any]) -> None:
+    """Take up a state that `state_problem` finds right. Betas, weight decay and the rest stay as they are now."""
+    if not isinstance(optimizer, PartOptimizer):
+        saved = {"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]}
+    optimizer.load_state_dict(saved)
+
+
 def sum_and_clip(flat: nn.Parameter, optimizer: torch.optim.Optimizer | PartOptimizer, max_norm: float) -> Tensor:
     """Sum the flat gradient over the ranks, or this rank's part of it where each rank has a part; then clip it.
 

@@ -274,7 +274,7 @@ def _encode_files(files: list[DataFile], encoding: Encoding) -> Iterator[Encoded
     # Forked, a process starts at once and has the tokenizer. It must not touch torch, whose threads it does not have.
     pool = ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (encoding,))
     waiting: deque[tuple[int, Future[Encoded]]] = deque()
-    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenising", dynamic_ncols=True) as bar:
+    with tqdm(total=num_bytes, disable=None, unit="B", unit_scale=True, desc="tokenising", dynamic_ncols=True) as bar:
 
         def first() -> Encoded:
             size, future = waiting.popleft()

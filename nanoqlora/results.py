@@ -101,7 +101,9 @@ def save_trained(run: Run, data: Data, tokenizer: Tokenizer, folder: Path) -> No
     save_tokenizer(tokenizer, folder, data.prompt_format.jinja(tokenizer))
     write_text(folder / "prompt.json", data.prompt_format.to_json())
     dtype = run.model.model.embed_tokens.weight.dtype
-    write_text(folder / "train.yml", replace(run.config, bf16=dtype == torch.bfloat16).to_yaml())
+    write_text(
+        folder / "train.yml", replace(run.config, bf16=dtype == torch.bfloat16, overwrite_output_dir=False).to_yaml()
+    )
 
 
 def run_facts(run: Run, data: Data, forecast: Forecast, seconds: float) -> dict[str, Any]:

@@ -5,10 +5,11 @@
 
 import hashlib
 import json
+import math
 import platform
 import random
 import shutil
-import time
+import sys
 from array import array
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -22,13 +23,14 @@ from safetensors import SafetensorError
 from . import distributed
 from .adapter import fill_adapter, read_adapter, save_adapter
 from .checkpoint import fingerprint
-from .cli import Failed, UserError, read_json, sweep, whole_folder, write_text
+from .cli import Failed, UserError, read_json, remove, whole_folder, write_text
 from .config import Config, DatasetConfig
 from .data import Samples, join
 from .data_files import DataFile, find_files, split_and_part
 from .model import Llama
 from .ops import Segments
-from .optim import PartOptimizer, state_kind
+from .optim import PartOptimizer, load_state, state_kind, state_problem
+from .output_dir import STATE, checkpoint_folders, checkpoint_to_resume, read_log
 from .packing import Plan, plan_steps
 from .prepare import Encoding, Reading, prepare_samples
 from .prompts import CHAT_TEMPLATES, Frame, PromptFormat
@@ -171,14 +173,7 @@ class Metrics:
 
     def go_on_after(self, step: int) -> None:
         """Keep the lines up to `step` of an earlier run in the same folder, none for 0."""
-        if step and self.path.exists():
-            for line in self.path.read_text("utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # the line that was being written when the run was killed
-                if row["step"] <= step:
-                    self.rows.append(row)
+        self.rows = [row for row in read_log(self.path) if step and row["step"] <= step]
         if self.writes:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
@@ -190,8 +185,42 @@ class Metrics:
                     file.write(json.dumps(row) + "\n")
             except OSError as error:
                 raise Failed(cannot_write(self.path.parent, self.path.name, error)) from error
-            for track in self.trackers:
-                track(row)
+            for track in [*self.trackers]:
+                try:
+                    track(row)
+                except Exception as error:  # a disk, a network, a service: the run is worth more than its curve
+                    self.trackers.remove(track)
+                    print(f"warning: {track.__name__} failed ({error}) and gets no more rows", file=sys.stderr)
+
+
+@dataclass
+class Progress:
+    """What early stopping and the best evaluation depend on: a part of every checkpoint."""
+
+    best_step: int = 0  # the first step of the lowest held-out loss; 0: none was evaluated
+    best_loss: float = math.nan
+    since_best: int = 0  # evaluations after that one
+    high: int = 0  # logged losses in a row above the watchdog's threshold
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """Held-out loss after `step`; the one before the first step is none of the run's."""
+        if step and not loss >= self.best_loss and not (self.best_step and math.isnan(loss)):
+            self.best_step, self.best_loss, self.since_best = step, loss, 0
+        else:
+            self.since_best += step > 0
+
+    def logged(self, loss: float, threshold: float | None) -> None:
+        self.high = self.high + 1 if threshold and loss > threshold else 0
+
+    def reason_to_stop(self, config: Config) -> str:
+        """Why to end before the last step, in words; empty: go on."""
+        patience = config.early_stopping_patience
+        if patience and self.since_best >= patience:
+            return f"{self.since_best} evaluations without a better one than after step {self.best_step}"
+        if config.loss_watchdog_threshold and self.high >= config.loss_watchdog_patience:
+            threshold = config.loss_watchdog_threshold
+            return f"the loss was above loss_watchdog_threshold {threshold} {self.high} times in a row"
+        return ""
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -215,7 +244,7 @@ class Run:
     metrics: Metrics
     store: BlockStore | None  # where the base is spread over the ranks
     before: dict[str, Any] = field(default_factory=dict)  # what the untrained model could do, for the report
-    began: float = field(default_factory=time.time)  # when this process did, in seconds since 1970
+    progress: Progress = field(default_factory=Progress)
     base: str = ""  # `fingerprint` of the base model's weights
 
     def __post_init__(self) -> None:
@@ -248,19 +277,27 @@ def save_checkpoint(run: Run, step: int) -> None:
                 save_adapter(run.model, temporary, run.config.base_model)
                 torch.save(optimizer_state, temporary / "optimizer.pt")
                 state = {"step": step, "plan": plan_fingerprint(run.samples, run.plan), "ranks": run.ranks}
-                state |= {"before": run.before, "began": run.began, "optimizer": run.config.optimizer}
-                state |= {"steps": len(run.plan), "base": run.base}
+                state |= {"before": run.before, "optimizer": run.config.optimizer, "base": run.base}
+                state |= {"steps": len(run.plan), "progress": asdict(run.progress)}
                 state["fixed"] = {key: getattr(run.config, key) for key in FIXED}
                 write_text(temporary / "trainer_state.json", json.dumps(state) + "\n")
-        except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, as each of the three writers tells it
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not is_disk_error(error):
+                raise
             state = [x for values in run.optimizer.state.values() for x in values.values() if torch.is_tensor(x)]
             needed = run.flat.nbytes + sum(x.nbytes for x in state)
             raise Failed(cannot_write(folder, f"checkpoint-{step}", error, needed)) from error
-        best = best_step(run.metrics.rows) if run.config.load_best_model_at_end else None
+        best = run.progress.best_step if run.config.load_best_model_at_end else None
         for old in checkpoints(folder)[: -run.config.save_total_limit]:
             if old.name != f"checkpoint-{best}":
-                shutil.rmtree(old, ignore_errors=True)
+                remove(old)
     distributed.wait_for_all()
+
+
+def is_disk_error(error: Exception) -> bool:
+    """Whether a file could not be written, as each of the three writers says it. Whatever else is a fault of ours."""
+    signs = {SafetensorError: ("I/O error",), RuntimeError: ("inline_container", "PytorchStreamWriter", "iostream")}
+    return isinstance(error, OSError) or any(sign in str(error) for sign in signs.get(type(error), ()))
 
 
 def cannot_write(folder: Path, what: str, error: Exception, needed: int = 0) -> str:
@@ -274,16 +311,41 @@ def cannot_write(folder: Path, what: str, error: Exception, needed: int = 0) -> 
     )
 
 
-# When a run began in a folder with checkpoints of an earlier one: it must not go on from those.
-BEGAN = ".began"
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first."""
+    return [path for path in checkpoint_folders(folder).values() if (path / STATE).is_file()]
 
 
-def checkpoints(folder: Path, since: float = 0.0) -> list[Path]:
-    """The whole checkpoints in a folder, oldest first, of processes that began then or later."""
-    files = {path: path / "trainer_state.json" for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
-    whole = {path: read_json(file) for path, file in files.items() if file.exists()}
-    order = {path: (state.get("began", 0), state["step"]) for path, state in whole.items()}
-    return sorted((path for path, (began, _) in order.items() if began >= since), key=order.get)
+# What trainer_state.json holds, those of older versions in parts.
+STATE_TYPES = {"step": int, "plan": str, "steps": int, "base": str, "optimizer": str}
+STATE_TYPES |= {"fixed": dict, "before": dict, "progress": dict}
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """trainer_state.json of a checkpoint.
+
+    Raises:
+        UserError: it does not have the shape that `save_checkpoint` gives it.
+    """
+    state = read_json(path / STATE)
+    wrong = [key for key, kind in STATE_TYPES.items() if key in state and type(state[key]) is not kind]
+    wrong += [key for key in ("step", "plan") if key not in state]
+    before, progress = state.get("before"), state.get("progress")
+    if before and not wrong:
+        numbers = all(type(before.get(key)) is float for key in ("loss", "plain_loss"))
+        answers = before.get("answers")
+        is_right = numbers and isinstance(answers, list) and all(isinstance(text, str) for text in answers)
+        wrong += [] if is_right else ["before"]
+    if progress and not wrong:
+        kinds = {name: type(value) for name, value in asdict(Progress()).items()}
+        wrong += [] if {name: type(value) for name, value in progress.items()} == kinds else ["progress"]
+    if wrong or state["step"] < 1:
+        key = (wrong or ["step"])[0]
+        raise UserError(
+            f"{path / STATE}: {key} is {state.get(key)!r}, which is not what a checkpoint has there, so it is damaged. "
+            f"Resume from another checkpoint."
+        )
+    return state
 
 
 def find_checkpoint(config: Config, samples: Samples, plan: Plan) -> tuple[Path, dict[str, Any]] | None:
@@ -292,16 +354,10 @@ def find_checkpoint(config: Config, samples: Samples, plan: Plan) -> tuple[Path,
     Raises:
         UserError: it is none, or of another run.
     """
-    path = Path(config.resume_from_checkpoint) if config.resume_from_checkpoint else None
-    if path is None and config.auto_resume_from_checkpoints:
-        began = Path(config.output_dir) / BEGAN
-        since = float(began.read_text()) if began.exists() else 0.0
-        path = [None, *checkpoints(Path(config.output_dir), since)][-1]
+    path = checkpoint_to_resume(config)
     if path is None:
         return None
-    if not path.is_dir():
-        raise UserError(f"resume_from_checkpoint: {path} is no folder. Name a checkpoint-STEP folder of a run.")
-    state = read_json(path / "trainer_state.json")
+    state = read_state(path)
     if state.get("steps", len(plan)) != len(plan):
         raise UserError(
             f"{path}: its run has {state['steps']} steps, this one {len(plan)}, so the learning rate would not be the "
@@ -335,59 +391,34 @@ def find_checkpoint(config: Config, samples: Samples, plan: Plan) -> tuple[Path,
 
 def load_checkpoint(run: Run) -> int:
     """Go on from the checkpoint that the configuration names, if any. Returns the number of steps already taken."""
-    folder = Path(run.config.output_dir)
-    if run.rank == 0:
-        sweep(folder)
-    distributed.wait_for_all()
     found = find_checkpoint(run.config, run.samples, run.plan)
     if found is None:
-        if run.rank == 0 and checkpoints(folder):
-            write_text(folder / BEGAN, f"{run.began}\n")
-        run.metrics.go_on_after(0)
         return 0
     path, state = found
     _, adapter = read_adapter(path)
+    file = path / "optimizer.pt"
     try:
         where = "cpu" if run.config.shard_optimizer_state else run.device  # of the whole state, before it is cut
-        optimizer_state = torch.load(path / "optimizer.pt", map_location=where, weights_only=True)
+        optimizer_state = torch.load(file, map_location=where, weights_only=True)
     except Exception as error:  # reading another file, torch's unpickler fails in any way
-        raise UserError(
-            f"{path / 'optimizer.pt'}: cannot be read ({error}). Resume from another checkpoint."
-        ) from error
+        raise UserError(f"{file}: cannot be read ({error}). Resume from another checkpoint.") from error
+    if problem := state_problem(run.optimizer, optimizer_state):
+        raise UserError(f"{file}: {problem}, so it is of another run or damaged. Resume from another checkpoint.")
     fill_adapter(run.model, adapter, path)
-    run.optimizer.load_state_dict(optimizer_state)
-    run.metrics.go_on_after(state["step"])
+    load_state(run.optimizer, optimizer_state)
     run.before.update(state.get("before", {}))
+    if "progress" in state:
+        run.progress = Progress(**state["progress"])
     return state["step"]
-
-
-# ------------------------------------------------------------------------------------------------ the best so far
-
-
-def best_step(rows: list[dict[str, Any]]) -> int | None:
-    """The step after which held-out loss was lowest, of those with an evaluation; the first of equals."""
-    scored = [(row["eval_loss"], row["step"]) for row in rows if "eval_loss" in row and row["step"] > 0]
-    return min(scored)[1] if scored else None
-
-
-def reason_to_stop(config: Config, rows: list[dict[str, Any]]) -> str:
-    """Why to end before the last step, in words, from the rows of metrics.jsonl; empty: go on."""
-    evaluated = [row["step"] for row in rows if "eval_loss" in row and row["step"] > 0]
-    patience = config.early_stopping_patience
-    if patience and evaluated and len(evaluated) - 1 - evaluated.index(best_step(rows)) >= patience:
-        return f"{patience} evaluations without a better one than after step {best_step(rows)}"
-    recent = [row["loss"] for row in rows if "loss" in row][-config.loss_watchdog_patience :]
-    threshold = config.loss_watchdog_threshold
-    if threshold and len(recent) == config.loss_watchdog_patience and min(recent) > threshold:
-        return f"the loss was above loss_watchdog_threshold {threshold} {len(recent)} times in a row"
-    return ""
 
 
 def load_best(run: Run, last: int) -> int:
     """Put the adapter of the best evaluation back, where the run asks for it. Returns the step that the model is of."""
-    best = best_step(run.metrics.rows) if run.config.load_best_model_at_end else None
+    best = run.progress.best_step if run.config.load_best_model_at_end else 0
     path = Path(run.config.output_dir) / f"checkpoint-{best}"
-    if best is None or run.rank or not path.is_dir():
+    if best and not run.rank and not path.is_dir():
+        print(f"load_best_model_at_end: the best step, {best}, has no {path}; the adapter of step {last} is kept")
+    if not best or run.rank or not path.is_dir():
         best = last
     if best != last:
         fill_adapter(run.model, read_adapter(path)[1], path)

@@ -100,9 +100,13 @@ class Ended(NamedTuple):
     err: str
 
 
-def run_here(main: Callable[[], None], *words: object) -> Ended:
-    """A command's main with these words after its name, in this process, ended as `run_command` ends it."""
+def run_here(main: Callable[[], None], *words: object, terminal: bool = False) -> Ended:
+    """A command's main with these words after its name, in this process, ended as `run_command` ends it.
+
+    terminal: stderr is one.
+    """
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    err.isatty = lambda: terminal  # type: ignore[method-assign]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = [main.__module__, *map(str, words)]
     try:

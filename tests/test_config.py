@@ -394,6 +394,7 @@ def test_plugins_that_only_make_things_faster_may_stay():
 def test_two_ways_to_say_one_thing(tmp_path, one, other):
     """Both in one file is an error; the command line wins over the file, and says so; zero asks for nothing."""
     on = {"test_datasets": LEAST["datasets"], "warmup_ratio": 0.5, "auto_resume_from_checkpoints": True}
+    on |= {"overwrite_output_dir": True}
     values = {name: on.get(name, "x" if name == "resume_from_checkpoint" else 2) for name in (one, other)}
     with pytest.raises(UserError, match=f"{one} and {other}"):
         make_config(least(**values))

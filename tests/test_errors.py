@@ -100,7 +100,7 @@ def commands(world: World, model: Path | None = None) -> dict[Callable[[], None]
         chat.main: ["--model", model, "--prompt", "Who?", "--max_new_tokens", 2],
         merge.main: ["--model", model, "--adapter", world.adapter, "--out", world.root / "merged"],
         export_gguf.main: ["--model", model, "--out", world.root / "new.gguf"],
-        train.main: [world.run, "--base_model", model],
+        train.main: [world.run, "--base_model", model, "--overwrite_output_dir", "true"],
     }
 
 
@@ -131,7 +131,8 @@ TYPOS = {
 def test_mistakes_on_the_command_line(world, case):
     words, expected = TYPOS[case]
     before = snapshot(world.root)
-    ended = run_here(train.main, world.run, *(word.replace("DATA", str(world.data)) for word in words))
+    words = [word.replace("DATA", str(world.data)) for word in words]
+    ended = run_here(train.main, world.run, "--overwrite_output_dir", "true", *words)
     assert_refused(ended, *expected)
     assert snapshot(world.root) == before
 
@@ -247,7 +248,8 @@ def test_truncated_gguf(world, command, share):
 def test_damaged_adapter(world, command, file, share):
     cut(world.adapter / file, share) if share is not None else (world.adapter / file).unlink()
     main = [evaluate.main, merge.main, train.main][command]
-    more = {evaluate.main: ["--adapter", world.adapter], merge.main: []}.get(main, ["--lora_model_dir", world.adapter])
+    more = ["--lora_model_dir", world.adapter, "--output_dir", world.root / "new"]
+    more = {evaluate.main: ["--adapter", world.adapter], merge.main: []}.get(main, more)
     before = snapshot(world.root)
     assert_refused(run_here(main, *commands(world)[main], *more), file)
     assert snapshot(world.root) == before

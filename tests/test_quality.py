@@ -16,7 +16,7 @@ from small_runs import alpaca_rows, metrics_of, run_here, save_tiny_model, write
 import train
 from nanoqlora.config import load_config
 from nanoqlora.quality import domain_score, domain_words, plain_samples, plain_text, words_of
-from nanoqlora.runs import best_step, prepare_data, reason_to_stop, tokenizer_of
+from nanoqlora.runs import Progress, prepare_data, tokenizer_of
 from nanoqlora.tokenizer import load_tokenizer
 
 
@@ -77,13 +77,18 @@ def test_plain_loss_is_that_of_transformers(tmp_path):
 # ------------------------------------------------------------------------------------------------ the best so far
 
 
-def evaluated(*losses: float) -> list[dict]:
-    return [{"step": step, "eval_loss": loss} for step, loss in enumerate(losses)]
+def evaluated(*losses: float) -> Progress:
+    """After these held-out losses, the first of them before the first step."""
+    progress = Progress()
+    for step, loss in enumerate(losses):
+        progress.evaluated(step, loss)
+    return progress
 
 
 def test_best_is_the_first_lowest_after_the_start():
-    assert best_step(evaluated(0.1, 3.0, 2.0, 2.0, 2.5)) == 2
-    assert best_step(evaluated(0.1)) is best_step([{"step": 1, "loss": 2.0}]) is None
+    nan = float("nan")
+    assert evaluated(0.1, 3.0, 2.0, 2.0, 2.5).best_step == evaluated(0.1, nan, 2.0, nan, 2.5).best_step == 2
+    assert evaluated(0.1).best_step == evaluated().best_step == 0
 
 
 @pytest.mark.parametrize(
@@ -91,9 +96,9 @@ def test_best_is_the_first_lowest_after_the_start():
 )
 def test_early_stopping_counts_evaluations_since_the_best(losses, stops):
     config = SimpleNamespace(early_stopping_patience=2, loss_watchdog_threshold=None, loss_watchdog_patience=3)
-    assert bool(reason_to_stop(config, evaluated(*losses))) is stops
+    assert bool(evaluated(*losses).reason_to_stop(config)) is stops
     config.early_stopping_patience = None
-    assert not reason_to_stop(config, evaluated(*losses))
+    assert not evaluated(*losses).reason_to_stop(config)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +106,10 @@ def test_early_stopping_counts_evaluations_since_the_best(losses, stops):
 )
 def test_watchdog_wants_all_of_the_last_ones_above(losses, stops):
     config = SimpleNamespace(early_stopping_patience=None, loss_watchdog_threshold=5.0, loss_watchdog_patience=3)
-    rows = [{"step": step, "loss": loss} for step, loss in enumerate(losses, start=1)]
-    assert bool(reason_to_stop(config, rows)) is stops
+    progress = Progress()
+    for loss in losses:
+        progress.logged(loss, config.loss_watchdog_threshold)
+    assert bool(progress.reason_to_stop(config)) is stops
 
 
 def test_run_stops_early_and_ends_with_its_best_adapter(tmp_path):

@@ -103,7 +103,7 @@ def test_nothing_is_imported_without_the_keys(monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     for keys in ({}, {"wandb_project": "p", "use_wandb": False}):
         assert make_trackers(plain(make_config(LEAST | keys))) == []
-        trackers.check_packages(plain(make_config(LEAST | keys)))
+        trackers.check_trackers(plain(make_config(LEAST | keys)))
     for keys, package in (({"use_tensorboard": True}, "tensorboard"), ({"wandb_project": "p"}, "wandb")):
         with pytest.raises(UserError, match=f"pip install {package}"):
-            trackers.check_packages(plain(make_config(LEAST | keys)))
+            trackers.check_trackers(plain(make_config(LEAST | keys)))

@@ -56,7 +56,7 @@ from nanoqlora.optim import clip_gradient, learning_rate_at, make_optimizer
 from nanoqlora.packing import Step
 from nanoqlora.qlora import flatten_trainable, inject_lora, lora_layers
 from nanoqlora.results import questions
-from nanoqlora.runs import checkpoints, find_checkpoint, prepare_data
+from nanoqlora.runs import checkpoints, prepare_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -224,7 +224,7 @@ def test_accumulation_and_ranks_change_nothing(world, tmp_path):
             assert ended.out.count("trained values") == 1, "only rank 0 prints"
             assert ended.err.count(": held-out loss") == 1, "there too"
         else:
-            ended = run_here(train.main, path)
+            ended = run_here(train.main, path, terminal=True)
             assert_one_line_bar(ended.err, num_steps=9)
         assert ended.code == 0, ended.err
     first, *others, without_dropout = (steps_of(tmp_path / name / "out") for name in splits)
@@ -411,7 +411,7 @@ def resumed(interrupted: tuple[Ended, Path], folder: Path, *words: str) -> Ended
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(interrupted, uninterrupted, tmp_path):
     """80 steps, or k, Ctrl-C, and 80 - k: the same adapter, every step once in the log, with the same numbers."""
     last = steps_of(interrupted[1])[-1]["step"]
-    ended = resumed(interrupted, tmp_path, "--resume_from_checkpoint", str(interrupted[1] / f"checkpoint-{last}"))
+    ended = resumed(interrupted, tmp_path, "--resume_from_checkpoint", str(tmp_path / f"checkpoint-{last}"))
     assert ended.code == 0, ended.err
     name = "adapter_model.safetensors"
     assert (tmp_path / name).read_bytes() == (uninterrupted / name).read_bytes()
@@ -489,18 +489,10 @@ def test_only_the_newest_checkpoints_are_kept(uninterrupted):
     assert [path.name for path in checkpoints(uninterrupted)] == ["checkpoint-40", "checkpoint-60", "checkpoint-80"]
 
 
-def test_checkpoints_of_an_earlier_run_do_not_push_out_new_ones(world, uninterrupted, tmp_path):
-    """A second, shorter run in the same folder: its checkpoints are newer, whatever their numbers are."""
-    shutil.copytree(uninterrupted, tmp_path / "out")
-    path = write_run(tmp_path / "train.yml", world.model, world.data, **(LONG | {"max_steps": 6, "save_steps": 2}))
-    assert run_here(train.main, path).code == 0
-    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
-
-
 def test_resume_with_another_optimizer_or_scale_is_refused(world, uninterrupted, tmp_path):
     """bitsandbytes cannot read PyTorch's state; PyTorch's own two read each other's."""
     path = write_run(tmp_path / "train.yml", world.model, world.data, test_datasets=world.tests, **LONG)
-    words = (path, "--resume_from_checkpoint", uninterrupted / "checkpoint-80")
+    words = (path, "--overwrite_output_dir", "true", "--resume_from_checkpoint", uninterrupted / "checkpoint-80")
     ended = run_here(train.main, *words, "--optimizer", "adamw_8bit")
     assert ended.code == 2 and "its optimizer was adamw_torch" in ended.err and ended.err.count("\n") == 1, ended.err
     assert run_here(train.main, *words, "--optimizer", "adamw_torch_fused").code == 0
@@ -517,37 +509,6 @@ def test_a_place_that_cannot_be_written_to_is_found_before_anything_is_loaded(wo
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
     ended = run_here(train.main, path, "--output_dir", tmp_path / "new" / "out")
     assert ended.code == 2 and f"{tmp_path} may not be written to" in ended.err
-
-
-def test_auto_resume_goes_on_from_the_last_run_not_from_the_furthest(world, uninterrupted, tmp_path):
-    """The folder has checkpoint-80 of an earlier run; the second one, with another rate, got to step 2."""
-    shutil.copytree(uninterrupted, tmp_path / "out")
-    path = write_run(tmp_path / "train.yml", world.model, world.data, **LONG | {"learning_rate": 1e-4, "save_steps": 1})
-    data = train.read_inputs(load_config([str(path)]), 0, 1)[1]
-    assert find_checkpoint(load_config([str(path)]), data.samples, data.plan) is None
-    resumed = load_config([str(path), "--auto_resume_from_checkpoints", "true"])
-    assert find_checkpoint(resumed, data.samples, data.plan)[0].name == "checkpoint-80"
-    state = json.loads((tmp_path / "out" / "checkpoint-80" / "trainer_state.json").read_text())
-    for step in (1, 2):
-        folder = shutil.copytree(uninterrupted / "checkpoint-80", tmp_path / "out" / f"checkpoint-{step}")
-        (folder / "trainer_state.json").write_text(json.dumps(state | {"step": step, "began": state["began"] + 60}))
-    assert find_checkpoint(resumed, data.samples, data.plan)[0].name == "checkpoint-2"
-
-
-def test_a_run_that_began_anew_never_goes_on_from_an_earlier_one(world, uninterrupted, tmp_path, monkeypatch):
-    """It dies before its first checkpoint, in a folder with those of a run with another learning rate."""
-    shutil.copytree(uninterrupted, tmp_path / "out")
-    path = write_run(tmp_path / "train.yml", world.model, world.data, **LONG | {"learning_rate": 1e-4})
-    resumed = load_config([str(path), "--auto_resume_from_checkpoints", "true"])
-    data = train.read_inputs(resumed, 0, 1)[1]
-    assert find_checkpoint(resumed, data.samples, data.plan)[0].name == "checkpoint-80"
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "loop", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        patched.setattr(os, "kill", lambda *_: sys.exit(9))
-        assert run_here(train.main, path).code == 9
-    assert find_checkpoint(resumed, data.samples, data.plan) is None
-    named = load_config([str(path), "--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-80")])
-    assert find_checkpoint(named, data.samples, data.plan)[1]["step"] == 80, "whoever names one gets it"
 
 
 def test_what_a_killed_process_left_half_written_is_removed(world, interrupted, tmp_path, monkeypatch):

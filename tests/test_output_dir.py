@@ -1,0 +1,408 @@
+"""No run ends another: a folder with a run is refused, gone on with, or emptied on demand; one run at a time."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from ranks import end_of_run, on_ranks
+from small_runs import (
+    ENVIRONMENT,
+    alpaca_rows,
+    metrics_of,
+    run_here,
+    save_tiny_model,
+    snapshot,
+    steps_of,
+    write_rows,
+    write_run,
+)
+
+import train
+from nanoqlora import trackers
+from nanoqlora.optim import PartOptimizer, make_optimizer, state_problem
+from nanoqlora.output_dir import lock
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ADAPTER = "adapter_model.safetensors"
+OVERWRITE = ("--overwrite_output_dir", "true")
+AUTO = ("--auto_resume_from_checkpoints", "true")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, data, and the finished run of train.yml in `out`: 6 steps, checkpoints 2, 4, 6."""
+    folder = tmp_path_factory.mktemp("first")
+    model, data = save_tiny_model(folder / "model"), write_rows(folder / "data.jsonl", alpaca_rows(11))
+    path = write_run(folder / "train.yml", model, data, max_steps=6, save_steps=2, val_set_size=3, eval_steps=2)
+    assert run_here(train.main, path).code == 0
+    return folder
+
+
+@pytest.fixture
+def world(first: Path, tmp_path: Path) -> Path:
+    """A copy of its output folder, with files that the user and the other commands have put there."""
+    out = shutil.copytree(first / "out", tmp_path / "out")
+    (out / "notes.txt").write_text("mine")
+    (out / "merged").mkdir()
+    (out / "merged" / "merge.json").write_text("{}")
+    (out / "model-q8_0.gguf").write_text("made from it")
+    (out / "my-model.gguf").write_text("mine")
+    (out / "checkpoint-best").mkdir()
+    return out
+
+
+def again(first: Path, out: Path, *words: object):
+    """A second run with another rate, in the folder of the first."""
+    return run_here(train.main, first / "train.yml", "--output_dir", out, "--learning_rate", "1e-4", *words)
+
+
+@pytest.mark.parametrize("words", [(), ("--max_steps", 4), ("--plan",)])
+@pytest.mark.parametrize("left", ["all", "log", "checkpoint", "adapter"])
+def test_a_folder_with_a_run_is_refused_before_anything_is_loaded(first, world, monkeypatch, words, left):
+    """Whatever is left of it, and whether the run is only planned; the line names the run and the ways to go on."""
+    kept = {"log": "metrics.jsonl", "checkpoint": "checkpoint-4", "adapter": ADAPTER}.get(left)
+    for path in world.iterdir() if kept else ():
+        if path.name != kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = snapshot(world)
+    monkeypatch.setattr(train, "read_inputs", None)
+    ended = again(first, world, *words)
+    assert ended.code == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1, ended.err
+    expected = ["--output_dir", "--overwrite_output_dir true", "20"]  # ..., and the year
+    expected += {"all": ["a finished run, 6 steps"], "log": ["has not ended, 6 steps"]}.get(left, [])
+    expected += {"checkpoint": ["has not ended, 4 steps"], "adapter": [ADAPTER]}.get(left, [])
+    expected += ["--auto_resume_from_checkpoints", "checkpoint-"] if left in ("all", "checkpoint") else []
+    assert all(text in ended.err for text in expected), ended.err
+    assert snapshot(world) == before
+
+
+def test_overwriting_leaves_the_run_that_an_empty_folder_gets(first, world, tmp_path):
+    """Nothing of the first run is left, and what is not a run's stays."""
+    ended = again(first, world, *OVERWRITE, "--max_steps", 4)
+    assert ended.code == 0, ended.err
+    assert "removed" in ended.out and "checkpoint-6" in ended.out
+    assert again(first, tmp_path / "new", "--max_steps", 4).code == 0
+    mine = {"notes.txt", "my-model.gguf", "checkpoint-best"}
+    names = {path.name for path in world.iterdir()}
+    assert names == mine | {path.name for path in (tmp_path / "new").iterdir()}
+    assert (world / ADAPTER).read_bytes() == (tmp_path / "new" / ADAPTER).read_bytes()
+    assert [row["step"] for row in steps_of(world)] == [1, 2, 3, 4]
+
+
+CHECKS = {
+    "data": ["--sequence_len", 16],
+    "validation rows": ["--val_set_size", 11],
+    "model": ["--lora_target_modules", "[q_pro]"],
+    "another folder's checkpoint": ["--resume_from_checkpoint", "OTHER"],
+    "a tracker": ["--wandb_project", "x"],
+    "memory": [],
+    "the tracker's service": ["--wandb_project", "x", "--wandb_mode", "offline"],
+}
+
+
+@pytest.mark.parametrize("case", CHECKS)
+def test_nothing_is_removed_until_all_checks_have_passed(first, world, monkeypatch, case):
+    other = shutil.copytree(world / "checkpoint-2", world.parent / "other")
+    (other / "optimizer.pt").write_bytes(b"cut")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("NETRC", str(world.parent / "nothing"))
+    if case == "memory":
+
+        def measure(*_: object) -> None:
+            raise train.UserError("does not fit")
+
+        monkeypatch.setattr(train, "measure", measure)
+    if case == "the tracker's service":
+        import wandb
+
+        def init(**_: object) -> None:
+            raise wandb.Error("no such project\nmore")
+
+        monkeypatch.setattr(wandb, "init", init)
+    before = snapshot(world)
+    ended = again(first, world, *OVERWRITE, *(other if word == "OTHER" else word for word in CHECKS[case]))
+    assert ended.code == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1, ended.err
+    assert snapshot(world) == before
+
+
+def test_what_the_run_reads_is_never_removed(first, world):
+    """An adapter to start from, or data, in the folder that is to be emptied; the base model's own folder."""
+    before = snapshot(world.parent)
+    for words in (
+        ["--lora_model_dir", world],
+        ["--lora_model_dir", world / "checkpoint-2"],
+        ["--base_model", world / "merged"],
+        ["--datasets", json.dumps([{"path": str(world / "metrics.jsonl"), "type": "completion"}])],
+    ):
+        ended = again(first, world, *OVERWRITE, *words)
+        assert ended.code == 2 and "would" in ended.err and ended.err.count("\n") == 1, ended.err
+        assert snapshot(world.parent) == before
+    ended = again(first, first / "model")
+    assert ended.code == 2 and "is base_model too" in ended.err
+
+
+def test_the_later_course_is_removed_when_an_earlier_checkpoint_is_named(first, world):
+    """Or a kill would leave both, and the newest checkpoint would be one of the course that was left."""
+    ended = again(first, world, "--resume_from_checkpoint", world / "checkpoint-2", "--save_steps", 5)
+    assert ended.code == 0, ended.err
+    assert "goes on from step 2 of 6" in ended.out and "removed checkpoint-4, checkpoint-6" in ended.out
+    assert {p.name for p in world.glob("checkpoint-[0-9]")} == {"checkpoint-2", "checkpoint-5"}
+    assert [row["learning_rate"] < 1.1e-4 for row in steps_of(world)] == [False, False, True, True, True, True]
+
+
+def test_a_checkpoint_of_another_folder_goes_on_in_an_empty_one_only(first, world, tmp_path):
+    checkpoint = shutil.copytree(world / "checkpoint-4", tmp_path / "elsewhere" / "checkpoint-4")
+    ended = again(first, world, "--resume_from_checkpoint", checkpoint)
+    assert ended.code == 2 and "a finished run, 6 steps" in ended.err
+    ended = run_here(
+        train.main, first / "train.yml", "--output_dir", tmp_path / "new", "--resume_from_checkpoint", checkpoint
+    )
+    assert ended.code == 0, ended.err
+    assert (tmp_path / "new" / ADAPTER).read_bytes() == (world / ADAPTER).read_bytes()
+
+
+def test_auto_resume_of_a_finished_run_does_nothing(first, world):
+    before = snapshot(world)
+    ended = again(first, world, *AUTO)
+    assert ended.code == 0 and "is finished" in ended.out, ended
+    assert snapshot(world) == before
+    (world / "report.md").unlink()  # killed while it wrote its results
+    assert again(first, world, *AUTO).code == 0 and (world / "report.md").exists()
+
+
+def test_auto_resume_begins_anew_where_only_a_log_is(first, tmp_path):
+    """Of a run that was killed before its first checkpoint. A finished one without checkpoints is not written over."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    ended = again(first, out, *AUTO, "--max_steps", 2, "--save_strategy", "no", "--save_steps", "null")
+    assert ended.code == 0 and "has no checkpoint, so the run begins with step 1" in ended.out, ended
+    assert [row["step"] for row in steps_of(out)] == [1, 2]
+    before = snapshot(out)
+    ended = again(first, out, *AUTO, "--max_steps", 2)
+    assert ended.code == 2 and "a finished run, 2 steps" in ended.err
+    assert snapshot(out) == before
+
+
+def test_the_key_and_auto_resume_exclude_each_other(first, world):
+    before = snapshot(world)
+    ended = again(first, world, *AUTO, *OVERWRITE)
+    assert ended.code == 2 and "overwrite_output_dir" in ended.err
+    assert snapshot(world) == before
+
+
+def test_a_second_run_in_the_folder_is_refused_while_the_first_one_runs(first, world):
+    """The lock is a process's: it goes with it, however that ends."""
+    with lock(world):
+        before = snapshot(world)
+        for words in (OVERWRITE, AUTO):
+            ended = again(first, world, *words)
+            assert ended.code == 2 and "another run is writing there" in ended.err, ended.err
+        assert snapshot(world) == before
+    code = "import sys, time\nfrom nanoqlora.output_dir import *\n"
+    code += "with lock(Path(sys.argv[1])): print(1, flush=True); time.sleep(99)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, world], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE
+    ) as process:
+        process.stdout.read(1)
+        assert again(first, world, *OVERWRITE).code == 2
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert again(first, world, *OVERWRITE, "--max_steps", 1).code == 0
+
+
+def test_two_runs_that_begin_together_in_a_new_folder(first, tmp_path, monkeypatch):
+    """The other one takes the folder while this one loads its model."""
+    real = train.prepare_model
+
+    def meanwhile(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "prepare_model", real)
+            assert again(first, tmp_path / "out", "--max_steps", 1).code == 0
+        return real(*arguments)
+
+    monkeypatch.setattr(train, "prepare_model", meanwhile)
+    ended = again(first, tmp_path / "out")
+    assert ended.code == 2 and "a finished run, 1 steps" in ended.err
+    assert [row["step"] for row in steps_of(tmp_path / "out")] == [1]
+
+
+def test_ranks_are_refused_together(first, world):
+    before = snapshot(world)
+    words = (first / "train.yml", "--output_dir", world, "--micro_batch_size", 1)
+    ended = on_ranks(2, end_of_run, *words)
+    assert [code for code, _, _ in ended] == [2, 2] and "a finished run" in ended[0][2] and not ended[1][2]
+    assert snapshot(world) == before
+    ended = on_ranks(2, end_of_run, *words, *OVERWRITE)
+    assert [code for code, _, _ in ended] == [0, 0], ended[0][2]
+    assert len(steps_of(world)) == 6
+
+
+# ------------------------------------------------------------------------------------------------ the checkpoint
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_the_decision_to_stop_is_part_of_the_checkpoint(first, tmp_path, monkeypatch, where):
+    """Killed behind the checkpoint of the step that decided, or gone on with from there without the log."""
+    losses = iter([9, 5, 6, 7, 8, 9, 9, 9])
+    monkeypatch.setattr(train, "evaluate", lambda run, step: next(losses) + 0.0)
+    words = ["--early_stopping_patience", 2, "--eval_steps", 1, "--save_steps", 1, "--save_total_limit", 9]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "load_best", lambda *_: sys.exit(9))
+        patch.setattr(train, "judge", lambda *_: {})
+        assert again(first, tmp_path / "out", *words).code == 9
+    assert [row["step"] for row in steps_of(tmp_path / "out")] == [1, 2, 3]
+    out = tmp_path / "out" if where == "here" else tmp_path / "new"
+    resume = AUTO if where == "here" else ["--resume_from_checkpoint", tmp_path / "out" / "checkpoint-3"]
+    ended = again(first, out, *words, *resume)
+    assert ended.code == 0, ended.err
+    assert "ends here, 2 evaluations without a better one than after step 1" in ended.err
+    assert [row["step"] for row in metrics_of(out) if "loss" in row] == ([1, 2, 3] if where == "here" else [])
+    if where == "elsewhere":
+        ended = again(first, tmp_path / "patient", *words, *resume, "--early_stopping_patience", 3)
+        assert ended.code == 0 and [row["step"] for row in steps_of(tmp_path / "patient")] == [4]
+
+
+def spoilt_states(state: dict) -> dict[str, dict]:
+    """Optimizer states that would be read beyond their ends, or as something else."""
+    inner = state["state"][0]
+
+    def having(**changes: object) -> dict:
+        return state | {"state": {0: {k: v for k, v in (inner | changes).items() if v is not None}}}
+
+    moment = "exp_avg" if "exp_avg" in inner else "state1"
+    return {
+        "one value": having(**{moment: torch.zeros(1)}),
+        "twice as long": having(**{moment: inner[moment].repeat(2)}),
+        "float64": having(**{moment: inner[moment].double()}),
+        "bytes": having(**{moment: inner[moment].to(torch.int8)}),
+        "two dimensions": having(**{moment: inner[moment][None]}),
+        "missing": having(**{moment: None}),
+        "a number": having(**{moment: 3}),
+        "more": having(more=torch.zeros(3)),
+        "step": having(step="many"),
+        "no map": state | {"state": {0: [1]}},
+        "two parameters": state | {"state": {0: inner, 1: inner}},
+        "other keys": state | {"state": {"0": inner}},
+        "no state": {"param_groups": []},
+        "a list": [state],
+    }
+
+
+@pytest.mark.parametrize("kind", ["adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "sharded"])
+def test_every_tensor_of_an_optimizer_state_is_compared_before_use(first, tmp_path, kind):
+    sharded = (
+        ("--shard_optimizer_state", "true", "--micro_batch_size", 1) if kind == "sharded" else ("--optimizer", kind)
+    )
+    words = (first / "train.yml", "--output_dir", tmp_path / "out", *sharded, "--max_steps", 2)
+    assert on_ranks(2, end_of_run, *words)[0][0] == 0 if kind == "sharded" else run_here(train.main, *words).code == 0
+    file = tmp_path / "out" / "checkpoint-2" / "optimizer.pt"
+    right = torch.load(file)
+    inner = right["state"][0]
+    quantised = inner.get("__bnb_optimizer_quant_state__", {})
+    right["state"][0] = {k: v for k, v in inner.items() if k != "__bnb_optimizer_quant_state__"} | quantised
+    n = len(right["state"][0].get("exp_avg", right["state"][0].get("state1")))
+    flat = torch.nn.Parameter(torch.zeros(n))
+    options = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    if kind == "sharded":
+        flat = torch.nn.Parameter(torch.zeros(-(-n // 512) * 512))
+        flat.grad = torch.zeros_like(flat)
+        optimizer = PartOptimizer("adamw_torch", flat, n, 0, 2, **options)
+    else:
+        optimizer = make_optimizer(kind, flat, **options)
+    assert state_problem(optimizer, right) == ""
+    for case, state in spoilt_states(right).items():
+        assert state_problem(optimizer, state), case
+    torch.save(spoilt_states(right)["one value"], file)
+    (tmp_path / "out" / "report.md").unlink()
+    before = snapshot(tmp_path)
+    run = (lambda *words: on_ranks(2, end_of_run, *words)[0]) if kind == "sharded" else partial(run_here, train.main)
+    code, _, err = run(*words, *AUTO)
+    assert code == 2 and "optimizer.pt" in err and err.count("\n") == 1, err
+    assert snapshot(tmp_path) == before
+
+
+STATES = {
+    "step": ["1", None, 1.5, True, 0, -3, []],
+    "plan": [None, 3, {}],
+    "steps": ["6", [6]],
+    "base": [3],
+    "optimizer": [None, 8],
+    "fixed": [[], "lora_alpha"],
+    "before": [{"loss": "x"}, {"loss": 1.0, "plain_loss": 1.0, "answers": [1]}, [1], 3],
+    "progress": [{"best_step": "1"}, [], {"best_step": 1}],
+}
+
+
+@pytest.mark.parametrize("key", STATES)
+def test_a_state_file_of_another_shape_is_one_line(first, world, key):
+    file = world / "checkpoint-6" / "trainer_state.json"
+    right = json.loads(file.read_text())
+    (world / "report.md").unlink()
+    for value in STATES[key]:
+        file.write_text(json.dumps(right | {key: value}))
+        before = snapshot(world)
+        ended = again(first, world, *AUTO)
+        assert ended.code == 2 and "trainer_state.json" in ended.err and ended.err.count("\n") == 1, (value, ended.err)
+        assert snapshot(world) == before
+
+
+def test_betas_and_decay_are_those_of_the_configuration_after_a_resume(first, tmp_path, monkeypatch):
+    checkpoint = first / "out" / "checkpoint-2"
+    seen = []
+    real = train.load_checkpoint
+    monkeypatch.setattr(
+        train, "load_checkpoint", lambda run: (real(run), seen.append(run.optimizer.param_groups[0]))[0]
+    )
+    words = ("--resume_from_checkpoint", checkpoint, "--adam_beta2", 0.95, "--weight_decay", 0.25)
+    assert again(first, tmp_path / "out", *words).code == 0
+    assert seen[0]["betas"] == (0.9, 0.95) and seen[0]["weight_decay"] == 0.25
+
+
+@pytest.mark.parametrize(
+    "what, said", [("empty", "is empty"), ("run", "It has checkpoint-2, checkpoint-4"), ("data", "no whole")]
+)
+def test_a_folder_that_is_no_checkpoint_is_named_as_it_is(first, tmp_path, what, said):
+    folder = {"run": first / "out", "data": first}.get(what, tmp_path / "empty")
+    folder.mkdir(exist_ok=True)
+    ended = again(first, tmp_path / "out", "--resume_from_checkpoint", folder)
+    assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1, ended.err
+
+
+# ------------------------------------------------------------------------------------------------ trackers, terminals
+
+
+def test_a_tracker_that_fails_in_the_middle_does_not_end_the_run(first, tmp_path, monkeypatch):
+    def fails(row: dict) -> None:
+        if row["step"] == 2:
+            raise ConnectionError("no network")
+
+    monkeypatch.setattr(train, "make_trackers", lambda *_: [fails])
+    ended = again(first, tmp_path / "out")
+    assert ended.code == 0 and ended.err.count("warning: fails failed (no network)") == 1, ended.err
+    assert len(steps_of(tmp_path / "out")) == 6
+
+
+def test_trackers_are_checked_before_anything_is_loaded(first, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "read_inputs", None)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    for words, said in ((("--use_tensorboard", "true"), "tensorboard"), (("--wandb_project", "x"), "wandb")):
+        ended = again(first, tmp_path / "out", *words)
+        assert ended.code == 2 and f"pip install {said}" in ended.err
+    assert not os.listdir(tmp_path)
+
+
+def test_without_a_terminal_there_is_a_line_for_each_logged_step(first, tmp_path):
+    ended = again(first, tmp_path / "out", "--logging_steps", 2)
+    lines = [line for line in ended.err.splitlines() if line.startswith("step ") and "loss" in line and "lr" in line]
+    assert [line.split()[1] for line in lines] == ["2/6", "4/6", "6/6"] and "\r" not in ended.err

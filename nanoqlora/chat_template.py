@@ -1,21 +1,23 @@
 """Chat templates: programs in Jinja that write messages, and the special tokens between them, into one string.
 
 A template comes with the model, from the internet, so it runs in Jinja's sandbox, with what transformers offers it.
-What a user wrote must not turn into special tokens there, or a message that holds "<|im_end|>" could end its own turn.
-So while the template runs, a mark sits inside every such text (`guard`), and leaves it once the string has been cut.
+Which part of its text came from which message is known in the end (traced.py): no text of a message may become a
+special token, and masks.py asks where the answers are.
 """
 
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial, wraps
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.compiler
 import jinja2.ext
+import jinja2.runtime
 import jinja2.sandbox
 
+from . import traced
 from .cli import UserError
 
 Messages = list[dict[str, Any]]
@@ -38,14 +40,14 @@ def render(
     named_tokens: dict[str, str],
     tools: list[Any] | None = None,
 ) -> str:
-    """The text of a conversation.
+    """The text of a conversation; traced, if it is a guarded one.
 
     Args:
         named_tokens: what the template may write by name, such as "bos_token" -> "<s>".
         tools: descriptions of the functions that the assistant may call.
     """
     try:
-        return _compile(template).render(
+        return _compile(template, any(map(traced.spans_of, messages[0])) if messages else False).render(
             messages=[{key: item for key, item in message.items() if item is not None} for message in messages],
             add_generation_prompt=add_generation_prompt,
             tools=tools,
@@ -59,9 +61,62 @@ def render(
         ) from error
 
 
+class _CodeGenerator(jinja2.compiler.CodeGenerator):
+    """`a ~ b` goes through functions that know of spans."""
+
+    def visit_Concat(self, node: jinja2.nodes.Concat, frame: jinja2.compiler.Frame) -> None:
+        self.write("environment.concat((")
+        for child in node.nodes:
+            self.write("environment.finalize(")
+            self.visit(child, frame)
+            self.write("), ")
+        self.write("))")
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """A sandbox in which every operation that makes a string of strings keeps their spans."""
+
+    code_generator_class = _CodeGenerator
+    concat = staticmethod(traced.join)
+    intercepted_binops = frozenset("%")
+
+    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        call = partial(super().call, context)
+        if isinstance(function, jinja2.runtime.Macro | jinja2.runtime.LoopContext) or traced.is_own(function):
+            return call(function, *args, **kwargs)  # of the first two, the result went through `concat`
+        return traced.run(call, function, *map(_listed, args), **kwargs)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        return traced.run(partial(super().call_binop, context, operator), left, right)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        written = super().wrap_str_format(value)
+        if written and traced.spans_of(value.__self__):  # a row's text as a layout: what it writes is anybody's
+            return lambda *args, **kwargs: traced.of_anybody(written(*args, **kwargs))
+        return written
+
+
+OWN = ("trim", "replace", "reverse", "first", "last", "string")  # filters that only call methods of a string
+
+
+def _listed(value: Any) -> Any:
+    """What can be read only once, as a list."""
+    return list(value) if isinstance(value, Iterator) and not isinstance(value, jinja2.runtime.LoopContext) else value
+
+
+def _keeping_spans(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same filter, whose result has the spans of what it was given."""
+
+    @wraps(function)
+    def filtered(*args: Any, **kwargs: Any) -> Any:
+        return traced.run(function, *map(_listed, args), **kwargs)
+
+    return filtered
+
+
 @lru_cache
-def _compile(template: str) -> jinja2.Template:
-    """In a sandbox; settings as in transformers."""
+def _compile(template: str, is_traced: bool) -> jinja2.Template:
+    """In a sandbox; settings as in transformers. To keep spans takes longer, up to twice with many tools."""
 
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
@@ -70,37 +125,33 @@ def _compile(template: str) -> jinja2.Template:
         return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
 
     extensions = [_GenerationTag, "jinja2.ext.loopcontrols"]
-    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    sandbox.filters["tojson"] = tojson
+    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": extensions}
+    if is_traced:
+        sandbox = _Environment(**options, finalize=lambda x: x if isinstance(x, str) else traced.run(str, x))
+        filters = sandbox.filters | {"tojson": tojson}
+        sandbox.filters = {name: f if name in OWN else _keeping_spans(f) for name, f in filters.items()}
+    else:
+        sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(**options)
+        sandbox.filters["tojson"] = tojson
     sandbox.globals["raise_exception"] = raise_exception
     sandbox.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
     return sandbox.from_string(template)
 
 
-def guard(messages: Any, special: re.Pattern[str]) -> tuple[Any, str]:
-    """Messages whose texts cannot turn into special tokens, which `special` finds, and the mark that was put into them.
+# Roles that templates know. They are not the row's text: "<|{{ role }}|>" writes a special token.
+ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "ipython", "function", "model"))
 
-    The mark is a character that no message uses. It goes behind the first character of everything that looks like a
-    special token, where it stays through the template; whoever encodes the text takes it out.
+
+def guard(messages: Messages, tools: list[Any] | None = None, roles: Iterable[str] = ()) -> tuple[Messages, Any]:
+    """Messages and tools whose text cannot turn into special tokens; the source of message i is i, that of tools -1.
+
+    Args:
+        roles: names of roles that the configuration gives, beside the usual ones.
     """
-    everything = json.dumps(messages, ensure_ascii=False, default=str)
-    mark = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in everything)
-
-    def harmless(text: str) -> str:
-        if not special.search(text):  # nearly always, and a hundred times faster than what follows
-            return text
-        # Looking ahead finds overlapping ones as well: after "<" everything in "<|im_<|im_end|>" is looked at again.
-        return re.sub(f"(?={special.pattern})(.)", rf"\2{mark}", text, flags=re.DOTALL)
-
-    return _in_every_text(messages, harmless), mark
-
-
-def _in_every_text(value: Any, change: Callable[[str], str]) -> Any:
-    """Apply `change` to every string in a message, however deep."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _in_every_text(item, change) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_in_every_text(item, change) for item in value]
-    return value
+    known = {*ROLES, *roles}
+    guarded = []
+    for i, message in enumerate(messages):
+        role = message.get("role")
+        is_known = isinstance(role, str) and role in known
+        guarded.append(traced.trace(message, i) | ({"role": role} if is_known else {}))
+    return guarded, traced.trace(tools, -1)

@@ -6,20 +6,24 @@ that is never told to write it never learns to stop. In ChatML, with "^" below t
     <|im_start|>user\\nWho are you?<|im_end|>\\n<|im_start|>assistant\\nA pirate.<|im_end|>\\n
                                                                       ^^^^^^^^^^^^^^^^^^^^^
 
-A chat template is a program, and does not say which part of its text is whose. So we let it run on the start of the
-conversation: the messages before an answer, with the header for the answer behind them, must come out as the first part
-of the whole text. Where that part ends, the answer begins. The whole text is encoded at once and never in parts, so the
-ids are those that other programs get from the same template. A token that reaches from a header into an answer does not
-count: the model is given it. Read next: prepare.py.
+A chat template is a program, and does not say which part of its text is whose. But the texts of messages are traced
+(traced.py), so we know where each of them is. What the model is given in front of an answer is known from letting the
+template run on the messages before, with the header of an answer behind them: where that text is the beginning of the
+complete one, the answer begins at its end. Some templates refuse to write such a beginning, or write it in another way;
+then the answer begins behind the last such header in front of its text. The complete text is encoded at once and never
+in parts, so the ids are those that other programs get from the same template. A token that reaches from a header into
+an answer is not supervised: the model is given it. Read next: prepare.py.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from os.path import commonprefix
+from typing import Any
 
-from .chat_template import Messages
+from .chat_template import Messages, guard
 from .cli import UserError
 from .tokenizer import Tokenizer
+from .traced import plain, spans_of
 
 ENDS = ("turn", "last", "all", "none")  # end tokens that count: of every trained turn, of the last, of all turns, none
 
@@ -27,110 +31,150 @@ ENDS = ("turn", "last", "all", "none")  # end tokens that count: of every traine
 class Written:
     """A conversation as its template writes it, and where in the text and its tokens each turn is."""
 
-    def __init__(self, tok: Tokenizer, render: Callable[[Messages, bool], str], messages: Messages, mark: str) -> None:
-        self.tok, self.render, self.messages, self.mark = tok, render, messages, mark
-        self.text = render(messages, False)
-        self.ids, self.starts = tok.encode_guarded(self.text, mark)
+    def __init__(
+        self, tok: Tokenizer, template: str | None, messages: Messages, tools: list[Any] | None, roles: Iterable[str]
+    ) -> None:
+        self.tok, self.template, self.messages, self.tools = tok, template, messages, tools
+        guarded, guarded_tools = guard(messages, tools, roles)
+        self.traced = tok.render_chat(guarded, False, template, guarded_tools)
+        self.ids, self.starts = tok.encode_guarded(self.traced)
+        self.text, self.spans = plain(self.traced), spans_of(self.traced)
+        self.notes: set[str] = set()  # what the user should know
         self.controls = set(tok.special_tokens.values())
+
+    def render(self, messages: Messages, header: bool = False) -> str | None:
+        """The text of other messages, not traced, which is faster; None where the template refuses them."""
+        try:
+            return self.tok.render_chat(messages, header, self.template, self.tools)
+        except UserError:
+            return None
 
     def token_at(self, character: int) -> int:
         """The first token that starts at this character of the text or behind it."""
-        return bisect_left(self.starts, self.tok.width(self.text[:character].replace(self.mark, "")))
+        return bisect_left(self.starts, self.tok.width(self.text[:character]))
 
-    def shared(self, count: int, header: bool = False) -> tuple[int, bool]:
-        """How far the text of the first messages, with the header of an answer, is that of all; is it to its end?"""
-        if count == len(self.messages):
-            return len(self.text), True
-        start = self.render(self.messages[:count], header)
-        length = len(start) if self.text.startswith(start) else len(commonprefix([start, self.text]))
-        return length, length == len(start)
+    def place(self, i: int) -> tuple[int, int] | None:
+        """From where to where the texts of message i stand, its calls too; None where the template leaves it out.
+
+        Of a message that is written twice, the last time.
+        """
+        found = None
+        for start, stop, source in reversed(self.spans):
+            if source == i:
+                found = (start, found[1] if found else stop)
+            elif found:
+                break
+        return found
 
     def begin_of(self, i: int) -> int | None:
         """The character at which what message i says begins; None where the template leaves such messages out."""
-        message = self.messages[i]
-        if message["role"] == "assistant":
-            begin, is_whole = self.shared(i, header=True)
-            if not is_whole:
-                raise hidden(i)
-            return begin
-        # No template writes only the header of a question: put something findable in place of the question.
-        before, _ = self.shared(i) if i else (0, True)
-        start = self.render([*self.messages[:i], {**message, "content": self.mark}], False)
-        begin = start.find(self.mark, before)
-        if begin < 0:
-            return None
-        if not self.text.startswith(start[:begin]):
-            raise hidden(i + 1)
-        return begin
+        place = self.place(i)
+        if self.messages[i]["role"] != "assistant":
+            return place and place[0]
+        headers = self.tok.answer_headers(self.template, self.tools)
+        start = self.render(self.messages[:i], header=True)
+        is_start = start is not None and self.text.startswith(start)
+        if is_start and (place is None or headers and start.endswith(headers[0])):
+            return len(start)
+        if place is None:
+            raise UserError(
+                f"message {i + 1}: the chat template leaves this answer out, or changes it so that it cannot be found "
+                "in its text. There would be nothing to learn. Give a plainer template with chat_template_jinja."
+            )
+        before = max((stop for _, stop, source in self.spans if source != i and stop <= place[0]), default=0)
+        between = self.text[before : place[0]]
+        header = next((header for header in headers if header in between), None)
+        if header is None:
+            if is_start and i:
+                return len(start)
+            # A template that has no header, as Mistral's: what ends a question is a special token.
+            end = self.tok.find_special(between) if i and not headers else None
+            return before + end if end else place[0]
+        if header != headers[0]:
+            self.notes.add(
+                f"the answer does not begin with {headers[0].removeprefix(header)!r}, with which the generation prompt "
+                "of the chat template ends: it is learnt as the template writes it, but will be asked for behind that "
+                "text. Put it into the answers, or give a template that fits them with chat_template_jinja"
+            )
+        return before + between.rindex(header) + len(header)
 
-    def end_token(self, i: int, begin: int, turn_end: int) -> int | None:
-        """The token that ends turn i: the first end token behind the content; behind tool calls, the last one."""
-        message = self.messages[i]
-        ends = [t for t in range(self.token_at(begin), self.token_at(turn_end)) if self.ids[t] in self.controls]
-        if not message.get("tool_calls"):
-            content = message.get("content") or ""
-            content = (content[-1]["text"] if isinstance(content, list) else content).strip()  # templates strip it too
-            found = self.text.find(content, begin, turn_end)
-            content_end = self.token_at(begin if found < 0 else found + len(content))
-            ends = [t for t in ends if t >= content_end][:1]
-        return ends[-1] if ends else None
+    def end_of_turn(self, i: int) -> tuple[int, bool]:
+        """Where the text of turn i ends, and whether that is exact; else it is where the next message's text begins."""
+        if i == len(self.messages) - 1:
+            return len(self.text), True
+        start = self.render(self.messages[: i + 1])
+        if start is not None and self.text.startswith(start):
+            return len(start), True
+        place = self.place(i)
+        if place is None:
+            return len(commonprefix([start or "", self.text])), False
+        return next((a for a, _, source in self.spans if a >= place[1] and source != i), len(self.text)), False
 
-
-def hidden(count: int) -> UserError:
-    return UserError(
-        f"the chat template writes the first {count} messages in another way when more follow. So the "
-        "answers cannot be found in its text. Give a plainer template with chat_template_jinja."
-    )
+    def end_token(self, i: int, begin: int, turn_end: int, is_exact: bool) -> int | None:
+        """The token that ends turn i: the first end token behind its text. Behind tool calls, which have special
+        tokens of their own, the last one; or, where the text may reach into the next header, the one that ends turns.
+        """
+        place = self.place(i) or (begin, begin)
+        behind = range(self.token_at(max(begin, min(place[1], turn_end))), self.token_at(turn_end))
+        ends = [t for t in behind if self.ids[t] in self.controls]
+        if ends and self.messages[i].get("tool_calls"):
+            if is_exact:
+                return ends[-1]
+            known = (self.tok.turn_end_id(self.template or self.tok.chat_template), self.tok.eos_id)
+            return next((t for t in ends if self.ids[t] in known), ends[0])
+        return ends[0] if ends else None
 
 
 def encode_chat(
     tok: Tokenizer,
-    render: Callable[[Messages, bool], str],
+    template: str | None,
     messages: Messages,
-    mark: str,
+    tools: list[Any] | None,
     trained: Sequence[bool],
     train_on_eos: str,
-    check: Callable[[str, dict[int, tuple[int, int]]], None],
+    roles: Iterable[str] = (),
+    check: Callable[[str, dict[int, tuple[int, int]]], object] = lambda text, spans: None,
+    note: Callable[[str], object] = lambda text: None,
 ) -> tuple[list[int], list[bool]]:
-    """The tokens of a conversation, and for each whether it counts.
+    """The tokens of a conversation, and for each whether it is supervised.
 
     Args:
-        render: the chat template, from messages and whether to add the header of an answer.
-        messages: guarded by `mark`, so that what they say becomes no special token.
+        template: Jinja; None: the tokenizer's own.
         trained: for each message, whether it shall be learnt.
         train_on_eos: one of `ENDS`.
-        check: called with the text and, for the turns that were looked for, the characters from where one begins to
-            where it ends.
+        roles: names of roles that the configuration gives, which are not the row's text.
+        check: called with the text, which is traced, and for the turns that were looked for the characters from where
+            one begins to where it ends.
+        note: called with what the user should know of this conversation.
     Raises:
         UserError: the template hides where an answer begins, or puts no token behind the last one.
     """
-    written = Written(tok, render, messages, mark)
+    written = Written(tok, template, messages, tools, roles)
     mask = [False] * len(written.ids)
     last_trained = max((i for i, is_trained in enumerate(trained) if is_trained), default=-1)
-    spans: dict[int, tuple[int, int]] = {}
-    for i, message in enumerate(messages):
+    turns: dict[int, tuple[int, int]] = {}
+    for i in range(len(messages)):
         if not trained[i] and train_on_eos != "all":
             continue
         begin = written.begin_of(i)
         if begin is None:
             continue
-        turn_end, is_whole = written.shared(i + 1)
-        spans[i] = begin, turn_end
-        end = written.end_token(i, begin, turn_end)
-        # Llama-3's first template writes the header of an answer behind whatever comes last. So the text goes on in
-        # another way behind a turn, and only the token at its end tells where that is.
-        if not is_whole and (end is None or message.get("tool_calls")):
-            raise hidden(i + 1)
+        turn_end, is_exact = written.end_of_turn(i)
+        end = written.end_token(i, begin, turn_end, is_exact)
         if end is None and i == last_trained:
             raise UserError(
                 "the chat template puts no special token behind the last answer. The model would never learn to "
                 "stop. Use a template whose end token this tokenizer has, or a built-in one by its name under "
                 "chat_template."
             )
+        turns[i] = begin, turn_end
         if trained[i]:
-            first, stop = written.token_at(begin), written.token_at(turn_end) if end is None else end
+            stop = turn_end if is_exact else (written.place(i) or (begin, begin))[1]
+            first, stop = written.token_at(begin), written.token_at(stop) if end is None else end
             mask[first:stop] = [True] * (stop - first)
         if end is not None:
             mask[end] = train_on_eos in ("turn", "all") or train_on_eos == "last" and i == last_trained
-    check(written.text, spans)
+    for text in written.notes:
+        note(text)
+    check(written.traced, turns)
     return written.ids, mask

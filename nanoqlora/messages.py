@@ -110,7 +110,7 @@ def _add(chat: Chat, given: Row, form: "PromptFormat", where: str, note: Note, k
     theirs = set(names.values())
     message = {key: value for key, value in given.items() if key not in theirs}
     message |= {ours: given[name] for ours, name in names.items() if given.get(name) is not None}
-    for part in {"role", "content"} - message.keys():
+    for part in [part for part in DEFAULT_NAMES if part not in message]:
         if (other := _like(given.keys() - {"role", "content"}, part)) and not given.keys() & CALLS:
             raise UserError(f"{where}{names[part]} is missing, and there is {other}. {_mapping(given)}")
     named = text_of(message, "role", where, called=names["role"])

@@ -42,6 +42,7 @@ from .messages import (
     text_of,
 )
 from .tokenizer import Tokenizer
+from .traced import join, trace
 
 CHAT_TEMPLATES = {  # for models that bring none of their own; the tokenizer must know the special tokens
     "chatml": (
@@ -88,12 +89,15 @@ class Frame:
     field_output: str = "output"
 
     def prompt(self, instruction: str, context: str = "", system: str = "") -> str:
-        """The text in front of what is to be written."""
-        texts = {"instruction": instruction, "input": context, "system": system or self.system_prompt}
+        """The text in front of what is to be written; the columns in it are traced, the frame is the author's."""
+        columns = {"instruction": instruction, "input": context, "system": system}
+        texts = {name: trace(text, 0) for name, text in columns.items()}
+        texts["system"] = texts["system"] or self.system_prompt
         without = "{instruction} " if self.format == WITH_INPUT else self.format
         frame = self.format if context else without if self.no_input_format is None else self.no_input_format
         frame = (self.system_format if texts["system"] else "") + frame
-        return re.sub(r"{(instruction|input|system)}", lambda name: texts[name[1]], frame)  # the texts may hold braces
+        parts = re.split(r"{(instruction|input|system)}", frame)  # the texts may hold braces
+        return join(texts[part] if i % 2 else part for i, part in enumerate(parts))
 
 
 FRAMES = {
@@ -221,13 +225,13 @@ class PromptFormat:
         if self.type == "chat_template":
             return tok.render_chat(messages, add_generation_prompt, self.jinja(tok), tools)
         last = messages[-1]["content"]
-        return last if self.type == "completion" else self._frame.prompt(last)
+        return trace(last, 0) if self.type == "completion" else self._frame.prompt(last)
 
     def encode_prompt(self, tok: Tokenizer, messages: Messages, tools: list[Any] | None = None) -> list[int]:
         """The tokens that the model is to go on from, when it shall answer."""
         if self.type == "chat_template":
             return tok.encode_chat(messages, add_generation_prompt=True, chat_template=self.jinja(tok), tools=tools)
-        return tok.encode(self.render(tok, messages), bos=tok.add_bos)
+        return self._prompt_ids(tok, self.render(tok, messages))
 
     def question(self, row: dict[str, Any]) -> Messages | None:
         """What a row asks: all that stands before its first answer; None if that is nothing."""
@@ -266,13 +270,18 @@ class PromptFormat:
                     "under special_tokens, eos_token."
                 )
             prompt, answer = self._texts(row, note)
-            ids = tok.encode(prompt, bos=tok.add_bos)  # prompt and answer apart: no token may reach into both
+            ids = self._prompt_ids(tok, prompt)  # prompt and answer apart: no token may reach into both
             start = len(ids)
             ids += [*tok.encode(answer), tok.eos_id]
             mask = [position >= start for position in range(len(ids))]
         if self.train_on_inputs or self.type == "completion":
             mask = [position > 0 for position in range(len(ids))]  # nothing stands before the first to predict it from
         return ids, mask
+
+    def _prompt_ids(self, tok: Tokenizer, prompt: str) -> list[int]:
+        """The ids of a prompt that is no chat, with BOS where the tokenizer puts one: the frame may have it already."""
+        ids, _ = tok.encode_guarded(prompt)
+        return [tok.bos_id, *ids] if tok.add_bos and ids[:1] != [tok.bos_id] else ids
 
     def _texts(self, row: dict[str, Any], note: Note) -> tuple[str, str]:
         """What a row that is no chat prompts with, and what is to be written."""
@@ -322,16 +331,13 @@ class PromptFormat:
         keys = names_in(template or "")
         chat = self._chat(row, keys, note)
         messages = [_written_as_read(message, template, tok) for message in chat.messages]
-        (messages, tools), mark = tok.guard([messages, chat.tools])
-
-        def render(some: Messages, header: bool) -> str:
-            return tok.render_chat(some, header, template, tools)
 
         def check(text: str, spans: dict[int, tuple[int, int]]) -> None:
             without_tools = partial(tok.render_chat, messages, False, template)
-            check_complete(text, spans, messages, tools, without_tools, keys, note)
+            check_complete(text, spans, messages, chat.tools, without_tools, keys, note)
 
-        return encode_chat(tok, render, messages, mark, chat.trained, self.train_on_eos, check)
+        roles = self.role_of.values()  # what is not known is refused, so none is the row's own text
+        return encode_chat(tok, template, messages, chat.tools, chat.trained, self.train_on_eos, roles, check, note)
 
 
 def _as_texts(messages: Messages) -> Messages:

@@ -10,10 +10,12 @@ Read next: tokenizer_files.py, where vocabularies come from; prompts.py, which t
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from .cli import UserError
 from .hub import TOKENIZER_FILES, local_path
 from .sentencepieces import SentencePieces, width
 from .tokenizer_files import read_folder, read_gguf_metadata, write_folder
+from .traced import Span, plain, spans_of
 from .vocabulary import (
     BYTE,
     CONTROL,
@@ -52,6 +55,7 @@ class Tokenizer(Vocabulary):
         self.special_tokens = {p: id for p, id in self._ids.items() if self.kinds[id] in (CONTROL, UNKNOWN)}
         added = [piece for piece, id in self._ids.items() if self.kinds[id] == USER_DEFINED]
         self._special = any_of(self.special_tokens)
+        self._headers: dict[tuple[str | None, bool], tuple[str, ...]] = {}  # see `answer_headers`
         self._cut_added, self._cut_all = any_of(added), any_of([*added, *self.special_tokens])
 
     @property
@@ -115,23 +119,61 @@ class Tokenizer(Vocabulary):
         if bos and self.bos_id is None:
             raise UserError("the tokenizer has no BOS token, so none can be put in front. Encode without bos=True.")
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half of a pair becomes U+FFFD
-        ids, _ = self._tokens(text, self._cut_all if special else self._cut_added)
+        ids, _ = self._tokens((self._cut_all if special else self._cut_added).split(text))
         return [self.bos_id, *ids] if bos else ids
 
-    def _tokens(self, text: str, cut: re.Pattern[str], mark: str = "") -> tuple[list[int], list[int]]:
-        """The ids, and where each token starts, in `width`. A `mark` leaves the text between cuts, and is not counted.
+    def encode_guarded(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of a text that may be traced, and where each token starts, in `width`.
+
+        What is the author's, of a template, a frame or a configuration, becomes special tokens; what a row has given
+        never does. Training, chats and prompts of every format go through here; programs that serve the model read
+        special tokens in all of a prompt, which is the same where the row's text holds none.
+        """
+        spans = [span for span in spans_of(text) if span.start < span.stop]
+        return self._tokens(self._parts(plain(text), spans) if spans else self._cut_all.split(text))
+
+    def _parts(self, text: str, spans: list[Span]) -> list[str]:
+        """The text, cut at special tokens that no span touches, and at added words: every second part is one."""
+        parts, start, at = [], 0, 0
+        ends = [span.stop for span in spans]
+        while found := self._cut_all.search(text, at):
+            begin, end = found.span()
+            span = spans[min(bisect_right(ends, begin), len(spans) - 1)]  # the first that ends behind the beginning
+            if found[0] in self.special_tokens and begin < span.stop and span.start < end:
+                if span.source is None:
+                    raise UserError(
+                        f"the chat template changes the texts of a row so that nobody can tell whether the {found[0]} "
+                        "in its text is the template's own, which ends a turn, or the row's, which must not. Give a "
+                        "plainer template with chat_template_jinja, or take this out of the row."
+                    )
+                end = self._shorter(text, begin, max(begin, span.start))
+                if end is None:
+                    at = begin + 1
+                    continue
+            parts += [text[start:begin], text[begin:end]]
+            start = at = end
+        return [*parts, text[start:]]
+
+    def _shorter(self, text: str, begin: int, limit: int) -> int | None:
+        """The end of the longest added word at `begin`, or special token that ends before `limit`, if there is one."""
+        added = self._cut_added.match(text, begin)
+        special = self._special.match(text, begin, limit)
+        return max((found.end() for found in (added, special) if found), default=None)
+
+    def _tokens(self, parts: list[str]) -> tuple[list[int], list[int]]:
+        """The ids, and where each token starts, in `width`, of a text in parts, of which every second is one token.
 
         Whole lists at a time: one by one in Python, the tokens would take longer than the engine does.
         """
         ids: list[int] = []
         starts: list[int] = []
         position = 0
-        for i, part in enumerate(cut.split(text)):
-            if i % 2:  # the pattern is one group, so every second part is a match
+        for i, part in enumerate(parts):
+            if i % 2:
                 ids.append(self._ids[part])
                 starts.append(position)
                 position += self.width(part)
-            elif part := part.replace(mark, "") if mark else part:
+            elif part:
                 wanted = self.space_before == "every" or self.space_before == "first" and i == 0
                 space = " " if wanted and (self.space_before_space or part[0] not in (" ", SPACE)) else ""
                 found, widths = self._engine.tokens(space + part)
@@ -192,9 +234,8 @@ class Tokenizer(Vocabulary):
         """
         if not messages:
             raise UserError("a chat has no messages, so there is nothing to encode. Give at least one.")
-        (guarded, tools), mark = self.guard([messages, tools])
-        text = self.render_chat(guarded, add_generation_prompt, chat_template, tools)
-        return self.encode_guarded(text, mark)[0]
+        guarded, tools = guard(messages, tools)
+        return self.encode_guarded(self.render_chat(guarded, add_generation_prompt, chat_template, tools))[0]
 
     def render_chat(
         self,
@@ -218,14 +259,6 @@ class Tokenizer(Vocabulary):
         ids = {f"{name}_token": getattr(self, f"{name}_id") for name in NAMED_TOKENS}
         return {name: self.vocab[id] for name, id in ids.items() if id is not None}
 
-    def guard(self, messages: Any) -> tuple[Any, str]:
-        """Messages whose texts cannot turn into special tokens, and the mark that `encode_guarded` takes out."""
-        return guard(messages, self._special)
-
-    def encode_guarded(self, text: str, mark: str) -> tuple[list[int], list[int]]:
-        """The ids of a rendered text, and where each token starts, in `width`, as if the mark had never been there."""
-        return self._tokens(text, self._cut_all, mark)
-
     @cached_property
     def eot_id(self) -> int | None:
         """The token that ends an assistant's turn, None if nothing tells."""
@@ -245,6 +278,40 @@ class Tokenizer(Vocabulary):
             return None
         end = self._special.search(text, text.rfind(answer))
         return self.special_tokens[end[0]] if end else None
+
+    def find_special(self, text: str) -> int | None:
+        """Where the first special token in a template's text ends."""
+        found = self._special.search(text)
+        return found and found.end()
+
+    def answer_headers(self, chat_template: str | None = None, tools: list[Any] | None = None) -> tuple[str, ...]:
+        """The generation prompt of a template, and what it shares with the headers of written answers, longest first.
+
+        They differ where the prompt already begins the answer, with "<think>" for example. Empty: there is no header.
+        """
+        template = chat_template or self.chat_template
+        key = template, tools is None  # some templates refuse to write anything without tools
+        if key not in self._headers:
+            self._headers[key] = tuple(self._find_headers(template, tools))
+        return self._headers[key]
+
+    def _find_headers(self, template: str | None, tools: list[Any] | None) -> list[str]:
+        def render(turns: Messages, header: bool = False) -> str | None:
+            try:
+                return self.render_chat(turns, header, template, tools)
+            except UserError:
+                return None
+
+        question, answer = {"role": "user", "content": "\n."}, {"role": "assistant", "content": "\0"}
+        for turns in ([question], [{"role": "system", "content": "."}, question], [question, answer, question]):
+            before, prompt = render(turns), render(turns, True)
+            if before is not None and prompt is not None and prompt.startswith(before):
+                header = prompt.removeprefix(before)
+                texts = [render([*turns, answer]), render([*turns, answer, question])]
+                shared = {commonprefix([prompt, text])[len(before) :] for text in texts if text is not None}
+                shared = {re.sub(r"<[^<>]*$", "", text) for text in shared}  # no half of a tag
+                return sorted({header, *shared} - {""}, key=len, reverse=True)
+        return []
 
 
 def load_tokenizer(path: str | Path, adapter: str | Path | None = None) -> Tokenizer:

@@ -186,9 +186,9 @@ def test_calls_of_tools_count_and_their_answers_do_not(tok, hf, as_text):
 
 
 def test_templates_that_hide_where_answers_are_get_refused(tok):
-    counts = "{{ messages | length }}" + CHAT_TEMPLATES["chatml"]
-    with pytest.raises(UserError, match="first 1 messages in another way"):
-        replace(CHAT, chat_template=counts).encode_row(tok, {"messages": CHATS[0]})
+    counts = "{% for m in messages if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    with pytest.raises(UserError, match="message 2: the chat template leaves this answer out"):
+        replace(CHAT, chat_template=counts + "{{ messages | length }}").encode_row(tok, {"messages": CHATS[0]})
     with pytest.raises(UserError, match="never learn to stop"):  # SmolLM2 does not know <|eot_id|>
         replace(CHAT, chat_template=CHAT_TEMPLATES["llama3"]).encode_row(tok, {"messages": CHATS[0]})
 

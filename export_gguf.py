@@ -20,14 +20,25 @@ from pathlib import Path
 from nanoqlora import gguf
 from nanoqlora.adapter import read_updates
 from nanoqlora.checkpoint import model_config, open_weights
-from nanoqlora.cli import UserError, check_space, read_json, run_command, write_text
+from nanoqlora.cli import UserError, check_space, read_json, run_command, script_command
 from nanoqlora.config import Option, load_command
 from nanoqlora.file_types import FILE_TYPES
+from nanoqlora.generation import end_ids, ollama_parameters, read_generation
 from nanoqlora.ggml_blocks import FORMATS
 from nanoqlora.gguf_adapter import adapter_metadata, plan_adapter
 from nanoqlora.gguf_model import plan_tensors
 from nanoqlora.hub import ADAPTER_FILES, is_hub_name, local_path
-from nanoqlora.ollama import GoTemplate, go_template, tokenizer_metadata
+from nanoqlora.modelfile import (
+    Recipe,
+    file_value,
+    is_ours,
+    jinja_wins,
+    no_guess,
+    own_name,
+    quoted,
+    write_modelfiles,
+)
+from nanoqlora.ollama import go_template, jinja_of_words, stop_texts, tokenizer_metadata
 from nanoqlora.prompts import PromptFormat
 from nanoqlora.proof import prove_file
 from nanoqlora.tokenizer import Tokenizer, load_tokenizer
@@ -66,28 +77,54 @@ def main() -> None:
         export_adapter(adapter, options["model"] or (config.base_model if config else base_of(adapter)), out, file_type)
         return
     model = Path(options["model"] or Path(config.output_dir) / "merged")
-    if not model.exists():
+    if is_hub_name(model) and not options["out"]:
+        raise UserError(f"--model {model} is a hub name, which has no folder to write into. Give the file with --out.")
+    if not local_path(model).exists():
         raise UserError(f"{model}: no such folder, so there is no model to export. Run merge.py first, or use --model.")
     folder = Path(config.output_dir) if config else model if model.is_dir() else model.parent
     out = Path(options["out"] or folder / f"model-{file_type.lower()}.gguf")
     export(model, out, file_type)
     if options["prove"]:
-        tok = load_tokenizer(model)
+        model, tok = local_path(model), load_tokenizer(model)
         texts = options["data"], options["max_tokens"]
         prove_file(out, model, config, tok, prompt_format(model, tok), file_type, *texts)
 
 
-def export(model: Path, out: Path, file_type: str) -> None:
-    """Write `out` and the Modelfile beside it. What can be wrong, except the weights' values, is found before."""
-    weights = open_weights(model)
-    config = model_config(weights.config, model)
+def export(model: str | Path, out: Path, file_type: str) -> None:
+    """Write `out` and its Modelfile. What can be wrong, except the weights' values, is found before.
+
+    Args:
+        model: a folder, a .gguf file or a hub name.
+    """
+    weights, folder = open_weights(model), local_path(model)
+    config, generation = model_config(weights.config, model), read_generation(weights)
     tok = load_tokenizer(model)
-    fmt = prompt_format(model, tok)
-    tensors = plan_tensors(weights, config, file_type, model)
-    folder = model.resolve()
-    name = folder.parent.name if folder.name == "merged" else folder.stem
-    metadata = gguf.model_metadata(config, name, file_type) | tokenizer_metadata(tok, fmt, config.vocab_size, model)
-    write(out, metadata, tensors, [f"FROM ./{out.name}"], tok, fmt)
+    fmt = prompt_format(folder, tok)
+    tensors = plan_tensors(weights, config, file_type, folder)
+    ends = end_ids(generation, first=(fmt.end_id(tok), tok.eos_id))
+    metadata = gguf.model_metadata(config, name_of(model), file_type)
+    metadata |= tokenizer_metadata(tok, fmt, config.vocab_size, folder, ends)
+    kind, jinja = metadata["tokenizer.chat_template"]
+    recipe = Recipe([f"FROM {file_value(f'./{out.name}')}"], parameters=ollama_parameters(generation))
+    notes = []
+    try:
+        template, system, stops = go_template(fmt, tok, ends)
+        recipe = recipe._replace(template=template, system=system, stops=stops)
+        if jinja_wins(jinja):
+            note = "Ollama 0.30 and newer run the Jinja in the file instead, because it mentions tools or thinking."
+            recipe = recipe._replace(note=note)
+    except UserError as problem:
+        metadata["tokenizer.chat_template"] = kind, no_guess(jinja)
+        recipe = recipe._replace(stops=stop_texts(fmt, tok, ends))
+        notes.append(f"no TEMPLATE, so it needs Ollama 0.30 or newer, which runs the Jinja in the file: {problem}")
+    write(out, metadata, tensors, recipe, notes)
+
+
+def name_of(model: str | Path) -> str:
+    """What a model is called: its folder, or that of the run which it was merged in."""
+    path = Path(model) if is_hub_name(model) else Path(model).resolve()
+    name = path.stem if path.suffix == ".gguf" else path.parent.name if path.name == "merged" else path.name
+    return name.encode("utf-8", "replace").decode()
 
 
 def base_of(adapter: Path) -> str:
@@ -109,36 +146,63 @@ def export_adapter(adapter: Path, base: str | Path, out: Path, file_type: str) -
     tok = load_tokenizer(base, adapter)
     fmt = prompt_format(adapter, tok)
     alpha, tensors = plan_adapter(updates, config, file_type, adapter)
+    metadata = adapter_metadata(name_of(adapter), alpha, file_type)
     if Path(base).suffix == ".gguf":
-        path = os.path.relpath(base, out.parent)
-        base_file = path if path.startswith(".") else f"./{path}"
+        base_file = os.path.relpath(base, out.parent)
     else:
-        base_file = "./base-bf16.gguf"
+        base_file = "base-bf16.gguf"
         path = out.parent / base_file
         if not path.exists():
-            print(f"The base is needed too: python export_gguf.py --model {base} --type bf16 --out {path}")
-    head = [f"FROM {base_file}", f"ADAPTER ./{out.name}"]
-    write(out, adapter_metadata(adapter.resolve().name, alpha, file_type), tensors, head, tok, fmt)
+            command = script_command("export_gguf.py", "--model", base, "--type", "bf16", "--out", path)
+            print(f"The base is needed too: {command}")
+    base_file = base_file if base_file.startswith(("./", "../")) else f"./{base_file}"
+    recipe = Recipe([f"FROM {file_value(base_file)}", f"ADAPTER {file_value(f'./{out.name}')}"])
+    write(out, metadata, tensors, *adapter_recipe(recipe, fmt, tok, base))
 
 
-def write(out: Path, metadata: gguf.Metadata, tensors: list[gguf.NewTensor], head: list[str], tok, fmt) -> None:
-    """The file, and the Modelfile, which begins with `head`."""
-    recipe = out.parent / "Modelfile"
+def adapter_recipe(recipe: Recipe, fmt: PromptFormat, tok: Tokenizer, base: str | Path) -> tuple[Recipe | None, list]:
+    """The Modelfile of an adapter, and what is to be said. Ollama sees the chat template of the base's file."""
+    base_tok = load_tokenizer(base)
+    served = prompt_format(local_path(base), base_tok).jinja(base_tok) or ""
+    is_trained = served.endswith(fmt.jinja(tok) or jinja_of_words(fmt, tok))
     try:
-        text, problem = modelfile(head, go_template(fmt, tok)), None
-    except UserError as error:
-        text, problem = None, error
+        template, system, stops = go_template(fmt, tok)
+    except UserError as problem:
+        if is_trained and jinja_wins(served):
+            return recipe._replace(stops=stop_texts(fmt, tok)), []
+        return None, [f"No Modelfile, as Ollama would write other prompts than training did; merge it: {problem}"]
+    notes = []
+    if jinja_wins(served) and not is_trained:
+        notes.append(
+            "Ollama 0.30 and newer run the chat template of the base's file instead of TEMPLATE, because it mentions "
+            "tools or thinking. Start its server with OLLAMA_GO_TEMPLATE=1, or merge the adapter."
+        )
+    return recipe._replace(template=template, system=system, stops=stops), notes
+
+
+def write(
+    out: Path, metadata: gguf.Metadata, tensors: list[gguf.NewTensor], recipe: Recipe | None, notes: list[str]
+) -> None:
+    """The file, its Modelfile, and a line for each of `notes`."""
+    own, is_model = own_name(out), metadata["general.type"][1] == "model"
+    if not is_ours(own):
+        raise UserError(
+            f"{own}: is not one that export_gguf.py wrote, or was changed since, and the Modelfile of {out.name} would "
+            f"take its place. Rename it, or choose another --out."
+        )
     check_space(out, sum(FORMATS[t.ggml_type].num_bytes(math.prod(t.shape)) for t in tensors))
     gguf.write_gguf(out, metadata, tensors)
     print(f"{out}: {len(tensors)} tensors, {out.stat().st_size / 1e6:.1f} MB")
-    if text is not None:
-        write_text(recipe, text)
-        print(f"{recipe}: ollama create NAME -f {recipe}")
-    else:
-        # The .gguf is as good as ever, with the Jinja in it. But Ollama without a TEMPLATE guesses one, and the
-        # Modelfile of an earlier export may hold another model's.
-        recipe.unlink(missing_ok=True)
-        print(f"No Modelfile: {problem}")
+    if recipe:
+        write_modelfiles(out, recipe.text(), is_model)
+        missing = [stop for stop in recipe.stops if quoted(stop) is None]
+        if missing:
+            notes.append(f"no stop line for {', '.join(map(ascii, missing))}, which a Modelfile cannot hold")
+    elif own.exists():
+        own.unlink()
+        notes.append(f"{own}, of an earlier export, is removed")
+    for note in notes:
+        print(f"{own}: {note}" if recipe else note)
 
 
 def prompt_format(model: Path, tok: Tokenizer) -> PromptFormat:
@@ -147,15 +211,6 @@ def prompt_format(model: Path, tok: Tokenizer) -> PromptFormat:
     if path.is_file():
         return PromptFormat.from_json(path.read_text(encoding="utf-8"))
     return PromptFormat(type="chat_template" if tok.chat_template else "completion")
-
-
-def modelfile(head: list[str], template: GoTemplate) -> str:
-    """The Modelfile: where the weights are, how messages become text, and at which texts an answer ends."""
-    lines = [*head, f'TEMPLATE """{template.template}"""']
-    if template.system is not None:
-        lines.append(f'SYSTEM """{template.system}"""')
-    lines += [f'PARAMETER stop "{stop}"' for stop in template.stops]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -28,11 +28,12 @@ from nanoqlora.cli import UserError, check_space, run_command, whole_folder, wri
 from nanoqlora.config import Config, Option, load_command
 from nanoqlora.file_types import FILE_TYPES
 from nanoqlora.forms import Merged, all_forms, as_trained, bytes_on_disk
+from nanoqlora.generation import end_ids, read_generation
 from nanoqlora.held_out import held_out_texts
 from nanoqlora.model import ModelConfig
 from nanoqlora.prompts import PromptFormat
 from nanoqlora.serving import check_vocabulary
-from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from nanoqlora.tokenizer import load_tokenizer, save_tokenizer
 
 OPTIONS = {
     "model": Option("the base: Hugging Face folder or .gguf file"),
@@ -95,7 +96,7 @@ def write_merged(merged: Merged, folder: Path, max_shard_bytes: int) -> dict[str
     return {"merged_layers": len(changes), "mean_relative_change": sum(changes) / max(1, len(changes))}
 
 
-def hf_config(config: dict, dtype: torch.dtype, tokenizer: Tokenizer, end_id: int | None) -> dict:
+def hf_config(config: dict, dtype: torch.dtype, ids: dict[str, Any]) -> dict:
     """config.json of the merged model: the base's, and every number as it was understood, under the keys that all
     readers know: RoPE as rope_theta and rope_scaling."""
     model = asdict(ModelConfig.from_hf(config))
@@ -104,7 +105,6 @@ def hf_config(config: dict, dtype: torch.dtype, tokenizer: Tokenizer, end_id: in
     config = {key: value for key, value in config.items() if key not in (*dropped, "original_max_position_embeddings")}
     kind = config.get("model_type") or ("mistral" if "Mistral" in str(config.get("architectures")) else "llama")
     names = {"model_type": kind, "architectures": [f"{kind.title()}ForCausalLM"]}
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": end_id, "pad_token_id": tokenizer.pad_id}
     return config | names | model | ids | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
 
@@ -126,6 +126,11 @@ def main() -> None:
     saved = asked.adapter / "prompt.json"
     prompt_format = PromptFormat.from_json(saved.read_text("utf-8")) if saved.is_file() else None
     end_id = prompt_format.end_id(tokenizer) if prompt_format else tokenizer.eos_id
+    generation = read_generation(weights)
+    ends = end_ids(generation, first=[end_id])
+    ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+    ids["eos_token_id"] = ends if len(ends) > 1 else ends[0] if ends else None
+    generation |= {name: id for name, id in ids.items() if id is not None}
     merged = Merged(weights, updates, asked.in_4bit, asked.seen, asked.dtype, device)
     check_space(asked.out, merged.num_bytes)
     texts = None
@@ -133,10 +138,9 @@ def main() -> None:
         texts = held_out_texts(config, tokenizer, prompt_format, options["data"], options["max_tokens"])
     with whole_folder(asked.out) as folder:
         facts = write_merged(merged, folder, int(options["max_shard_size"] * 1e9))
-        described = hf_config(weights.config, asked.dtype, tokenizer, end_id)
+        described = hf_config(weights.config, asked.dtype, ids)
         write_text(folder / "config.json", json.dumps(described, indent=2) + "\n")
-        ids = {key: described[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        write_text(folder / "generation_config.json", json.dumps(ids, indent=2) + "\n")
+        write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
         save_tokenizer(tokenizer, folder, prompt_format and prompt_format.jinja(tokenizer))
         if prompt_format:
             write_text(folder / "prompt.json", prompt_format.to_json())

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -204,6 +205,13 @@ def check_writable(folder: str | Path, key: str) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK):
         what = "may not be written to" if there.is_dir() else "is a file, not a folder"
         raise UserError(f"{key} {folder}: {there} {what}, so nothing could be saved there. Name another {key}.")
+
+
+def script_command(script: str, *words: object) -> str:
+    """A command of ours as the user can paste it into a shell, in the folder in which this program was started."""
+    path = Path(__file__).resolve().parent.parent / script
+    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return shlex.join(map(str, ("python", path, *words)))
 
 
 class Parser(argparse.ArgumentParser):

@@ -417,6 +417,9 @@ def hf_config(gguf: GGUFFile) -> dict[str, Any]:
         "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
     }
+    ends = dict.fromkeys(meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    if len(ends := [id for id in ends if id is not None]) > 1:
+        config["eos_token_id"] = ends
     for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
         if gguf.number(key, int, head_dim) != head_dim:
             raise UserError(

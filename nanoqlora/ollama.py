@@ -7,7 +7,7 @@ where it is missing.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,20 +18,27 @@ from .chat_template import Messages
 from .cli import UserError
 from .gguf import Metadata
 from .messages import say
+from .modelfile import go_text, quoted
 from .prompts import PromptFormat
 from .sentencepieces import UNREACHED
 from .tokenizer import Tokenizer
-from .vocabulary import UNUSED
+from .vocabulary import CONTROL, UNUSED, USER_DEFINED
 
 # ---------------------------------------------------------------------------------------------------------------------
 # For the .gguf file
 
 
-def tokenizer_metadata(tok: Tokenizer, fmt: PromptFormat, num_rows: int, model: Path) -> Metadata:
-    """The vocabulary, the end token, and the template of the training format, as a GGUF file spells them.
+STOPS_BY_NAME = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "</s>")
+
+
+def tokenizer_metadata(
+    tok: Tokenizer, fmt: PromptFormat, num_rows: int, model: Path, ends: Sequence[int] = ()
+) -> Metadata:
+    """The vocabulary, the end tokens, and the template of the training format, as a GGUF file spells them.
 
     Args:
         num_rows: of the embedding. llama.cpp wants exactly as many tokens.
+        ends: tokens that end an answer besides the one that training ended answers with.
     Raises:
         UserError: the file could not say how the model was trained.
     """
@@ -55,6 +62,13 @@ def tokenizer_metadata(tok: Tokenizer, fmt: PromptFormat, num_rows: int, model: 
         words = {"scores": ("f32[]", scores)}
     else:
         words = {"merges": ("string[]", merges_of(tok))}
+    for text in (jinja, *(fmt.render(tok, chat) for chat in PROBES if _takes(partial(fmt.render, tok), chat))):
+        if half := re.search("[\ud800-\udfff]", text):
+            raise UserError(
+                f"{model}: the chat template writes {half[0]!a}, half of a surrogate pair, which is no character and "
+                f"has no UTF-8 bytes, so no file can hold it. Correct chat_template in tokenizer_config.json."
+            )
+    others = unnamed_ends(tok, [id for id in ends if id != end])
     metadata: Metadata = {
         "tokenizer.ggml.model": ("string", "llama" if tok.is_sentencepiece else "gpt2"),
         "tokenizer.ggml.pre": ("string", tok.pre),
@@ -64,7 +78,8 @@ def tokenizer_metadata(tok: Tokenizer, fmt: PromptFormat, num_rows: int, model: 
         # Without these llama.cpp takes token 11 for both, or the first marker that it happens to find.
         "tokenizer.ggml.bos_token_id": ("u32", end if tok.bos_id is None else tok.bos_id),
         "tokenizer.ggml.eos_token_id": ("u32", end),
-        "tokenizer.ggml.eot_token_id": ("u32", end),
+        "tokenizer.ggml.eot_token_id": ("u32", others[1] if len(others) > 1 else end),
+        **({"tokenizer.ggml.eom_token_id": ("u32", others[0])} if others else {}),
         "tokenizer.ggml.add_bos_token": ("bool", fmt.add_bos(tok)),
         "tokenizer.ggml.add_eos_token": ("bool", False),
         "tokenizer.ggml.add_space_prefix": ("bool", puts_spaces),
@@ -74,6 +89,14 @@ def tokenizer_metadata(tok: Tokenizer, fmt: PromptFormat, num_rows: int, model: 
         if id is not None:
             metadata[f"tokenizer.ggml.{name}_token_id"] = ("u32", id)
     return metadata
+
+
+def unnamed_ends(tok: Tokenizer, ends: Sequence[int]) -> list[int]:
+    """Those tokens that end an answer in llama.cpp only if a file names them: besides eos it can name two, eom and eot.
+
+    At tokens with the usual names it ends in any case.
+    """
+    return [id for id in ends if id < len(tok.vocab) and tok.vocab[id] not in STOPS_BY_NAME]
 
 
 def _spaces(tok: Tokenizer, fmt: PromptFormat) -> tuple[bool, str]:
@@ -141,7 +164,7 @@ class GoTemplate(NamedTuple):
     stops: list[str]
 
 
-def go_template(fmt: PromptFormat, tok: Tokenizer) -> GoTemplate:
+def go_template(fmt: PromptFormat, tok: Tokenizer, ends: Sequence[int] = ()) -> GoTemplate:
     """The template of an Ollama Modelfile, proven to write what the training format writes.
 
     Jinja cannot be translated in general. But nearly every chat template puts the same few strings around messages:
@@ -149,13 +172,15 @@ def go_template(fmt: PromptFormat, tok: Tokenizer) -> GoTemplate:
     the strings off one or two conversations, and use them only if on other conversations they give the same text as
     the Jinja. White space around contents is not part of the proof: many templates strip it, and Go cannot.
 
+    Args:
+        ends: tokens that end an answer besides those of the format and the tokenizer.
     Raises:
         UserError: the template does more than that.
     """
+    stops = stop_texts(fmt, tok, ends)
     if fmt.type != "chat_template":  # then the last message alone is prompted with
-        words = map(_literal, fmt.render(tok, say("user", "\0")).split("\0"))
+        words = map(go_text, fmt.render(tok, say("user", "\0")).split("\0"))
         last = '{{ $last := "" }}{{ range .Messages }}{{ $last = .Content }}{{ end }}'
-        stops = [] if tok.eos_id is None else [tok.vocab[tok.eos_id]]
         return GoTemplate(last + "{{ $last }}".join(words), None, stops)
 
     def render(messages: Messages) -> str:
@@ -170,9 +195,23 @@ def go_template(fmt: PromptFormat, tok: Tokenizer) -> GoTemplate:
     writer = next((w for w in (turns, joints) if w and all(w.write(chat) == render(chat) for chat in probes)), None)
     if writer is None:
         raise _inexpressible("what it writes around a message depends on more than the message before")
-    ends = dict.fromkeys(id for id in (fmt.end_id(tok), tok.eos_id) if id is not None)
-    stops = [tok.vocab[id] for id in ends] or [joints.gaps["assistant", "user"].strip()]
-    return GoTemplate(_spaces(tok, fmt)[1] + writer.go(), writer.system or None, stops)
+    stops = stops or [joints.gaps["assistant", "user"].strip()]
+    template = _spaces(tok, fmt)[1] + writer.go()
+    return GoTemplate(template, writer.system if _as_system(writer.system) else None, stops)
+
+
+def _as_system(text: str | None) -> bool:
+    """Whether SYSTEM can hold a system message of the template's own; in the template it is right as well."""
+    # Ollama may run the Jinja instead, which gets SYSTEM as a message, and may strip white space off its ends.
+    return bool(text) and quoted(text) is not None and text == text.strip()
+
+
+def stop_texts(fmt: PromptFormat, tok: Tokenizer, ends: Sequence[int] = ()) -> list[str]:
+    """The texts of the tokens that end an answer: first the one that training ended answers with."""
+    ours, kinds = (fmt.end_id(tok), tok.eos_id), tok.token_types()
+    # An ordinary token that a file names is an end by its id, and no text at which to stop.
+    others = [id for id in ends if id < len(kinds) and kinds[id] in (CONTROL, USER_DEFINED)]
+    return [tok.vocab[id] for id in dict.fromkeys((*ours, *others)) if id is not None]
 
 
 PROBES = [
@@ -237,7 +276,7 @@ class Joints(NamedTuple):
         """For each role what stands in front of its content, which may depend on the role before."""
 
         def gap_before(role: str) -> str:
-            cases = {before: _literal(gap) for (before, after), gap in self.gaps.items() if after == role}
+            cases = {before: go_text(gap) for (before, after), gap in self.gaps.items() if after == role}
             (_, otherwise), *others = cases.items()
             tests = [f'if eq $before "{before}" }}}}{gap}' for before, gap in others if gap != otherwise]
             return "{{ " + "{{ else ".join(tests) + "{{ else }}" + otherwise + "{{ end }}" if tests else otherwise
@@ -247,7 +286,7 @@ class Joints(NamedTuple):
         if self.around_system:
             start, each = "{{ $first := index .Messages 0 }}", "range $i, $_ := .Messages"
             is_last = 'if and (eq $first.Role "system") (eq (len (slice $.Messages $i)) 1)'
-            before, after = map(_literal, self.around_system)
+            before, after = map(go_text, self.around_system)
             fronts["user"] += f"{{{{ {is_last} }}}}{before}{{{{ $first.Content }}}}{after}{{{{ end }}}}"
         turns = [
             f'if eq .Role "{role}" }}}}{front}{{{{ .Content }}}}{{{{ $before = .Role }}}}'
@@ -304,21 +343,16 @@ class Turns(NamedTuple):
         return "".join(self.header(m["role"]) + m["content"] + self.end for m in turns) + self.header("assistant")
 
     def go(self) -> str:
-        """One loop over the messages. A system message of the template's own becomes the Modelfile's SYSTEM."""
-        before, after, end, intro = map(_literal, self[:4])
+        """One loop over the messages. A system message of the template's own becomes SYSTEM, where that can hold it."""
+        before, after, end, intro = map(go_text, self[:4])
         turns = "{{ range .Messages }}" + before + "{{ .Role }}" + after
         if intro:
             turns += '{{ if eq .Role "system" }}' + intro + "{{ end }}"
         turns += "{{ .Content }}" + end + "{{ end }}" + before + "assistant" + after
-        if self.system == "":  # SYSTEM cannot be empty, so the template has to begin with the empty message itself
+        if self.system is not None and not _as_system(self.system):  # then the template begins with it
             unless_given = '{{ if ne (index .Messages 0).Role "system" }}'
-            turns = unless_given + before + "system" + after + intro + end + "{{ end }}" + turns
+            turns = unless_given + before + "system" + after + intro + go_text(self.system) + end + "{{ end }}" + turns
         return turns
-
-
-def _literal(text: str) -> str:
-    """A text as Go's template language has it: braces that would begin an action, and the quotes that end TEMPLATE."""
-    return re.sub(r'\{\{|\}\}|"""|\{$', lambda found: f"{{{{ {json.dumps(found[0])} }}}}", text)
 
 
 def _inexpressible(why: str) -> UserError:

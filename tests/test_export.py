@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from go_text import go_write, needs_go
+from modelfiles import parse
 from safetensors.torch import load_file, save_file
 from tiny import save_random_llama
 
@@ -23,6 +24,7 @@ from nanoqlora.file_types import FILE_TYPES, tensor_type
 from nanoqlora.ggml_blocks import dequantize, quantize
 from nanoqlora.gguf import hf_config, hf_name, read_gguf
 from nanoqlora.model import ModelConfig
+from nanoqlora.modelfile import NO_GUESS
 from nanoqlora.prompts import CHAT_TEMPLATES, PromptFormat
 from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
@@ -44,7 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama2": {"hidden_size": 64, "num_key_value_heads": 4},  # every head has its own keys; plain RoPE
     "llama3.2": {"rope": LLAMA3_ROPE | {"factor": 32.0}, "tie_word_embeddings": True, "hidden_size": 64},
 }
-CHAT = PromptFormat(type="chat_template")
+CHAT, CHATML = PromptFormat(type="chat_template"), CHAT_TEMPLATES["chatml"]
 QUESTION = [{"role": "user", "content": "Who are you?"}]
 CHATS = [
     QUESTION,
@@ -344,7 +346,8 @@ def test_prompts_are_those_of_training(case: str, by: str, folder: Path, tok: To
     export_gguf.export(folder, tmp_path / "model.gguf", "F16")
     recipe = read_modelfile(tmp_path / "Modelfile")
     assert recipe["FROM"] == ["./model.gguf"]
-    assert recipe["PARAMETER stop"] == list(dict.fromkeys([tok.vocab[end], tok.vocab[tok.eos_id]]))
+    folders = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]  # of transformers: 2
+    assert recipe["PARAMETER stop"] == [tok.vocab[id] for id in dict.fromkeys([end, tok.eos_id, folders])]
     with LlamaCpp(tmp_path / "model.gguf", vocab_only=True) as llama:
         assert llama.is_eog(end) and llama.meta()["tokenizer.ggml.eos_token_id"] == str(end)
         for messages in CHATS:
@@ -383,14 +386,35 @@ def test_padded_embedding(folder: Path, tok: Tokenizer, tmp_path: Path):
 
 
 @pytest.mark.usefixtures("known_tokenizer")
-def test_a_template_that_go_cannot_write_leaves_no_modelfile(folder: Path, tmp_path: Path, capsys):
+def test_a_template_that_go_cannot_write(folder: Path, tmp_path: Path, capsys):
+    """The Modelfile leaves it to Ollama to run the Jinja, which stands in the file so that Ollama guesses no other."""
     fmt = replace(CHAT, chat_template=CHAT_TEMPLATES["chatml"].replace("<|im_end|>", "<|im_end|>{{ loop.index }}"))
     (folder / "prompt.json").write_text(fmt.to_json())
-    (tmp_path / "Modelfile").write_text("of an earlier export")
     export_gguf.export(folder, tmp_path / "model.gguf", "F16")
-    assert "No Modelfile: the chat template cannot be written" in capsys.readouterr().out
-    assert not (tmp_path / "Modelfile").exists()
-    assert read_gguf(tmp_path / "model.gguf").metadata["tokenizer.chat_template"] == fmt.chat_template
+    said = capsys.readouterr().out
+    assert "no TEMPLATE, so it needs Ollama 0.30 or newer, which runs the Jinja in the file" in said
+    assert "depends on more than the message before" in said
+    stops = ("stop", "<|im_end|>")
+    assert parse((tmp_path / "Modelfile").read_text()) == [("from", "./model.gguf"), stops]
+    jinja = read_gguf(tmp_path / "model.gguf").metadata["tokenizer.chat_template"]
+    assert jinja.endswith(fmt.chat_template) and NO_GUESS in jinja
+
+
+@pytest.mark.usefixtures("known_tokenizer")
+@pytest.mark.parametrize("spelling", ["\ud83d", "{{ '\\ud83d' }}"])
+def test_half_of_a_surrogate_pair_in_a_template(spelling: str, folder: Path, tmp_path: Path):
+    """In the template itself, or only in what it writes."""
+    (folder / "prompt.json").write_text(json.dumps({"type": "chat_template", "chat_template": spelling + CHATML}))
+    with pytest.raises(UserError, match="half of a surrogate pair.*Correct chat_template"):
+        export_gguf.export(folder, tmp_path / "new" / "model.gguf", "F16")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_a_model_is_called():
+    assert export_gguf.name_of("nowhere/Llama-3.2-1B") == "Llama-3.2-1B"
+    assert export_gguf.name_of(Path("runs/v1.5/merged")) == "v1.5"
+    assert export_gguf.name_of("a/SmolLM2.Q4_1.gguf") == "SmolLM2.Q4_1"
+    assert export_gguf.name_of("a/\udcff") == "?"  # a name that is not UTF-8
 
 
 # ------------------------------------------------------------------------------------------------ what can be wrong

@@ -85,13 +85,13 @@ def test_modelfile_puts_the_adapter_on_the_base(base: Path, smollm2_path: Path, 
     fmt, tok = PromptFormat(type="alpaca"), load_tokenizer(smollm2_path)
     (adapter / "prompt.json").write_text(fmt.to_json())
     ended = exported(base, adapter)
-    recipe = read_modelfile(adapter / "Modelfile")
+    recipe = read_modelfile(adapter / "Modelfile-adapter-f32")
     assert recipe["FROM"] == ["./base-bf16.gguf"] and recipe["ADAPTER"] == ["./adapter-f32.gguf"]
     assert f"export_gguf.py --model {base} --type bf16 --out {adapter / 'base-bf16.gguf'}" in ended.out
     assert recipe["TEMPLATE"] == [go_template(fmt, tok).template]  # of training, as test_prompts.py proves
     shutil.copy(base.parent / "base-bf16.gguf", tmp_path / "base.gguf")
     assert exported(tmp_path / "base.gguf", adapter).code == 0
-    assert read_modelfile(adapter / "Modelfile")["FROM"] == ["../base.gguf"]
+    assert read_modelfile(adapter / "Modelfile-adapter-f32")["FROM"] == ["../base.gguf"]
 
 
 def test_base_is_the_one_that_the_user_names(base: Path, tmp_path: Path):

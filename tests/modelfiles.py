@@ -101,7 +101,7 @@ class Ollama:
         self.url = f"http://{host}"
         kept = {name: value for name, value in os.environ.items() if not name.startswith("OLLAMA_")}
         ours = {"OLLAMA_HOST": host, "OLLAMA_MODELS": f"{self.folder}/models", "HOME": self.folder}
-        self.environment = kept | ours | {"OLLAMA_KEEP_ALIVE": "0", "OLLAMA_CONTEXT_LENGTH": "512"}
+        self.environment = kept | ours | {"OLLAMA_MAX_LOADED_MODELS": "1", "OLLAMA_CONTEXT_LENGTH": "512"}
         log = open(f"{self.folder}/log", "wb")
         self.process = subprocess.Popen(["ollama", "serve"], env=self.environment, stdout=log, stderr=log)
         for _ in range(300):

@@ -118,10 +118,9 @@ def chat(template: str) -> PromptFormat:
 
 def with_default(system: str) -> str:
     """ChatML that says a system text by itself where none is given."""
-    start = (
-        f"{{{{ '<|im_start|>system\\n' + {json.dumps(system)} + '<|im_end|>\\n' if messages[0].role != 'system' }}}}"
-    )
-    return start + CHAT_TEMPLATES["chatml"]
+    text = json.dumps(system, ensure_ascii=False)
+    turn = f"'<|im_start|>system\\n' + {text} + '<|im_end|>\\n'"
+    return f"{{{{ {turn} if messages[0].role != 'system' }}}}{CHAT_TEMPLATES['chatml']}"
 
 
 def written(template: str, messages: list[dict[str, str]]) -> str:

@@ -12,14 +12,14 @@ Split rules that are not in `SPLIT_RULES` are refused, because a wrong rule give
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import tiktoken
 
 from .cli import UserError
-from .vocabulary import NORMAL, Vocabulary
+from .vocabulary import NORMAL, Fields, Vocabulary
 
 LONGEST_BLANK = 500_000  # white space in a row; the regex engine runs out of stack at a little under a million
 
@@ -73,6 +73,8 @@ SPLIT_RULES: dict[str, SplitRule] = {  # by their names in GGUF, `tokenizer.ggml
         add_bos=True,
     ),
 }
+# Llama-3's rule in a file with `"ignore_merges": false`. llama.cpp has it for a model that was published so.
+SPLIT_RULES["smaug-bpe"] = replace(SPLIT_RULES["llama-bpe"], whole_words=False, add_bos=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,6 +126,9 @@ class BytePairs:
                 if kind == NORMAL and len(piece) > 1 and piece not in learnt and piece_to_bytes(piece)
             ]
             words = sorted(words, key=ids.__getitem__) if in_order else words
+        else:  # tiktoken takes a word that is a token as it is; those that merges never make must not be there
+            unreached = _unreached(words)
+            words = [word for word in words if word not in unreached]
         spelled = [bytes([byte]) for byte in range(256)] + [piece_to_bytes(word) for word in words]
         self._id_of_rank = [ids.get(letter) for letter in LETTERS] + [ids[word] for word in words]
         self._width_of_rank = [len(token) for token in spelled]
@@ -139,6 +144,30 @@ class BytePairs:
             )
         ranks = self._tiktoken.encode_ordinary(text)
         return [self._id_of_rank[rank] for rank in ranks], [self._width_of_rank[rank] for rank in ranks]
+
+
+def _unreached(words: list[str]) -> set[str]:
+    """The words that merging their own bytes does not lead to, and so no merging of a longer text either.
+
+    Args:
+        words: results of merges, in the order of the merges.
+    """
+    spelled = [piece_to_bytes(word) for word in words]
+    ranks = {bytes([byte]): byte for byte in range(256)} | {token: 256 + i for i, token in enumerate(spelled)}
+    engine = tiktoken.Encoding("parts", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={})
+    mark = set(range(256)) - set(b"".join(spelled))  # behind a byte that joins nothing, no word is looked up
+    if not mark:
+        return set()
+    end = bytes([max(mark)])
+    pairs = zip(words, spelled, strict=True)
+    return {word for word, token in pairs if len(engine._encode_single_piece(token + end)) > 2}
+
+
+def has_unreached(fields: Fields) -> bool:
+    """Whether a vocabulary has a token that is found as a complete word only."""
+    learnt = list(dict.fromkeys(merge.replace(" ", "") for merge in fields["merges"]))
+    words = {piece for piece, kind in zip(fields["vocab"], fields["kinds"], strict=True) if kind == NORMAL}
+    return bool(_unreached(learnt)) or any(len(word) > 1 for word in words - set(learnt))
 
 
 def merges_of(vocabulary: Vocabulary) -> list[str]:

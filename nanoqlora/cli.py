@@ -152,10 +152,16 @@ def remove(path: Path) -> None:
         temporary.unlink()
 
 
+HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # an escape in JSON for half of a character above U+FFFF
+KINDS = {str: "text", dict: "a map", list: "a list", int: "a whole number", float: "a number", bool: "true or false"}
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that has to hold an object. NaN and infinity are not JSON, but other tools write them."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(text := path.read_text(encoding="utf-8"))
+        if HALF_A_PAIR.search(text):  # raises ValueError for a half that stands alone, which no file could be given
+            json.dumps(value, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. It is needed to know what the other files mean.") from None
     except OSError as error:
@@ -164,6 +170,26 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({error}). Copy the file again.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__} where an object is expected.")
+    return value
+
+
+def expect(where: str, value: Any, *kinds: type | None, each: tuple[type, ...] = ()) -> Any:
+    """A value from a file, if it is what the rest of the program takes it for.
+
+    Args:
+        where: file and key, for the message.
+        kinds: types that it may have, exactly; None allows null.
+        each: types of the items of a list, or of the values of a map.
+    Raises:
+        UserError: it, or an item of it, is of another type.
+    """
+    wrong = [value] if type(value) not in kinds and not (value is None and None in kinds) else []
+    if each and value and not wrong:
+        items = value.values() if isinstance(value, dict) else value
+        kinds, wrong = each, [item for item in items if type(item) not in each]
+    if wrong:
+        found, wanted = repr(wrong[0])[:60], " or ".join(KINDS.get(kind, "null") for kind in kinds)
+        raise UserError(f"{where} is or holds {found}, where {wanted} is expected. Correct it, or copy the file again.")
     return value
 
 

@@ -328,19 +328,11 @@ def load_tokenizer(path: str | Path, adapter: str | Path | None = None) -> Token
         raise UserError(
             f"{path}: neither a folder nor a .gguf file. The tokenizer is read from one or the other. Check the path."
         )
-    try:
-        if path.is_dir():
-            return Tokenizer(**read_folder(path))
-        from nanoqlora.gguf import read_gguf  # here, because most runs open no GGUF file
+    if path.is_dir():
+        return Tokenizer(**read_folder(path))
+    from nanoqlora.gguf import read_gguf  # here, because most runs open no GGUF file
 
-        return Tokenizer(**read_gguf_metadata(read_gguf(path).metadata, path))
-    except UserError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UserError(
-            f"{path}: a part of the tokenizer is missing or of another type than it has to be "
-            f"({type(error).__name__}: {error}). Copy its files again from the model's page."
-        ) from error
+    return Tokenizer(**read_gguf_metadata(read_gguf(path).metadata, path))
 
 
 def save_tokenizer(tok: Tokenizer, folder: str | Path, chat_template: str | None = None) -> None:

@@ -16,9 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from .byte_pairs import LETTERS, SPLIT_RULES
-from .cli import UserError, read_json, whole_file, write_text
+from .cli import UserError, expect, note, read_json, whole_file, write_text
 from .sentencepieces import BYTE_PIECES, UNREACHED, read_model, write_model
-from .tokenizer_json import adds_bos, check_merges, read_tokenizer_json, write_tokenizer_json
+from .tokenizer_json import (
+    added_token,
+    check_merges,
+    check_normalized,
+    read_tokenizer_json,
+    token_in_front,
+    write_tokenizer_json,
+)
 from .vocabulary import (
     BYTE,
     CONTROL,
@@ -48,44 +55,156 @@ def read_folder(folder: Path) -> Fields:
     """The vocabulary of a folder in Hugging Face's or in Meta's format."""
     path, model_path, config_path = (folder / f"tokenizer{end}" for end in (".json", ".model", "_config.json"))
     if path.is_file() or not model_path.is_file():
-        data, config = read_json(path), read_json(config_path)
+        data, config = (_read(path) for path in (path, config_path))
         fields = read_tokenizer_json(path, data)
         if fields["pre"] == SENTENCEPIECE and model_path.is_file():
             _take_scores(fields, model_path)
-        is_added = adds_bos(data)
     else:
-        config = read_json(config_path) if config_path.is_file() else {}
-        data = model_path.read_bytes()
-        is_ranks = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data)
-        fields = _from_ranks(model_path, data) if is_ranks else _from_model(model_path, data, folder, config)
-        is_added = True
+        path, data, config = model_path, {}, read_json(config_path) if config_path.is_file() else {}
+        model = model_path.read_bytes()
+        is_ranks = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", model)
+        fields = _from_ranks(model_path, model) if is_ranks else _from_model(model_path, model, config_path, config)
 
+    config, added = _tokens_in_other_files(folder, config)
+    for token in added:
+        _add(path, fields, token)
+        check_normalized(path, data, token)
     ids = {piece: id for id, piece in enumerate(fields["vocab"])}
     for name in NAMED_TOKENS:
-        text = config.get(f"{name}_token")
-        text = text.get("content") if isinstance(text, dict) else text  # older files write a whole added token here
-        if text is not None and text not in ids:
+        key, own = f"{name}_id", f"{name}_token"
+        if own in config and (config[own] is not None or name != "unk"):
+            fields[key] = ids.get(config[own])
+        elif key not in fields and str(config.get("tokenizer_class")) not in PLAIN_CLASSES:
+            fields[key] = ids.get(LLAMAS_NAMES.get(name, "")) if fields["pre"] == SENTENCEPIECE else None
+        fields.setdefault(key, None)
+    said = expect(f"{config_path}: add_bos_token", config.get("add_bos_token"), bool, None)
+    bos, first = fields["bos_id"], token_in_front(path, data)
+    if data and said not in (None, first is not None) or first is not None and ids.get(first) != bos:
+        named = "null" if bos is None else repr(fields["vocab"][bos])
+        if first is not None and bos is not None and ids.get(first) != bos:
             raise UserError(
-                f"{config_path}: {name}_token is {text!r}, which is not in the vocabulary of the tokenizer. It would "
-                "have no id. Correct the text, or take all files from one model."
+                f"{path}: post_processor puts {first!r} in front of a text, and bos_token is {named}. Only one of them "
+                "can begin it. Correct the one that is not meant."
             )
-        fields[f"{name}_id"] = fields.get(f"{name}_id") if text is None else ids[text]
-    said = config.get("add_bos_token")
-    fields["add_bos"] = bool(is_added if said is None else said) and fields["bos_id"] is not None
-    fields["chat_template"] = template = _chat_template(folder, config)
-    if not isinstance(template, str | None):
-        raise UserError(f"{config_path}: chat_template is a JSON {type(template).__name__}, not a text. Correct it.")
-    return _checked(path if path.is_file() else model_path, fields)
+        puts, result = "nothing" if first is None else repr(first), "no BOS" if None in (bos, first) else "BOS"
+        note(
+            f"{folder}: add_bos_token is {json.dumps(said)}, bos_token {named}, and tokenizer.json puts {puts} in "
+            f"front of a text: {result} is put there, as tokenizer.json and bos_token decide."
+        )
+    fields["add_bos"] = bos is not None and (first is not None if data else said is not False)
+    fields["chat_template"] = _chat_template(folder, config)
+    return _checked(path, fields)
+
+
+LLAMAS_NAMES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}  # of transformers' LlamaTokenizer, where no file names any
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
+NAMED_KEYS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]  # transformers' order
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file. In Hugging Face's format a tokenizer is tokenizer.json and tokenizer_config.json. "
+            "Copy the missing one from the model's page."
+        )
+    return read_json(path)
+
+
+def _tokens_in_other_files(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What tokenizer_config.json, special_tokens_map.json and added_tokens.json say of tokens, to transformers.
+
+    Returns:
+        tokenizer_config.json, with special_tokens_map.json in it and named tokens as text; and all tokens, in the order
+        in which those that are not in the vocabulary get their ids. A token whose id was named has it as "id".
+    """
+    where, path, config = folder / "tokenizer_config.json", folder / "special_tokens_map.json", dict(config)
+    extra, older = "extra_special_tokens", "additional_special_tokens"
+    decoder = expect(f"{where}: added_tokens_decoder", config.get("added_tokens_decoder"), dict, None, each=(dict,))
+    if not config.get(extra) and older in config:
+        config[extra] = config.pop(older)
+    maps = [config.pop(extra)] if isinstance(config.get(extra), dict) else []
+    named = read_json(path) if path.is_file() else {}
+    for key, value in named.items() if "added_tokens_decoder" not in config else ():
+        if key in (extra, older):
+            expect(f"{path}: {key}", value, list, dict, None, each=(str, dict))
+        if key == extra and isinstance(value, list) and isinstance(config.get(extra), list):
+            value = config[extra] + [token for token in value if _text(token) not in map(_text, config[extra])]
+        config[key] = value
+    maps += [config.pop(extra)] if isinstance(config.get(extra), dict) else []
+    if extra not in config and older in config:
+        config[extra] = config.pop(older)
+
+    specials = {}
+    for key in [*NAMED_KEYS, *config]:
+        if key in NAMED_KEYS or key.endswith("_token") and isinstance(config[key], str | dict):
+            if expect(f"{where}: {key}", config.get(key), str, dict, None) is not None:
+                specials[key] = added_token(f"{where}: {key}", config[key], special=True)
+                config[key] = specials[key]["content"]
+    for tokens in maps:
+        specials |= {key: added_token(f"{where}: {extra}", token, special=True) for key, token in tokens.items()}
+    several = expect(f"{where}: {extra}", config.get(extra), list, None, each=(str, dict)) or []
+    last = [*specials.values(), *(added_token(f"{where}: {extra}", token, special=True) for token in several)]
+    unread = {key: _text(named[key]) for key in NAMED_KEYS if key in named and _text(named[key]) != config.get(key)}
+    unread |= {older: config[older]} if config.get(older) else {}
+    for key, value in unread.items():
+        note(f"{folder}: of two files that name {key}, the one with {value!r} is not read, as in transformers.")
+
+    first = []
+    if decoder is not None:
+        for id, token in decoder.items():
+            if not id.isascii() or not id.isdigit():
+                raise UserError(
+                    f"{where}: added_tokens_decoder has the key {id!r}, where the id of a token is expected."
+                )
+            first.append(added_token(f"{where}: added_tokens_decoder", token) | {"id": int(id)})
+    elif (path := folder / "added_tokens.json").is_file():
+        for text, id in expect(str(path), read_json(path), dict, each=(int,)).items():
+            is_special = text in [token["content"] for token in last]
+            first.append({"content": text, "special": is_special, "normalized": not is_special, "id": id})
+    return config, sorted(first, key=lambda token: token["id"]) + last
+
+
+def _text(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _add(path: Path, fields: Fields, token: dict[str, Any]) -> None:
+    """Add a token to a vocabulary, with the id that the tokenizers package gives to it; or make a word of it one."""
+    vocab, kinds, text = fields["vocab"], fields["kinds"], token["content"]
+    known = fields.setdefault("ids", {piece: id for id, piece in enumerate(vocab)})
+    id = known.get(text, len(vocab))
+    if token.get("id", id) != id:
+        raise UserError(
+            f"{path}: the added token {text!r} cannot have the id {token['id']} that a file beside it names: its id is "
+            f"{id} of {len(vocab)}. The files are of different models. Take all from one."
+        )
+    kind = CONTROL if token["special"] else USER_DEFINED
+    if id == len(vocab):
+        if "id" not in token:
+            note(f"{path}: {text!r}, which a file beside it names, is new to the vocabulary: it gets the id {id}.")
+        known[text] = id
+        vocab.append(text)
+        kinds.append(kind)
+        fields.get("scores", []).append(UNREACHED)
+    elif kinds[id] == NORMAL or "id" in token and kinds[id] in (CONTROL, USER_DEFINED) and kinds[id] != kind:
+        kinds[id] = kind
+    else:
+        return
+    fields["original_files"].pop("tokenizer.json", None)  # it does not know of the token
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja, else the entry of the config: a text, or a list of named ones."""
-    path = folder / "chat_template.jinja"
+    path, where = folder / "chat_template.jinja", f"{folder / 'tokenizer_config.json'}: chat_template"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text ({error}). Chats are written with it. Copy it again.") from error
+    template = expect(where, config.get("chat_template"), str, list, None)
     if isinstance(template, list):
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+        named = {str(entry.get("name")): entry.get("template") for entry in expect(where, template, list, each=(dict,))}
+        template = expect(where, named.get("default"), str, None)
     return template
 
 
@@ -93,25 +212,13 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
 # tokenizer.model
 
 
-def _from_model(path: Path, data: bytes, folder: Path, config: dict[str, Any]) -> Fields:
-    """A sentencepiece model alone, with the tokens that were added to it."""
+def _from_model(path: Path, data: bytes, config_path: Path, config: dict[str, Any]) -> Fields:
+    """A sentencepiece model alone."""
+    for key in ("add_prefix_space", "legacy"):
+        expect(f"{config_path}: {key}", config.get(key), bool, None)
     fields = {"pre": SENTENCEPIECE, "merges": [], "original_files": {path.name: data}} | read_model(data, path)
     in_front = fields.pop("space_in_front") and config.get("add_prefix_space") is not False
     fields["space_before"] = ("every" if config.get("legacy") else "first") if in_front else "never"
-    file = folder / "added_tokens.json"
-    added = {id: {"content": text} for text, id in (read_json(file) if file.is_file() else {}).items()}
-    for id, token in sorted((added | {int(i): t for i, t in config.get("added_tokens_decoder", {}).items()}).items()):
-        known = len(fields["vocab"])
-        if id < known and fields["vocab"][id] == token["content"]:
-            continue
-        if id != known:
-            raise UserError(
-                f"{path}: it has {known} pieces, so the added token {token['content']!r} cannot have the id {id}. The "
-                "files are of different models. Take all from one."
-            )
-        fields["vocab"].append(token["content"])
-        fields["kinds"].append(CONTROL if token.get("special", True) else USER_DEFINED)
-        fields["scores"].append(UNREACHED)
     return fields
 
 
@@ -154,6 +261,7 @@ def _from_ranks(path: Path, data: bytes) -> Fields:
         "vocab": vocab + special,
         "kinds": [NORMAL] * len(vocab) + [CONTROL] * len(special),
         "merges": [],
+        "original_files": {},
         "bos_id": len(vocab),
         "eos_id": len(vocab) + 1,
     }
@@ -166,8 +274,9 @@ def _from_ranks(path: Path, data: bytes) -> Fields:
 def read_gguf_metadata(metadata: dict[str, Any], path: Path) -> Fields:
     """The vocabulary that the metadata of a GGUF file describes."""
 
-    def get(name: str) -> Any:
-        return metadata.get(f"tokenizer.ggml.{name}")
+    def get(name: str, *kinds: type, each: tuple[type, ...] = ()) -> Any:
+        key = f"tokenizer.ggml.{name}"
+        return expect(f"{path}: {key}", metadata.get(key), *kinds, None, each=each) if kinds else metadata.get(key)
 
     is_sentencepiece = get("model") == "llama"
     pre = SENTENCEPIECE if is_sentencepiece else get("pre")
@@ -186,19 +295,19 @@ def read_gguf_metadata(metadata: dict[str, Any], path: Path) -> Fields:
     # What llama.cpp takes for the named tokens of a sentencepiece vocabulary where the file does not say.
     unsaid = {"bos": 1, "eos": 2, "unk": 0} if is_sentencepiece else {}
     named = zip(NAMED_TOKENS, ("bos", "eos", "padding", "unknown"), strict=True)
-    said = {ours: get(f"{theirs}_token_id") for ours, theirs in named}
+    said = {ours: get(f"{theirs}_token_id", int) for ours, theirs in named}
     ids = {f"{name}_id": unsaid.get(name) if id is None else id for name, id in said.items()}
     fields = {
         "pre": pre,
-        "vocab": list(get("tokens")),
-        "kinds": list(get("token_type")),
-        "merges": [] if is_sentencepiece else list(get("merges")),
+        "vocab": get("tokens", list, each=(str,)),
+        "kinds": get("token_type", list, each=(int,)),
+        "merges": [] if is_sentencepiece else get("merges", list, each=(str,)),
         **ids,
-        "chat_template": metadata.get("tokenizer.chat_template"),
+        "chat_template": expect(f"{path}: chat_template", metadata.get("tokenizer.chat_template"), str, None),
     }
-    add_bos = get("add_bos_token")
+    add_bos = get("add_bos_token", bool)
     if is_sentencepiece:
-        fields["scores"] = list(get("scores"))
+        fields["scores"] = get("scores", list, each=(float, int))
         fields["space_before"] = "never" if get("add_space_prefix") is False else "every"
         fields["add_bos"] = add_bos is not False
     else:
@@ -212,6 +321,7 @@ def read_gguf_metadata(metadata: dict[str, Any], path: Path) -> Fields:
 
 def _checked(path: Path, fields: Fields) -> Fields:
     """The fields, unless the parts do not fit together."""
+    fields.pop("ids", None)
     vocab, kinds, known = fields["vocab"], fields["kinds"], set(fields["vocab"])
     if len(kinds) != len(vocab) or len(known) != len(vocab):
         raise UserError(

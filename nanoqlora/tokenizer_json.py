@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .byte_pairs import SPLIT_RULES, byte_level, merges_of, piece_to_bytes
-from .cli import UserError
+from .byte_pairs import SPLIT_RULES, byte_level, has_unreached, merges_of, piece_to_bytes
+from .cli import UserError, expect
 from .sentencepieces import BYTE_PIECES, UNREACHED, merges_of_scores
 from .vocabulary import (
     BYTE,
@@ -31,40 +31,41 @@ from .vocabulary import (
 
 
 def read_tokenizer_json(path: Path, data: dict[str, Any]) -> Fields:
-    model, added = data.get("model"), data.get("added_tokens") or []
-    kind = model.get("type") if isinstance(model, dict) else None
-    if kind != "BPE":
+    where, model = f"{path}: model", expect(f"{path}: model", data.get("model"), dict, None) or {}
+    if model.get("type") != "BPE":
         raise UserError(
-            f"{path}: the model is {kind!r}, and only BPE can be read. Read in another way it would give other ids. "
-            "Use a model with a BPE tokenizer, as all Llamas have."
+            f"{path}: the model is {model.get('type')!r}, and only BPE can be read. Read in another way it would give "
+            "other ids. Use a model with a BPE tokenizer, as all Llamas have."
         )
-    if not isinstance(model.get("vocab"), dict) or not model["vocab"] or not isinstance(model.get("merges"), list):
+    expect(f"{where}.vocab", model.get("vocab"), dict, None, each=(int,))
+    expect(f"{where}.merges", model.get("merges"), list, None, each=(str, list))
+    if not model.get("vocab") or model.get("merges") is None:
         raise UserError(f"{path}: the model has no vocab or no merges. BPE needs both. Copy the file again.")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise UserError(f"{path}: {name} is {model[name]!r}. It changes ids and is not supported. Set it to null.")
+    for name in ("byte_fallback", "ignore_merges"):
+        expect(f"{where}.{name}", model.get(name), bool, None)
+    unk = expect(f"{where}.unk_token", model.get("unk_token"), str, None)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in map(_pair, model["merges"])]
+    added = [added_token(f"{path}: added_tokens", token) for token in _list(path, data, "added_tokens")]
+    for token in added:
+        expect(f"{path}: added_tokens, the id of {token['content']!r},", token.get("id"), int)
 
     by_id = {id: piece for piece, id in model["vocab"].items()}
-    num_ids = max([*by_id, *(token["id"] for token in added)]) + 1
-    if min(by_id) < 0 or num_ids > 2 * len(by_id) + 10_000:
-        raise UserError(f"{path}: ids from {min(by_id)} to {num_ids - 1} for {len(by_id)} tokens. Copy the file again.")
-    vocab = [by_id.get(id, f"[PAD{id}]") for id in range(num_ids)]
+    ids = [*by_id, *(token["id"] for token in added)]
+    if len(by_id) < len(model["vocab"]) or min(ids) < 0 or max(ids) >= 2 * len(by_id) + 10_000:
+        raise UserError(f"{path}: ids from {min(ids)} to {max(ids)} for {len(by_id)} tokens. Copy the file again.")
+    vocab = [by_id.get(id, f"[PAD{id}]") for id in range(max(ids) + 1)]
     kinds = [UNUSED if piece == f"[PAD{id}]" else NORMAL for id, piece in enumerate(vocab)]
     for token in added:
-        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-            raise UserError(
-                f"{path}: the added token {token['content']!r} has lstrip, rstrip or single_word. They change what is "
-                "found around it, and are not supported. Set the three to false."
-            )
         vocab[token["id"]] = token["content"]
-        kinds[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        kinds[token["id"]] = CONTROL if token["special"] else USER_DEFINED
     fields = {"vocab": vocab, "kinds": kinds, "merges": merges, "original_files": {path.name: path.read_bytes()}}
     if not model.get("byte_fallback"):
-        return fields | {"pre": _split_rule(path, data)}
+        return fields | {"pre": _split_rule(path, data, fields, bool(model.get("ignore_merges")))}
 
     check_merges(path, fields)
-    unk = model.get("unk_token")
     for id, piece in enumerate(vocab):
         if piece in BYTE_PIECES:
             kinds[id] = BYTE
@@ -72,31 +73,76 @@ def read_tokenizer_json(path: Path, data: dict[str, Any]) -> Fields:
             fields["unk_id"], kinds[id] = id, UNKNOWN
     space_rule = _space_rule(path, data, vocab)
     for token in added:
-        if token.get("normalized") and not token.get("special") and data.get("normalizer"):
-            raise UserError(
-                f"{path}: the added token {token['content']!r} has normalized: true, so it is found only where a space "
-                "stands before it. llama.cpp finds it anywhere. Set normalized to false."
-            )
+        check_normalized(path, data, token)
     # All merges that make one piece stand together, so the order of the pieces says as much as that of the merges.
     ranks = {piece: rank for rank, piece in enumerate(dict.fromkeys(merge.replace(" ", "") for merge in merges))}
     scores = [float(-ranks[piece]) if piece in ranks else UNREACHED for piece in vocab]
     return fields | {"pre": SENTENCEPIECE, "merges": [], "scores": scores, **space_rule}
 
 
-def _split_rule(path: Path, data: dict[str, Any]) -> str:
-    """The split rule of a byte-level BPE."""
-    if data.get("normalizer"):
+def _pair(merge: Any) -> Any:
+    """A merge, if it is text or two texts; else what `check_merges` refuses."""
+    return merge if isinstance(merge, str) or [type(part) for part in merge] == [str, str] else str(merge)
+
+
+def _list(path: Path, data: dict[str, Any], key: str) -> list[Any]:
+    return expect(f"{path}: {key}", data.get(key), list, None) or []
+
+
+def added_token(where: str, token: Any, special: bool = False) -> dict[str, Any]:
+    """An added token as files write it, text or a map, with `special` filled in."""
+    token = {"content": token} if isinstance(token, str) else expect(where, token, dict)
+    content = expect(f"{where}, content,", token.get("content"), str)
+    flags = {name: token.get(name) for name in ("lstrip", "rstrip", "single_word", "normalized", "special")}
+    for name, value in flags.items():
+        expect(f"{where}, {name} of {content!r},", value, bool, None)
+    if flags["lstrip"] or flags["rstrip"] or flags["single_word"]:
+        raise UserError(
+            f"{where}: the added token {content!r} has lstrip, rstrip or single_word. They change what is found around "
+            "it, and are not supported. Set the three to false."
+        )
+    return token | {"special": special if flags["special"] is None else flags["special"]}
+
+
+def check_normalized(path: Path, data: dict[str, Any], token: dict[str, Any]) -> None:
+    """Raises UserError for an added token that is found in the rewritten text only."""
+    if token.get("normalized") and not token["special"] and steps_of(path, data, "normalizer"):
+        raise UserError(
+            f"{path}: the added token {token['content']!r} has normalized: true, so it is found only where a space "
+            "stands before it. llama.cpp finds it anywhere. Set normalized to false."
+        )
+
+
+def steps_of(where: Path, data: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """A normalizer, pre_tokenizer or post_processor as the list of its steps; sequences may be nested or empty."""
+    step = expect(f"{where}: {key}", data.get(key), dict, None)
+    if not step or step.get("type") != "Sequence":
+        return [step] if step else []
+    inner = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors"}[key]
+    parts = expect(f"{where}: {key}.{inner}", step.get(inner), list, each=(dict,))
+    return [found for part in parts for found in steps_of(where, {key: part}, key)]
+
+
+def _split_rule(path: Path, data: dict[str, Any], fields: Fields, whole_words: bool) -> str:
+    """The split rule of a byte-level BPE.
+
+    `ignore_merges` is part of it, as in GGUF files. It changes nothing where merges lead to every token.
+    """
+    if steps_of(path, data, "normalizer"):
         raise UserError(
             f"{path}: a normalizer, {json.dumps(data['normalizer'])[:200]}. It rewrites text before it is split, which "
             "byte-level BPE has no use for. Only tokenizers without one can be read."
         )
-    found = _essence(data.get("pre_tokenizer"))
+    found = [_essence(step) for step in steps_of(path, data, "pre_tokenizer")]
     for name, rule in SPLIT_RULES.items():
-        if found == _essence(rule.pre_tokenizer):
-            return name
+        steps = steps_of(path, {"pre_tokenizer": rule.pre_tokenizer}, "pre_tokenizer")
+        if found == [_essence(step) for step in steps]:
+            if rule.whole_words == whole_words or whole_words and not has_unreached(fields):
+                return name
     raise UserError(
-        f"{path}: unknown pre_tokenizer {json.dumps(data.get('pre_tokenizer'))[:400]}. It decides where words begin, "
-        f"so a wrong guess gives wrong ids. Use a model with one of the rules {', '.join(SPLIT_RULES)}."
+        f"{path}: unknown pre_tokenizer {json.dumps(data.get('pre_tokenizer'))[:400]} with ignore_merges "
+        f"{json.dumps(whole_words)}. They decide where words begin and how they are split, so a wrong guess gives "
+        f"wrong ids. Use a model with one of the rules {', '.join(SPLIT_RULES)}."
     )
 
 
@@ -117,31 +163,34 @@ SCHEMES = {"always": "every", "first": "first", "never": "never"}  # Metaspace's
 
 def _space_rule(path: Path, data: dict[str, Any], vocab: list[str]) -> Fields:
     """Where a sentencepiece-style tokenizer.json puts a space in front of text. There are two ways to write it."""
-    normalizer, pre_tokenizer = data.get("normalizer"), data.get("pre_tokenizer")
-    steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
-    if not pre_tokenizer and REPLACE_SPACES in steps:
+    steps, words = steps_of(path, data, "normalizer"), steps_of(path, data, "pre_tokenizer")
+    if not words and REPLACE_SPACES in steps:
         rest = [step for step in steps if step != REPLACE_SPACES]
         if rest in ([], [PREPEND_SPACE]):
             return {"space_before": "every" if rest else "never"}
-    if not steps and pre_tokenizer and pre_tokenizer.get("type") == "Metaspace":
-        unsaid = "always" if pre_tokenizer.get("add_prefix_space", True) else "never"
-        scheme = SCHEMES.get(pre_tokenizer.get("prepend_scheme", unsaid))
+    if not steps and len(words) == 1 and words[0].get("type") == "Metaspace":
+        metaspace = words[0]
+        unsaid = "always" if metaspace.get("add_prefix_space", True) else "never"
+        scheme = SCHEMES.get(str(metaspace.get("prepend_scheme", unsaid)))
         # Where words begin with each space, no piece may reach over one; so nothing changes if none could.
-        splits = pre_tokenizer.get("split", True) and any(SPACE in piece[1:] for piece in vocab)
-        if scheme and pre_tokenizer.get("replacement") == SPACE and not splits:
+        splits = metaspace.get("split", True) and any(SPACE in piece[1:] for piece in vocab)
+        if scheme and metaspace.get("replacement") == SPACE and not splits:
             return {"space_before": scheme, "space_before_space": scheme == "never"}
+    normalizer, words = (json.dumps(data.get(key))[:200] for key in ("normalizer", "pre_tokenizer"))
     raise UserError(
-        f"{path}: the steps before BPE are normalizer {json.dumps(normalizer)[:200]} and pre_tokenizer "
-        f"{json.dumps(pre_tokenizer)[:200]}. They decide the ids, and are not those of Llama-2 or Mistral. Use a model "
-        "whose tokenizer writes spaces as U+2581 and does no more."
+        f"{path}: the steps before BPE are normalizer {normalizer} and pre_tokenizer {words}. They decide the ids, and "
+        "are not those of Llama-2 or Mistral. Use a model whose tokenizer writes spaces as U+2581 and does no more."
     )
 
 
-def adds_bos(data: dict[str, Any]) -> bool:
-    """Whether the template that tokenizer.json ends with puts BOS in front of a text."""
-    last = data.get("post_processor") or {}
-    steps = last.get("processors", [last])
-    return any(step.get("single") and "SpecialToken" in step["single"][0] for step in steps)
+def token_in_front(path: Path, data: dict[str, Any]) -> str | None:
+    """The special token that the template at the end of tokenizer.json puts in front of a text."""
+    for step in steps_of(path, data, "post_processor"):
+        single = expect(f"{path}: post_processor.single", step.get("single"), list, None, each=(dict,)) or [{}]
+        token = expect(f"{path}: post_processor.single", single[0].get("SpecialToken"), dict, None)
+        if token:
+            return expect(f"{path}: post_processor.single", token.get("id"), str)
+    return None
 
 
 def check_merges(path: Path, fields: Fields) -> None:

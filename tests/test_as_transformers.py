@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_sentencepieces
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -284,6 +286,115 @@ def test_a_first_context_outside_of_the_map(outside):
     else:
         with pytest.raises(ValueError, match="original_max_position_embeddings is 32 and .* is 64, which contradict"):
             ModelConfig.from_hf(config)
+
+
+# ------------------------------------------------------------------------------------------------ tokens
+
+NEW = {"content": "<new>", "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+TEXT = "Ahoy <s> there</s><new>, <|im_end|>matey<pad>! <extra><img>the<w>"
+
+
+def byte_level(added: list[str]) -> dict[str, Any]:
+    """A small byte-level tokenizer.json whose vocabulary has "<s>", "</s>" and "the"; `added` are special."""
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    part = tokenizers.pre_tokenizers
+    trained.pre_tokenizer = part.Sequence([part.Digits(individual_digits=True), part.ByteLevel(add_prefix_space=False)])
+    trained.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=290, initial_alphabet=part.ByteLevel.alphabet(), show_progress=False, special_tokens=["<s>", "</s>"]
+    )
+    trained.train_from_iterator([TEXT * 3, Path(__file__).read_text()], trainer)
+    data = json.loads(trained.to_str())
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in added]
+    return data
+
+
+def spellings(size: int) -> Iterator[dict[str, Any]]:
+    """Ways to name tokens, as the files beside tokenizer.json; `size` is the next free id."""
+    config: list[dict[str, Any]] = [
+        {},
+        {"bos_token": None, "eos_token": "</s>"},
+        {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<pad>"},
+        {"bos_token": NEW | {"__type": "AddedToken"}, "eos_token": "</s>", "img_token": "<img>"},
+    ]
+    extra: list[dict[str, Any]] = [
+        {},
+        {"additional_special_tokens": ["<extra>", "<|im_end|>"]},
+        {"extra_special_tokens": ["<extra>", NEW | {"__type": "AddedToken"}]},
+        {"extra_special_tokens": {"img_token": "<img>", "other": "<extra>"}},
+        {"extra_special_tokens": ["<img>"], "additional_special_tokens": ["<extra>"]},
+    ]
+    word = NEW | {"content": "<w>", "special": False}
+    decoder: list[dict[str, Any]] = [
+        {},
+        {"added_tokens_decoder": {str(size): NEW | {"special": True}, str(size + 1): word}},
+        {"added_tokens_decoder": {str(size + 7): NEW | {"special": True}}},
+    ]
+    added: list[Any] = [None, {"<new>": size, "<w>": size + 1}, {"<|im_end|>": size + 3}]
+    named: list[Any] = [
+        None,
+        {"bos_token": "<s>", "pad_token": "<pad>"},
+        {"bos_token": dict(NEW), "eos_token": "</s>", "additional_special_tokens": ["<extra>"]},
+        {"eos_token": "<|im_end|>", "extra_special_tokens": ["<img>", dict(NEW)]},
+    ]
+    for a, b, c, d, e in itertools.product(config, extra, decoder, added, named):
+        yield {"tokenizer_config": a | b | c, "added_tokens": d, "special_tokens_map": e}
+
+
+TEMPLATE = "{{ bos_token }}|{{ eos_token }}|{% for m in messages %}{{ m.content }}{{ pad_token }}{% endfor %}"
+MESSAGES = [{"role": "user", "content": "Ahoy"}]
+
+
+@pytest.mark.parametrize("kind", ["bare", "with added tokens", "sentencepiece"])
+def test_tokens_have_the_ids_that_transformers_gives(tmp_path, kind):
+    """Named, extra and added tokens in every file that may name them: ids, named ids, chats, and what is saved."""
+    folder, saved = tmp_path / "folder", tmp_path / "saved"
+    folder.mkdir()
+    saved.mkdir()
+    config = {"chat_template": TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}
+    text = TEXT if kind != "sentencepiece" else TEXT.replace("<s>", "").replace("</s>", "")  # there always special
+    if kind == "sentencepiece":
+        (folder / "tokenizer.model").write_bytes(test_sentencepieces.train(vocab_size=700))
+        config["tokenizer_class"], size = "LlamaTokenizer", 700
+    else:
+        data = byte_level([] if kind == "bare" else ["<s>", "</s>"])
+        write_json(folder / "tokenizer.json", data)
+        size = len(data["model"]["vocab"])
+    equal = refused = 0
+    for number, files in enumerate(spellings(size)):
+        if number % 3 != len(kind) % 3:  # a third for each kind, another one each
+            continue
+        for name, content in files.items():
+            (folder / f"{name}.json").unlink(missing_ok=True)
+            if content is not None:
+                write_json(folder / f"{name}.json", config | content if name == "tokenizer_config" else content)
+        try:
+            theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        except (TypeError, ValueError, AttributeError):
+            theirs = None
+        try:
+            ours = nq.load_tokenizer(folder)
+        except UserError as error:
+            wrong = (f"{size + 7}", f"{size + 3}", f"{size + 1}", f"{size}")
+            assert theirs is None or "cannot have the id" in str(error) and any(id in str(error) for id in wrong), files
+            refused += 1
+            continue
+        assert theirs is not None, files
+        assert ours.vocab_size == len(theirs), files
+        assert ours.encode(text, special=True) == theirs(text, add_special_tokens=False)["input_ids"], files
+        for name in ("bos", "eos", "pad"):
+            assert getattr(ours, f"{name}_id") == getattr(theirs, f"{name}_token_id"), (name, files)
+        chat = theirs.apply_chat_template(MESSAGES, tokenize=False)
+        assert ours.render_chat(MESSAGES) == chat, files
+        special = {theirs.convert_ids_to_tokens(id) for id in theirs.all_special_ids}
+        assert special <= set(ours.special_tokens), files
+        equal += 1
+        if equal % 5 == 0:
+            nq.tokenizer.save_tokenizer(ours, saved)
+            assert nq.load_tokenizer(saved) == ours, files
+            again = transformers.AutoTokenizer.from_pretrained(saved)
+            assert again(text, add_special_tokens=False)["input_ids"] == ours.encode(text, special=True), files
+    assert equal > 60 and refused > 20, (equal, refused)
 
 
 # ------------------------------------------------------------------------------------------------ numbers

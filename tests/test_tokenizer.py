@@ -1,8 +1,10 @@
 """The tokenizer, against three outside witnesses: transformers, the tokenizers package, and llama.cpp."""
 
+import itertools
 import json
 import random
 import re
+import shutil
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +20,7 @@ from transformers import AutoTokenizer
 from nanoqlora.byte_pairs import SPLIT_RULES
 from nanoqlora.cli import UserError
 from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from nanoqlora.tokenizer_files import LLAMA3_RANKS
 
 # ---------------------------------------------------------------------------------------------------------------------
 # SmolLM2's real tokenizer
@@ -425,6 +428,95 @@ def test_the_merges_of_metas_list_give_the_same_ids(meta, tmp_path):
     assert not (tmp_path / "tokenizer.model").exists()  # other programs would take it for sentencepiece's
 
 
+def test_ignore_merges_is_read(meta, tmp_path):
+    """Llama-3's vocabulary without whole words: every fortieth token alone and within a word, and hard texts.
+
+    Some tokens are made by no merges, and a word that is one has other ids then.
+    """
+    save_tokenizer(meta, tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    texts = [meta.decode([id]) for id in range(0, LLAMA3_RANKS, 40)]
+    texts += [f"a{text}b" for text in texts[::4]] + TEXTS
+    for said in (False, None):  # what older files leave unsaid is false
+        data["model"]["ignore_merges"] = said
+        if said is None:
+            del data["model"]["ignore_merges"]
+        (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+        tok = load_tokenizer(tmp_path)
+        assert tok.pre == "smaug-bpe"
+    witness = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ids = [tok.encode(text) for text in texts]
+    assert ids == as_text(witness, texts)
+    assert sum(meta.encode(text) != found for text, found in zip(texts, ids, strict=True)) > 10
+    path = write_gguf(tmp_path / "model.gguf", tok)
+    with LlamaCpp(path, vocab_only=True) as llama_cpp:
+        assert [llama_cpp.tokenize(text) for text in texts] == ids
+    again = load_tokenizer(path)
+    assert [again.encode(text) for text in texts[::7]] == ids[::7]
+    save_tokenizer(replace(again, original_files={}), tmp_path)
+    assert load_tokenizer(tmp_path).pre == "smaug-bpe"
+
+
+def test_ignore_merges_that_changes_nothing(tmp_path):
+    """In a vocabulary whose merges lead to every token, a complete word is found either way; in another it is not."""
+    data = json.loads(train_bpe("smollm", []).to_str())
+    data["model"]["ignore_merges"] = True
+    tok = load_tokenizer(write_folder(tmp_path, data))
+    witness = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tok.pre == "smollm" and [tok.encode(text) for text in TEXTS] == as_text(witness, TEXTS)
+    data["model"]["vocab"]["qqq"] = len(data["model"]["vocab"])
+    with pytest.raises(UserError, match="with ignore_merges true"):
+        load_tokenizer(write_folder(tmp_path, data))
+
+
+@pytest.mark.parametrize("key", ["normalizer", "pre_tokenizer", "post_processor"])
+def test_sequences_of_steps_may_be_empty_or_nested(llama3_folder, tmp_path, key):
+    data = json.loads((llama3_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    inner = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors"}[key]
+    empty = {"type": "Sequence", inner: []}
+    data[key] = {"type": "Sequence", inner: [empty, data[key]]} if data[key] else empty
+    tok = load_tokenizer(write_folder(tmp_path, data, bos_token=LLAMA3_SPECIAL[0]))
+    witness = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert [tok.encode(text) for text in TEXTS[:200]] == as_text(witness, TEXTS[:200]) and tok.add_bos
+
+
+def test_half_a_character_is_refused(hf_folder, tmp_path):
+    """A lone surrogate is text in JSON and nowhere else: no file and no model could take it."""
+    shutil.copytree(hf_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").unlink()
+    for template, is_sound in (("\U0001f642{{ messages }}", True), ("\ud83d{{ messages }}", False)):
+        config = json.loads((hf_folder / "tokenizer_config.json").read_text()) | {"chat_template": template}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        if is_sound:
+            assert load_tokenizer(tmp_path).chat_template == template
+        else:
+            with pytest.raises(UserError, match="tokenizer_config.json: not valid JSON .*surrogates"):
+                load_tokenizer(tmp_path)
+
+
+def test_what_begins_a_text_is_told_where_files_contradict(llama3_folder, tmp_path, capsys):
+    """tokenizer.json decides, as in transformers; without a BOS there is none."""
+    data = json.loads((llama3_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    bos = LLAMA3_SPECIAL[0]
+    for said, named, post_processor in itertools.product((None, True, False), (bos, None), (True, False)):
+        case = write_folder(
+            tmp_path / f"{said}-{named is None}-{post_processor}",
+            data if post_processor else data | {"post_processor": None},
+            **{"bos_token": named} | ({} if said is None else {"add_bos_token": said}),
+        )
+        capsys.readouterr()
+        tok = load_tokenizer(case)
+        noted = capsys.readouterr().out
+        if named:
+            witness = AutoTokenizer.from_pretrained(case)
+            assert witness("a b")["input_ids"] == tok.encode("a b", bos=tok.add_bos), (said, named, post_processor)
+        assert tok.add_bos == (bool(named) and post_processor)
+        assert ("note:" in noted) == (said not in (None, post_processor) or named is None and post_processor)
+    other = write_folder(tmp_path / "other", data, bos_token=LLAMA3_SPECIAL[1])
+    with pytest.raises(UserError, match="Only one of them can begin it"):
+        load_tokenizer(other)
+
+
 def test_a_list_of_tokens_that_is_not_llama_3s_is_refused(llama3_ranks_folder, tmp_path):
     data = (llama3_ranks_folder / "tokenizer.model").read_bytes()
     for changed, said in (
@@ -459,8 +551,8 @@ def test_missing_and_broken_files_are_user_errors(hf_folder, tmp_path):
     with pytest.raises(UserError, match="holds a list"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    with pytest.raises(UserError, match="eos_token is '</s>'"):
-        load_tokenizer(tmp_path)
+    tok = load_tokenizer(tmp_path)  # a named token that is nowhere else gets the next id, as in transformers
+    assert tok.eos_id == AutoTokenizer.from_pretrained(tmp_path).eos_token_id == tok.vocab_size - 1
 
 
 def test_older_files_leave_the_regex_of_a_byte_level_rule_unsaid(tmp_path):

@@ -109,18 +109,19 @@ class FolderWeights:
 
         The files are those that transformers reads. Others beside them are named, and what contradicts is refused.
         """
-        folder, single = self.folder, str(self.config.get("transformers_weights") or "model.safetensors")
+        folder, single = self.folder, Path(str(self.config.get("transformers_weights") or "model.safetensors")).name
         index = folder / (single if single.endswith(".index.json") else "model.safetensors.index.json")
         weight_map = self._read_index(index) if index.is_file() else {}
         files = sorted(set(weight_map.values()))
         missing = [file for file in files if not (folder / file).is_file()]
         if single != index.name and (folder / single).is_file():
-            if files not in ([], [single]) and not missing:
+            if other := [file for file in files if file != single]:
                 raise UserError(
-                    f"{folder}: holds {single}, and {index.name} with its {len(files)} files: two checkpoints in one "
-                    f"folder, and nothing tells which one is meant. Remove the one that is not."
+                    f"{folder}: holds {single}, and {index.name} beside it names other files, {other[0]} first"
+                    f"{', which is not there' if missing else ''}: two checkpoints in one folder, and nothing tells "
+                    f"which one is meant. Remove the one that is not."
                 )
-            weight_map, files, missing = {}, [single], []
+            files = [single]
         if missing:
             raise UserError(
                 f"{folder / missing[0]}: {index.name} names this file and it is not in the folder, so weights are "
@@ -139,7 +140,6 @@ class FolderWeights:
                     else "convert the weights, or get them as safetensors."
                 )
             )
-        others += [index.name] if index.is_file() and not weight_map else []
         if others:
             read = index.name if weight_map else single
             note(f"{folder}: the weights are those of {read}; not read: {', '.join(others)}.")

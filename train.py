@@ -341,7 +341,7 @@ def train(config: Config, options: dict[str, Any], rank: int, ranks: int, device
     torch.backends.cuda.matmul.allow_tf32 = config.tf32 is True  # auto: no, for products are in bfloat16 anyway
     say = print if rank == 0 else lambda *_: None
     for note in config.notes:
-        say(note)
+        say(visible(note))
     check_surroundings(config, options, rank, say)
     tokenizer, data = read_inputs(config, rank, ranks)
     for path, reading in data.readings.items():

@@ -21,7 +21,7 @@ import yaml
 
 from . import key_fates
 from .cli import UserError
-from .config_rules import CHECKS, DERIVED, DIFFERENCES, EXCLUSIVE, WHOLE
+from .config_rules import CHECKS, DERIVED, DIFFERENCES, EXCLUSIVE, WHOLE, template_notes
 from .typed_yaml import (
     Fates,
     Given,
@@ -360,6 +360,7 @@ def _resolve(file: dict[str, Given], overrides: dict[str, Given], where: str) ->
         if is_broken(config):
             raise UserError(f"{where}: {message}")
     notes += [text for text, matters in DIFFERENCES.items() if matters(config)]
+    notes += template_notes(config)
     return replace(config, notes=(*_summary(config, given, over, filled, where), *notes))
 
 

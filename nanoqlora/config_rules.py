@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import Config
+    from .config import Config, DatasetConfig
 
 # Words of `fsdp`: each GPU holds its part of the base, or all of it.
 IN_PARTS, WHOLE = {"full_shard", "hybrid_shard"}, {"replicate", "no_shard", "shard_grad_op"}
@@ -31,6 +31,31 @@ def _cadence(per_epoch: int | None, steps: float | None) -> str:
 
 def _fits(strategy: str | None, per_epoch: int | None, steps: float | None) -> bool:
     return strategy == "no" or (strategy == "steps") == bool(per_epoch or steps)
+
+
+def template_in_force(config: "Config", dataset: "DatasetConfig") -> tuple["Config | DatasetConfig", str]:
+    """The chat template of a data set by its name, and whose word it is: the data set's own, else the run's."""
+    part = dataset if dataset.chat_template or dataset.chat_template_jinja else config
+    return part, part.chat_template or ("jinja" if part.chat_template_jinja else "tokenizer_default")
+
+
+def template_notes(config: "Config") -> list[str]:
+    """A line for the template of each data set of chats, and for each key that gives one which is not used."""
+    notes, used = [], []
+    for dataset in (*config.datasets, *config.test_datasets):
+        if dataset.type == "chat_template":
+            part, name = template_in_force(config, dataset)
+            used.append((id(part), name))
+            notes.append(f"{dataset.path}: chat_template {name}{' (its own)' * (part is dataset)}")
+    for part in (config, *config.datasets, *config.test_datasets):
+        where = "" if part is config else f"{part.path}: "
+        names = [name for owner, name in used if owner == id(part)]
+        if part.chat_template_jinja and "jinja" not in names:
+            why = f"chat_template is {part.chat_template}" if names else "no data set takes it"
+            notes.append(f"{where}chat_template_jinja is not used: {why}")
+        elif part.chat_template and not names:
+            notes.append(f"{where}chat_template {part.chat_template} is not used: no data set takes it")
+    return notes
 
 
 # What an unset key means when that depends on other keys.

@@ -25,6 +25,7 @@ from .adapter import fill_adapter, read_adapter, save_adapter
 from .checkpoint import fingerprint
 from .cli import Failed, UserError, read_json, remove, whole_folder, write_text
 from .config import Config, DatasetConfig
+from .config_rules import template_in_force
 from .data import Samples, join
 from .data_files import DataFile, find_files, split_and_part
 from .model import Llama
@@ -113,15 +114,18 @@ def data_files(dataset: DatasetConfig) -> list[DataFile]:
 
 def prompt_format_of(config: Config, dataset: DatasetConfig, tokenizer: Tokenizer) -> PromptFormat:
     """The prompt format of a data set, with its chat template written out."""
-    name = dataset.chat_template or config.chat_template or "tokenizer_default"
-    jinja = dataset.chat_template_jinja or config.chat_template_jinja
-    if jinja and Path(jinja).is_file():
-        jinja = Path(jinja).read_text("utf-8")
-    if not jinja and name != "tokenizer_default":
+    part, name = template_in_force(config, dataset)
+    jinja = None
+    if name == "jinja":
+        jinja = _template_text(part.chat_template_jinja)
+    elif name != "tokenizer_default":
         spare = name.removeprefix("tokenizer_default_fallback_")  # for a tokenizer without a template of its own
         if spare not in CHAT_TEMPLATES:
-            known = ", ".join(["tokenizer_default", *CHAT_TEMPLATES])
-            raise UserError(f"chat_template is {name}; known are {known}. Or give its text with chat_template_jinja.")
+            raise UserError(
+                f"chat_template is {name}; known are {', '.join(['tokenizer_default', *CHAT_TEMPLATES])}. Most models "
+                "bring their own, which is tokenizer_default. For any other write chat_template: jinja, and its text "
+                "or the path of a file with it as chat_template_jinja."
+            )
         jinja = CHAT_TEMPLATES[spare] if spare == name else tokenizer.chat_template or CHAT_TEMPLATES[spare]
     prompt_format = replace(row_format(dataset), chat_template=jinja, train_on_inputs=config.train_on_inputs)
     if dataset.type != "chat_template":
@@ -138,6 +142,22 @@ def prompt_format_of(config: Config, dataset: DatasetConfig, tokenizer: Tokenize
         start = f"{{% if not messages or messages[0]['role'] != 'system' %}}{start}{{% endif %}}"
         prompt_format = replace(prompt_format, chat_template=start + prompt_format.chat_template)
     return prompt_format
+
+
+def _template_text(given: str) -> str:
+    """The text of a template that is given as such, in braces or lines, or as the path of a file."""
+    if "{" in given or "\n" in given.strip():
+        return given
+    path = Path(given.strip()).expanduser()
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"chat_template_jinja: no such file {path}. It is one line without braces, so it is taken for a path: "
+            "without the template no conversation can be written. Correct it, or write the template's text."
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat_template_jinja: {path} cannot be read ({error}). Name a text file in UTF-8.") from error
 
 
 def row_format(dataset: DatasetConfig) -> PromptFormat:

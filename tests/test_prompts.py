@@ -342,6 +342,76 @@ def test_templates_by_their_names_in_a_configuration(tok, llama3, tmp_path):
         jinja("tokenizer_default", replace(tok, chat_template=None))
 
 
+# Of the run, of the data set -> the template in force, and what is said of the rest. JINJA and OTHER are templates.
+JINJA, OTHER = "{# one #}" + CHAT_TEMPLATES["chatml"], "{# two #}" + "{# a long one #}" * 400 + CHAT_TEMPLATES["chatml"]
+PRECEDENCE = {
+    ("jinja JINJA", ""): ("JINJA", "d: chat_template jinja"),
+    ("JINJA", ""): ("JINJA", "d: chat_template jinja"),
+    ("jinja JINJA", "llama3"): ("llama3", "chat_template_jinja is not used: no data set takes it"),
+    ("llama3 JINJA", ""): ("llama3", "chat_template_jinja is not used: chat_template is llama3"),
+    ("llama3", "jinja OTHER"): ("OTHER", "chat_template llama3 is not used: no data set takes it"),
+    ("llama3 JINJA", "OTHER"): ("OTHER", "chat_template_jinja is not used: no data set takes it"),
+    ("", "llama3 OTHER"): ("llama3", "d: chat_template_jinja is not used: chat_template is llama3"),
+    ("chatml", "llama3"): ("llama3", "chat_template chatml is not used: no data set takes it"),
+    ("JINJA", "tokenizer_default"): ("own", "chat_template_jinja is not used: no data set takes it"),
+    ("tokenizer_default OTHER", ""): ("own", "chat_template_jinja is not used: chat_template is tokenizer_default"),
+    ("file.jinja", ""): ("OTHER", "d: chat_template jinja"),
+    ("jinja JINJA", "file.jinja"): ("OTHER", "chat_template_jinja is not used: no data set takes it"),
+}
+
+
+@pytest.mark.parametrize("given", PRECEDENCE)
+@pytest.mark.parametrize("path", ["relative", "home"])
+def test_the_data_sets_own_template_wins(tok, tmp_path, monkeypatch, given, path):
+    """As in Axolotl: the nearer word, and Jinja only where it says jinja. What is not used is named."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file.jinja").write_text(OTHER)
+    file = "file.jinja" if path == "relative" else "~/file.jinja"
+    known = {"JINJA": JINJA, "OTHER": OTHER, "own": tok.chat_template, "file.jinja": file, **CHAT_TEMPLATES}
+
+    def keys(words: str) -> dict[str, str]:
+        is_name = {word: word.islower() and "." not in word for word in words.split()}
+        return {
+            f"chat_template{'_jinja' * (not name)}": word if name else known[word] for word, name in is_name.items()
+        }
+
+    run = {"base_model": "m", "adapter": "qlora", "load_in_4bit": True, "lora_r": 8, "lora_alpha": 8}
+    run |= {"learning_rate": 1e-4, **keys(given[0])}
+    run["datasets"] = [{"path": "d", "type": "chat_template", **keys(given[1])}]
+    (tmp_path / "run.yml").write_text(json.dumps(run))
+    config = load_config(["run.yml"])
+    name, said = PRECEDENCE[given]
+    assert prompt_format_of(config, config.datasets[0], tok).chat_template == known[name]
+    assert said in config.notes
+    own = " (its own)" * bool(given[1])
+    assert (
+        f"d: chat_template {'jinja' if name.isupper() else name.replace('own', 'tokenizer_default')}{own}"
+        in config.notes
+    )
+    assert sum("is not used" in note for note in config.notes) == ("is not used" in said)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("templates/chat.jinja", "chat_template_jinja: no such file templates/chat.jinja"),
+        ("chat.jinja\n", "chat_template_jinja: no such file chat.jinja"),
+        ("x" * 5000, "chat_template_jinja: x+ cannot be read .*File name too long"),
+        (".", "chat_template_jinja: . cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("of_data_set", [False, True])
+def test_a_template_that_is_a_mistyped_path(tok, tmp_path, given, said, of_data_set):
+    run = {"base_model": "m", "adapter": "qlora", "load_in_4bit": True, "lora_r": 8, "lora_alpha": 8}
+    jinja, data = {"chat_template": "jinja", "chat_template_jinja": given}, {"path": "d", "type": "chat_template"}
+    run |= {"learning_rate": 1e-4} | (jinja if not of_data_set else {})
+    (tmp_path / "run.yml").write_text(json.dumps(run | {"datasets": [data | (jinja if of_data_set else {})]}))
+    config = load_config([str(tmp_path / "run.yml")])
+    with pytest.raises(UserError, match=said):
+        prompt_format_of(config, config.datasets[0], tok)
+
+
 def test_what_a_format_says_of_the_end_and_the_beginning(tok, llama3):
     assert (CHAT.end_id(tok), CHAT.end_id(llama3)) == (2, 2)
     assert (PromptFormat(type="alpaca").end_id(llama3), PromptFormat(type="completion").end_id(tok)) == (0, 2)

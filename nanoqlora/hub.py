@@ -10,6 +10,7 @@ HF_HUB_OFFLINE, HF_ENDPOINT.
 
 import hashlib
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -100,7 +101,7 @@ def hub_files(
     except UserError:
         raise
     except Exception as error:  # the hub's client has many, of three libraries; what they mean to a user is few
-        raise UserError(f"{kind} {name}: {_explain(error, name, kind, patterns)}") from error
+        raise UserError(f"{kind} {name}: {_explain(error, name, kind, patterns, revision)}") from error
 
 
 def _fetch(hub: Any, where: dict[str, Any], patterns: list[str]) -> Path:
@@ -138,13 +139,15 @@ def _check(path: Path) -> None:
         raise UserError(f"{path}: what was fetched has another hash than the hub's file, so it is removed. Run again.")
 
 
-def _explain(error: Exception, name: str, kind: str, patterns: Sequence[str]) -> str:
+def _explain(error: Exception, name: str, kind: str, patterns: Sequence[str], revision: str | None) -> str:
     """What happened and what to do."""
     from huggingface_hub import is_offline_mode
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    include = " ".join(f"'{pattern}'" for pattern in patterns)
-    command = f"hf download {name}{' --repo-type dataset' if kind == 'dataset' else ''} --include {include}"
+    quoted = (shlex.quote(text) if "'" in text else f"'{text}'" for text in patterns)
+    options = [f"--repo-type {kind}"] * (kind != "model")
+    options += [f"--revision {shlex.quote(revision)}"] if revision else []
+    command = " ".join(["hf download", name, *options, *(f"--include {text}" for text in quoted)])
     if isinstance(error, GatedRepoError):
         return (
             "its owner gives access to those who accept its terms. Accept them on its page of the hub, then run "

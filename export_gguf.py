@@ -12,6 +12,7 @@ and, in Go's template language, into the Modelfile; the token that ends an answe
 One tensor at a time is read, brought into llama.cpp's row order, quantized and written. Read next: nanoqlora/gguf.py.
 """
 
+import itertools
 import math
 import os
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 from nanoqlora import gguf
 from nanoqlora.adapter import read_updates
 from nanoqlora.checkpoint import model_config, open_weights
-from nanoqlora.cli import UserError, check_space, read_json, run_command, script_command
+from nanoqlora.cli import UserError, check_space, read_json, run_command, script_command, whole_file
 from nanoqlora.config import Option, load_command
 from nanoqlora.file_types import FILE_TYPES
 from nanoqlora.generation import end_ids, ollama_parameters, read_generation
@@ -185,13 +186,20 @@ def write(
 ) -> None:
     """The file, its Modelfile, and a line for each of `notes`."""
     own, is_model = own_name(out), metadata["general.type"][1] == "model"
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder, so no file can have this name. Give --out the name of a file.")
     if not is_ours(own):
         raise UserError(
             f"{own}: is not one that export_gguf.py wrote, or was changed since, and the Modelfile of {out.name} would "
             f"take its place. Rename it, or choose another --out."
         )
     check_space(out, sum(FORMATS[t.ggml_type].num_bytes(math.prod(t.shape)) for t in tensors))
-    gguf.write_gguf(out, metadata, tensors)
+    with whole_file(out) as fresh:
+        gguf.write_gguf(fresh, metadata, tensors)
+        if out.exists() and not is_like_ours(out, metadata):
+            names = (out.with_name(f"{out.name}.old{number or ''}") for number in itertools.count())
+            os.rename(out, kept := next(name for name in names if not name.exists()))
+            print(f"{out}: the file of this name was not written by export_gguf.py and is kept as {kept}")
     print(f"{out}: {len(tensors)} tensors, {out.stat().st_size / 1e6:.1f} MB")
     if recipe:
         write_modelfiles(out, recipe.text(), is_model)
@@ -203,6 +211,14 @@ def write(
         notes.append(f"{own}, of an earlier export, is removed")
     for note in notes:
         print(f"{own}: {note}" if recipe else note)
+
+
+def is_like_ours(path: Path, metadata: gguf.Metadata) -> bool:
+    """Whether a file begins as one of ours does, which other programs' files do not."""
+    try:
+        return list(gguf.read_gguf(path).metadata)[:5] == list(metadata)[:5]
+    except UserError:
+        return False
 
 
 def prompt_format(model: Path, tok: Tokenizer) -> PromptFormat:

@@ -464,6 +464,26 @@ def test_wrong_models_are_refused_and_nothing_changes(case: str, folder: Path, t
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.usefixtures("known_tokenizer")
+def test_a_file_of_the_users_own_is_kept(folder: Path, smollm2_path: Path, tmp_path: Path, capsys):
+    """Also one of another program's, while ours are replaced, and a Modelfile under a name that would be ours."""
+    out, kept = tmp_path / "model.gguf", tmp_path / "model.gguf.old"
+    out.write_text("my notes")
+    export_gguf.export(folder, out, "F16")
+    assert f"is kept as {kept}" in capsys.readouterr().out and kept.read_text() == "my notes"
+    export_gguf.export(folder, out, "Q8_0")
+    assert "kept" not in capsys.readouterr().out and read_gguf(out).metadata["general.file_type"] == 7
+    shutil.copy(smollm2_path, out)
+    export_gguf.export(folder, out, "Q8_0")
+    assert (tmp_path / "model.gguf.old1").read_bytes() == smollm2_path.read_bytes()
+    with pytest.raises(UserError, match="is a folder"):
+        export_gguf.export(folder, tmp_path, "F16")
+    (tmp_path / "Modelfile-x").write_text("FROM llama3\n")
+    with pytest.raises(UserError, match="Modelfile-x: is not one that export_gguf.py wrote.*Rename it"):
+        export_gguf.export(folder, tmp_path / "x.gguf", "F16")
+    assert not (tmp_path / "x.gguf").exists() and (tmp_path / "Modelfile-x").read_text() == "FROM llama3\n"
+
+
 # ------------------------------------------------------------------------------------------------ the command
 
 

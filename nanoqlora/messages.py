@@ -26,6 +26,7 @@ USUAL_ROLES = {  # names in data files -> names in templates
     **{"model": "assistant", "tool": "tool", "function": "tool"},
 }
 ROLE_SEEN = "role: "  # a note that begins so names the role of a message
+UNKNOWN_ROLE = "the role"  # an error that begins so is of a role
 # Read by us, or a number that means nothing outside of its row.
 OWN_KEYS = {"role", "content", "tool_calls", "tool_call_id", "weight", "train"}
 CALLS = {"tool_calls", "function_call"}
@@ -117,7 +118,8 @@ def _add(chat: Chat, given: Row, form: "PromptFormat", where: str, note: Note, k
     note(ROLE_SEEN + named)
     if named not in form.role_of:
         raise UserError(
-            f"the role {named} is unknown, and no message of it could be learnt. Known are {', '.join(form.role_of)}. "
+            f"{UNKNOWN_ROLE} {named} is unknown, and no message of it could be learnt. Known are "
+            f"{', '.join(form.role_of)}. "
             f"Name it under roles, as in roles: {{assistant: [{named}]}}, or {{{named}: [{named}]}} where the chat "
             "template writes it under that name."
         )

@@ -28,6 +28,7 @@ from nanoqlora.generation import end_ids, ollama_parameters, read_generation
 from nanoqlora.ggml_blocks import FORMATS
 from nanoqlora.gguf_adapter import adapter_metadata, plan_adapter
 from nanoqlora.gguf_model import plan_tensors
+from nanoqlora.held_out import held_out_texts
 from nanoqlora.hub import ADAPTER_FILES, is_hub_name, local_path
 from nanoqlora.modelfile import (
     Recipe,
@@ -41,7 +42,7 @@ from nanoqlora.modelfile import (
 )
 from nanoqlora.ollama import go_template, jinja_of_words, stop_texts, tokenizer_metadata
 from nanoqlora.prompts import PromptFormat
-from nanoqlora.proof import prove_file
+from nanoqlora.proof import Proof, prove_file
 from nanoqlora.tokenizer import Tokenizer, load_tokenizer
 
 OPTIONS = {
@@ -84,11 +85,14 @@ def main() -> None:
         raise UserError(f"{model}: no such folder, so there is no model to export. Run merge.py first, or use --model.")
     folder = Path(config.output_dir) if config else model if model.is_dir() else model.parent
     out = Path(options["out"] or folder / f"model-{file_type.lower()}.gguf")
+    if not options["prove"]:
+        export(model, out, file_type)
+        return
+    folder, tok = local_path(model), load_tokenizer(model)
+    fmt = prompt_format(folder, tok)
+    texts = held_out_texts(config, tok, fmt, options["data"], options["max_tokens"])
     export(model, out, file_type)
-    if options["prove"]:
-        model, tok = local_path(model), load_tokenizer(model)
-        texts = options["data"], options["max_tokens"]
-        prove_file(out, model, config, tok, prompt_format(model, tok), file_type, *texts)
+    prove_file(Proof(out, file_type, folder, tok, fmt, config), texts)
 
 
 def export(model: str | Path, out: Path, file_type: str) -> None:

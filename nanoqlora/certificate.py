@@ -202,3 +202,25 @@ def certify(
         "recommendation": advice,
         "max_kl": limits,
     }
+
+
+def verdict_of_merge(out: object, form: str, record: dict[str, Any]) -> str:
+    """The line that a merge ends with: whether what was written is what was trained, by its certificate.
+
+    Args:
+        form: what was written, ON_NF4 or ON_ORIGINAL; `record`: merge.json.
+    """
+    trained, *_ = forms = record.get("forms", [None])
+    found = next((score for score in forms if score and score["form"] == form), None)
+    if found is None:
+        return (
+            f"verdict: not proven: {out} was not compared with the trained model; not asked: answers on held-out texts"
+        )
+    far = f"{found['mean_kl']:.2g} nats a token from it on {record['held_out']['tokens']} held-out tokens"
+    if form == ON_ORIGINAL and trained["form"] == TRAINED:
+        return f"verdict: {out} is what --base original asks for, which is not the model that was trained: {far}"
+    if not found["mean_kl"] <= MAX_KL:
+        return (
+            f"verdict: NOT what was trained: {out}: {far}, more than a rounding of its weights costs. Do not serve it."
+        )
+    return f"verdict: {out} is what was trained: {far}"

@@ -87,8 +87,11 @@ def main() -> None:
     try:
         reading = read_samples(find_files(args.data, split=split), encoding)
     except InvalidRows as error:
-        kind = f" Its rows have to be of the type that {args.adapter} was trained on: {used.prompt_format.type}."
-        raise UserError(f"--data: {error}{kind if used.prompt_format and args.adapter else ''}") from error
+        trained = used.prompt_format if args.adapter else None
+        kind = (
+            f" Its rows have to be of the type that {args.adapter} was trained on: {trained.type}." if trained else ""
+        )
+        raise UserError(f"--data: {error}{kind}") from error
     for line in reading.describe_notes():
         print(f"{args.data}: {line}", file=sys.stderr)
     scores = score_samples(used.model, reading.samples)

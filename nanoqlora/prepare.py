@@ -119,7 +119,11 @@ class Counts:
         total, left, parts = sum(map(len, self.invalid.values())), NAMED, []
         for why, places in self.invalid.items():
             first, left = places.first[: max(1, left)], left - len(places)
-            also = [*first[1:], *([f"{len(places) - len(first)} more"] if len(places) > len(first) else [])]
+            file = first[0].rpartition(", ")[0] + ", "
+            also = [
+                *(place.removeprefix(file) for place in first[1:]),
+                *([f"{len(places) - len(first)} more"] if len(places) > len(first) else []),
+            ]
             parts.append(f"{first[0]}: {why}" + (f" (also {', '.join(also)})" if also else ""))
         if any(why.startswith(UNKNOWN_ROLE) for why in self.invalid):
             roles = ", ".join(f"{role} {number}" for role, number in list(self.roles.items())[:20])
@@ -132,6 +136,10 @@ OTHER_REASONS = "other reasons"
 
 class InvalidRows(UserError):
     """Some rows cannot be used. `prepare_data` collects those of all data sets before it ends the run."""
+
+    def __init__(self, counts: Counts) -> None:
+        super().__init__(counts.why_invalid())
+        self.are_all = sum(map(len, counts.invalid.values())) == counts.rows
 
 
 @dataclass(kw_only=True)
@@ -207,7 +215,7 @@ def prepare_samples(files: list[DataFile], encoding: Encoding, folder: Path) -> 
     words = np.memmap(prepared / "words.bin", np.uint32, "r")
     reading = Reading(**facts, samples=Samples.of(words, lengths, num_targets, fingerprint), files=hashes)
     if reading.invalid and not encoding.skip_invalid:
-        raise InvalidRows(reading.why_invalid())
+        raise InvalidRows(reading)
     return reading
 
 
@@ -253,7 +261,7 @@ def _read(files: list[DataFile], encoding: Encoding, write: Callable[[np.ndarray
         write(part.words)
         rows.append(part.rows)
     if counts.invalid and not encoding.skip_invalid:
-        raise InvalidRows(counts.why_invalid())
+        raise InvalidRows(counts)
     if counts.too_long and encoding.strategy == "raise":
         raise UserError(
             f"{counts.too_long.first[0]}: more tokens than sequence_len={encoding.sequence_len}, and "

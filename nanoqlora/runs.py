@@ -55,7 +55,7 @@ class Data:
 def prepare_data(config: Config, tokenizer: Tokenizer, ranks: int) -> Data:
     """Read and tokenise all data of a run, set evaluation rows aside, and plan every step."""
     readings: dict[str, Reading] = {}
-    invalid: list[str] = []
+    invalid: list[InvalidRows] = []
     for dataset in (*config.datasets, *config.test_datasets):
         name = f"{dataset.path}{f', split {dataset.split}' if dataset.split else ''}"
         encoding = encoding_of(config, dataset, tokenizer)
@@ -63,9 +63,10 @@ def prepare_data(config: Config, tokenizer: Tokenizer, ranks: int) -> Data:
         try:
             readings[name] = prepare_samples(data_files(dataset), encoding, Path(config.dataset_prepared_path))
         except InvalidRows as error:
-            invalid.append(str(error))
+            invalid.append(error)
     if invalid:
-        raise UserError(f"{' '.join(invalid)} To go on without such rows, write skip_invalid_rows: true.")
+        advice = " To go on without such rows, write skip_invalid_rows: true."
+        raise UserError(" ".join(map(str, invalid)) + advice * (not any(error.are_all for error in invalid)))
     parts = [reading.samples for reading in readings.values()]
     samples, held_out = join(parts[: len(config.datasets)]), join(parts[len(config.datasets) :])
     if config.val_set_size:

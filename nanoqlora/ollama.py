@@ -178,14 +178,15 @@ def go_template(fmt: PromptFormat, tok: Tokenizer, ends: Sequence[int] = ()) -> 
         UserError: the template does more than that.
     """
     stops = stop_texts(fmt, tok, ends)
-    if fmt.type != "chat_template":  # then the last message alone is prompted with
-        words = map(go_text, fmt.render(tok, say("user", "\0")).split("\0"))
-        last = '{{ $last := "" }}{{ range .Messages }}{{ $last = .Content }}{{ end }}'
-        return GoTemplate(last + "{{ $last }}".join(words), None, stops)
 
     def render(messages: Messages) -> str:
         text = fmt.render(tok, messages, add_generation_prompt=True)
         return text.removeprefix(tok.vocab[tok.bos_id]) if tok.add_bos else text  # SmolLM2's BOS is <|im_start|>: stays
+
+    if fmt.type != "chat_template":  # then the last message alone is prompted with
+        words = map(go_text, render(say("user", "\0")).split("\0"))
+        last = '{{ $last := "" }}{{ range .Messages }}{{ $last = .Content }}{{ end }}'
+        return GoTemplate(last + "{{ $last }}".join(words), None, stops)
 
     if "strftime_now" in fmt.jinja(tok):
         raise _inexpressible("it writes today's date")

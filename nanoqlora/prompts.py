@@ -42,7 +42,7 @@ from .messages import (
     text_of,
 )
 from .tokenizer import Tokenizer
-from .traced import join, trace
+from .traced import join, spans_of, trace
 
 CHAT_TEMPLATES = {  # for models that bring none of their own; the tokenizer must know the special tokens
     "chatml": (
@@ -270,6 +270,8 @@ class PromptFormat:
                     "under special_tokens, eos_token."
                 )
             prompt, answer = self._texts(row, note)
+            if any(tok.find_special(text) for text in (*(prompt[a:b] for a, b, _ in spans_of(prompt)), answer)):
+                note(MARKERS)
             ids = self._prompt_ids(tok, prompt)  # prompt and answer apart: no token may reach into both
             start = len(ids)
             ids += [*tok.encode(answer), tok.eos_id]
@@ -374,6 +376,10 @@ def _between_parts(template: str, role: str, named_tokens: tuple[tuple[str, str]
 
 
 SHAREGPT = {"role": "from", "content": "value"}
+MARKERS = (
+    "the text holds what looks like special tokens, which stay text: they neither end an answer nor begin a turn. "
+    "Write them in the format of a map under type, or give the messages and type: chat_template"
+)
 EMPTY_ANSWER = "the answer is empty, so only the token that ends it is learnt"
 
 

@@ -26,7 +26,7 @@ from nanoqlora.gguf import hf_config, hf_name, read_gguf
 from nanoqlora.llama_cpp import Server
 from nanoqlora.model import ModelConfig
 from nanoqlora.modelfile import NO_GUESS
-from nanoqlora.prompts import CHAT_TEMPLATES, PromptFormat
+from nanoqlora.prompts import CHAT_TEMPLATES, Frame, PromptFormat
 from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 LlamaCpp = pytest.importorskip("llama_cpp").LlamaCpp
@@ -325,6 +325,11 @@ def llama3_tokenizer(tok: Tokenizer) -> Tokenizer:
     )
 
 
+# The author's own text: its markers are special tokens. The second begins with the BOS that the tokenizer adds.
+MARKED = "<|im_start|>user\n{instruction}<|im_end|>\n<|im_start|>assistant\n"
+MARKED_LLAMA3 = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{instruction}<|eot_id|>Answer: "
+MARKED_SYSTEM = "{% set messages = [{'role': 'system', 'content': 'Be <file_sep>brief.'}] + messages %}"
+MARKED_SYSTEM += CHAT_TEMPLATES["chatml"]
 PROMPTS = {  # tokenizer, format, end of an answer
     "own template": (lambda tok: tok, CHAT, 2),
     "chatml": (lambda tok: tok, replace(CHAT, chat_template=CHAT_TEMPLATES["chatml"]), 2),
@@ -333,6 +338,10 @@ PROMPTS = {  # tokenizer, format, end of an answer
     "BOS in plain text only": (lambda tok: replace(tok, bos_id=0, add_bos=True), CHAT, 2),
     "llama3": (llama3_tokenizer, CHAT, 2),
     "llama3 alpaca": (llama3_tokenizer, PromptFormat(type="alpaca"), 0),
+    "markers in a frame": (lambda tok: tok, PromptFormat(type="custom", frame=Frame(format=MARKED)), 2),
+    "BOS in a frame": (llama3_tokenizer, PromptFormat(type="custom", frame=Frame(format=MARKED_LLAMA3)), 0),
+    "a frame behind BOS": (llama3_tokenizer, PromptFormat(type="custom", frame=Frame(format=MARKED_LLAMA3[17:])), 0),
+    "markers in a system text": (lambda tok: tok, replace(CHAT, chat_template=MARKED_SYSTEM), 2),
 }
 
 
@@ -363,6 +372,9 @@ def test_prompts_are_those_of_training(case: str, by: str, folder: Path, tok: To
                 given = default + messages if messages[0]["role"] != "system" else messages
                 (text,) = go_write(recipe["TEMPLATE"][0], [given])
             assert llama.tokenize(text, add_special=True, parse_special=True) == expected
+            if fmt.type not in ("completion", "chat_template") and len(messages) == 1:  # and the answer follows them
+                ids, mask = fmt.encode_row(tok, {"instruction": messages[0]["content"], "output": "x"})
+                assert ids[: mask.index(True)] == expected
 
 
 def test_llama_cpp_tokenizes_as_we_do(models: dict, tok: Tokenizer, tmp_path: Path):

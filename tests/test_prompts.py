@@ -253,6 +253,47 @@ def test_columns_and_words_of_your_own(tok):
         PromptFormat.from_json('{"type": "custom", "frame": {"x": "y"}}')
 
 
+MARKED = "<|im_start|>user\n{instruction}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_markers_of_a_frame_are_special_and_those_of_columns_are_text(tok, hf, llama3):
+    """The frame is the author's: its ids are those that servers read. A BOS that it writes is the only one."""
+    fmt = PromptFormat(type="custom", frame=Frame(format=MARKED, system_format="<|im_start|>{system}<|im_end|>\n"))
+    ids, mask = fmt.encode_row(tok, {"instruction": "Who?", "output": "Me."})
+    text = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nMe.<|im_end|>"
+    assert ids == hf(text)["input_ids"] and counted(tok, ids, mask) == "Me.<|im_end|>"
+    assert ids[: mask.index(True)] == fmt.encode_prompt(tok, say("user", "Who?"))
+    special = tok.special_tokens.values()
+    for instruction in ("<|im_end|>", "a<|im_", "|>", "im_end|>\n<|im_start|>", "{instruction}<|im_end|>"):
+        row = {"instruction": instruction, "output": "<|im_end|>", "system": "<|im_start|>"}
+        ids, mask = fmt.encode_row(tok, row)
+        assert sum(id in special for id in ids) == 6 and sum(id in special for id in ids[mask.index(True) :]) == 1
+    ids, _ = replace(fmt, frame=Frame(format="<|begin_of_text|>{instruction}<|eot_id|>")).encode_row(
+        llama3, {"instruction": "<|begin_of_text|>a", "output": "b"}
+    )
+    assert ids == [1, *llama3.encode("<|begin_of_text|>a"), 2, *llama3.encode("b"), 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "noted"),
+    [
+        ("completion", {"text": "<|im_start|>user\nhi<|im_end|>"}, True),
+        ("completion", {"text": "<|im_start> |im_end|> 5 < 6"}, False),
+        ("prompt_completion", {"prompt": "<|im_start|>user\nhi", "completion": "x"}, True),
+        ("alpaca", {"instruction": "i", "output": "x<|im_end|>"}, True),
+        ("alpaca", {"instruction": "i", "input": "a<|im_end|>", "output": "x"}, True),
+        ("alpaca", {"instruction": "i", "output": "x"}, False),
+        ("custom", {"instruction": "i", "output": "x"}, False),
+    ],
+)
+def test_columns_that_hold_markers_are_noted(tok, kind, row, noted):
+    fmt = PromptFormat(type=kind, frame=Frame(format=MARKED) if kind == "custom" else None)
+    notes: list[str] = []
+    ids, _ = fmt.encode_row(tok, row, notes.append)
+    assert any("special tokens, which stay text" in note for note in notes) == noted
+    assert sum(id in tok.special_tokens.values() for id in ids) == (4 if kind == "custom" else 1)
+
+
 def test_completion_counts_all_but_the_first_token(tok, llama3):
     fmt = PromptFormat(type="completion", field="story")
     ids, mask = fmt.encode_row(llama3, {"story": "Once upon"})

@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -170,7 +171,8 @@ def loop(run: Run, start: int, stop: list[bool], bar: tqdm) -> int:
             if not config.skip_nonfinite_steps:
                 raise Failed(
                     f"{found}. Nothing was learnt from it. Look at these samples, or go on from an earlier checkpoint "
-                    f"with a lower learning_rate, or set skip_nonfinite_steps: true."
+                    f"with a lower learning_rate, or set skip_nonfinite_steps: true.",
+                    everywhere=True,
                 ) from found
             run.metrics.write({"step": step, "skipped": str(found)})
             above(f"skipped {found}")
@@ -350,7 +352,7 @@ def train(config: Config, options: dict[str, Any], rank: int, ranks: int, device
             say(visible(f"{path}: {line}"))
 
     model_config = open_model(config.base_model)[0].config
-    for text in (*without_effect(config, ranks), *doubts(config, data, tokenizer, model_config)):
+    for text in (*without_effect(config, ranks, device.type == "cuda"), *doubts(config, data, tokenizer, model_config)):
         say(f"warning: {text}")
     only_asks = options["plan"] or options["rehearse"]
     is_over = config.auto_resume_from_checkpoints and is_finished(Path(config.output_dir))
@@ -406,7 +408,9 @@ def train_to_the_end(
         run.before |= judge(run, data, tokenizer, 0)
     started = time.perf_counter()
     shown = {"disable": run.rank != 0 or not sys.stderr.isatty(), "unit": "step", "dynamic_ncols": True}
-    with tqdm(total=len(run.plan), initial=start, smoothing=0.1, **shown) as bar:
+    with tqdm(total=len(run.plan), initial=start, smoothing=0.1, **shown) as bar, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")  # said already
+        warnings.showwarning = lambda text, *_: bar.write(f"warning: {text}", file=sys.stderr)  # not into the bar
         last = loop(run, start, stop, bar)
     seconds = time.perf_counter() - started
     last_kept = load_best(run, last)

@@ -306,7 +306,7 @@ def open_model(
     options = {"load_in_4bit": load_in_4bit, "double_quant": double_quant, "dtype": dtype, "device": device}
     try:
         return empty_model(config, load, **options)
-    except ValueError as error:  # a width that four bits cannot split
+    except UserError as error:  # a width that four bits cannot split
         raise UserError(f"{path}: {error}") from error
 
 

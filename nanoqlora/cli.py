@@ -36,34 +36,85 @@ class UserError(ValueError):
 
 
 class Failed(Exception):
-    """The run cannot go on, though the input was right: a rank is gone, a loss is NaN. The message says what to do."""
+    """The run cannot go on, though the input was right: a rank is gone, a loss is NaN. The message says what to do.
 
-    def __init__(self, message: object) -> None:
+    everywhere: all ranks fail so, with the same message.
+    """
+
+    def __init__(self, message: object, everywhere: bool = False) -> None:
         super().__init__(visible(str(message)))
+        self.everywhere = everywhere
 
 
 class Stopped(Exception):
     """The user asked to stop (Ctrl-C, SIGTERM) and what was done so far is saved."""
 
 
+OURS = "This is a fault of nanoqlora, not of your input: please report it, with these lines and the command."
+
+asks_ranks: list[Callable[[], bool]] = []  # of several ranks: whether this one is the first to tell why the run ends
+
+
+def is_first_rank() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") == "1" or (os.environ.get("RANK") or "0") == "0"
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` and leave the process with the exit code that its outcome deserves."""
-    is_first_rank = os.environ.get("RANK", "0") == "0"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Stream, streams)
     try:
+        for word in sys.argv:
+            if any("\udc80" <= character <= "\udcff" for character in word):
+                raise UserError(f"command line: {word} is not text in this terminal's encoding. Rename it in UTF-8.")
         main()
     except UserError as error:
-        _leave(2, f"error: {' '.join(str(error).split())}" if is_first_rank else "")
+        _leave(2, f"error: {' '.join(str(error).split())}" if is_first_rank() else "")
     except Failed as failure:
-        _leave(1, f"error: {' '.join(str(failure).split())}")
+        is_told = is_first_rank() if failure.everywhere else all(ask() for ask in asks_ranks)
+        _leave(1, f"error: {' '.join(str(failure).split())}" if is_told else "")
     except Stopped as stopped:
-        _leave(130, str(stopped) if is_first_rank else "")
+        _leave(130, str(stopped) if is_first_rank() else "")
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception:  # whatever it is, it goes on as it came; under torchrun its traceback gets the rank as a title
+    except Exception as fault:  # it goes on as it came; under torchrun its traceback gets the rank as a title
+        if not all(ask() for ask in asks_ranks):
+            sys.exit(1)
         if "RANK" in os.environ:
             print(f"error: rank {os.environ['RANK']} failed:", file=sys.stderr)
+        fault.add_note(OURS)
         raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = streams
+
+
+class Stream:
+    """stdout or stderr, whose reader may leave (`| head`), and whose encoding may lack characters: the run goes on."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        return self._try(self._stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, work: Callable[..., Any], *words: str) -> Any:
+        try:
+            return work(*words)
+        except BrokenPipeError:  # what is still to be written, at the end of the process too, goes nowhere
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _leave(code: int, message: str) -> NoReturn:

@@ -161,13 +161,16 @@ WITHOUT_EFFECT: dict[str, Callable[["Config"], Any]] = {
 }
 
 
-def without_effect(config: "Config", ranks: int) -> list[str]:
+def without_effect(config: "Config", ranks: int, on_gpu: bool) -> list[str]:
     """A line for each option that does nothing in this run."""
     found = [text for text, matters in WITHOUT_EFFECT.items() if matters(config)]
+    if config.optimizer.startswith("paged") and not on_gpu:
+        found.append(f"{config.optimizer} pages nothing on a CPU, where its state is in memory anyway")
     if ranks == 1:
-        start = "with one process; torchrun --nproc_per_node=N starts several"
-        names = {"fsdp": config.fsdp_words - {"auto", "replicate", "no_shard", "offload", "auto_wrap"}}
-        names |= {"fsdp_config": config.fsdp_config and not config.fsdp_words}
+        names = {
+            "fsdp" if config.fsdp else "fsdp_config": config.sharding == "full_shard" and not config.offload_params
+        }
         names |= {"shard_optimizer_state": config.shard_optimizer_state}
-        found += [f"{name} does nothing {start}" for name, wanted in names.items() if wanted]
+        start = "does nothing with one process; torchrun --nproc_per_node=N train.py starts several"
+        found += [f"{name} {start}" for name, wanted in names.items() if wanted]
     return found

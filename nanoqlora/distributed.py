@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .cli import Failed, UserError
+from .cli import Failed, UserError, asks_ranks
 from .heartbeat import Heartbeat
 
 # PyTorch 2.13 has other names for the same collectives; 2.11 does not know them yet.
@@ -31,7 +31,7 @@ _heartbeat: Heartbeat | None = None
 
 def start() -> tuple[int, int, torch.device]:
     """Join the other ranks if torchrun started us. Returns (rank, number of ranks, this rank's device)."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = _check_environment()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         map_gpu_memory_in_pages()
@@ -48,6 +48,7 @@ def start() -> tuple[int, int, torch.device]:
         # After a restart the addresses of those that are gone are still in it: each attempt has names of its own.
         store = dist.PrefixStore(f"attempt{attempt}", store)
         meet(store, rank, ranks, MEETING_LIMIT)
+        asks_ranks[:] = [lambda: _first_to_tell(store)]
         meeting = {"store": store, "rank": rank, "world_size": ranks}
         meeting["timeout"] = timedelta(days=1)  # one rank may tokenise for hours; who is gone, the heartbeat notices
         if device.type == "cuda":  # with the device it is set up now, not at first use
@@ -57,7 +58,40 @@ def start() -> tuple[int, int, torch.device]:
         else:
             dist.init_process_group("gloo", **meeting)
         _heartbeat = Heartbeat(rank, ranks)
-    return int(os.environ.get("RANK", "0")), ranks, device
+    return int(os.environ["RANK"]) if ranks > 1 else 0, ranks, device
+
+
+def _check_environment() -> int:
+    """How many ranks there are.
+
+    Raises:
+        UserError: variables of torchrun that are no numbers, or only some of them, or more ranks than GPUs.
+    """
+    numbers = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_PORT", "LOCAL_RANK")}
+    given = {name: text for name, text in numbers.items() if text}
+    ranks = given.get("WORLD_SIZE", "1")
+    needed = [] if ranks == "1" else ["RANK", "MASTER_ADDR", "MASTER_PORT"]
+    missing = [name for name in needed if not os.environ.get(name)]
+    wrong = [f"{name}={text}" for name, text in given.items() if not text.isdecimal()]
+    if missing or wrong or ranks == "0" or (needed and int(given["RANK"]) >= int(ranks)):
+        cause = f"{wrong[0]} is no number" if wrong else f"{missing[0]} is not set" if missing else "RANK does not fit"
+        raise UserError(
+            f"environment: WORLD_SIZE is {ranks}, so {ranks} processes have to meet, but {cause}. torchrun sets all of "
+            f"it: start with torchrun --nproc_per_node=N, or unset WORLD_SIZE for one process."
+        )
+    if torch.cuda.is_available() and int(given.get("LOCAL_RANK", "0")) >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {given.get('RANK', '0')} is number {given['LOCAL_RANK']} (from 0) of its host, which has "
+            f"{torch.cuda.device_count()} GPUs. Give torchrun an --nproc_per_node of at most that."
+        )
+    return int(ranks)
+
+
+def _first_to_tell(store: dist.Store) -> bool:
+    try:
+        return store.add("told", 1) == 1
+    except RuntimeError:  # its host is gone
+        return True
 
 
 def meet(store: dist.Store, rank: int, ranks: int, limit: timedelta) -> None:

@@ -76,10 +76,10 @@ def _end(config: Config, data: Data, tokenizer: Tokenizer) -> str:
 def _cadence(config: Config, data: Data) -> list[str]:
     n, num_evals = len(data.plan), len(evaluations(config, data.plan))
     patience, found = config.early_stopping_patience, []
-    if len(data.held_out) and config.eval_strategy != "no" and not num_evals:
+    if len(data.held_out) and config.eval_strategy == "steps" and config.eval_steps and not num_evals:
         found.append(f"eval_steps is {config.eval_steps} and the run has {n} steps: nothing is evaluated between them")
     elif patience and num_evals <= patience:
         found.append(f"early_stopping_patience is {patience} and there are {num_evals} evaluations: it stops nothing")
-    if config.save_strategy != "no" and not saves(config, data.plan):
+    if config.save_strategy == "steps" and config.save_steps and not saves(config, data.plan):
         found.append(f"save_steps is {config.save_steps} and the run has {n} steps: no checkpoint will be written")
     return found

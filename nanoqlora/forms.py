@@ -22,7 +22,7 @@ from .file_types import tensor_type
 from .ggml_blocks import FORMATS, dequantize, quantize
 from .gguf import gguf_name, tensor_shapes
 from .hub import ADAPTER_FILES, local_path
-from .qlora import QLoRALinear
+from .qlora import QLoRALinear, check_width
 
 LARGEST_YAML = 100_000  # characters of a train.yml that are read: one of ours has 6,000
 
@@ -96,10 +96,8 @@ class Merged:
         """A linear layer's weight from the file -> its values in every product of the training, float32."""
         layer = QLoRALinear(w)
         if self.in_4bit:
-            try:
-                layer.quantize()
-            except ValueError as error:  # a width that four bits cannot split
-                raise UserError(f"{self.where}: {name}: {error}") from error
+            check_width(f"{self.where}: {name}", w)
+            layer.quantize()
         return layer.rebuild(self.seen).float()
 
     def _with_update(self, layer: str, w: Tensor) -> Tensor:

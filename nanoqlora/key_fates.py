@@ -109,9 +109,10 @@ RUN = Fates(
         "optim_target_modules adam_beta3 adam_epsilon2 dion_* qgalore_*",
         "write gradient_checkpointing: auto, which keeps what fits": "selective_checkpointing activation_offloading "
         "layer_offloading",
-        "the numbers are in metrics.jsonl, and wandb_project or use_tensorboard send them on: remove it": "hub_* "
-        "mlflow_* use_mlflow hf_mlflow_* comet_* use_comet use_trackio trackio_* use_otel_metrics otel_* swanlab_* "
-        "use_swanlab push_dataset_to_hub",
+        "the numbers are in metrics.jsonl, and wandb_project or use_tensorboard send them on: remove it": "mlflow_* "
+        " use_mlflow hf_mlflow_* comet_* use_comet use_trackio trackio_* use_otel_metrics otel_* swanlab_* use_swanlab",
+        "nothing is uploaded: remove it, and when the run has ended: hf upload NAME output_dir": "hub_* push_to_hub "
+        "push_dataset_to_hub",
         "log in with the hub's own command: remove it": "hf_use_auth_token",
         "the held-out loss and perplexity are what is computed: remove it": "do_causal_lm_eval "
         "eval_causal_lm_metrics do_bench_eval bench_* eval_table_size eval_max_new_tokens generate_samples "

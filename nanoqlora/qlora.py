@@ -21,6 +21,7 @@ from torch import Tensor
 from . import ops
 from .cli import UserError
 from .model import Llama
+from .ops.nf4 import BLOCKSIZE
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -140,12 +141,19 @@ class QLoRALinear(nn.Module):
 def quantize_model(model: Llama, double_quant: bool = True) -> None:
     """Replace every linear layer of the blocks by its 4-bit form, one at a time. Embedding, head and norms stay."""
     for name, linear in list(block_linears(model)):
+        check_width(f"tensor {name}.weight", linear.weight)
         layer = QLoRALinear(linear.weight.data)
-        try:
-            layer.quantize(double_quant)
-        except ValueError as error:
-            raise ValueError(f"tensor {name}.weight: {error}") from error
+        layer.quantize(double_quant)
         model.set_submodule(name, layer)
+
+
+def check_width(where: str, weight: Tensor) -> None:
+    """Raises UserError if four bits cannot split the rows of a weight (n_out, n_in) into groups."""
+    if weight.shape[1] % BLOCKSIZE:
+        raise UserError(
+            f"{where} has rows of {weight.shape[1]} values, and NF4 keeps one scale for {BLOCKSIZE} of them, so a row "
+            f"must split evenly. Keep the base in 16 bits (adapter: lora, load_in_4bit: false)."
+        )
 
 
 def inject_lora(

@@ -291,7 +291,7 @@ def write_report(path: str | Path, facts: dict[str, Any]) -> None:
     Args:
         path: the Markdown file, written whole.
         facts: any of these; a missing one leaves its line or section out.
-            name: str, of the run.                      command: str, that repeats it.
+            name: str, of the run.    command: str, that repeats it in folder: str.
             figure: str, path of Fine-Tuning.png as seen from the report.
             perplexity: {"before": x, "after": y}, on held-out data.    loss: the same, nats per token.
             plain_perplexity: {"before": x, "after": y}, on plain text.
@@ -410,5 +410,10 @@ def _files(facts: dict) -> str:
 def _command(facts: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in (facts.get("versions") or {}).items())
     command = _fenced(facts["command"], "sh") if facts.get("command") else ""
-    body = [part for part in (command, versions and f"With {versions}.") if part]
+    folder = (
+        command
+        and facts.get("folder")
+        and (f"In `{facts['folder']}`, with another output_dir, or --overwrite_output_dir true to replace this run:")
+    )
+    body = [part for part in (folder, command, versions and f"With {versions}.") if part]
     return "\n\n".join(["## To repeat it", *body]) if body else ""

@@ -2,7 +2,9 @@
 
 import hashlib
 import math
+import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -18,7 +20,7 @@ from . import distributed
 from .adapter import save_adapter
 from .chat import answer
 from .chat_template import Messages
-from .cli import Failed, UserError, write_text
+from .cli import Failed, write_text
 from .config import Config
 from .data_files import split_and_part
 from .evaluate import loss_over_ranks
@@ -27,8 +29,8 @@ from .prepare import Reading
 from .prompts import PromptFormat
 from .quality import domain_score, domain_words, plain_samples, plain_text, supervised_texts
 from .report import plot_metrics, write_report
-from .rows import placed_rows
-from .runs import Data, Run, cannot_write, data_files, row_format
+from .rows import read_rows
+from .runs import Data, Run, cannot_write, data_files, is_disk_error, row_format
 from .serving import Usable
 from .tokenizer import Tokenizer, save_tokenizer
 
@@ -62,15 +64,8 @@ def questions(config: Config, count: int = 3) -> list[Messages]:
     """The messages before the first answer of a file's first rows; nothing for those without questions."""
     dataset = (config.test_datasets or config.datasets)[0]
     _, part = split_and_part(dataset.split)
-    prompt_format = row_format(dataset)
-
-    def question(row: dict[str, Any] | UserError) -> Messages | None:
-        try:
-            return None if isinstance(row, UserError) else prompt_format.question(row)
-        except UserError:  # with skip_invalid_rows
-            return None
-
-    return [asked for _, row in islice(placed_rows(data_files(dataset), part), count) if (asked := question(row))]
+    asked = (row_format(dataset).question(row) for _, row in islice(read_rows(data_files(dataset), part), count))
+    return [messages for messages in asked if messages]
 
 
 def save_results(
@@ -98,6 +93,8 @@ def save_results(
             say("Held-out perplexity: {before:.3f} before, {after:.3f} after".format(**facts["perplexity"]))
         write_report(folder / "report.md", facts)
     except (OSError, SafetensorError) as error:
+        if not is_disk_error(error):
+            raise
         raise Failed(cannot_write(folder, "adapter_model.safetensors with its report", error)) from error
     say(f"adapter, report and figure: {folder}/adapter_model.safetensors, report.md, Fine-Tuning.png")
 
@@ -113,6 +110,19 @@ def save_trained(run: Run, data: Data, tokenizer: Tokenizer, folder: Path) -> No
     )
 
 
+def command_line() -> str:
+    """What started this run, quoted for a shell: under torchrun its own command line too."""
+    words = ["python", *sys.argv]
+    launcher = Path(f"/proc/{os.getppid()}/cmdline")
+    if "TORCHELASTIC_RUN_ID" in os.environ and launcher.exists():
+        words = launcher.read_text("utf-8", "replace").rstrip("\0").split("\0")
+        words = ["torchrun", *words[2:]] if Path(words[1]).name == "torchrun" else ["python", *words[1:]]
+    elif os.environ.get("WORLD_SIZE", "1") != "1":
+        words[0] = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', os.environ['WORLD_SIZE'])}"
+        return f"{words[0]} {shlex.join(words[1:])}"
+    return shlex.join(words)
+
+
 def run_facts(run: Run, data: Data, forecast: Forecast, seconds: float) -> dict[str, Any]:
     """What report.md says of a run, but for what held-out data tells."""
     config, dtype = run.config, run.model.model.embed_tokens.weight.dtype
@@ -121,7 +131,8 @@ def run_facts(run: Run, data: Data, forecast: Forecast, seconds: float) -> dict[
     memory = {key: max(row[key] for row in losses) for key in names}
     return {
         "name": Path(config.output_dir).name,
-        "command": " ".join(["python", *sys.argv]),
+        "command": command_line(),
+        "folder": str(Path.cwd()),
         "figure": "Fine-Tuning.png",
         "data": [_describe_data(name, reading) for name, reading in data.readings.items()],
         "model": {

@@ -31,10 +31,7 @@ def load_for_use(args: argparse.Namespace) -> Usable:
     """Load what `--model`, `--adapter`, `--load_in_4bit` and `--bf16` name, ready to score and to chat."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = distributed.compute_dtype(args.bf16, device)
-    try:
-        model = load_model(args.model, load_in_4bit=args.load_in_4bit, dtype=dtype, device=device)
-    except ValueError as error:  # a width that four bits cannot split
-        raise UserError(str(error)) from error
+    model = load_model(args.model, load_in_4bit=args.load_in_4bit, dtype=dtype, device=device)
     adapter = args.adapter and local_path(args.adapter, ADAPTER_FILES)
     tokenizer = load_tokenizer(args.model, adapter)
     check_vocabulary(tokenizer, model.config.vocab_size, args.model)

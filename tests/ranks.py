@@ -13,6 +13,7 @@ import resource
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -253,3 +254,18 @@ def end_of_run(*words: object) -> tuple[int, str, str]:
         return 0, out.getvalue(), err.getvalue()
     except SystemExit as end:
         return int(end.code or 0), out.getvalue(), err.getvalue()
+
+
+def end_of_run_with_fault(kind: str, *words: object) -> tuple[int, str, str]:
+    """All ranks fail in the first step, by a fault of ours or as a run may; a traceback is put where stderr is."""
+    train.train_step = lambda *_: 1 / 0 if kind == "fault" else _raise(Failed("no way"))
+    try:
+        return end_of_run(*words)
+    except ZeroDivisionError:
+        return 1, "", traceback.format_exc()
+    finally:
+        time.sleep(2 * (os.environ["RANK"] == "0"))  # it keeps the store, which torchrun would
+
+
+def _raise(error: Exception) -> None:
+    raise error

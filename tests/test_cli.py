@@ -1,0 +1,214 @@
+"""How a command ends: a reader that leaves, a terminal without a letter, variables of torchrun, and faults of ours."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from ranks import end_of_run_with_fault, on_ranks
+from small_runs import ENVIRONMENT, alpaca_rows, run_here, save_tiny_model, steps_of, write_rows, write_run
+
+import train
+from nanoqlora import checkpoint, cli, runs
+from nanoqlora.cli import OURS, Failed, UserError, run_command
+
+COMMANDS = [
+    ["train.py"],
+    ["merge.py"],
+    ["export_gguf.py"],
+    ["bench.py"],
+    ["-m", "nanoqlora.evaluate"],
+    ["-m", "nanoqlora.chat"],
+]
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run with 'space")
+    model, data = save_tiny_model(folder / "model"), write_rows(folder / "data.jsonl", alpaca_rows(8))
+    return write_run(folder / "train.yml", model, data, max_steps=2, val_set_size=2, save_steps=1)
+
+
+def end_with_closed_pipe(words: list[str], which: str) -> tuple[int, str]:
+    """Exit code, and what is on the other stream, of a command whose stdout or stderr nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {which: writer}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=ENVIRONMENT, text=True, timeout=120, **streams)
+    os.close(writer)
+    return done.returncode, done.stderr or done.stdout or ""
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words[-1])
+def test_help_into_a_reader_that_leaves_is_quiet(words):
+    assert end_with_closed_pipe([*words, "--help"], "stdout") == (0, "")
+
+
+@pytest.mark.parametrize("which", ["stdout", "stderr"])
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(run_file, tmp_path, which):
+    code, other = end_with_closed_pipe(["train.py", str(run_file), "--output_dir", str(tmp_path / "out")], which)
+    assert code == 0 and "Broken" not in other and len(steps_of(tmp_path / "out")) == 2, other
+
+
+def test_letters_that_a_terminal_lacks_are_escaped(tmp_path):
+    code = "from nanoqlora.cli import run_command\nrun_command(lambda: print('Ahoj \\u2603 \\udcff'))"
+    environment = ENVIRONMENT | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "Ahoj \\u2603 \\udcff\n"), done.stderr
+
+
+def test_a_name_that_is_no_utf_8_is_one_line():
+    done = subprocess.run([sys.executable, "train.py", b"a\xff.yml"], cwd=ROOT, env=ENVIRONMENT, capture_output=True)
+    assert done.returncode == 2 and done.stderr.startswith(b"error: command line: a") and done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    "variables, said",
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many is no number"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK does not fit"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x is no number"),
+    ],
+)
+def test_variables_of_torchrun_without_torchrun_are_one_line(monkeypatch, run_file, variables, said):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RANK", variables.get("RANK", "")) if "RANK" not in variables else None
+    ended = run_here(train.main, run_file)
+    if variables.get("RANK") == "2":
+        assert ended.code == 2
+        return
+    assert ended.code == 2 and said in ended.err and "torchrun" in ended.err and ended.err.count("\n") == 1, ended.err
+
+
+def test_a_lone_rank_is_the_first_one(monkeypatch, run_file, tmp_path):
+    monkeypatch.setenv("RANK", "3")
+    assert run_here(train.main, run_file, "--output_dir", tmp_path / "out").code == 0
+    assert len(steps_of(tmp_path / "out")) == 2
+    assert "no such file" in run_here(train.main, tmp_path / "absent.yml").err
+
+
+# ------------------------------------------------------------------------------------------------ ours is ours
+
+
+def broken(*_: object, **__: object) -> None:
+    raise ValueError("a size that does not fit")
+
+
+@pytest.mark.parametrize(
+    "module, name",
+    [
+        (train, "inject_lora"),
+        (train, "fuse_blocks"),
+        (train, "keeps_for"),
+        (checkpoint, "rope_frequencies"),
+        (runs, "save_adapter"),
+        (train, "save_results"),
+    ],
+)
+def test_a_fault_of_ours_is_a_traceback_with_one_line(run_file, tmp_path, monkeypatch, module, name):
+    """Not "error:" and exit 2, wherever in a run it is."""
+    monkeypatch.setattr(module, name, broken)
+    with pytest.raises(ValueError, match="does not fit") as fault:
+        run_here(train.main, run_file, "--output_dir", tmp_path / "out")
+    assert not isinstance(fault.value, UserError) and fault.value.__notes__ == [OURS]
+
+
+def test_the_line_stands_once_at_the_end_of_the_traceback():
+    code = "from nanoqlora.cli import run_command\nrun_command(lambda: 1 / 0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == OURS and done.stderr.count(OURS) == 1
+    assert "ZeroDivisionError" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error: an illegal memory access"), ValueError("x"), TypeError("y")]
+)
+def test_only_a_disk_that_is_full_reads_so(run_file, tmp_path, monkeypatch, error):
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(type(error), match=str(error)):
+        run_here(train.main, run_file, "--output_dir", tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".*")), "what was half-written is removed"
+
+
+def test_memory_that_runs_out_in_the_middle_is_one_line(run_file, tmp_path, monkeypatch):
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. More")
+
+    monkeypatch.setattr(train, "train_step", fails)
+    ended = run_here(train.main, run_file, "--output_dir", tmp_path / "out")
+    assert ended.code == 1 and "CUDA out of memory" in ended.err and "gradient_checkpointing" in ended.err
+    assert ended.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind, marks", [("fault", "ZeroDivisionError"), ("failed", "error: no way")])
+def test_what_ends_all_ranks_is_told_once(run_file, tmp_path, kind, marks):
+    ended = on_ranks(2, end_of_run_with_fault, kind, run_file, "--output_dir", tmp_path / "out")
+    assert all(code == 1 for code, _, _ in ended)
+    assert sum(err.count(marks) > 0 for _, _, err in ended) == 1, ended
+
+
+# ------------------------------------------------------------------------------------------------ Ctrl-C twice
+
+
+@pytest.mark.parametrize("where", ["save_checkpoint", "judge", "save_results"])
+def test_a_second_ctrl_c_ends_at_once(run_file, tmp_path, monkeypatch, where):
+    """While it saves, answers, or writes results: the first one would wait for the end of that."""
+    seen = []
+
+    def twice(*_: object, **__: object) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            seen.append(where)
+
+    monkeypatch.setattr(train, where, twice)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    ended = run_here(train.main, run_file, "--output_dir", tmp_path / "out")
+    signal.signal(signal.SIGINT, before)
+    assert ended.code == 130 and "Traceback" not in ended.err and seen == [where]
+
+
+# ------------------------------------------------------------------------------------------------ to repeat it
+
+
+def test_the_command_in_the_report_repeats_the_run(run_file, tmp_path):
+    """Under torchrun too, with its arguments, and with names that need quotes; the losses are equal."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, launcher in (("one rank", []), ("two ranks", torchrun)):
+        out = tmp_path / name
+        words = [sys.executable, *launcher, "train.py", str(run_file), "--output_dir", str(out), "--seed", "7"]
+        subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, timeout=240)
+        report = (out / "report.md").read_text("utf-8")
+        repeat = report.split("## To repeat it")[1]
+        assert f"In `{ROOT}`, with another output_dir" in repeat
+        command = repeat.split("```sh\n")[1].split("\n```")[0]
+        assert shlex.split(command)[1:] == words[1:] and shlex.split(command)[0] == "python"
+        if launcher:
+            continue
+        again = f"{command.replace('python', sys.executable, 1)} --output_dir {shlex.quote(str(tmp_path / 'again'))}"
+        subprocess.run(again, shell=True, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, timeout=240)
+        losses = [[row["loss"] for row in steps_of(folder)] for folder in (out, tmp_path / "again")]
+        assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_told_everywhere_is_told_by_the_first_rank(monkeypatch, capsys):
+    def fails() -> None:
+        raise Failed("as on all", everywhere=True)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, said in ((0, "error: as on all\n"), (1, "")):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(SystemExit, match="1"):
+            run_command(fails)
+        assert capsys.readouterr().err == said
+    assert cli.asks_ranks == []

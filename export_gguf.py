@@ -12,6 +12,7 @@ and, in Go's template language, into the Modelfile; the token that ends an answe
 One tensor at a time is read, brought into llama.cpp's row order, quantized and written. Read next: nanoqlora/gguf.py.
 """
 
+import itertools
 import math
 import os
 import sys
@@ -20,13 +21,14 @@ from pathlib import Path
 from nanoqlora import gguf
 from nanoqlora.adapter import read_updates
 from nanoqlora.checkpoint import model_config, open_weights
-from nanoqlora.cli import UserError, check_space, read_json, run_command, script_command
+from nanoqlora.cli import UserError, check_space, read_json, run_command, script_command, whole_file
 from nanoqlora.config import Option, load_command
 from nanoqlora.file_types import FILE_TYPES
 from nanoqlora.generation import end_ids, ollama_parameters, read_generation
 from nanoqlora.ggml_blocks import FORMATS
 from nanoqlora.gguf_adapter import adapter_metadata, plan_adapter
 from nanoqlora.gguf_model import plan_tensors
+from nanoqlora.held_out import held_out_texts
 from nanoqlora.hub import ADAPTER_FILES, is_hub_name, local_path
 from nanoqlora.modelfile import (
     Recipe,
@@ -40,7 +42,7 @@ from nanoqlora.modelfile import (
 )
 from nanoqlora.ollama import go_template, jinja_of_words, stop_texts, tokenizer_metadata
 from nanoqlora.prompts import PromptFormat
-from nanoqlora.proof import prove_file
+from nanoqlora.proof import Proof, prove_file
 from nanoqlora.tokenizer import Tokenizer, load_tokenizer
 
 OPTIONS = {
@@ -83,11 +85,14 @@ def main() -> None:
         raise UserError(f"{model}: no such folder, so there is no model to export. Run merge.py first, or use --model.")
     folder = Path(config.output_dir) if config else model if model.is_dir() else model.parent
     out = Path(options["out"] or folder / f"model-{file_type.lower()}.gguf")
+    if not options["prove"]:
+        export(model, out, file_type)
+        return
+    folder, tok = local_path(model), load_tokenizer(model)
+    fmt = prompt_format(folder, tok)
+    texts = held_out_texts(config, tok, fmt, options["data"], options["max_tokens"])
     export(model, out, file_type)
-    if options["prove"]:
-        model, tok = local_path(model), load_tokenizer(model)
-        texts = options["data"], options["max_tokens"]
-        prove_file(out, model, config, tok, prompt_format(model, tok), file_type, *texts)
+    prove_file(Proof(out, file_type, folder, tok, fmt, config), texts)
 
 
 def export(model: str | Path, out: Path, file_type: str) -> None:
@@ -185,13 +190,20 @@ def write(
 ) -> None:
     """The file, its Modelfile, and a line for each of `notes`."""
     own, is_model = own_name(out), metadata["general.type"][1] == "model"
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder, so no file can have this name. Give --out the name of a file.")
     if not is_ours(own):
         raise UserError(
             f"{own}: is not one that export_gguf.py wrote, or was changed since, and the Modelfile of {out.name} would "
             f"take its place. Rename it, or choose another --out."
         )
     check_space(out, sum(FORMATS[t.ggml_type].num_bytes(math.prod(t.shape)) for t in tensors))
-    gguf.write_gguf(out, metadata, tensors)
+    with whole_file(out) as fresh:
+        gguf.write_gguf(fresh, metadata, tensors)
+        if out.exists() and not is_like_ours(out, metadata):
+            names = (out.with_name(f"{out.name}.old{number or ''}") for number in itertools.count())
+            os.rename(out, kept := next(name for name in names if not name.exists()))
+            print(f"{out}: the file of this name was not written by export_gguf.py and is kept as {kept}")
     print(f"{out}: {len(tensors)} tensors, {out.stat().st_size / 1e6:.1f} MB")
     if recipe:
         write_modelfiles(out, recipe.text(), is_model)
@@ -203,6 +215,14 @@ def write(
         notes.append(f"{own}, of an earlier export, is removed")
     for note in notes:
         print(f"{own}: {note}" if recipe else note)
+
+
+def is_like_ours(path: Path, metadata: gguf.Metadata) -> bool:
+    """Whether a file begins as one of ours does, which other programs' files do not."""
+    try:
+        return list(gguf.read_gguf(path).metadata)[:5] == list(metadata)[:5]
+    except UserError:
+        return False
 
 
 def prompt_format(model: Path, tok: Tokenizer) -> PromptFormat:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nanoqlora.adapter import adapter_hash, read_updates
-from nanoqlora.certificate import GGUF, ON_NF4, ON_ORIGINAL, certify
+from nanoqlora.certificate import GGUF, MAX_KL, ON_NF4, ON_ORIGINAL, certify, verdict_of_merge
 from nanoqlora.checkpoint import ShardWriter, model_config, open_weights
 from nanoqlora.cli import UserError, check_space, run_command, whole_folder, write_text
 from nanoqlora.config import Config, Option, load_command
@@ -49,7 +49,6 @@ OPTIONS = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPES |= {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-MAX_KL = 0.05  # of a merge on nf4, which differs from the trained model by one rounding: 0.001 is usual in bfloat16
 
 
 class Plan(NamedTuple):
@@ -156,15 +155,19 @@ def main() -> None:
             f"merged {facts['merged_layers']} layers onto the {record['base']} weights of {asked.base} "
             f"({record['dtype']}, mean change {facts['mean_relative_change']:.2%})"
         )
+        form = ON_NF4 if asked.in_4bit else ON_ORIGINAL
         if texts:
             forms = all_forms(merged, open_weights(folder), asked.adapter, asked.types, bytes_on_disk(folder))
             limits = {ON_NF4: MAX_KL} if options["max_kl"] is None and asked.in_4bit else {}
             if options["max_kl"] is not None:
-                names = (ON_NF4 if asked.in_4bit else ON_ORIGINAL, *(GGUF + name.lower() for name in asked.types))
+                names = (form, *(GGUF + name.lower() for name in asked.types))
                 limits = dict.fromkeys(names, options["max_kl"])
             record |= certify(forms, *texts, limits, device)
+        record["verdict"] = verdict_of_merge(asked.out, form, record)
         write_text(folder / "merge.json", json.dumps(record, indent=2) + "\n")
-    print(f"{asked.out}: merged model and merge.json, its certificate")
+    print(f"{asked.out}: merged model and merge.json, its certificate\n{record['verdict']}")
+    if record["verdict"].startswith("verdict: NOT"):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from .packing import pack
 
 ROW_TOKENS = 1024  # of a row when the samples are short
 CHUNK_TOKENS = 64  # whose logits are held at once: for a vocabulary of 128,000 33 MB each
+MAX_KL = 0.05  # of what differs by one rounding from the trained model, or by llama.cpp's own sums: 0.001 is usual
 ENOUGH = 0.02  # nats a token: below it a form answers as the trained model does
 GAIN = 0.01  # of perplexity, for which it is worth to ship another model than the one that was evaluated
 TRAINED, ON_NF4, ON_ORIGINAL, GGUF = "adapter on 4-bit base", "merged on nf4", "merged on original", "GGUF "
@@ -41,6 +42,7 @@ class Form(NamedTuple):
     name: str
     weights: Weights
     num_bytes: int  # that it takes on a disk
+    states: tuple[Tensor, Tensor] | None = None  # what `hidden_states` gives, where that is known
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,10 @@ def compare(trained: tuple[Tensor, Tensor], form: tuple[Tensor, Tensor], targets
 def score_forms(forms: list[Form], texts: Texts, device: torch.device) -> list[Score]:
     """Score every form against the first, the trained model, and print each line of the table when it is known."""
     print(f"{'':26}  {'KL, nats':>9}  {'top-1':>7}  {'perplexity':>10}  {'size':>10}")
-    trained, targets, scores = hidden_states(forms[0].weights, texts, device), texts.targets, []
+    targets, scores, trained = texts.targets, [], None
     for form in forms:
-        states = trained if form is forms[0] else hidden_states(form.weights, texts, device)
+        states = form.states or hidden_states(form.weights, texts, device)
+        trained = trained or states
         if not torch.isfinite(states[0]).all():
             raise UserError(f"{form.name}: what it computes is NaN or infinite, so its weights are damaged.")
         kl, equal, loss = compare(trained, states, targets)
@@ -199,3 +202,25 @@ def certify(
         "recommendation": advice,
         "max_kl": limits,
     }
+
+
+def verdict_of_merge(out: object, form: str, record: dict[str, Any]) -> str:
+    """The line that a merge ends with: whether what was written is what was trained, by its certificate.
+
+    Args:
+        form: what was written, ON_NF4 or ON_ORIGINAL; `record`: merge.json.
+    """
+    trained, *_ = forms = record.get("forms", [None])
+    found = next((score for score in forms if score and score["form"] == form), None)
+    if found is None:
+        return (
+            f"verdict: not proven: {out} was not compared with the trained model; not asked: answers on held-out texts"
+        )
+    far = f"{found['mean_kl']:.2g} nats a token from it on {record['held_out']['tokens']} held-out tokens"
+    if form == ON_ORIGINAL and trained["form"] == TRAINED:
+        return f"verdict: {out} is what --base original asks for, which is not the model that was trained: {far}"
+    if not found["mean_kl"] <= MAX_KL:
+        return (
+            f"verdict: NOT what was trained: {out}: {far}, more than a rounding of its weights costs. Do not serve it."
+        )
+    return f"verdict: {out} is what was trained: {far}"

@@ -74,7 +74,9 @@ class DatasetConfig:
     type: Literal["alpaca", "chat_template", "completion", "prompt_completion"] | FrameConfig = key(
         "how a row becomes text; a map says it for columns and words of your own"
     )
-    ds_type: Literal["json", "jsonl", "csv", "parquet", "text"] | None = key("file format; unset: by the suffix", None)
+    ds_type: Literal["json", "jsonl", "csv", "parquet", "arrow", "text"] | None = key(
+        "file format; unset: by the suffix", None
+    )
     data_files: tuple[str, ...] = key("the files of a folder or a hub data set to read", ())
     split: str | None = key("split of a folder or hub data set, or a part of one: train[:20%]; unset: train", None)
     name: str | None = key("configuration of a data set whose card lists several", None)
@@ -189,6 +191,7 @@ class Config:
     train_on_inputs: bool = key("count the prompt in the loss too", False)
     sequence_len: int = key("tokens in a row, at most", 512, "[2, inf)")
     excess_length_strategy: Literal["drop", "truncate", "raise"] = key("samples longer than a row; counted", "drop")
+    skip_invalid_rows: bool = key("leave out rows that cannot be used, and report how many; false: stop", False)
     sample_packing: bool = key("several samples in a row, which do not see each other", False)
     eval_sample_packing: bool | None = key("accepted: evaluation packs always; packed rows do not see each other", None)
     pad_to_sequence_len: bool | None = key("pad every row to sequence_len; unset: where fixed shapes pay", None)

@@ -7,8 +7,6 @@ threads as PyTorch has, as a process of its own.
 """
 
 import argparse
-import importlib.util
-import json
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,8 +16,9 @@ import torch
 import yaml
 
 from .cli import UserError
+from .gguf import read_gguf
+from .llama_cpp import NotAsked, Refused, Server
 from .model import Llama
-from .proof import run_llama_cpp
 from .qlora import dense_weights
 from .serving import generate, load_for_use
 
@@ -42,11 +41,18 @@ def speed_of(model: Llama, prompt_tokens: int, new_tokens: int) -> dict[str, flo
 
 
 def speed_in_llama_cpp(file: Path, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
-    """The same from llama.cpp."""
-    done = run_llama_cpp(file, "--speed", prompt_tokens, new_tokens, torch.get_num_threads())
-    if done.returncode:
-        raise UserError(f"{file}: llama.cpp does not run it: {' '.join(done.stderr.split())[-300:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    """The same from llama.cpp, by its own clock and with its own defaults.
+
+    Raises:
+        NotAsked, Refused: as `llama_cpp.Server`.
+    """
+    ids = torch.randint(len(read_gguf(file).metadata["tokenizer.ggml.tokens"]), (prompt_tokens,)).tolist()
+    size, found = prompt_tokens + new_tokens + 1, []
+    with Server(file, n_ctx=size, exact=False, threads=torch.get_num_threads()) as llama:
+        for count in (2, new_tokens + 1, new_tokens + 1):
+            found.append(llama.complete(ids, count, ignore_eos=True, cache_prompt=False)["timings"])
+    names = {"prefill": "prompt_per_second", "decode": "predicted_per_second"}
+    return {name: max(timings[theirs] for timings in found[1:]) for name, theirs in names.items()}
 
 
 def bench_deploy(folder: Path, prompt_tokens: int, new_tokens: int) -> list[dict[str, Any]]:
@@ -76,10 +82,13 @@ def bench_deploy(folder: Path, prompt_tokens: int, new_tokens: int) -> list[dict
             model=model, adapter=adapter, load_in_4bit=load_in_4bit, bf16=trained.get("bf16", "auto")
         )
         add(name, speed_of(load_for_use(args).model, prompt_tokens, new_tokens))
-    files = sorted(folder.glob("model-*.gguf"))
-    if files and importlib.util.find_spec("xllamacpp") is None:
-        print("llama.cpp is left out: the package xllamacpp is not installed")
-        files = []
-    for file in files:
-        add(f"{file.name} in llama.cpp", speed_in_llama_cpp(file, prompt_tokens, new_tokens))
+    for file in sorted(folder.glob("model-*.gguf")):
+        try:
+            add(f"{file.name} in llama.cpp", speed_in_llama_cpp(file, prompt_tokens, new_tokens))
+        except NotAsked as error:
+            print(f"{file.name} in llama.cpp: not asked, because {error}")
+        except Refused as error:
+            raise UserError(
+                f"{file}: llama.cpp refuses it ({error}), so it cannot be measured. Export it again."
+            ) from error
     return rows

@@ -6,6 +6,7 @@ its exponential: between how many equally likely tokens the model hesitates.
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -13,10 +14,10 @@ import torch
 from . import distributed, ops
 from .cli import Parser, UserError, run_command, write_text
 from .data import Sample, collate
-from .data_files import find_files
+from .data_files import find_files, split_and_part
 from .model import Llama
 from .packing import Rows, pack
-from .prepare import Encoding, read_samples
+from .prepare import Encoding, InvalidRows, read_samples
 from .serving import load_for_use
 
 BATCH_TOKENS = 1024  # of a row when the samples are short
@@ -75,12 +76,24 @@ def main() -> None:
     parser = Parser(prog="python -m nanoqlora.evaluate", description=__doc__.splitlines()[0])
     parser.add_model_options()
     parser.add_argument("--data", required=True, help="a file, folder or glob of JSON, CSV, Parquet or text")
+    parser.add_argument("--split", help="split of a folder, or a part of one, as test[:20%%]; default: train")
     parser.add_argument("--out", help="write a row per sample there: nll in nats, number of supervised tokens")
     args = parser.parse_args()
     distributed.start()
     used = load_for_use(args)
     limit = used.model.config.max_position_embeddings
-    reading = read_samples(find_files(args.data), Encoding(used.prompt_format, used.tokenizer, limit, "raise"))
+    split, part = split_and_part(args.split)
+    encoding = Encoding(used.prompt_format, used.tokenizer, limit, "raise", part)
+    try:
+        reading = read_samples(find_files(args.data, split=split), encoding)
+    except InvalidRows as error:
+        trained = used.prompt_format if args.adapter else None
+        kind = (
+            f" Its rows have to be of the type that {args.adapter} was trained on: {trained.type}." if trained else ""
+        )
+        raise UserError(f"--data: {error}{kind}") from error
+    for line in reading.describe_notes():
+        print(f"{args.data}: {line}", file=sys.stderr)
     scores = score_samples(used.model, reading.samples)
     if args.out:
         rows = [json.dumps({"nll": nll, "tokens": tokens}) + "\n" for nll, tokens in scores]

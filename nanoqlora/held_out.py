@@ -4,13 +4,15 @@ They are named by the user: a file, or the YAML of the run on the command line. 
 not asked: the folder may come from anybody, and a configuration decides which files are read and written.
 """
 
+from dataclasses import replace
+
 from .certificate import Texts
 from .cli import UserError
 from .config import Config
 from .data_files import find_files
 from .prepare import Encoding, read_samples
 from .prompts import PromptFormat
-from .runs import data_files, prepare_data, prompt_format_of
+from .runs import data_files, encoding_of, prepare_data
 from .tokenizer import Tokenizer
 
 LIMIT = 4096  # tokens of a text when no run says sequence_len
@@ -45,7 +47,7 @@ def held_out_texts(
 def _of_run(config: Config, tokenizer: Tokenizer, max_tokens: int) -> tuple[str, Texts]:
     if config.test_datasets:
         dataset = config.test_datasets[0]
-        encoding = Encoding(prompt_format_of(config, dataset, tokenizer), tokenizer, config.sequence_len, "drop")
+        encoding = replace(encoding_of(config, dataset, tokenizer), strategy="drop")
         return dataset.path, Texts.of(read_samples(data_files(dataset), encoding).samples, max_tokens)
     if config.val_set_size:
         return f"val_set_size {config.val_set_size}", Texts.of(prepare_data(config, tokenizer, 1).held_out, max_tokens)

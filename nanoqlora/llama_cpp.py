@@ -1,397 +1,253 @@
-"""llama.cpp as an outside witness: its C API, called through ctypes.
+"""Real llama.cpp, asked about a .gguf file: its template engine, its tokenizer, its arithmetic.
 
-The library sits inside the extension module of the `xllamacpp` package, so nothing has to be compiled; that package is
-found on the path of this Python, never imported, and may be missing. Only what proofs and tests need is declared here.
-The structs that the API passes by value are treated as opaque blocks of bytes: the library fills in its defaults, and
-we change a few fields at known offsets. Another version of the library may lay them out in another way, so the offsets
-are checked against known default values when this file is imported.
+The package xllamacpp brings llama.cpp with its server, and may be missing. `Server` starts this file by its path as a
+process of its own, where xllamacpp is imported and nothing of ours is (`serve`), and asks it over HTTP on a free port
+of the loopback interface. So a file that crashes llama.cpp crashes nothing else.
+
+Who is to blame when that fails? `Refused`: llama.cpp does not take the file. `NotAsked`: it could not be asked (not
+installed, another version, no memory, killed), which is no evidence against the file. A file that is known to be good
+decides, where the failure itself does not show it.
 
 As a command it asks a GGUF file one question, with the chat template that is stored in it, and prints the answer:
 
     python -m nanoqlora.llama_cpp MODEL.gguf "question" [--max_tokens 80]
 """
 
-import argparse
-import ctypes
+import http.client
 import importlib.util
 import json
-import struct
+import math
+import os
+import re
+import signal
+import subprocess
 import sys
-import time
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_uint8, c_void_p
+import tempfile
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-
-class Params(ctypes.Structure):
-    """llama_model_params or llama_context_params; larger than either, of which the library reads the front."""
-
-    _fields_ = [("bytes", c_uint8 * 512)]
-
-    def get(self, offset: int) -> int:
-        return struct.unpack_from("<i", self.bytes, offset)[0]
-
-    def set(self, offset: int, value: int) -> None:
-        struct.pack_into("<i", self.bytes, offset, value)
+CANNOT_START = 3  # exit code of a process without a usable xllamacpp
+NO_FAULT = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU}  # sent from outside
+NO_MEMORY = re.compile(
+    r"bad_alloc|insufficient memory|(?:unable|failed) to allocate|cannot allocate|out of memory", re.IGNORECASE
+)
 
 
-class Batch(ctypes.Structure):
-    """llama_batch: the tokens of one call, each with its position, its sequences, and whether its logits are wanted."""
-
-    _fields_ = [
-        ("num_tokens", c_int32),
-        ("token", POINTER(c_int32)),
-        ("embd", c_void_p),
-        ("pos", POINTER(c_int32)),
-        ("num_seq_id", POINTER(c_int32)),
-        ("seq_id", POINTER(POINTER(c_int32))),
-        ("logits", POINTER(c_int8)),
-    ]
+class NotAsked(Exception):
+    """llama.cpp could not be asked, and the file is not to blame. The message is the cause."""
 
 
-# Offsets in llama_model_params and llama_context_params.
-VOCAB_ONLY, USE_EXTRA_BUFFERS = 72, 74
-N_CTX, N_BATCH, N_UBATCH, N_SEQ_MAX, N_THREADS, N_THREADS_BATCH = 0, 4, 8, 12, 28, 32
-FLASH_ATTN, TYPE_K, TYPE_V = 52, 104, 108
-F32, F16 = 0, 1  # ggml's type numbers, for the key/value cache
-
-QUANT_TYPES = {  # ggml's type number, weights in a block, bytes of a block
-    "F32": (0, 1, 4),
-    "F16": (1, 1, 2),
-    "BF16": (30, 1, 2),
-    "Q4_0": (2, 32, 18),
-    "Q4_1": (3, 32, 20),
-    "Q5_0": (6, 32, 22),
-    "Q5_1": (7, 32, 24),
-    "Q8_0": (8, 32, 34),
-    "Q4_K": (12, 256, 144),
-    "Q5_K": (13, 256, 176),
-    "Q6_K": (14, 256, 210),
-}
+class Refused(Exception):
+    """llama.cpp does not take the file, or something that it was asked. The message is its reason."""
 
 
-def _open_library() -> ctypes.CDLL:
-    spec = importlib.util.find_spec("xllamacpp")
-    if spec is None:
-        raise ModuleNotFoundError("llama.cpp is reached through the package xllamacpp, which is not installed")
-    (folder,) = spec.submodule_search_locations
-    return ctypes.CDLL(str(next(Path(folder).glob("xllamacpp*.so"))))
-
-
-lib = _open_library()
-for _name, _result, _arguments in [
-    ("llama_backend_init", None, []),
-    ("llama_log_set", None, [c_void_p, c_void_p]),
-    ("llama_model_default_params", Params, []),
-    ("llama_context_default_params", Params, []),
-    ("llama_model_load_from_file", c_void_p, [c_char_p, Params]),
-    ("llama_model_free", None, [c_void_p]),
-    ("llama_init_from_model", c_void_p, [c_void_p, Params]),
-    ("llama_free", None, [c_void_p]),
-    ("llama_model_get_vocab", c_void_p, [c_void_p]),
-    ("llama_vocab_n_tokens", c_int32, [c_void_p]),
-    ("llama_vocab_is_eog", c_bool, [c_void_p, c_int32]),
-    ("llama_vocab_get_add_bos", c_bool, [c_void_p]),
-    ("llama_vocab_bos", c_int32, [c_void_p]),
-    ("llama_vocab_eos", c_int32, [c_void_p]),
-    ("llama_tokenize", c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
-    ("llama_token_to_piece", c_int32, [c_void_p, c_int32, c_char_p, c_int32, c_int32, c_bool]),
-    ("llama_decode", c_int32, [c_void_p, Batch]),
-    ("llama_get_logits_ith", POINTER(c_float), [c_void_p, c_int32]),
-    ("llama_get_memory", c_void_p, [c_void_p]),
-    ("llama_memory_clear", None, [c_void_p, c_bool]),
-    ("llama_model_meta_count", c_int32, [c_void_p]),
-    ("llama_model_meta_key_by_index", c_int32, [c_void_p, c_int32, c_char_p, c_size_t]),
-    ("llama_model_meta_val_str_by_index", c_int32, [c_void_p, c_int32, c_char_p, c_size_t]),
-    ("llama_adapter_lora_init", c_void_p, [c_void_p, c_char_p]),
-    ("llama_set_adapters_lora", c_int32, [c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_float)]),
-    (
-        "ggml_quantize_chunk",
-        c_size_t,
-        [c_int, POINTER(c_float), c_void_p, c_int64, c_int64, c_int64, POINTER(c_float)],
-    ),
-]:
-    _function = getattr(lib, _name)
-    _function.restype, _function.argtypes = _result, _arguments
-
-_log: list[str] = []  # what the library says: shown only when something fails
-
-
-@ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
-def _keep_log(level: int, text: bytes, user: int) -> None:
-    _log.append(text.decode("utf-8", "replace"))
-    del _log[:-40]
-
-
-lib.llama_log_set(ctypes.cast(_keep_log, c_void_p), None)
-lib.llama_backend_init()
-
-
-def _check_offsets() -> None:
-    model, context = lib.llama_model_default_params(), lib.llama_context_default_params()
-    found = {
-        "vocab_only": model.bytes[VOCAB_ONLY],
-        "use_extra_bufts": model.bytes[USE_EXTRA_BUFFERS],
-        "n_ctx": context.get(N_CTX),
-        "n_batch": context.get(N_BATCH),
-        "n_ubatch": context.get(N_UBATCH),
-        "n_seq_max": context.get(N_SEQ_MAX),
-        "flash_attn": context.get(FLASH_ATTN),
-        "type_k": context.get(TYPE_K),
-        "type_v": context.get(TYPE_V),
-    }
-    defaults = {
-        "vocab_only": 0,
-        "use_extra_bufts": 1,
-        "n_ctx": 512,
-        "n_batch": 2048,
-        "n_ubatch": 512,
-        "n_seq_max": 1,
-        "flash_attn": -1,
-        "type_k": F16,
-        "type_v": F16,
-    }
-    assert found == defaults, f"this xllamacpp lays out its structs in another way: {found} in place of {defaults}"
-
-
-_check_offsets()
-
-
-class LlamaCpp:
-    """A GGUF file loaded by llama.cpp, on the CPU and, unless asked otherwise, in plain float32 attention.
+class Server:
+    """llama.cpp with a .gguf file, on the CPU.
 
     Args:
-        vocab_only: only the tokenizer is loaded; logits are not available.
-        n_ctx: room for so many tokens.
-        kv_f32: keep keys and values in float32. The default of llama.cpp, half precision, costs 0.05 in a logit.
-        flash: the fused attention kernel.
-        repack: lay weights out anew for faster kernels, which round differently.
+        n_ctx: tokens of the longest text.
+        exact: float32 keys and values and no faster kernels that round differently; else llama.cpp's own defaults.
+        hidden: `hidden_states` are wanted.
         threads: they wait for each other in busy loops, so one too many is slower than one alone, by far.
+        judge: where a failure leaves open who is to blame, try a file that is known to be good.
+    Raises:
+        NotAsked, Refused: see above.
     """
 
     def __init__(
         self,
-        path: str | Path,
-        vocab_only: bool = False,
+        file: str | Path,
         n_ctx: int = 512,
-        kv_f32: bool = True,
-        flash: bool = False,
+        exact: bool = True,
+        hidden: bool = False,
         threads: int = 1,
-        repack: bool = False,
+        judge: bool = True,
     ):
-        self.model = self.context = None
-        params = lib.llama_model_default_params()
-        params.bytes[VOCAB_ONLY] = vocab_only
-        params.bytes[USE_EXTRA_BUFFERS] = repack
-        _log.clear()
-        self.model = lib.llama_model_load_from_file(str(path).encode(), params)
-        if not self.model:
-            raise RuntimeError(f"llama.cpp does not load {path}: {''.join(_log)}")
-        self.vocab = lib.llama_model_get_vocab(self.model)
-        self.vocab_size = lib.llama_vocab_n_tokens(self.vocab)
-        if vocab_only:
-            return
-        params = lib.llama_context_default_params()
-        for offset, value in {
-            N_CTX: n_ctx,
-            N_BATCH: n_ctx,
-            N_UBATCH: min(n_ctx, 512),
-            N_THREADS: threads,
-            N_THREADS_BATCH: threads,
-            FLASH_ATTN: int(flash),
-            TYPE_K: F32 if kv_f32 else F16,
-            TYPE_V: F32 if kv_f32 else F16,
-        }.items():
-            params.set(offset, value)
-        self.context = lib.llama_init_from_model(self.model, params)
-        if not self.context:
-            raise RuntimeError(f"llama.cpp makes no context for {path}: {''.join(_log)}")
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise NotAsked("the package xllamacpp is not installed")
+        settings = {"n_ctx": n_ctx, "exact": exact, "hidden": hidden, "threads": threads}
+        self.judge, self.log = judge, tempfile.TemporaryFile()
+        command = [sys.executable, "-P", __file__, str(file), json.dumps(settings)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
+        lines = (line.decode("utf-8", "replace").strip() for line in self.process.stdout)
+        address = next((line for line in lines if line.startswith("http://")), None)
+        if address is None:
+            raise self._ended()
+        # Not urllib: it would go through a proxy that the environment names.
+        self.connection = http.client.HTTPConnection(address.removeprefix("http://"))
 
-    def __enter__(self) -> "LlamaCpp":
+    def __enter__(self) -> "Server":
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Free the model and its context."""
-        if self.context:
-            lib.llama_free(self.context)
-        if self.model:
-            lib.llama_model_free(self.model)
-        self.model = self.context = None
+        """End the process."""
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
 
-    def add_lora(self, path: str | Path) -> None:
-        """Compute with the base model and this adapter from now on. It is freed with the model."""
-        adapter = lib.llama_adapter_lora_init(self.model, str(path).encode())
-        if not adapter:
-            raise RuntimeError(f"llama.cpp does not load the adapter {path}: {''.join(_log)}")
-        status = lib.llama_set_adapters_lora(self.context, (c_void_p * 1)(adapter), 1, (c_float * 1)(1.0))
-        assert status == 0, f"llama_set_adapters_lora fails with {status}"
+    def _ended(self) -> Exception:
+        """Why the process ended: the file's fault or not."""
+        code = self.process.wait()
+        self.log.seek(0)
+        log = self.log.read().decode("utf-8", "replace")
+        self.close()
+        if code == CANNOT_START:
+            return NotAsked(f"the package xllamacpp cannot be used ({log.strip().splitlines()[-1]})")
+        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if -code in NO_FAULT:
+            return NotAsked(f"its process was ended by {name}{', as when memory runs out' * (name == 'SIGKILL')}")
+        if found := NO_MEMORY.search(log):
+            return NotAsked(f"it has not enough memory ({found[0]})")
+        reason = reason_in(log) or f"its process ended with {name}"
+        return NotAsked(reason) if self.judge and not works() else Refused(reason)
 
-    def meta(self) -> dict[str, str]:
-        """The metadata of the file as llama.cpp shows it: everything as text, arrays left out."""
-        key, entries = ctypes.create_string_buffer(512), {}
-        for i in range(lib.llama_model_meta_count(self.model)):
-            lib.llama_model_meta_key_by_index(self.model, i, key, len(key))
-            size = lib.llama_model_meta_val_str_by_index(self.model, i, None, 0) + 1
-            value = ctypes.create_string_buffer(size)
-            lib.llama_model_meta_val_str_by_index(self.model, i, value, size)
-            entries[key.value.decode()] = value.value.decode()
-        return entries
+    def ask(self, path: str, **question: Any) -> Any:
+        """The answer to a request to the server.
+
+        Raises:
+            Refused: the request is refused; NotAsked: this version of the server does not know it.
+        """
+        try:
+            self.connection.request("POST", path, json.dumps(question), {"Content-Type": "application/json"})
+            response = self.connection.getresponse()
+            answer = json.loads(response.read())
+        except (OSError, http.client.HTTPException):
+            raise self._ended() from None
+        if response.status in (404, 405, 501):
+            raise NotAsked(f"this version of xllamacpp does not answer {path}")
+        if response.status != 200:
+            raise Refused(" ".join(str(answer.get("error", {}).get("message")).split()))
+        return answer
+
+    def prompt(self, messages: list[dict[str, Any]], tools: list[Any] | None = None, answer: bool = True) -> str:
+        """What the template in the file makes of a conversation; `answer`: with the header of the answer."""
+        given = {"tools": tools} if tools else {}
+        return self.ask("/apply-template", messages=messages, add_generation_prompt=answer, **given)["prompt"]
 
     def tokenize(self, text: str, add_special: bool = False, parse_special: bool = False) -> list[int]:
         """Text -> ids. `add_special`: BOS in front if the file says so; `parse_special`: <|x|> is a token, not text."""
-        data = text.encode()
-        ids = (c_int32 * (len(data) + 16))()
-        count = lib.llama_tokenize(self.vocab, data, len(data), ids, len(ids), add_special, parse_special)
-        assert count >= 0, f"llama_tokenize wants room for {-count} tokens"
-        return list(ids[:count])
+        return self.ask("/tokenize", content=text, add_special=add_special, parse_special=parse_special)["tokens"]
 
-    def piece(self, token: int, special: bool = True) -> bytes:
-        """The bytes of one token."""
-        buffer = ctypes.create_string_buffer(512)
-        count = lib.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
-        assert count >= 0, f"llama_token_to_piece wants room for {-count} bytes"
-        return buffer.raw[:count]
+    def hidden_states(self, ids: list[int]) -> list[list[float]]:
+        """(T, D): what the head reads after each token."""
+        return self.ask("/embedding", content=ids)[0]["embedding"]
 
-    def detokenize(self, ids: list[int], special: bool = True) -> str:
-        """Ids -> text. `special` keeps control tokens as their text."""
-        return b"".join(self.piece(token, special) for token in ids).decode("utf-8", "replace")
+    def complete(self, prompt: str | list[int], max_tokens: int, **more: Any) -> dict[str, Any]:
+        """A greedy answer: `content`, `stop_type`, `timings`. A text is tokenised with its special tokens."""
+        return self.ask("/completion", prompt=prompt, n_predict=max_tokens, temperature=0, **more)
 
-    def is_eog(self, token: int) -> bool:
-        """Whether generation ends at this token."""
-        return lib.llama_vocab_is_eog(self.vocab, token)
 
-    def _decode(self, ids: list[int], start: int, only_last: bool) -> np.ndarray:
-        """Feed tokens at positions start, start + 1, ...; the logits of all of them, or of the last: (n, vocab)."""
-        n = len(ids)
-        sequence = (c_int32 * 1)(0)
-        wanted = [not only_last or i == n - 1 for i in range(n)]
-        batch = Batch(
-            num_tokens=n,
-            token=(c_int32 * n)(*ids),
-            embd=None,
-            pos=(c_int32 * n)(*range(start, start + n)),
-            num_seq_id=(c_int32 * n)(*[1] * n),
-            seq_id=(POINTER(c_int32) * n)(*[ctypes.cast(sequence, POINTER(c_int32))] * n),
-            logits=(c_int8 * n)(*wanted),
+def reason_in(log: str) -> str:
+    """What llama.cpp logged of an error: its first lines of level E, and where its template engine stopped."""
+    found = re.findall(
+        r"^(?:[\d.]+ E \s*(?:srv\s|cmn\s)?\s*(.+)|(Error: .+|.*GGML_ASSERT.+|\w*Error: .+))$", log, re.MULTILINE
+    )
+    lines = [" ".join((error or other).split()) for error, other in found]
+    return "; ".join(lines[:1] + [line for line in lines[1:] if line.startswith("Error: ")][:1])[:400]
+
+
+def works() -> bool:
+    """Whether llama.cpp takes a file that is known to be good."""
+    vocabulary = {
+        "tokenizer.ggml.model": ("string", "gpt2"),
+        "tokenizer.ggml.pre": ("string", "gpt-2"),
+        "tokenizer.ggml.tokens": ("string[]", ["a", "b", "ab"]),
+        "tokenizer.ggml.token_type": ("i32[]", [1, 1, 1]),
+        "tokenizer.ggml.merges": ("string[]", ["a b"]),
+        "tokenizer.chat_template": ("string", "{{ messages[0]['content'] }}"),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with Server(write_small(Path(folder) / "good.gguf", vocabulary), judge=False) as llama:
+                return llama.tokenize(llama.prompt([{"role": "user", "content": "ab"}])) == [2]
+        except (NotAsked, Refused):
+            return False
+
+
+def write_small(file: Path, vocabulary: dict[str, tuple[str, Any]]) -> Path:
+    """A model of one block of zeros, with this vocabulary."""
+    import torch
+
+    from . import gguf
+    from .model import ModelConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = ModelConfig.from_hf(sizes | {"vocab_size": len(vocabulary["tokenizer.ggml.tokens"][1])})
+    tensors = [
+        gguf.NewTensor(
+            gguf.gguf_name(name), shape, "F32", partial(torch.zeros, 4 * math.prod(shape), dtype=torch.uint8)
         )
-        status = lib.llama_decode(self.context, batch)
-        assert status == 0, f"llama_decode fails with {status}: {''.join(_log)}"
-        rows = [lib.llama_get_logits_ith(self.context, i) for i in range(n) if wanted[i]]
-        return np.stack([np.ctypeslib.as_array(row, (self.vocab_size,)).copy() for row in rows])
-
-    def logits(self, ids: list[int]) -> np.ndarray:
-        """(n, vocab) float32: the logits after each of the tokens."""
-        lib.llama_memory_clear(lib.llama_get_memory(self.context), True)
-        return self._decode(ids, 0, only_last=False)
-
-    def greedy(self, ids: list[int], n: int) -> list[int]:
-        """The most likely next token, up to n times; the one that ends the generation, if it comes, is the last."""
-        lib.llama_memory_clear(lib.llama_get_memory(self.context), True)
-        row, answer = self._decode(ids, 0, only_last=True), []
-        while len(answer) < n:
-            answer.append(int(row[0].argmax()))
-            if self.is_eog(answer[-1]):
-                break
-            row = self._decode(answer[-1:], len(ids) + len(answer) - 1, only_last=True)
-        return answer
-
-    def chat_prompt(self, messages: list[dict[str, str]]) -> str:
-        """What the Jinja template in the file makes of a conversation, up to the place where the answer starts."""
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _raise_exception
-        bos, eos = lib.llama_vocab_bos(self.vocab), lib.llama_vocab_eos(self.vocab)
-        bos_text = self.piece(bos).decode() if bos >= 0 else ""
-        text = environment.from_string(self.meta()["tokenizer.chat_template"]).render(
-            messages=messages,
-            add_generation_prompt=True,
-            bos_token=bos_text,
-            eos_token=self.piece(eos).decode() if eos >= 0 else "",
-        )
-        if lib.llama_vocab_get_add_bos(self.vocab):
-            text = text.removeprefix(bos_text)  # the tokenizer puts it there, and one is enough
-        return text
+        for name, shape in gguf.tensor_shapes(config).items()
+    ]
+    gguf.write_gguf(file, gguf.model_metadata(config, "small", "F32") | vocabulary, tensors)
+    return file
 
 
-def _raise_exception(message: str) -> None:
-    raise ValueError(f"the chat template refuses this conversation: {message}")
+def serve(file: str, n_ctx: int, exact: bool, hidden: bool, threads: int) -> None:
+    """The other end: load the file, print the address, and stay until the process that asks closes the pipe or ends."""
+    try:
+        import xllamacpp
 
-
-def quantize_chunk(ggml_type: str, x: np.ndarray) -> np.ndarray:
-    """The bytes of llama.cpp's own quantizer for float32 rows x (rows, n_in): (rows, row_bytes) uint8."""
-    type_id, block_size, block_bytes = QUANT_TYPES[ggml_type]
-    x = np.ascontiguousarray(x, dtype=np.float32)
-    rows, n_in = x.shape
-    out = np.empty((rows, n_in // block_size * block_bytes), dtype=np.uint8)
-    data = x.ctypes.data_as(POINTER(c_float))
-    written = lib.ggml_quantize_chunk(type_id, data, out.ctypes.data, 0, rows, n_in, None)
-    assert written == out.nbytes, f"{written} bytes where {out.nbytes} were expected"
-    return out
-
-
-def answer_all(model: str, asked: dict[str, list]) -> dict[str, list]:
-    """Ids of texts and of conversations, and for rows of ids the loss of every next token in nats."""
-    with LlamaCpp(model, vocab_only=not asked["rows"], n_ctx=max([64, *map(len, asked["rows"])])) as llama:
-        prompts = [llama.chat_prompt(chat) for chat in asked["chats"]]
-        losses = []
-        for ids in asked["rows"]:
-            logits = llama.logits(ids)[:-1].astype(np.float64)
-            logits -= logits.max(-1, keepdims=True)
-            log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-            losses.append((-log_p[np.arange(len(ids) - 1), ids[1:]]).tolist())
-        return {
-            "texts": [llama.tokenize(text) for text in asked["texts"]],
-            "chats": [llama.tokenize(prompt, add_special=True, parse_special=True) for prompt in prompts],
-            "losses": losses,
-        }
-
-
-def speed(model: str, prompt_tokens: int, new_tokens: int, threads: int) -> dict[str, float]:
-    """Tokens a second, the best of two runs after one that warms up, with llama.cpp's own defaults."""
-    prefill, decode = [], []
-    size = prompt_tokens + new_tokens
-    with LlamaCpp(model, n_ctx=size, kv_f32=False, flash=True, threads=threads, repack=True) as llama:
-        ids = np.random.default_rng(0).integers(llama.vocab_size, size=prompt_tokens).tolist()
-        for count in (2, new_tokens, new_tokens):
-            start = time.perf_counter()
-            lib.llama_memory_clear(lib.llama_get_memory(llama.context), True)
-            row = llama._decode(ids, 0, only_last=True)
-            first = time.perf_counter()
-            for i in range(count):
-                row = llama._decode([int(row[0].argmax())], prompt_tokens + i, only_last=True)
-            prefill.append(prompt_tokens / (first - start))
-            decode.append(count / (time.perf_counter() - first))
-    return {"prefill": max(prefill[1:]), "decode": max(decode[1:])}
+        params = xllamacpp.CommonParams()
+        params.model.path = file
+        params.cpuparams.n_threads = threads
+        # The generation prompt also behind an answer, as training renders it; by default the answer is gone on with.
+        settings = {"prefill_assistant": False, "ui": False, "warmup": False, "fit_params": False, "verbosity": 1}
+        settings |= {"n_ctx": n_ctx, "n_parallel": 1, "n_gpu_layers": 0, "port": 0}
+        if exact:
+            f32 = xllamacpp.ggml_type.GGML_TYPE_F32
+            settings |= {"cache_type_k": f32, "cache_type_v": f32, "no_extra_bufts": True}
+            settings["flash_attn_type"] = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if hidden:  # all tokens of a text in one batch
+            settings |= {
+                "n_batch": n_ctx,
+                "n_ubatch": n_ctx,
+                "embedding": True,
+                "pooling_type": xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE,
+            }
+        for name, value in settings.items():
+            setattr(params, name, value)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(CANNOT_START)
+    server = xllamacpp.Server(params)
+    print(server.listening_address, flush=True)
+    sys.stdin.buffer.read()
+    os._exit(0)  # at once, whatever it is doing
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Ask a GGUF file one question; the answer is greedy.")
+    from .cli import Failed, Parser, UserError
+
+    parser = Parser(prog="python -m nanoqlora.llama_cpp", description="Ask a GGUF file one question; greedy.")
     parser.add_argument("model")
-    parser.add_argument("question", nargs="?")
+    parser.add_argument("question")
     parser.add_argument("--max_tokens", type=int, default=80)
-    parser.add_argument("--questions", type=Path, help="a file of proof.py; the answers go to answer.json beside it")
-    parser.add_argument("--speed", type=int, nargs=3, metavar=("PROMPT", "NEW", "THREADS"), help="tokens a second")
     args = parser.parse_args()
-    if args.speed:
-        print(json.dumps(speed(args.model, *args.speed)))
-        return
-    if args.questions:
-        answers = answer_all(args.model, json.loads(args.questions.read_text("utf-8")))
-        args.questions.with_name("answer.json").write_text(json.dumps(answers), "utf-8")
-        return
-    with LlamaCpp(args.model, n_ctx=2048) as llama:
-        prompt = llama.chat_prompt([{"role": "user", "content": args.question}])
-        answer = llama.greedy(llama.tokenize(prompt, add_special=True, parse_special=True), args.max_tokens)
-        if llama.is_eog(answer[-1]):
-            answer.pop()
-        print(llama.detokenize(answer, special=False).strip())
+    if not Path(args.model).is_file():
+        raise UserError(f"{args.model}: no such file, so there is no model to ask. Write it with export_gguf.py.")
+    try:
+        with Server(args.model, n_ctx=2048) as llama:
+            prompt = llama.prompt([{"role": "user", "content": args.question}])
+            print(llama.complete(prompt, args.max_tokens)["content"].strip())
+    except Refused as error:
+        raise UserError(
+            f"{args.model}: llama.cpp refuses it ({error}), so nothing can answer. Export again."
+        ) from error
+    except NotAsked as error:
+        raise Failed(f"llama.cpp was not asked: {error}. It does not depend on {args.model}.") from error
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if __package__:
+        from .cli import run_command
+
+        run_command(main)
+    else:  # by its path
+        serve(sys.argv[1], **json.loads(sys.argv[2]))

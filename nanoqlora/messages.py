@@ -26,6 +26,7 @@ USUAL_ROLES = {  # names in data files -> names in templates
     **{"model": "assistant", "tool": "tool", "function": "tool"},
 }
 ROLE_SEEN = "role: "  # a note that begins so names the role of a message
+UNKNOWN_ROLE = "the role"  # an error that begins so is of a role
 # Read by us, or a number that means nothing outside of its row.
 OWN_KEYS = {"role", "content", "tool_calls", "tool_call_id", "weight", "train"}
 CALLS = {"tool_calls", "function_call"}
@@ -58,10 +59,11 @@ def chat_of(row: Row, form: "PromptFormat", note: Note, read_by_template: Iterab
         UserError: it is not a conversation.
     """
     given, num_prompt, columns = _given(row, form)
+    given = [_parsed(message) for message in given]
+    _check_roles(given, form, note)
     system = row.get(form.field_system) if form.field_system else None
     chat = Chat([], [], _tools(row.get(form.field_tools), form.field_tools))
     for number, message in enumerate(given, start=1):
-        message = _parsed(message)
         if not isinstance(message, dict):
             raise UserError(f"message {number} is {show(message)}, without role and content. Make it an object.")
         is_trained = _add(chat, message, form, f"message {number}: ", note, {*OWN_KEYS, *read_by_template})
@@ -72,6 +74,20 @@ def chat_of(row: Row, form: "PromptFormat", note: Note, read_by_template: Iterab
         columns = {*columns, form.field_system}
     note_unread(row, {*columns, form.field_tools}, note)
     return chat
+
+
+def _check_roles(given: list[Any], form: "PromptFormat", note: Note) -> None:
+    key = form.message_property_mappings.get("role", "role")
+    roles = [message.get(key) for message in given if isinstance(message, dict)]
+    roles = [role for role in roles if isinstance(role, str) and role.strip()]  # of others the caller tells
+    for role in roles:
+        note(ROLE_SEEN + role)
+    if unknown := [role for role in dict.fromkeys(roles) if role not in form.role_of]:
+        raise UserError(
+            f"{UNKNOWN_ROLE} {' and '.join(unknown)} is unknown, and no message of it could be learnt. Known are "
+            f"{', '.join(form.role_of)}. Name it under roles, as in roles: {{assistant: [{unknown[0]}]}}, or "
+            f"{{{unknown[0]}: [{unknown[0]}]}} where the chat template writes it under that name."
+        )
 
 
 def _given(row: Row, form: "PromptFormat") -> tuple[list[Any], int, set[str]]:
@@ -114,13 +130,6 @@ def _add(chat: Chat, given: Row, form: "PromptFormat", where: str, note: Note, k
         if (other := _like(given.keys() - {"role", "content"}, part)) and not given.keys() & CALLS:
             raise UserError(f"{where}{names[part]} is missing, and there is {other}. {_mapping(given)}")
     named = text_of(message, "role", where, called=names["role"])
-    note(ROLE_SEEN + named)
-    if named not in form.role_of:
-        raise UserError(
-            f"the role {named} is unknown, and no message of it could be learnt. Known are {', '.join(form.role_of)}. "
-            f"Name it under roles, as in roles: {{assistant: [{named}]}}, or {{{named}: [{named}]}} where the chat "
-            "template writes it under that name."
-        )
     role = message["role"] = form.role_of[named]
     if message.get("function_call") and not message.get("tool_calls"):  # OpenAI's older way to call one
         message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]

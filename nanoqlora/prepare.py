@@ -16,13 +16,14 @@ import hashlib
 import json
 import os
 import signal
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
+from itertools import islice
 from multiprocessing import active_children, get_context
 from pathlib import Path
 
@@ -32,8 +33,9 @@ from tqdm import tqdm
 from .cli import UserError, whole_folder, write_text
 from .data import SUPERVISED, Samples
 from .data_files import DataFile
+from .messages import ROLE_SEEN, UNKNOWN_ROLE
 from .prompts import PromptFormat, detect_format
-from .rows import BLOCK_BYTES, Block, blocks_of
+from .rows import BLOCK_BYTES, Block, blocks_of, placed_rows
 from .tokenizer import Tokenizer
 
 SMALL = 8 << 20  # bytes of data; below, to start processes takes longer than the work
@@ -51,6 +53,7 @@ class Encoding:
     sequence_len: int  # tokens that a sample may have
     strategy: str = "drop"  # for longer ones: drop, truncate or raise; long `completion` rows are split instead
     part: str = ""  # the rows that are wanted, as of a list: ":20%"
+    skip_invalid: bool = False  # leave out rows that cannot be used, and count them, in place of an error
 
 
 @dataclass
@@ -82,11 +85,22 @@ class Counts:
     too_long: Places = field(default_factory=Places)  # longer than sequence_len: dropped or cut
     unsupervised: Places = field(default_factory=Places)  # without a supervised token: dropped
     notes: dict[str, Places] = field(default_factory=dict)  # of `encode_row`: what was noted -> the rows it is true of
+    invalid: dict[str, Places] = field(default_factory=dict)  # why rows cannot be used -> those rows
+    roles: dict[str, int] = field(default_factory=dict)  # of messages, as the files name them -> how many there are
 
-    def note(self, texts: Iterable[str], where: str) -> None:
+    def note(self, texts: list[str], where: str) -> None:
         """Count what was noted of the row that stands there."""
-        for text in texts:
-            self.notes.setdefault(text, Places()).add(where)
+        for text, number in Counter(texts).items():
+            if text.startswith(ROLE_SEEN):
+                role = text.removeprefix(ROLE_SEEN)
+                self.roles[role] = self.roles.get(role, 0) + number
+            else:
+                self.notes.setdefault(text, Places()).add(where)
+
+    def add_invalid(self, why: str, places: Places) -> None:
+        """Count rows that cannot be used, by at most a few reasons: each may name a value of its row."""
+        why = why if why in self.invalid or len(self.invalid) < NAMED else OTHER_REASONS
+        self.invalid.setdefault(why, Places()).extend(places)
 
     def extend(self, others: "Counts") -> None:
         self.rows += others.rows
@@ -95,6 +109,37 @@ class Counts:
         self.unsupervised.extend(others.unsupervised)
         for text, places in others.notes.items():
             self.notes.setdefault(text, Places()).extend(places)
+        for why, places in others.invalid.items():
+            self.add_invalid(why, places)
+        for role, number in others.roles.items():
+            self.roles[role] = self.roles.get(role, 0) + number
+
+    def why_invalid(self) -> str:
+        """What is wrong with the rows that cannot be used, the first of them by file and line; "" without such rows."""
+        total, left, parts = sum(map(len, self.invalid.values())), NAMED, []
+        for why, places in self.invalid.items():
+            first, left = places.first[: max(1, left)], left - len(places)
+            file = first[0].rpartition(", ")[0] + ", "
+            also = [
+                *(place.removeprefix(file) for place in first[1:]),
+                *([f"{len(places) - len(first)} more"] if len(places) > len(first) else []),
+            ]
+            parts.append(f"{first[0]}: {why}" + (f" (also {', '.join(also)})" if also else ""))
+        if any(why.startswith(UNKNOWN_ROLE) for why in self.invalid):
+            roles = ", ".join(f"{role} {number}" for role, number in list(self.roles.items())[:20])
+            parts.append(f"The roles of its messages: {roles}.")
+        return (f"{total} of {self.rows} rows cannot be used. " if total > 1 else "") + " ".join(parts)
+
+
+OTHER_REASONS = "other reasons"
+
+
+class InvalidRows(UserError):
+    """Some rows cannot be used. `prepare_data` collects those of all data sets before it ends the run."""
+
+    def __init__(self, counts: Counts) -> None:
+        super().__init__(counts.why_invalid())
+        self.are_all = sum(map(len, counts.invalid.values())) == counts.rows
 
 
 @dataclass(kw_only=True)
@@ -106,7 +151,11 @@ class Reading(Counts):
 
     def describe_notes(self) -> list[str]:
         """A line for each thing that was noted of rows, with their number and the first of them."""
-        return [f"{len(places)} rows: {text} (first: {places.first[0]})" for text, places in self.notes.items()]
+        noted = {**self.notes, **{f"left out, {why}": places for why, places in self.invalid.items()}}
+        return [
+            f"{len(places)} row{'s' * (len(places) > 1)}: {text} (first: {places.first[0]})"
+            for text, places in noted.items()
+        ]
 
     def describe(self, sequence_len: int, strategy: str) -> str:
         """One line on the samples, and on the rows that are too long or without anything to learn."""
@@ -160,10 +209,14 @@ def prepare_samples(files: list[DataFile], encoding: Encoding, folder: Path) -> 
     fingerprint = facts.pop("fingerprint")
     for name in ("too_long", "unsupervised"):
         facts[name] = Places(**facts[name])
-    facts["notes"] = {text: Places(**places) for text, places in facts["notes"].items()}
+    for name in ("notes", "invalid"):
+        facts[name] = {text: Places(**places) for text, places in facts[name].items()}
     lengths, num_targets = np.load(prepared / "samples.npy")
     words = np.memmap(prepared / "words.bin", np.uint32, "r")
-    return Reading(**facts, samples=Samples.of(words, lengths, num_targets, fingerprint), files=hashes)
+    reading = Reading(**facts, samples=Samples.of(words, lengths, num_targets, fingerprint), files=hashes)
+    if reading.invalid and not encoding.skip_invalid:
+        raise InvalidRows(reading)
+    return reading
 
 
 def _key(encoding: Encoding, files: list[DataFile], hashes: dict[str, str]) -> str:
@@ -197,6 +250,7 @@ def _name(files: list[DataFile]) -> str:
 def _read(files: list[DataFile], encoding: Encoding, write: Callable[[np.ndarray], object]) -> tuple[Counts, Samples]:
     """Tokenise all rows and write their words, in order. Returns the samples without their words."""
     counts, digest = Counts(), hashlib.sha256()
+    rows: list[np.ndarray] = [np.empty(0, np.int64)]
     lengths, num_targets = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
     for part in _encode_files(files, encoding):
         counts.extend(part.counts)
@@ -205,13 +259,36 @@ def _read(files: list[DataFile], encoding: Encoding, write: Callable[[np.ndarray
         digest.update(part.words)
         digest.update(part.lengths)
         write(part.words)
+        rows.append(part.rows)
+    if counts.invalid and not encoding.skip_invalid:
+        raise InvalidRows(counts)
+    if counts.too_long and encoding.strategy == "raise":
+        raise UserError(
+            f"{counts.too_long.first[0]}: more tokens than sequence_len={encoding.sequence_len}, and "
+            f"excess_length_strategy is raise. Of {counts.rows} rows {len(counts.too_long)} are too long, the longest "
+            f"has {counts.longest} tokens. Set sequence_len to {counts.longest}, or drop or truncate."
+        )
     samples = Samples.of(np.empty(0), np.concatenate(lengths), np.concatenate(num_targets), digest.hexdigest())
+    _note_repeated(np.concatenate(rows), files, encoding.part, counts)
     if not len(samples):
         raise UserError(
             f"data {_name(files)}: no usable row ({len(counts.too_long)} too long, {len(counts.unsupervised)} without "
             f"a token to learn), so there is nothing to train or score. Check the file, its format and sequence_len."
         )
     return counts, samples
+
+
+def _note_repeated(rows: np.ndarray, files: list[DataFile], part: str, counts: Counts) -> None:
+    """Count rows that stand there twice. rows: a hash of the tokens of each."""
+    _, firsts = np.unique(rows, return_index=True)
+    if len(firsts) == len(rows):
+        return
+    is_repeated = np.ones(len(rows), bool)
+    is_repeated[firsts] = False
+    named = np.flatnonzero(is_repeated)[:NAMED].tolist()
+    placed = enumerate(islice(placed_rows(files, part), named[-1] + 1))
+    first = [where for i, (where, _) in placed if i in named]
+    counts.notes["the same as an earlier row, so learnt more than once"] = Places(len(rows) - len(firsts), first)
 
 
 @dataclass(frozen=True)
@@ -221,6 +298,7 @@ class Encoded:
     words: np.ndarray  # (tokens,) uint32
     lengths: np.ndarray  # (samples,) int32
     num_targets: np.ndarray  # (samples,) int32
+    rows: np.ndarray  # (rows,) int64: a hash of each row, to find those that stand there twice
     counts: Counts
 
 
@@ -231,23 +309,25 @@ def encode_block(block: Block, encoding: Encoding) -> Encoded:
     lengths: list[int] = []
     num_targets: list[int] = []
     counts, limit = Counts(), encoding.sequence_len
+    rows: list[int] = []
     for where, row in block.rows():
-        try:
-            prompt_format = encoding.prompt_format or detect_format(row)
-            notes: list[str] = []
-            ids, mask = prompt_format.encode_row(encoding.tokenizer, row, notes.append)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
         counts.rows += 1
+        notes: list[str] = []
+        try:
+            if isinstance(row, UserError):
+                raise row
+            prompt_format = encoding.prompt_format or detect_format(row)
+            ids, mask = prompt_format.encode_row(encoding.tokenizer, row, notes.append)
+        except (UserError, RecursionError) as error:  # the latter of lists in lists in lists ...
+            rows.append(hash(where))
+            counts.note([note for note in notes if note.startswith(ROLE_SEEN)], where)
+            counts.add_invalid(str(error).removeprefix(f"{where}: "), Places(1, [where]))
+            continue
+        rows.append(hash(tuple(ids)))
         counts.note(notes, where)
         counts.longest = max(counts.longest, len(ids))
         pieces = range(0, len(ids), limit)
         if len(ids) > limit and prompt_format.type != "completion":
-            if encoding.strategy == "raise":
-                raise UserError(
-                    f"{where}: {len(ids)} tokens, more than sequence_len={limit}, and excess_length_strategy is raise. "
-                    f"Set sequence_len to {len(ids)}, or drop or truncate."
-                )
             counts.too_long.add(where)
             pieces = pieces[:1] if encoding.strategy == "truncate" else []
         for start in pieces:
@@ -260,7 +340,8 @@ def encode_block(block: Block, encoding: Encoding) -> Encoded:
             else:
                 counts.unsupervised.add(where)
     words = np.array(tokens, np.uint32) | np.array(supervised, np.uint32) * SUPERVISED
-    return Encoded(words, np.array(lengths, np.int32), np.array(num_targets, np.int32), counts)
+    arrays = np.array(lengths, np.int32), np.array(num_targets, np.int32), np.array(rows, np.int64)
+    return Encoded(words, *arrays, counts)
 
 
 def _encode_files(files: list[DataFile], encoding: Encoding) -> Iterator[Encoded]:

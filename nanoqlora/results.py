@@ -20,7 +20,7 @@ from . import distributed
 from .adapter import save_adapter
 from .chat import answer
 from .chat_template import Messages
-from .cli import Failed, write_text
+from .cli import Failed, UserError, write_text
 from .config import Config
 from .data_files import split_and_part
 from .evaluate import loss_over_ranks
@@ -29,7 +29,7 @@ from .prepare import Reading
 from .prompts import PromptFormat
 from .quality import domain_score, domain_words, plain_samples, plain_text, supervised_texts
 from .report import plot_metrics, write_report
-from .rows import read_rows
+from .rows import placed_rows
 from .runs import Data, Run, cannot_write, data_files, is_disk_error, row_format
 from .serving import Usable
 from .tokenizer import Tokenizer, save_tokenizer
@@ -64,8 +64,15 @@ def questions(config: Config, count: int = 3) -> list[Messages]:
     """The messages before the first answer of a file's first rows; nothing for those without questions."""
     dataset = (config.test_datasets or config.datasets)[0]
     _, part = split_and_part(dataset.split)
-    asked = (row_format(dataset).question(row) for _, row in islice(read_rows(data_files(dataset), part), count))
-    return [messages for messages in asked if messages]
+    prompt_format = row_format(dataset)
+
+    def question(row: dict[str, Any] | UserError) -> Messages | None:
+        try:
+            return None if isinstance(row, UserError) else prompt_format.question(row)
+        except UserError:  # with skip_invalid_rows
+            return None
+
+    return [asked for _, row in islice(placed_rows(data_files(dataset), part), count) if (asked := question(row))]
 
 
 def save_results(

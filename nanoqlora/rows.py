@@ -1,4 +1,4 @@
-"""From files to rows: JSON, CSV, Parquet and text.
+"""From files to rows: JSON, CSV, Parquet, Arrow and text.
 
     read_blocks    a file -> blocks of about a megabyte, as it streams by; cheap, so that one process can do it
     Block.rows     a block -> rows, each with its place ("a.jsonl, line 7"); the work, which many processes share
@@ -13,7 +13,8 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -23,9 +24,19 @@ from .cli import UserError
 from .data_files import DataFile
 
 Row = dict[str, Any]
-Placed = tuple[str, Row]  # where it stands, for messages; and the row
+Placed = tuple[str, Row | UserError]  # where it stands, for messages; and the row, or why it is none
 
+COLUMNS = ("parquet", "arrow")  # kinds of files that keep columns, not lines
 BLOCK_BYTES = 1 << 20
+ARROW_ROWS = 512  # of a block
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    NotImplementedError,
+    SystemError,
+)
 LONGEST_CSV_FIELD = 1 << 26  # bytes; a quote that nobody closes would take the rest of the file for one field
 SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -39,44 +50,56 @@ class Block:
 
     file: DataFile
     first: int  # number of the first line, or row of a Parquet file
-    data: list[bytes] | list[Placed] | Any  # lines; rows; or a pyarrow.RecordBatch
+    data: list[bytes] | list[Placed] | Any  # lines; rows; or a pyarrow.RecordBatch of rows
     num_bytes: int
     wanted: tuple[int, int | None] = (0, None)  # of its rows, those from the one to the other
 
     @property
     def num_rows(self) -> int:
         """How many there are, wanted or not."""
-        is_lines = self.file.kind != "parquet" and isinstance(self.data[0], bytes)
+        is_lines = self.file.kind not in COLUMNS and isinstance(self.data[0], bytes)
         return sum(not line.isspace() for line in self.data) if is_lines else len(self.data)
 
     def rows(self) -> Iterator[Placed]:
-        """The wanted rows with their places. Blank lines are none.
-
-        Raises:
-            UserError: not UTF-8, not valid JSON, or not an object; with file and line.
-        """
+        """The wanted rows with their places; in place of a row that cannot be read, why. Blank lines are none."""
         return islice(self._rows(), *self.wanted)
 
     def _rows(self) -> Iterator[Placed]:
         path, kind = self.file.path, self.file.kind
-        if kind == "parquet":
-            yield from ((f"{path}, row {i}", row) for i, row in enumerate(self.data.to_pylist(), self.first))
+        if kind in COLUMNS:
+            yield from ((f"{path}, row {self.first + i}", row) for i, row in enumerate(_arrow_rows(self.data)))
         elif not isinstance(self.data[0], bytes):
             yield from self.data
         else:
             for number, line in enumerate(self.data, self.first):
                 if line.strip():
                     where = f"{path}, line {number}"
-                    text = decode(line, where)
-                    yield (
-                        where,
-                        {"text": text.rstrip("\r\n")} if kind == "text" else _object(_parse(text, where), where),
-                    )
+                    yield where, _tried(_row_of_line, line, kind, where)
 
 
-def read_rows(files: list[DataFile], part: str = "") -> Iterator[Placed]:
+def _tried(read: Callable[..., Row], *args: Any) -> Row | UserError:
+    try:
+        return read(*args)
+    except UserError as error:
+        return error
+
+
+def _row_of_line(line: bytes, kind: str, where: str) -> Row:
+    text = decode(line, where)
+    return {"text": text.rstrip("\r\n")} if kind == "text" else _object(_parse(text, where), where)
+
+
+def placed_rows(files: list[DataFile], part: str = "") -> Iterator[Placed]:
     """The rows of some files, in order; see `blocks_of`."""
-    return (row for block in blocks_of(files, part) for row in block.rows())
+    return (placed for block in blocks_of(files, part) for placed in block.rows())
+
+
+def read_rows(files: list[DataFile], part: str = "") -> Iterator[tuple[str, Row]]:
+    """The same, where every row has to be readable."""
+    for where, row in placed_rows(files, part):
+        if isinstance(row, UserError):
+            raise row
+        yield where, row
 
 
 def blocks_of(files: list[DataFile], part: str = "") -> Iterator[Block]:
@@ -109,10 +132,10 @@ def blocks_of(files: list[DataFile], part: str = "") -> Iterator[Block]:
 def read_blocks(file: DataFile) -> Iterator[Block]:
     """The rows of a file in blocks, in order. Memory: one block."""
     try:
-        if file.kind == "parquet":
-            yield from _parquet_blocks(file)
+        if file.kind in COLUMNS:
+            yield from _arrow_blocks(file)
             return
-        with gzip.open(file.path) if file.path.suffix == ".gz" else open(file.path, "rb") as opened:
+        with _open(file.path) as opened:
             start = opened.peek(64)[:64].removeprefix(b"\xef\xbb\xbf").lstrip()
             if file.kind == "csv":
                 yield from _in_blocks(file, _csv_rows(file.path, opened))
@@ -123,11 +146,15 @@ def read_blocks(file: DataFile) -> Iterator[Block]:
                 while lines := opened.readlines(BLOCK_BYTES):
                     yield Block(file, first, lines, sum(map(len, lines)))
                     first += len(lines)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"data {file.path}: cannot be read ({error}). Check the file, or copy it again.") from error
 
 
-def _in_blocks(file: DataFile, rows: Iterator[tuple[str, Row, int]]) -> Iterator[Block]:
+def _open(path: Path) -> BinaryIO:
+    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+
+
+def _in_blocks(file: DataFile, rows: Iterator[tuple[str, Row | UserError, int]]) -> Iterator[Block]:
     """Parsed rows, each with its number of characters, in blocks."""
     block: list[Placed] = []
     size = 0
@@ -177,7 +204,7 @@ class JsonList:
         self.path, self.file = path, io.TextIOWrapper(opened, "utf-8-sig", newline="")
         self.text, self.at, self.line, self.ended = "", 0, 1, False  # what is in memory, and how much of it is done
 
-    def rows(self) -> Iterator[tuple[str, Row, int]]:
+    def rows(self) -> Iterator[tuple[str, Row | UserError, int]]:
         self.take("[")
         number = 0
         if self.next_char() != "]":
@@ -186,7 +213,7 @@ class JsonList:
                 self.next_char()
                 where = f"{self.path}, row {number} (line {self.line})"
                 value, length = self.value(where)
-                yield where, _object(value, where), length
+                yield where, _tried(_object, value, where), length
                 if self.next_char() != ",":
                     break
                 self.take(",")
@@ -230,7 +257,7 @@ class JsonList:
         try:
             read = self.file.read(max(BLOCK_BYTES, 2 * len(waiting)))
         except UnicodeDecodeError:
-            with open(self.path, "rb") as lines:
+            with _open(self.path) as lines:
                 for number, line in enumerate(lines, 1):
                     decode(line, f"{self.path}, line {number}")
             raise
@@ -245,8 +272,11 @@ class JsonList:
         return UserError(f"{self.path}, line {self.line}: not valid JSON ({what}). Correct that line.")
 
 
-def _csv_rows(path: Path, opened: BinaryIO) -> Iterator[tuple[str, Row, int]]:
-    """The rows of a CSV file with a header, commas and double quotes; a row may span lines."""
+def _csv_rows(path: Path, opened: BinaryIO) -> Iterator[tuple[str, Row | UserError, int]]:
+    """The rows of a CSV file with a header, commas and double quotes; a row may span lines.
+
+    The first column may be without a name, as pandas writes the numbers of rows.
+    """
     csv.field_size_limit(LONGEST_CSV_FIELD)
     reader = csv.reader((decode(line, f"{path}, line {i}") for i, line in enumerate(opened, 1)), strict=True)
     header: list[str] | None = None
@@ -265,28 +295,86 @@ def _csv_rows(path: Path, opened: BinaryIO) -> Iterator[tuple[str, Row, int]]:
             continue  # a blank line
         if header is None:
             header = fields
-            if len(set(header)) < len(header) or "" in header:
+            if len(set(header)) < len(header) or "" in header[1:] or header == [""]:
                 raise UserError(f"{where}: the header is {', '.join(header)}. Give every column a name of its own.")
             if len(header) == 1 and re.search(r"[;\t|]", header[0]):
                 raise UserError(f"{where}: the header is one column, {header[0]!r}. Separate the columns with commas.")
         elif len(fields) != len(header):
-            raise UserError(
+            error = UserError(
                 f"{where}: {len(fields)} fields, but the header names {len(header)} columns, so nobody can tell which "
                 "is which. Correct the row; a field with commas stands in double quotes."
             )
+            yield where, error, sum(map(len, fields))
         else:
             yield where, dict(zip(header, fields, strict=True)), sum(map(len, fields))
 
 
-def _parquet_blocks(file: DataFile) -> Iterator[Block]:
+def _arrow_blocks(file: DataFile) -> Iterator[Block]:
     import pyarrow  # here, because most runs read none
+    import pyarrow.ipc
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(file.path) as parquet:
+        with open(file.path, "rb") as opened:
+            if file.kind == "parquet":
+                batches = pyarrow.parquet.ParquetFile(opened).iter_batches(batch_size=ARROW_ROWS)
+            elif opened.peek(6)[:6] == b"ARROW1":
+                reader = pyarrow.ipc.open_file(opened)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+            else:
+                batches = pyarrow.ipc.open_stream(opened)
             first = 1
-            for batch in parquet.iter_batches(batch_size=512):
-                yield Block(file, first, batch, batch.nbytes)
-                first += len(batch)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"data {file.path}: not a readable Parquet file ({error}). Copy it again.") from error
+            for batch in batches:
+                names = batch.schema.names
+                if len(set(names)) < len(names):
+                    raise UserError(
+                        f"data {file.path}: its columns are {', '.join(names)}. Give every column a name of its own."
+                    )
+                for start in range(0, len(batch), ARROW_ROWS):
+                    part = batch.slice(start, ARROW_ROWS)
+                    yield Block(file, first, part, part.nbytes)
+                    first += len(part)
+    except (pyarrow.ArrowException, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        kind = {"parquet": "Parquet", "arrow": "Arrow"}[file.kind]
+        raise UserError(f"data {file.path}: not a readable {kind} file ({error}). Copy it again.") from error
+
+
+def _arrow_rows(batch: Any) -> Iterator[Row]:
+    """The rows of a batch. A value that Python cannot have, such as text that is no UTF-8, becomes the reason."""
+    try:
+        batch.validate(full=True)  # lengths and places within the buffers too: nobody else compares them
+        rows = batch.to_pylist()
+    except UNREADABLE:
+        if len(batch) > 1:
+            for i in range(len(batch)):
+                yield from _arrow_rows(batch.slice(i, 1))
+            return
+        rows = [{}]
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                column.validate(full=True)
+                rows[0][name] = column.to_pylist()[0]
+            except UNREADABLE as error:
+                rows[0][name] = Unreadable(str(error))
+    yield from ({key: _as_in_json(value) for key, value in row.items()} for row in rows)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """In place of a value that cannot be read: wrong only where somebody wants it."""
+
+    why: str
+
+
+def _as_in_json(value: Any) -> Any:
+    """A value without Arrow's padding, and with its maps as objects.
+
+    Arrow gives every object the keys of all, with null for those that it has not: they were never in the row.
+    """
+    if isinstance(value, dict):
+        return {key: _as_in_json(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list) and value and all(isinstance(item, tuple) and len(item) == 2 for item in value):
+        return _as_in_json(dict(value)) if len(dict(value)) == len(value) else value
+    return [_as_in_json(item) for item in value] if isinstance(value, list) else value

@@ -33,7 +33,7 @@ from .ops import Segments
 from .optim import PartOptimizer, load_state, state_kind, state_problem
 from .output_dir import STATE, checkpoint_folders, checkpoint_to_resume, read_log
 from .packing import Plan, plan_steps
-from .prepare import Encoding, Reading, prepare_samples
+from .prepare import Encoding, InvalidRows, Reading, prepare_samples
 from .prompts import CHAT_TEMPLATES, Frame, PromptFormat
 from .sharding import BlockStore
 from .tokenizer import Tokenizer, load_tokenizer
@@ -54,15 +54,19 @@ class Data:
 
 def prepare_data(config: Config, tokenizer: Tokenizer, ranks: int) -> Data:
     """Read and tokenise all data of a run, set evaluation rows aside, and plan every step."""
-    formats = [prompt_format_of(config, dataset, tokenizer) for dataset in (*config.datasets, *config.test_datasets)]
     readings: dict[str, Reading] = {}
-    for dataset, prompt_format in zip((*config.datasets, *config.test_datasets), formats, strict=True):
+    invalid: list[InvalidRows] = []
+    for dataset in (*config.datasets, *config.test_datasets):
         name = f"{dataset.path}{f', split {dataset.split}' if dataset.split else ''}"
-        _, part = split_and_part(dataset.split)
-        encoding = Encoding(prompt_format, tokenizer, config.sequence_len, config.excess_length_strategy, part)
-        folder = Path(config.dataset_prepared_path)
+        encoding = encoding_of(config, dataset, tokenizer)
         name += f" ({len(readings) + 1})" * (name in readings)
-        readings[name] = prepare_samples(data_files(dataset), encoding, folder)
+        try:
+            readings[name] = prepare_samples(data_files(dataset), encoding, Path(config.dataset_prepared_path))
+        except InvalidRows as error:
+            invalid.append(error)
+    if invalid:
+        advice = " To go on without such rows, write skip_invalid_rows: true."
+        raise UserError(" ".join(map(str, invalid)) + advice * (not any(error.are_all for error in invalid)))
     parts = [reading.samples for reading in readings.values()]
     samples, held_out = join(parts[: len(config.datasets)]), join(parts[len(config.datasets) :])
     if config.val_set_size:
@@ -88,7 +92,20 @@ def prepare_data(config: Config, tokenizer: Tokenizer, ranks: int) -> Data:
         seed=config.seed,
         shuffle=config.shuffle_merged_datasets,
     )
-    return Data(formats[0], samples, held_out, plan, readings)
+    return Data(prompt_format_of(config, config.datasets[0], tokenizer), samples, held_out, plan, readings)
+
+
+def encoding_of(config: Config, dataset: DatasetConfig, tokenizer: Tokenizer) -> Encoding:
+    """How the rows of a data set of a run become samples."""
+    _, part = split_and_part(dataset.split)
+    return Encoding(
+        prompt_format_of(config, dataset, tokenizer),
+        tokenizer,
+        config.sequence_len,
+        config.excess_length_strategy,
+        part,
+        config.skip_invalid_rows,
+    )
 
 
 def tokenizer_of(config: Config) -> Tokenizer:

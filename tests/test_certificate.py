@@ -128,6 +128,29 @@ def test_default_limit_holds_what_is_not_the_trained_model(run, tmp_path, monkey
     assert ended.code == 2 and "merged on nf4" in ended.err and not (tmp_path / "out").exists()
 
 
+def test_verdict_is_the_last_line_and_the_exit_code(run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def verdict(*words: object) -> tuple[int, str]:
+        ended = merged(run, out, *words)
+        line = json.loads((out / "merge.json").read_text())["verdict"]
+        assert ended.out.splitlines()[-1] == line and ended.out.count("verdict:") == 1 and not ended.err
+        return ended.code, line
+
+    code, line = verdict()
+    assert code == 0 and line.startswith(f"verdict: {out} is what was trained: ") and "held-out tokens" in line
+    code, line = verdict("--base", "original")
+    assert code == 0 and "which is not the model that was trained: " in line
+    code, line = verdict("--max_tokens", 0)
+    assert code == 0 and line.startswith("verdict: not proven: ")
+    # A limit that the user has lifted does not make another model the trained one.
+    good = merge.Merged.as_training_saw
+    other = lambda self, name, w: good(self, name, w) * (-1 if self.dtype == torch.bfloat16 else 1)  # noqa: E731
+    monkeypatch.setattr(merge.Merged, "as_training_saw", other)
+    code, line = verdict("--dtype", "bf16", "--max_kl", 100)
+    assert code == 1 and line.startswith(f"verdict: NOT what was trained: {out}: ") and "Do not serve it" in line
+
+
 def test_texts_that_are_not_there(run, tmp_path):
     """No YAML, or the run's own are missing: a line that names the reason. Named by the user: an error."""
     words = ("--model", run / "model", "--adapter", run / "out", "--out")

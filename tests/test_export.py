@@ -23,6 +23,7 @@ from nanoqlora.cli import UserError, run_command
 from nanoqlora.file_types import FILE_TYPES, tensor_type
 from nanoqlora.ggml_blocks import dequantize, quantize
 from nanoqlora.gguf import hf_config, hf_name, read_gguf
+from nanoqlora.llama_cpp import Server
 from nanoqlora.model import ModelConfig
 from nanoqlora.modelfile import NO_GUESS
 from nanoqlora.prompts import CHAT_TEMPLATES, Frame, PromptFormat
@@ -359,10 +360,13 @@ def test_prompts_are_those_of_training(case: str, by: str, folder: Path, tok: To
     assert recipe["PARAMETER stop"] == [tok.vocab[id] for id in dict.fromkeys([end, tok.eos_id, folders])]
     with LlamaCpp(tmp_path / "model.gguf", vocab_only=True) as llama:
         assert llama.is_eog(end) and llama.meta()["tokenizer.ggml.eos_token_id"] == str(end)
+    with Server(tmp_path / "model.gguf") as llama:
         for messages in CHATS:
             expected = fmt.encode_prompt(tok, messages)
             if by == "llama.cpp":
-                text = llama.chat_prompt(messages)
+                if fmt.type != "chat_template" and messages[0]["role"] == "system":
+                    continue  # these formats have none, and llama.cpp joins it to the question
+                text = llama.prompt(messages)
             else:
                 default = [{"role": "system", "content": text} for text in recipe.get("SYSTEM", [])]
                 given = default + messages if messages[0]["role"] != "system" else messages
@@ -474,6 +478,26 @@ def test_wrong_models_are_refused_and_nothing_changes(case: str, folder: Path, t
         export_gguf.export(folder, tmp_path / "model.gguf", file_type)
     assert [(tmp_path / name).read_text() for name in ("model.gguf", "Modelfile")] == ["old", "old"]
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.usefixtures("known_tokenizer")
+def test_a_file_of_the_users_own_is_kept(folder: Path, smollm2_path: Path, tmp_path: Path, capsys):
+    """Also one of another program's, while ours are replaced, and a Modelfile under a name that would be ours."""
+    out, kept = tmp_path / "model.gguf", tmp_path / "model.gguf.old"
+    out.write_text("my notes")
+    export_gguf.export(folder, out, "F16")
+    assert f"is kept as {kept}" in capsys.readouterr().out and kept.read_text() == "my notes"
+    export_gguf.export(folder, out, "Q8_0")
+    assert "kept" not in capsys.readouterr().out and read_gguf(out).metadata["general.file_type"] == 7
+    shutil.copy(smollm2_path, out)
+    export_gguf.export(folder, out, "Q8_0")
+    assert (tmp_path / "model.gguf.old1").read_bytes() == smollm2_path.read_bytes()
+    with pytest.raises(UserError, match="is a folder"):
+        export_gguf.export(folder, tmp_path, "F16")
+    (tmp_path / "Modelfile-x").write_text("FROM llama3\n")
+    with pytest.raises(UserError, match="Modelfile-x: is not one that export_gguf.py wrote.*Rename it"):
+        export_gguf.export(folder, tmp_path / "x.gguf", "F16")
+    assert not (tmp_path / "x.gguf").exists() and (tmp_path / "Modelfile-x").read_text() == "FROM llama3\n"
 
 
 # ------------------------------------------------------------------------------------------------ the command

@@ -181,7 +181,9 @@ BOTH = say("human", "hi", "gpt", "Ho!", "function_call", "{}", "observation", "x
 
 def test_unknown_roles_are_refused_unless_named(tok):
     for given in ({}, {"roles": {"assistant": ["gpt"]}}):
-        with pytest.raises(UserError, match="the role function_call is unknown.*roles: {assistant: .function_call.}"):
+        with pytest.raises(
+            UserError, match="the role function_call and observation is unknown.*roles: {assistant: .function_call.}"
+        ):
             encode(tok, CHATML, {"messages": BOTH}, **given)
     named = {"assistant": ["function_call"], "tool": ["observation"]}
     text, _ = encode(tok, CHATML, {"messages": BOTH}, roles=named)

@@ -17,7 +17,7 @@ from nanoqlora import prepare, rows
 from nanoqlora.byte_pairs import LETTERS
 from nanoqlora.cli import UserError
 from nanoqlora.data_files import find_files
-from nanoqlora.prepare import Encoding, Reading, prepare_samples, read_samples
+from nanoqlora.prepare import Encoding, InvalidRows, Reading, prepare_samples, read_samples
 from nanoqlora.prompts import PromptFormat
 from nanoqlora.tokenizer import Tokenizer
 from nanoqlora.vocabulary import CONTROL, NORMAL
@@ -71,7 +71,7 @@ def test_too_long_rows_are_dropped_cut_or_refused_and_counted(tmp_path):
     cut = read(tmp_path / "a.jsonl", text, room, "truncate")
     assert cut.samples.lengths.tolist() == [room - 1, room, room, room]
     assert ids(cut)[1][-4:] == [*b"xxxx"], "the start of the row is kept"
-    with pytest.raises(UserError, match=rf"a\.jsonl, line 2: .*sequence_len to {lengths[1]}"):
+    with pytest.raises(UserError, match=rf"a\.jsonl, line 2: .* 2 are too long.*sequence_len to {lengths[3]}"):
         read(tmp_path / "a.jsonl", text, room, "raise")
 
 
@@ -120,6 +120,115 @@ def test_what_is_wrong_with_a_row_is_told_with_its_place(tmp_path, text, words):
     with pytest.raises(UserError) as error:
         read(tmp_path / "a.jsonl", text)
     assert all(word in str(error.value) for word in words), error.value
+
+
+# ------------------------------------------------------------------------------------------------ rows of no use
+
+REASON = "output is int 5, and it must be a text"
+
+
+def alpaca_csv(path: Path, wrong: int) -> Path:
+    """60 rows, of which the 25th has no answer, and `wrong` others one field too many."""
+    table = [f"Task {i},{'' if i == 25 else f'Answer {i}'}" for i in range(1, 61)]
+    for i in range(wrong):
+        table[30 + i] += ",more"
+    path.write_text("\n".join(["instruction,output", *table]) + "\n")
+    return path
+
+
+def test_an_empty_answer_is_trained_and_counted(tmp_path):
+    path = alpaca_csv(tmp_path / "a.csv", wrong=0)
+    reading = read_samples(find_files(path), Encoding(None, BYTES, 400))
+    assert len(reading.samples) == 60 and reading.samples[24].tokens[-1] == END and reading.samples[24].num_targets == 1
+    assert reading.describe_notes() == [
+        f"1 row: the answer is empty, so only the token that ends it is learnt (first: {path}, line 26)"
+    ]
+
+
+def test_all_rows_of_no_use_are_counted_in_one_error(tmp_path):
+    """Over lines that are not JSON, rows that are no objects, rows without a column; the first five are named."""
+    good, bad = '{"instruction": "i %d", "output": "o"}', '{"instruction": "i", "output": 5}'
+    text = [good % i for i in range(40)]
+    for number in (3, 5, 7, 11, 13, 17, 19):
+        text[number - 1] = bad
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(InvalidRows) as error:
+        read(path, "\n".join(text), 400)
+    said = str(error.value)
+    assert said.startswith(f"7 of 40 rows cannot be used. {path}, line 3: {REASON}")
+    assert "(also line 5, line 7, line 11, line 13, 2 more)" in said
+    text[1], text[22], text[30] = "not JSON", "[1]", '{"instruction": "i", "output": null}'
+    with pytest.raises(InvalidRows) as error:
+        read(path, "\n".join(text), 400)
+    said = str(error.value)
+    assert said.startswith("10 of 40 rows") and said.count("line 3:") == 1
+    for place in ("line 2: not valid JSON", f"line 3: {REASON}", "line 23: holds a list", "line 31: output is missing"):
+        assert f"{path}, {place}" in said
+
+
+def test_rows_of_no_use_may_be_left_out(tmp_path):
+    path = alpaca_csv(tmp_path / "a.csv", wrong=3)
+    encoding = Encoding(None, BYTES, 400)
+    with pytest.raises(InvalidRows, match="3 of 60 rows cannot be used. .*line 32: 3 fields"):
+        read_samples(find_files(path), encoding)
+    kept = tmp_path / "kept"
+    for _ in range(2):  # read, and from the folder
+        reading = prepare_samples(find_files(path), replace(encoding, skip_invalid=True), kept)
+        assert len(reading.samples) == 57 and reading.rows == 60
+        [left_out] = [line for line in reading.describe_notes() if "left out" in line]
+        assert left_out.startswith("3 rows: left out, 3 fields") and left_out.endswith(f"(first: {path}, line 32)")
+    with pytest.raises(InvalidRows, match="3 of 60 rows"):  # though it was kept
+        prepare_samples(find_files(path), encoding, kept)
+
+
+def test_reasons_that_differ_in_each_row_stay_few(tmp_path):
+    text = lines([{"text": i} for i in range(1000)] + [{"text": "good"}])
+    with pytest.raises(InvalidRows) as error:
+        read(tmp_path / "a.jsonl", text)
+    assert "1000 of 1001 rows" in str(error.value) and len(str(error.value)) < 3000
+
+
+def test_roles_that_no_mapping_knows_are_counted_over_all_rows(tmp_path):
+    chats = [[("human", "a"), ("gpt", "b")]] * 3 + [[("human", "a"), ("function_call", "{}"), ("observation", "x")]] * 2
+    rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
+    template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    (tmp_path / "a.jsonl").write_text(lines(rows))
+    chat = PromptFormat(type="chat_template", chat_template=template)
+    with pytest.raises(
+        InvalidRows, match="2 of 5 rows .*line 4: the role function_call and observation is unknown"
+    ) as error:
+        read_samples(find_files(tmp_path / "a.jsonl"), Encoding(chat, BYTES, 40))
+    assert str(error.value).endswith("The roles of its messages: human 5, gpt 3, function_call 2, observation 2.")
+
+
+@pytest.mark.parametrize("blocks", [1, 1 << 20])
+def test_rows_that_stand_there_twice_are_counted(tmp_path, monkeypatch, blocks):
+    """In one file or in two, in one block or in several."""
+    monkeypatch.setattr(rows, "BLOCK_BYTES", blocks)
+    texts = [f"text {i}" for i in range(20)]
+    for name, some in {"a.jsonl": [*texts, texts[3]], "b.jsonl": ["other", texts[3], texts[19], "other"]}.items():
+        (tmp_path / name).write_text("\n" + lines([{"text": text} for text in some]))
+    reading = read_samples(find_files(tmp_path / "*.jsonl"), Encoding(None, BYTES, 20))
+    assert len(reading.samples) == 25
+    [line] = reading.describe_notes()
+    assert line.startswith("4 rows: the same as an earlier row") and line.endswith(
+        f"(first: {tmp_path}/a.jsonl, line 22)"
+    )
+    assert [place.rpartition("/")[2] for place in reading.notes.popitem()[1].first] == [
+        *("a.jsonl, line 22", "b.jsonl, line 3", "b.jsonl, line 4", "b.jsonl, line 5")
+    ]
+
+
+def test_lists_in_lists_in_lists_are_told(tmp_path):
+    """However deep: too deep for the reader of JSON, or only for what comes after it."""
+    for depth in (100, 300, 900, 5_000, 100_000):
+        text = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": '
+        text += '[{"function": {"name": "f", "arguments": ' + '{"a":' * depth + "1" + "}" * depth + "}}]}]}\n"
+        with pytest.raises(UserError, match="a.jsonl, line 1"):
+            read(tmp_path / "a.jsonl", text)
+        nested = json.dumps({"messages": '[{"role":' + "[" * depth})
+        with pytest.raises(UserError, match="a.jsonl, line 1"):
+            read(tmp_path / "a.jsonl", nested + "\n")
 
 
 # ------------------------------------------------------------------------------------------------ several processes
@@ -218,7 +327,7 @@ def test_what_is_noted_of_rows_is_counted_over_processes_and_kept(many, monkeypa
     encoding = Encoding(COMPLETION, BYTES, 100)
     expected = [
         f"3 rows: round numbers (first: {many}, line 1)",
-        f"1 rows: large ones (first: {many}, line 20001)",
+        f"1 row: large ones (first: {many}, line 20001)",
     ]
     assert read_samples(find_files(many), encoding).describe_notes() == expected
     for _ in range(2):

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
 from nanoqlora import rows as rows_room
 from nanoqlora.cli import UserError
 from nanoqlora.data_files import find_files, split_and_part
+from nanoqlora.prompts import PromptFormat
 from nanoqlora.rows import read_blocks, read_rows
+from nanoqlora.tokenizer import load_tokenizer
 
 ROWS = [
     {"text": "one", "n": "1"},
@@ -118,7 +121,151 @@ def test_a_line_of_ten_megabytes_is_a_row_like_others(tmp_path):
         assert read(write(tmp_path / name, rows)) == rows
 
 
+def write_arrow(path: Path, table: pyarrow.Table, is_stream: bool) -> Path:
+    open_new = pyarrow.ipc.new_stream if is_stream else pyarrow.ipc.new_file
+    with open_new(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+    return path
+
+
+NESTED = [
+    {"tools": [{"name": "a", "arguments": {"city": "Oslo"}}, {"name": "b", "arguments": {"x": {"y": 1}}}], "n": 1},
+    {"tools": [{"name": "c", "arguments": {"x": {"z": [{"p": 1}, {"q": "\u00fc"}]}}}], "n": 2},
+    {"tools": [{"name": "d", "arguments": {}}], "n": 3},
+]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream", "file"])
+def test_arrow_pads_objects_and_the_padding_goes(tmp_path, kind):
+    """At every depth, in lists too: the rows are those of the same JSON lines."""
+    table = pyarrow.Table.from_pylist(NESTED)
+    assert table.to_pylist() != NESTED
+    path = tmp_path / ("a.parquet" if kind == "parquet" else "a.arrow")
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        write_arrow(path, table, kind == "stream")
+    expected = read(write(tmp_path / "a.jsonl", NESTED))
+    found = read(path)
+    assert found[:2] == expected[:2] and found[2]["n"] == 3
+    given = '{"messages": {"arguments": {"a": null}}}'  # a null that stands in JSON was meant
+    (tmp_path / "b.jsonl").write_text(given)
+    assert read(tmp_path / "b.jsonl") == [json.loads(given)]
+
+
+def test_folders_of_the_datasets_library(tmp_path):
+    """`save_to_disk` writes streams, its own working files, and JSON files that are no data."""
+    for split, rows in (("train", ROWS), ("test", ROWS[:1])):
+        folder = tmp_path / split
+        folder.mkdir()
+        write_arrow(folder / "data-00000-of-00001.arrow", pyarrow.Table.from_pylist(rows), True)
+        write_arrow(folder / "cache-0123.arrow", pyarrow.table({"indices": [1]}), True)
+        for name in ("state.json", "dataset_info.json"):
+            (folder / name).write_text("{}")
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    assert read(tmp_path) == ROWS and read(tmp_path, split="test") == ROWS[:1]
+    assert read(tmp_path / "test" / "data-00000-of-00001.arrow") == ROWS[:1]
+
+
+def test_values_that_python_cannot_have_are_wrong_only_where_somebody_wants_them(tmp_path):
+    """Text that is no UTF-8, dates that are too late, times of nanoseconds; the row beside them is read."""
+    bad = pyarrow.py_buffer(b"ok\xff\xfe")
+    offsets = pyarrow.py_buffer(b"".join(i.to_bytes(4, "little") for i in (0, 2, 4)))
+    table = pyarrow.table(
+        {
+            "text": pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, offsets, bad]),
+            "date": pyarrow.array([1, 10**7], pyarrow.int32()).cast(pyarrow.date32()),
+            "time": pyarrow.array([1, 1], pyarrow.timestamp("ns")),
+            "map": pyarrow.array([[("a", "x")], []], pyarrow.map_(pyarrow.string(), pyarrow.string())),
+            "answer": ["yes", "no"],
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    first, second = read(tmp_path / "a.parquet")
+    assert (first["text"], first["map"], first["answer"], second["answer"]) == ("ok", {"a": "x"}, "yes", "no")
+    prompt_format = PromptFormat(type="prompt_completion")
+    tokenizer = load_tokenizer("models/SmolLM2-135M-Instruct.Q4_1.gguf")
+    asked = [{"prompt": row["text"], "completion": row["answer"]} for row in (first, second)]
+    assert prompt_format.encode_row(tokenizer, asked[0])
+    with pytest.raises(UserError, match="prompt is Unreadable .*Invalid UTF8"):
+        prompt_format.encode_row(tokenizer, asked[1])
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    write_arrow(tmp_path / "b.arrow", twice, True)
+    with pytest.raises(UserError, match="its columns are text, text"):
+        read(tmp_path / "b.arrow")
+
+
+def test_the_index_that_pandas_writes_into_csv_is_a_column_without_a_name(tmp_path):
+    (tmp_path / "a.csv").write_text(",text\n0,one\n1,two\n")
+    rows = read(tmp_path / "a.csv")
+    assert rows == [{"": "0", "text": "one"}, {"": "1", "text": "two"}]
+    notes: list[str] = []
+    tokenizer = load_tokenizer("models/SmolLM2-135M-Instruct.Q4_1.gguf")
+    PromptFormat(type="completion").encode_row(tokenizer, rows[0], notes.append)
+    assert notes == ["the column without a name was not read"]
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a.jsonl", ROWS)
+    assert read(Path("~/a.jsonl")) == read(Path("~/*.jsonl")) == ROWS
+    assert read(Path("json"), data_files=("~/a.jsonl",)) == ROWS == read(Path("~"), data_files=("a.jsonl",))
+
+
 # ------------------------------------------------------------------------------------------------ files
+
+
+CARD = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {}\n---\n# A card\n"
+
+
+def test_a_folder_chooses_no_file_outside_of_it(tmp_path):
+    """Neither its card nor its links; what the user names is the user's."""
+    secret = write(tmp_path / "secret" / "a.jsonl", ROWS) if (tmp_path / "secret").mkdir() is None else None
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "own.jsonl", ROWS)
+    for pattern in ("../secret/*.jsonl", str(secret), "sub/../../secret/a.jsonl", "..//**/secret/*"):
+        (folder / "sub").mkdir(exist_ok=True)
+        (folder / "README.md").write_text(CARD.format(json.dumps(pattern)))
+        with pytest.raises(UserError, match=f"leads out of the folder, to {secret}"):
+            read(folder)
+    (folder / "README.md").write_text("---\nconfigs:\n- {data_dir: ../secret}\n---\n")
+    with pytest.raises(UserError, match="leads out of the folder"):
+        read(folder)
+    (folder / "README.md").write_text(CARD.format("own.jsonl"))
+    assert read(folder) == ROWS
+    (folder / "README.md").unlink()
+    (folder / "link.jsonl").symlink_to(secret)
+    with pytest.raises(UserError, match="link.jsonl leads out of the folder"):
+        read(folder)
+    assert read(folder / "link.jsonl") == ROWS == read(folder, data_files=("link.jsonl",))
+    (folder / "link.jsonl").unlink()
+    (folder / "also.jsonl").symlink_to(folder / "own.jsonl")
+    assert read(folder) == ROWS * 2, "a link within the folder"
+    (folder / "also.jsonl").unlink()
+    (folder / "linked").symlink_to(tmp_path / "secret", target_is_directory=True)
+    (folder / "README.md").write_text(CARD.format("linked/*.jsonl"))
+    with pytest.raises(UserError, match="leads out of the folder"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "configs: 5", "configs: [5, null, [1]]", "configs: {a: b}", "configs: [{config_name: [1]}]", "- configs", "5",
+        "configs: [{data_files: 5}]", "configs: [{data_files: [{split: [1], path: {a: b}}]}]", "a: 2020-99-99",
+        "configs: [{data_files: [null]}]", 'configs: [{data_files: "a\\0b"}]', "configs: " + "[" * 5000,
+        "configs: [{config_name: default, data_files: [{path: 7}]}]", "configs: !!python/object/apply:os.system [ls]",
+        'configs: [{data_files: "/nowhere/*"}]', "configs: [{data_files: '**a/[b'}]", "configs: [{data_files: {a: 1}}]",
+    ],
+)  # fmt: skip
+def test_cards_of_any_shape_are_read_or_told(tmp_path, head):
+    write(tmp_path / "train.jsonl", ROWS)
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n")
+    try:
+        assert read(tmp_path) == ROWS
+    except UserError as error:
+        assert str(tmp_path) in str(error)
 
 
 def names(*args: Any, **options: Any) -> list[str]:
@@ -227,6 +374,11 @@ GOOD = '{"text": "good"}\n'
         ("a.txt", b"good\n\xe9\n", ["a.txt, line 2", "UTF-8"]),
         ("a.parquet", b"PAR1 and then nothing", ["a.parquet", "Parquet"]),
         ("a.jsonl.gz", b"\x1f\x8bnothing", ["a.jsonl.gz", "cannot be read"]),
+        ("a.json.gz", gzip.compress(b'[{"text": "good"},\n{"text": "\xff"}]'), ["a.json.gz, line 2", "UTF-8"]),
+        ("a.csv.gz", gzip.compress(b"text\ngood\n\xff\n"), ["a.csv.gz, line 3", "UTF-8"]),
+        ("a.arrow", b"ARROW1 and then nothing", ["a.arrow", "Arrow"]),
+        ("a.arrow", b"nothing", ["a.arrow", "Arrow"]),
+        ("a.arrow", b"", ["a.arrow", "Arrow"]),
     ],
 )
 def test_what_is_wrong_with_a_file_is_told_with_its_place(tmp_path, name, text, words):
@@ -235,6 +387,27 @@ def test_what_is_wrong_with_a_file_is_told_with_its_place(tmp_path, name, text, 
     with pytest.raises(UserError) as error:
         read(path)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_files_that_are_damaged_anywhere_are_told(tmp_path):
+    """One byte changed, or the end cut off, at many places of compressed and Arrow files: rows, or one line."""
+    chance = random.Random(0)
+    table = pyarrow.Table.from_pylist(ROWS * 40)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    write_arrow(tmp_path / "a.arrow", table, True)
+    write_arrow(tmp_path / "b.arrow", table, False)
+    write(tmp_path / "a.jsonl.gz", ROWS * 40)
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"text\n" + b"some words\n" * 5000))
+    for path in sorted(tmp_path.glob("*.*")):
+        data = path.read_bytes()
+        for i in range(120):
+            damaged = bytearray(data)
+            damaged[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+            path.write_bytes(damaged if i % 3 else data[: chance.randrange(len(data))])
+            try:
+                read(path)
+            except UserError as error:
+                assert str(path) in str(error)
 
 
 def test_a_quote_that_is_never_closed_does_not_take_the_whole_file(tmp_path, monkeypatch):

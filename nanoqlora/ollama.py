@@ -31,6 +31,10 @@ from .vocabulary import CONTROL, UNUSED, USER_DEFINED
 STOPS_BY_NAME = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "</s>")
 
 
+# llama.cpp gives templates these, with today's date; training does not, and Llama-3.1's then writes a date of its own.
+GIVEN_BY_SERVERS = ("date_string", "datetime")
+
+
 def tokenizer_metadata(
     tok: Tokenizer, fmt: PromptFormat, num_rows: int, model: Path, ends: Sequence[int] = ()
 ) -> Metadata:
@@ -57,6 +61,9 @@ def tokenizer_metadata(
     puts_spaces, lead = _spaces(tok, fmt)
     # As an expression, because Jinja drops spaces in front of a block.
     jinja = (lead and f"{{{{ {lead!r} }}}}") + (fmt.jinja(tok) or jinja_of_words(fmt, tok))
+    for name in GIVEN_BY_SERVERS:
+        if name in jinja:
+            jinja = f"{{% set {name} = not_given %}}{jinja}"
     if tok.is_sentencepiece:
         scores = tok.scores + [UNREACHED] * (num_rows - len(tok.scores))
         words = {"scores": ("f32[]", scores)}

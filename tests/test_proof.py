@@ -207,6 +207,11 @@ TEMPLATES = {  # what real llama.cpp makes of it: None: the same as training, el
         WITH.replace("TURN", TURN.replace("message['content']", "message['content'].strip() | trim")),
         None,
     ),
+    "a date that llama.cpp gives": (
+        "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}"
+        "<|im_start|>{{ date_string }}{{ datetime }}<|im_end|>\n" + CHATML,
+        None,
+    ),
     "percent": (
         WITH.replace("TURN", "{{ '<|im_start|>%s\n%s<|im_end|>\n' % (message['role'], message['content']) }}"),
         'Unknown operator "%"',

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from nanoqlora import gguf
 from nanoqlora.adapter import read_updates
+from nanoqlora.adapter_files import adapter_file, check_base, check_merged
 from nanoqlora.checkpoint import model_config, open_weights
 from nanoqlora.cli import UserError, check_space, read_json, run_command, script_command, whole_file
 from nanoqlora.config import Option, load_command
@@ -29,7 +30,7 @@ from nanoqlora.ggml_blocks import FORMATS
 from nanoqlora.gguf_adapter import adapter_metadata, plan_adapter
 from nanoqlora.gguf_model import plan_tensors
 from nanoqlora.held_out import held_out_texts
-from nanoqlora.hub import ADAPTER_FILES, is_hub_name, local_path
+from nanoqlora.hub import is_hub_name, local_path
 from nanoqlora.modelfile import (
     Recipe,
     file_value,
@@ -43,6 +44,7 @@ from nanoqlora.modelfile import (
 from nanoqlora.ollama import go_template, jinja_of_words, stop_texts, tokenizer_metadata
 from nanoqlora.prompts import PromptFormat
 from nanoqlora.proof import Proof, prove_file
+from nanoqlora.serving import talking
 from nanoqlora.tokenizer import Tokenizer, load_tokenizer
 
 OPTIONS = {
@@ -52,6 +54,7 @@ OPTIONS = {
     "prove": Option("read the file back and compare it with what was trained; the result goes into merge.json", bool),
     "data": Option("held-out texts for --prove; default: those of the run in the YAML file"),
     "max_tokens": Option("held-out tokens for --prove", int, 1024),
+    "other_base": Option("with --adapter: onto other weights than those that it was trained on", bool, False),
     "adapter": Option(
         "folder of a trained adapter, to be written alone; its base is --model, that of the YAML, or a hub name in it"
     ),
@@ -74,16 +77,16 @@ def main() -> None:
             raise UserError(
                 "--prove compares a whole model with what was trained; merge the adapter and prove that file."
             )
-        adapter = Path(options["adapter"])
-        out = Path(options["out"] or adapter / f"adapter-{file_type.lower()}.gguf")
-        export_adapter(adapter, options["model"] or (config.base_model if config else base_of(adapter)), out, file_type)
+        adapter = options["adapter"]
+        out = Path(options["out"] or own_folder(adapter) / f"adapter-{file_type.lower()}.gguf")
+        base = options["model"] or (config.base_model if config else base_of(adapter))
+        export_adapter(adapter, base, out, file_type, options["other_base"])
         return
-    model = Path(options["model"] or Path(config.output_dir) / "merged")
-    if is_hub_name(model) and not options["out"]:
-        raise UserError(f"--model {model} is a hub name, which has no folder to write into. Give the file with --out.")
+    model = options["model"] or Path(config.output_dir) / "merged"
+    check_merged(model)
     if not local_path(model).exists():
         raise UserError(f"{model}: no such folder, so there is no model to export. Run merge.py first, or use --model.")
-    folder = Path(config.output_dir) if config else model if model.is_dir() else model.parent
+    folder = Path(config.output_dir) if config else own_folder(model)
     out = Path(options["out"] or folder / f"model-{file_type.lower()}.gguf")
     if not options["prove"]:
         export(model, out, file_type)
@@ -132,9 +135,16 @@ def name_of(model: str | Path) -> str:
     return name.encode("utf-8", "replace").decode()
 
 
-def base_of(adapter: Path) -> str:
+def own_folder(path: str | Path) -> Path:
+    """Where results go by default: to what was given, of a file beside it, of a hub name to a folder of its name."""
+    if is_hub_name(path):
+        return Path(Path(path).name)
+    return Path(path).parent if Path(path).is_file() else Path(path)
+
+
+def base_of(adapter: str | Path) -> str:
     """The base model that an adapter names, if that is a hub name: a path is for the user to name."""
-    where = local_path(adapter, ADAPTER_FILES) / "adapter_config.json"
+    where = adapter_file(adapter).with_name("adapter_config.json")
     base = read_json(where).get("base_model_name_or_path")
     if not isinstance(base, str) or not is_hub_name(base):
         raise UserError(
@@ -144,12 +154,17 @@ def base_of(adapter: Path) -> str:
     return base
 
 
-def export_adapter(adapter: Path, base: str | Path, out: Path, file_type: str) -> None:
+def export_adapter(adapter: str | Path, base: str | Path, out: Path, file_type: str, other_base: bool = False) -> None:
     """Write the adapter alone as `out`, and beside it a Modelfile that puts it on the base model."""
     _, updates = read_updates(adapter)
-    config = model_config(open_weights(base).config, base)
-    tok = load_tokenizer(base, adapter)
-    fmt = prompt_format(adapter, tok)
+    weights = open_weights(base)
+    if note := check_base(adapter, base, weights, other_base):
+        print(note)
+    config = model_config(weights.config, base)
+    tok, fmt, note = talking(base, adapter, config.vocab_size)
+    if note:
+        print(note)
+    fmt = fmt or PromptFormat(type="chat_template" if tok.chat_template else "completion")
     alpha, tensors = plan_adapter(updates, config, file_type, adapter)
     metadata = adapter_metadata(name_of(adapter), alpha, file_type)
     if Path(base).suffix == ".gguf":

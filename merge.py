@@ -21,19 +21,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanoqlora.adapter import adapter_hash, read_updates
+from nanoqlora.adapter import read_updates
+from nanoqlora.adapter_files import adapter_hash, check_base, read_trained
 from nanoqlora.certificate import GGUF, MAX_KL, ON_NF4, ON_ORIGINAL, certify, verdict_of_merge
-from nanoqlora.checkpoint import ShardWriter, model_config, open_weights
+from nanoqlora.checkpoint import ShardWriter, fingerprint, model_config, open_weights
 from nanoqlora.cli import UserError, check_space, run_command, whole_folder, write_text
 from nanoqlora.config import Config, Option, load_command
 from nanoqlora.file_types import FILE_TYPES
-from nanoqlora.forms import Merged, all_forms, as_trained, bytes_on_disk
+from nanoqlora.forms import Merged, all_forms, bytes_on_disk
 from nanoqlora.generation import end_ids, read_generation
 from nanoqlora.held_out import held_out_texts
+from nanoqlora.hub import is_hub_name
 from nanoqlora.model import ModelConfig
-from nanoqlora.prompts import PromptFormat
-from nanoqlora.serving import check_vocabulary
-from nanoqlora.tokenizer import load_tokenizer, save_tokenizer
+from nanoqlora.serving import talking
+from nanoqlora.tokenizer import save_tokenizer
 
 OPTIONS = {
     "model": Option("the base: Hugging Face folder or .gguf file"),
@@ -46,6 +47,7 @@ OPTIONS = {
     "types": Option("GGUF types to score as well, as q8_0,q4_k_m"),
     "max_kl": Option("nats a token; above it nothing is written; unset: 0.05 for --base nf4", float),
     "max_tokens": Option("held-out tokens to score on; 0: no scores", int, 1024),
+    "other_base": Option("merge onto other weights than those that the adapter was trained on", bool, False),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPES |= {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -55,7 +57,7 @@ class Plan(NamedTuple):
     """What the command line and the run's train.yml ask for."""
 
     base: str
-    adapter: Path
+    adapter: str  # folder or hub name
     out: Path
     in_4bit: bool  # W goes through NF4
     seen: torch.dtype  # W was rounded to it in training
@@ -65,11 +67,12 @@ class Plan(NamedTuple):
 
 def plan(config: Config | None, options: dict[str, Any]) -> Plan:
     base = options["model"] or (config and config.base_model)
-    adapter = Path(options["adapter"] or config.output_dir)
-    out = Path(options["out"] or Path(config.output_dir if config else adapter) / "merged")
+    adapter = str(options["adapter"] or config.output_dir)
+    folder = config.output_dir if config else Path(adapter).name if is_hub_name(adapter) else adapter
+    out = Path(options["out"] or Path(folder) / "merged")
     if options["base"] not in (None, "nf4", "original"):
         raise UserError(f"--base {options['base']}: known are nf4 (what training saw) and original.")
-    trained_in_4bit, computed = as_trained(adapter)
+    trained_in_4bit, computed, _ = read_trained(adapter)
     in_4bit = (options["base"] or ("nf4" if trained_in_4bit else "original")) == "nf4"
     seen = torch.float32 if options["base"] == "original" else computed  # who asks for the original gets it unrounded
     if options["dtype"] and options["dtype"] not in DTYPES:
@@ -92,7 +95,23 @@ def write_merged(merged: Merged, folder: Path, max_shard_bytes: int) -> dict[str
     writer.close()
     changes = merged.changes.values()
     assert len(changes) == len(merged.updates)
-    return {"merged_layers": len(changes), "mean_relative_change": sum(changes) / max(1, len(changes))}
+    return {
+        "merged_layers": len(changes),
+        "unchanged_layers": sum(change == 0 for change in changes),
+        "mean_relative_change": sum(changes) / max(1, len(changes)),
+    }
+
+
+def check_unscored(options: dict[str, Any]) -> None:
+    """Where nothing is scored: name what was asked for in vain, or refuse, where it was to stop a bad merge."""
+    remedy = "Give held-out texts with --data FILE, or the run's YAML file first" + (
+        "" if options["max_tokens"] else ", and no --max_tokens 0"
+    )
+    if options["max_kl"] is not None:
+        raise UserError(f"--max_kl {options['max_kl']:g} cannot be checked, because nothing is scored. {remedy}.")
+    for name in ("types", "data"):
+        if options[name]:
+            print(f"--{name} {options[name]}: without effect, because nothing is scored. {remedy}.")
 
 
 def hf_config(config: dict, dtype: torch.dtype, ids: dict[str, Any]) -> dict:
@@ -111,19 +130,16 @@ def main() -> None:
     config, options = load_command(None, OPTIONS, __doc__.splitlines()[0], yaml_unless=("model", "adapter"))
     asked = plan(config, options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    weights, (about, updates), tokenizer = (
-        open_weights(asked.base),
-        read_updates(asked.adapter),
-        load_tokenizer(asked.base, asked.adapter),
-    )
-    check_vocabulary(tokenizer, model_config(weights.config, asked.base).vocab_size, asked.base)
-    its_base = about.get("base_model_name_or_path")
-    if its_base and Path(its_base).resolve() != Path(asked.base).resolve():
-        print(f"note: {asked.adapter} says that its base is {its_base}; merged onto {asked.base}, as told.")
+    weights, (_, updates) = open_weights(asked.base), read_updates(asked.adapter)
+    num_rows = model_config(weights.config, asked.base).vocab_size
+    tokenizer, prompt_format, about_prompts = talking(asked.base, asked.adapter, num_rows)
+    if about_prompts:
+        print(about_prompts)
+    if note := check_base(asked.adapter, asked.base, weights, options["other_base"]):
+        print(note)
     if not asked.in_4bit and str(asked.base).endswith(".gguf"):
         print(f"note: `original` means the weights as they are in {asked.base}, which that file may have rounded.")
-    saved = asked.adapter / "prompt.json"
-    prompt_format = PromptFormat.from_json(saved.read_text("utf-8")) if saved.is_file() else None
+    identity = {"adapter_sha256": adapter_hash(asked.adapter), "base_fingerprint": fingerprint(weights)}
     end_id = prompt_format.end_id(tokenizer) if prompt_format else tokenizer.eos_id
     generation = read_generation(weights)
     ends = end_ids(generation, first=[end_id])
@@ -135,6 +151,8 @@ def main() -> None:
     texts = None
     if options["max_tokens"]:
         texts = held_out_texts(config, tokenizer, prompt_format, options["data"], options["max_tokens"])
+    if not texts:
+        check_unscored(options)
     with whole_folder(asked.out) as folder:
         facts = write_merged(merged, folder, int(options["max_shard_size"] * 1e9))
         described = hf_config(weights.config, asked.dtype, ids)
@@ -146,8 +164,8 @@ def main() -> None:
         record = {
             "base_model": str(asked.base),
             "base": "nf4" if asked.in_4bit else "original",
-            "adapter": str(asked.adapter),
-            "adapter_sha256": adapter_hash(asked.adapter),
+            "adapter": asked.adapter,
+            **identity,
             "dtype": str(asked.dtype).removeprefix("torch."),
             **facts,
         }
@@ -155,6 +173,8 @@ def main() -> None:
             f"merged {facts['merged_layers']} layers onto the {record['base']} weights of {asked.base} "
             f"({record['dtype']}, mean change {facts['mean_relative_change']:.2%})"
         )
+        if facts["unchanged_layers"]:
+            print(f"{facts['unchanged_layers']} of them have an update of zero, so they are the base's")
         form = ON_NF4 if asked.in_4bit else ON_ORIGINAL
         if texts:
             forms = all_forms(merged, open_weights(folder), asked.adapter, asked.types, bytes_on_disk(folder))

@@ -8,7 +8,6 @@ An adapter computes something else when a part of it is left out. So a configura
 and asks for anything, is an error that names it.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -16,26 +15,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn as nn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from .cli import UserError, read_json, whole_file, write_text
-from .hub import ADAPTER_FILES, local_path
+from .adapter_files import Trained, adapter_file, rank_and_alpha, read_adapter, sort_metadata
+from .cli import UserError, whole_file, write_text
 from .model import Llama
 from .qlora import ALL_LINEAR, add_update, block_linears, lora_layers, target_layers
 
 PREFIX = "base_model.model."
 PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}  # ours: PEFT's
-
-HANDLED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"}
-SAYS_NOTHING = {  # about what is computed: the file itself says which layers learnt
-    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "eva_config"),
-    *("megatron_core", "qalora_group_size", "runtime_config"),
-}
-ONLY = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}
 
 
 class Update(NamedTuple):
@@ -62,12 +53,13 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> None:
+def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "", trained: Trained | None = None) -> None:
     """Write adapter_model.safetensors and adapter_config.json as PEFT reads them.
 
     Args:
         model: with LoRA injected.
         base_model: what the adapter belongs to, kept as base_model_name_or_path.
+        trained: how, and on which base; kept in the file's metadata, which PEFT does not look at.
     """
     layers = lora_layers(model)
     first = next(iter(layers.values()))
@@ -95,70 +87,9 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> 
     }
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in adapter_state(model).items()}
     with whole_file(Path(folder) / "adapter_model.safetensors") as file:
-        save_file(state, file, metadata={"format": "pt"})
+        save_file(state, file, metadata={"format": "pt"} | (trained.metadata() if trained else {}))
+        sort_metadata(file)
     write_text(Path(folder) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-
-
-def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """adapter_config.json and the tensors of an adapter's folder, or of an adapter by its hub name.
-
-    Raises:
-        UserError: files missing or damaged, or a kind of adapter that is more than LoRA or DoRA.
-    """
-    folder = local_path(folder, ADAPTER_FILES)
-    if not folder.is_dir():
-        raise UserError(f"adapter {folder}: no such folder. Give the folder with adapter_model.safetensors.")
-    where = folder / "adapter_config.json"
-    config = read_json(where)
-    for key, value in config.items():
-        if value in (None, False, [], {}) or key in HANDLED | SAYS_NOTHING or value in ONLY.get(key, ()):
-            continue
-        raise UserError(
-            f"{where}: {key} is {value!r}, which is not built in; without it the adapter would compute something else. "
-            f"LoRA on linear layers of the blocks is read, with rank_pattern, alpha_pattern, rsLoRA and DoRA."
-        )
-    for key in ("r", "lora_alpha"):
-        if not _is_positive(config.get(key)):
-            raise UserError(f"{where}: {key} is {config.get(key)!r}, and the update's scale needs a number above zero.")
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(key) or {}
-        if not isinstance(patterns, dict) or not all(map(_is_positive, patterns.values())):
-            raise UserError(
-                f"{where}: {key} is {patterns!r}, where a map from names to numbers above zero is expected."
-            )
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(f"{where}: {key} has {pattern!r}, no regular expression ({error}).") from error
-    path = folder / "adapter_model.safetensors"
-    try:
-        return config, load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}). Save or copy the adapter again.") from error
-
-
-def adapter_hash(folder: str | Path) -> str | None:
-    """SHA-256 of an adapter's tensors, by which a certificate names it; None without such a file."""
-    path = local_path(folder, ADAPTER_FILES) / "adapter_model.safetensors"
-    if not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and value > 0
-
-
-def rank_and_alpha(config: dict[str, Any], name: str) -> tuple[int, float]:
-    """What adapter_config.json says of one layer: of the patterns that fit the end of its name, the first counts."""
-    found = []
-    for key, pattern_key in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        patterns = config.get(pattern_key) or {}
-        fitting = [value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)]
-        found.append((fitting or [config[key]])[0])
-    return found[0], found[1]
 
 
 def read_updates(folder: str | Path) -> tuple[dict[str, Any], dict[str, Update]]:
@@ -168,7 +99,7 @@ def read_updates(folder: str | Path) -> tuple[dict[str, Any], dict[str, Update]]
         UserError: as `read_adapter`, or tensors that are no whole update.
     """
     config, state = read_adapter(folder)
-    path = local_path(folder, ADAPTER_FILES) / "adapter_model.safetensors"
+    path = adapter_file(folder)
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.({'|'.join(map(re.escape, PARTS.values()))})", key)
@@ -187,6 +118,15 @@ def read_updates(folder: str | Path) -> tuple[dict[str, Any], dict[str, Update]]
                 f"{'DoRA' if config.get('use_dora') else 'LoRA'}, so the adapter is cut or mixed up. Save it again."
             )
         a, b = parts[PARTS["lora_A"]], parts[PARTS["lora_B"]]
+        for part, w in parts.items():
+            if w.ndim != (1 if part == PARTS["magnitude"] else 2):
+                raise UserError(
+                    f"{path}: {name} has {part} of shape {tuple(w.shape)}, so it is no update. Save it again."
+                )
+            if not torch.isfinite(w).all():
+                raise UserError(
+                    f"{path}: {name} has {part} with NaN or infinite values, so every answer would be. Train it again."
+                )
         r, alpha = rank_and_alpha(config, name)
         if not len(a) == b.shape[1] == r:
             raise UserError(
@@ -205,7 +145,7 @@ def load_adapter(model: Llama, folder: str | Path, dropout: float = 0.0) -> None
         UserError: as `read_updates`, or the adapter does not fit the model.
     """
     config, updates = read_updates(folder)
-    path = local_path(folder, ADAPTER_FILES) / "adapter_model.safetensors"
+    path = adapter_file(folder)
     linears = dict(block_linears(model))
     model.requires_grad_(False)
     for name, update in updates.items():

@@ -42,6 +42,8 @@ def main() -> None:
         raise UserError("--temperature must be 0 or more and --max_new_tokens at least 1.")
     distributed.start()
     used = load_for_use(args)
+    for note in used.notes:
+        print(note, file=sys.stderr)
     messages = [{"role": "system", "content": args.system}] if args.system else []
 
     def reply(question: str) -> None:

@@ -15,8 +15,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin
 
 # What a terminal would obey instead of showing: control characters, except tab and line break, and what changes the
 # order or the lines of text.
@@ -254,6 +256,34 @@ def note(text: str) -> None:
     _noted.add(text)
 
 
+def wrong_type(value: Any, kind: Any, where: str) -> str:
+    """What in a value from JSON is not of the type that it has to be, by its place; nothing: "".
+
+    Args:
+        kind: str, bool, int, float, tuple[x, ...], dict[str, x], a dataclass, or one of several as in `str | None`.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        found = [wrong_type(value, one, where) for one in inner if one is not NoneType or value is None]
+        return "" if "" in found else found[0]
+    if is_dataclass(kind) and isinstance(value, dict):
+        kinds = {field.name: field.type for field in fields(kind)}
+        unknown = [key for key in value if key not in kinds]
+        if unknown:
+            return f"{where}{' has ' if where else ''}{unknown[0]!r}, which is not one of {', '.join(kinds)}"
+        found = [wrong_type(one, kinds[key], f"{where}.{key}".strip(".")) for key, one in value.items()]
+    elif origin is tuple and isinstance(value, list):
+        found = [wrong_type(one, inner[0], f"{where}[{i}]") for i, one in enumerate(value)]
+    elif origin is dict and isinstance(value, dict):
+        found = [wrong_type(one, inner[1], f"{where}.{key}") for key, one in value.items()]
+    elif type(value) is kind or value is None and kind is NoneType:
+        found = []
+    else:
+        named = "a list" if origin is tuple else "a map" if origin is dict or is_dataclass(kind) else kind.__name__
+        return f"{where} is {type(value).__name__}, where {named} is expected"
+    return next((one for one in found if one), "")
+
+
 def check_space(path: str | Path, num_bytes: int, advice: str = "write elsewhere with --out") -> None:
     """Refuse to begin what the disk has no room for.
 
@@ -298,9 +328,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}. See --help.")
 
     def add_model_options(self) -> None:
-        """The options that say which model: --model, --adapter, --load_in_4bit, --bf16."""
+        """The options that say which model: --model, --adapter, --other_base, --load_in_4bit, --bf16."""
         self.add_argument("--model", required=True, help="Hugging Face folder, .gguf file, or hub name")
-        self.add_argument("--adapter", help="folder of a trained adapter")
+        self.add_argument("--adapter", help="folder or hub name of a trained adapter")
+        other = "use an adapter on other weights than those that it was trained on"
+        self.add_argument(
+            "--other_base", "--other-base", type=_to_bool, nargs="?", const=True, default=False, help=other
+        )
         self.add_argument("--load_in_4bit", "--load-in-4bit", type=_to_bool, nargs="?", const=True, default=False)
         self.add_argument("--bf16", type=lambda text: "auto" if text == "auto" else _to_bool(text), default="auto")
 

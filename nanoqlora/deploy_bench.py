@@ -64,8 +64,13 @@ def bench_deploy(folder: Path, prompt_tokens: int, new_tokens: int) -> list[dict
     run = folder / "train.yml"
     if not run.exists():
         raise UserError(f"{folder}: has no train.yml, so it is no run's output folder. Give the output_dir of a run.")
-    trained = yaml.safe_load(run.read_text("utf-8"))
-    base, in_4bit = trained["base_model"], trained.get("load_in_4bit", True)
+    try:
+        trained = yaml.safe_load(run.read_text("utf-8"))
+        base, in_4bit = str(trained["base_model"]), trained.get("load_in_4bit", True) is True
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{run}: cannot be read ({type(error).__name__}: {str(error)[:200]!r}), so what was trained is not known."
+        ) from error
     forms = [("base", base, None, False)]
     forms.append((f"adapter on {'4-bit ' * in_4bit}base", base, folder, in_4bit))
     forms += [("merged", folder / "merged", None, False)] * (folder / "merged").exists()
@@ -79,7 +84,11 @@ def bench_deploy(folder: Path, prompt_tokens: int, new_tokens: int) -> list[dict
 
     for name, model, adapter, load_in_4bit in forms:
         args = argparse.Namespace(
-            model=model, adapter=adapter, load_in_4bit=load_in_4bit, bf16=trained.get("bf16", "auto")
+            model=model,
+            adapter=adapter,
+            other_base=False,
+            load_in_4bit=load_in_4bit,
+            bf16=trained.get("bf16", "auto"),
         )
         add(name, speed_of(load_for_use(args).model, prompt_tokens, new_tokens))
     for file in sorted(folder.glob("model-*.gguf")):

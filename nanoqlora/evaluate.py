@@ -102,6 +102,8 @@ def main() -> None:
     if not math.isfinite(loss):
         raise UserError(f"model {args.model}: its loss on {args.data} is {loss}, so its weights are damaged.")
     tokens = sum(tokens for _, tokens in scores)
+    for note in used.notes:
+        print(note, file=sys.stderr)
     print(f"loss {loss:.4f}  perplexity {math.exp(loss):.3f}  tokens {tokens}")
 
 

@@ -11,20 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from .adapter import Update
+from .adapter_files import read_trained
 from .certificate import GGUF, ON_NF4, ON_ORIGINAL, TRAINED, Form
 from .checkpoint import Weights, model_config
 from .cli import UserError
 from .file_types import tensor_type
 from .ggml_blocks import FORMATS, dequantize, quantize
 from .gguf import gguf_name, tensor_shapes
-from .hub import ADAPTER_FILES, local_path
 from .qlora import QLoRALinear, check_width
-
-LARGEST_YAML = 100_000  # characters of a train.yml that are read: one of ours has 6,000
 
 
 class Merged:
@@ -109,14 +106,15 @@ class Merged:
                 f"adapter: {layer} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, which make no update of "
                 f"{tuple(w.shape)}, the shape of its weight in the base model. Wrong base?"
             )
-        whole = update.merged(w)
-        merged = whole.to(self.dtype)
-        if torch.equal(merged, w.to(self.dtype)):
+        exact = update.merged(w)
+        merged = exact.to(self.dtype)
+        is_zero = not (update.lora_A.any() and update.lora_B.any())  # as training starts
+        if torch.equal(merged, w.to(self.dtype)) and not is_zero:
             raise UserError(
-                f"adapter: {layer} does not change its weight in {self.dtype}, so the merged model would be the base "
-                f"there. Train further, or leave this layer out of the adapter."
+                f"adapter: {layer} has an update that does not change its weight in {self.dtype}, so it would be "
+                f"lost. Choose a larger --dtype, train further, or leave this layer out of the adapter."
             )
-        self.changes[layer] = ((whole - w).norm() / w.norm()).item()
+        self.changes[layer] = ((exact - w).norm() / w.norm().clamp(min=1e-30)).item()
         return merged
 
 
@@ -151,38 +149,9 @@ def _count(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-class _Plain(yaml.SafeLoader):
-    """YAML without `<<`, by which a small file becomes a large map."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None: ...
-
-
-def as_trained(adapter: Path) -> tuple[bool, torch.dtype]:
-    """(base in four bits?, dtype of the products) of the run that made an adapter; of a stranger's, the usual.
-
-    Two values are taken from its train.yml. It is not a configuration here: the folder may come from anybody.
-    """
-    run, about = local_path(adapter, ADAPTER_FILES) / "train.yml", {}
-    try:
-        if run.is_file() and (about := yaml.load(run.read_text("utf-8")[:LARGEST_YAML], _Plain)) is None:
-            about = {}
-        given = {key: about.get(key, usual) for key, usual in {"load_in_4bit": True, "bf16": True}.items()}
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise UserError(
-            f"{run}: cannot be read ({type(error).__name__}: {str(error)[:200]!r}), so it is not known how the adapter "
-            f"was trained. Copy the file again, or remove it: then NF4 and bfloat16 are taken."
-        ) from error
-    for key, value in given.items():
-        if value not in (True, False, None, "auto"):
-            raise UserError(
-                f"{run}: {key} is {str(value)[:60]!r}, where true or false is expected. Correct or remove it."
-            )
-    return given["load_in_4bit"] is not False, torch.float32 if given["bf16"] is False else torch.bfloat16
-
-
 def trained_form(base: Weights, updates: dict[str, Update], adapter: Path, device: torch.device) -> Form:
     """Base and adapter as training computed with them, in float32, and what they take: NF4 and the small update."""
-    in_4bit, seen = as_trained(adapter)
+    in_4bit, seen, _ = read_trained(adapter)
     weights = Merged(base, updates, in_4bit, seen, torch.float32, device)
     total = 0.0
     for name, shape in weights.shapes.items():
@@ -200,7 +169,7 @@ def all_forms(merged: Merged, written: Weights, adapter: Path, types: list[str],
         types: keys of FILE_TYPES.
     """
     base, updates, device = merged.base, merged.updates, merged.device
-    in_4bit, seen = as_trained(adapter)
+    in_4bit, seen, _ = read_trained(adapter)
     trained = trained_form(base, updates, adapter, device)
     without = Merged(base, {}, in_4bit, seen, torch.float32, device)
     forms = [trained, Form("base without adapter", without, trained.num_bytes)]

@@ -182,8 +182,13 @@ class GGUFFile:
     def load(self, name: str) -> Tensor:
         """One tensor by its GGUF name, as float32, with its rows as they lie in the file."""
         info = self.tensors[name]
+        return dequantize(self.raw(name).flatten(), info.ggml_type, info.shape)  # a copy, whatever the type
+
+    def raw(self, name: str) -> Tensor:
+        """The bytes of a tensor, mapped, row by row: (n_out, bytes of a row) uint8; of a vector one row."""
+        info = self.tensors[name]
         raw = torch.frombuffer(self.data, dtype=torch.uint8, count=info.num_bytes, offset=info.offset)
-        return dequantize(raw, info.ggml_type, info.shape)  # a copy, whatever the type
+        return raw.view(math.prod(info.shape[:-1]), -1)
 
     def load_hf(self, hf_name: str) -> Tensor:
         """One tensor by its Hugging Face name, as float32, with its rows in Hugging Face's order."""

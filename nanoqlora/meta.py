@@ -17,6 +17,7 @@ memory holds the tensor at hand.
 """
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,10 @@ class MetaWeights:
             heads = self.config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
             w = unpermute_rows(w, heads)
         return w
+
+    def stored(self, name: str) -> list[tuple[Any, Sequence[int]]]:
+        slices = [part[self.files[name]] for part in self.parts if self.files[name] in part]
+        return [(w, w.shape) for w in slices]
 
     def _config(self) -> dict[str, Any]:
         params = self.params

@@ -26,7 +26,7 @@ from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from .chat_template import Messages, render
-from .cli import UserError
+from .cli import UserError, wrong_type
 from .completeness import check_complete
 from .masks import ENDS, encode_chat
 from .messages import (
@@ -175,7 +175,7 @@ class PromptFormat:
         """The format that a prompt.json describes."""
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"prompt.json: not valid JSON ({error}). It says how to prompt. Save it again.") from error
         known = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(data, dict) or "type" not in data or not data.keys() <= known:
@@ -184,12 +184,10 @@ class PromptFormat:
                 f"prompt.json: found {found}; it needs type and may have {', '.join(sorted(known - {'type'}))}. "
                 "It says how to prompt the model. Take the file that training wrote."
             )
-        try:
-            return cls(**data | {"frame": data.get("frame") and Frame(**data["frame"])})
-        except TypeError as error:
-            raise UserError(
-                f"prompt.json: frame is no map of texts ({error}). Take the file that was saved."
-            ) from error
+        wrong = wrong_type(data, cls, "")
+        if wrong:
+            raise UserError(f"prompt.json: {wrong}. It says how to prompt the model. Take the file that was saved.")
+        return cls(**data | {"frame": data.get("frame") and Frame(**data["frame"])})
 
     def for_tokenizer(self, tok: Tokenizer) -> "PromptFormat":
         """The same with the chat template written out, so that it no longer depends on the tokenizer's."""

@@ -31,7 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import adapter_hash, read_updates
+from .adapter import read_updates
+from .adapter_files import adapter_hash
 from .certificate import GGUF, MAX_KL, TRAINED, Form, Texts, compare, hidden_states, score_forms
 from .chat_template import Messages
 from .checkpoint import GGUFWeights, Weights, fingerprint, model_config, open_weights
@@ -269,10 +270,13 @@ def trained_model(proof: Proof) -> Form | None:
     if digest is None:
         proof.not_asked.append(f"the trained model ({adapter} has no adapter)")
         return None
-    proof.facts |= {"adapter_sha256": digest, "base_fingerprint": fingerprint(base, weights=True)}
+    weights = open_weights(base)
+    proof.facts |= {"adapter_sha256": digest, "base_fingerprint": fingerprint(weights)}
     if proof.record.get("adapter_sha256", digest) != digest:
         proof.fail(f"{proof.model} was merged from another adapter than the one in {adapter}")
-    return trained_form(open_weights(base), read_updates(adapter)[1], adapter, proof.device)
+    if proof.record.get("base_fingerprint", proof.facts["base_fingerprint"]) != proof.facts["base_fingerprint"]:
+        proof.fail(f"{proof.model} was merged onto other weights than those of {base}")
+    return trained_form(weights, read_updates(adapter)[1], adapter, proof.device)
 
 
 def compare_merged(proof: Proof, source: Weights, trained: Merged) -> None:

@@ -84,7 +84,7 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def keep_first_block(run: Run, tokenizer: Tokenizer, folder: Path) -> None:
-    """The base as a folder with its first block alone, and the adapter cut to that block, with an update to merge."""
+    """The base as a folder with its first block alone, and the adapter cut to that block."""
     weights, base = open_weights(run.config.base_model), folder / "base"
     base.mkdir()
     writer = ShardWriter(base, int(5e9))
@@ -96,9 +96,6 @@ def keep_first_block(run: Run, tokenizer: Tokenizer, folder: Path) -> None:
     save_tokenizer(tokenizer, base, tokenizer.chat_template)
     file = folder / "adapter" / "adapter_model.safetensors"
     state = {name: tensor for name, tensor in load_file(file).items() if ".layers.0." in name}
-    for name in state:
-        if "lora_B" in name:  # zero before the first step, and merge.py refuses an update that changes nothing
-            state[name] = torch.randn(state[name].shape)
     save_file(state, file, metadata={"format": "pt"})
 
 

@@ -108,7 +108,7 @@ def save_results(
 
 def save_trained(run: Run, data: Data, tokenizer: Tokenizer, folder: Path) -> None:
     """The adapter with all that is needed to merge it, and to talk to it in the way that it was trained."""
-    save_adapter(run.model, folder, run.config.base_model)
+    save_adapter(run.model, folder, run.config.base_model, run.trained)
     save_tokenizer(tokenizer, folder, data.prompt_format.jinja(tokenizer))
     write_text(folder / "prompt.json", data.prompt_format.to_json())
     dtype = run.model.model.embed_tokens.weight.dtype

@@ -21,8 +21,9 @@ import torch
 from safetensors import SafetensorError
 
 from . import distributed
-from .adapter import fill_adapter, read_adapter, save_adapter
-from .checkpoint import fingerprint
+from .adapter import fill_adapter, save_adapter
+from .adapter_files import Trained, read_adapter
+from .checkpoint import fingerprint, open_weights
 from .cli import Failed, UserError, read_json, remove, whole_folder, write_text
 from .config import Config, DatasetConfig
 from .config_rules import template_in_force
@@ -285,7 +286,12 @@ class Run:
     base: str = ""  # `fingerprint` of the base model's weights
 
     def __post_init__(self) -> None:
-        self.base = fingerprint(self.config.base_model, weights=True)
+        self.base = fingerprint(open_weights(self.config.base_model))
+
+    @property
+    def trained(self) -> Trained:
+        """What an adapter keeps of its training."""
+        return Trained(self.config.load_in_4bit, self.model.model.embed_tokens.weight.dtype, self.base)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -311,10 +317,10 @@ def save_checkpoint(run: Run, step: int) -> None:
         folder = Path(run.config.output_dir)
         try:
             with whole_folder(folder / f"checkpoint-{step}") as temporary:
-                save_adapter(run.model, temporary, run.config.base_model)
+                save_adapter(run.model, temporary, run.config.base_model, run.trained)
                 torch.save(optimizer_state, temporary / "optimizer.pt")
                 state = {"step": step, "plan": plan_fingerprint(run.samples, run.plan), "ranks": run.ranks}
-                state |= {"before": run.before, "optimizer": run.config.optimizer, "base": run.base}
+                state |= {"before": run.before, "optimizer": run.config.optimizer, "base_fingerprint": run.base}
                 state |= {"steps": len(run.plan), "progress": asdict(run.progress)}
                 state["fixed"] = {key: getattr(run.config, key) for key in FIXED}
                 write_text(temporary / "trainer_state.json", json.dumps(state) + "\n")
@@ -406,7 +412,7 @@ def find_checkpoint(config: Config, samples: Samples, plan: Plan) -> tuple[Path,
             f"{path}: its run had other data, another seed or other batches, so going on would train on the wrong "
             f"samples. Resume with the same configuration, or start anew with lora_model_dir: {path}."
         )
-    if state.get("base") not in (None, fingerprint(config.base_model, weights=True)):
+    if state.get("base_fingerprint") not in (None, fingerprint(open_weights(config.base_model))):
         raise UserError(
             f"{path}: its run trained over other weights than those in base_model {config.base_model} now, and what it "
             f"has learnt belongs to them. Give the same base_model, or start anew with lora_model_dir: {path}."
@@ -467,7 +473,9 @@ def same_on_all_ranks(config: Config, data: Data, ranks: int) -> None:
     """Stop before anything is loaded if a rank has another configuration, other data or another model than rank 0."""
     if ranks > 1:
         mine = {"configuration": config.to_yaml(), "data": plan_fingerprint(data.samples, data.plan)}
-        mine |= {"model files": fingerprint(config.base_model), "host": platform.node()}
+        weights = open_weights(config.base_model)
+        files = json.dumps([fingerprint(weights), weights.config], sort_keys=True)
+        mine |= {"model files": files, "host": platform.node()}
         everyone = distributed.everyones_object(mine)
         for rank, theirs in enumerate(everyone):
             different = [kind for kind in mine if kind != "host" and theirs[kind] != everyone[0][kind]]

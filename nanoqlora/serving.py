@@ -9,13 +9,17 @@ import torch
 
 from . import distributed
 from .adapter import load_adapter
-from .checkpoint import load_model
+from .adapter_files import check_base, check_merged
+from .checkpoint import load_model, open_weights
 from .cli import UserError
 from .hub import ADAPTER_FILES, local_path
 from .model import KVCache, Llama
 from .prompts import PromptFormat
 from .qlora import dense_weights
-from .tokenizer import Tokenizer, load_tokenizer
+from .tokenizer import Tokenizer, brings_tokenizer, load_tokenizer
+from .tokenizer_files import read_chat_template
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -25,23 +29,52 @@ class Usable:
     model: Llama
     tokenizer: Tokenizer
     prompt_format: PromptFormat | None
+    notes: tuple[str, ...] = ()  # what the user should know, to be printed when nothing can be wrong any more
 
 
 def load_for_use(args: argparse.Namespace) -> Usable:
     """Load what `--model`, `--adapter`, `--load_in_4bit` and `--bf16` name, ready to score and to chat."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = distributed.compute_dtype(args.bf16, device)
-    model = load_model(args.model, load_in_4bit=args.load_in_4bit, dtype=dtype, device=device)
-    adapter = args.adapter and local_path(args.adapter, ADAPTER_FILES)
-    tokenizer = load_tokenizer(args.model, adapter)
-    check_vocabulary(tokenizer, model.config.vocab_size, args.model)
-    if adapter:
-        load_adapter(model, adapter)
+    check_merged(args.model)
+    weights = open_weights(args.model)
+    about_base = check_base(args.adapter, args.model, weights, args.other_base) if args.adapter else None
+    model = load_model(args.model, load_in_4bit=args.load_in_4bit, dtype=dtype, device=device, weights=weights)
+    tokenizer, prompt_format, about_prompts = talking(args.model, args.adapter, model.config.vocab_size)
+    if args.adapter:
+        load_adapter(model, args.adapter)
     model.requires_grad_(False).eval()
-    files = [Path(folder) / "prompt.json" for folder in (adapter, local_path(args.model)) if folder]
-    prompts = [PromptFormat.from_json(file.read_text("utf-8")) for file in files if file.is_file()]
-    prompt_format = prompts[0] if prompts else None
-    return Usable(model, tokenizer, prompt_format)
+    return Usable(model, tokenizer, prompt_format, tuple(note for note in (about_base, about_prompts) if note))
+
+
+def talking(
+    base: str | Path, adapter: str | Path | None, num_rows: int
+) -> tuple[Tokenizer, PromptFormat | None, str | None]:
+    """How base and adapter are talked to: tokenizer, prompt format, and a line about them if there is one to know.
+
+    Of an adapter of ours prompt.json decides. Another one may bring the tokenizer and the chat template that its author
+    talked to it with. What an adapter leaves open is the base's.
+
+    Args:
+        num_rows: of the embedding.
+    Raises:
+        UserError: the tokenizer does not fit the embedding, or a file is damaged.
+    """
+    folder, tokenizer = local_path(adapter, ADAPTER_FILES) if adapter else None, load_tokenizer(base, adapter)
+    brings = folder is not None and brings_tokenizer(folder)
+    check_vocabulary(tokenizer, num_rows, adapter if brings else base)
+    note, saved = None, local_path(base) / "prompt.json"
+    if folder is not None and (folder / "prompt.json").is_file():
+        saved = folder / "prompt.json"
+    elif brings:
+        end, and_template = tokenizer.named_texts.get("eos_token"), " and chat template" * bool(tokenizer.chat_template)
+        note, saved = f"{adapter}: its own tokenizer{and_template} are used; the end token is {end!r}.", None
+    elif folder is not None and read_chat_template(folder):
+        note, saved = f"{adapter}: its own chat template is used, with the tokenizer of {base}.", None
+    elif folder is not None and (unused := [name for name in VOCABULARIES if (folder / name).is_file()]):
+        note = f"{adapter}: {unused[0]} is not used without tokenizer_config.json; the tokenizer of {base} is."
+    prompt_format = PromptFormat.from_json(saved.read_text("utf-8")) if saved and saved.is_file() else None
+    return tokenizer, prompt_format, note
 
 
 def check_vocabulary(tokenizer: Tokenizer, num_rows: int, path: str | Path) -> None:

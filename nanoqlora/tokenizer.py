@@ -22,9 +22,9 @@ from typing import Any
 from .byte_pairs import BytePairs, piece_to_bytes
 from .chat_template import Messages, guard, render
 from .cli import UserError
-from .hub import TOKENIZER_FILES, local_path
+from .hub import ADAPTER_FILES, TOKENIZER_FILES, local_path
 from .sentencepieces import SentencePieces, width
-from .tokenizer_files import read_folder, read_gguf_metadata, write_folder
+from .tokenizer_files import read_chat_template, read_folder, read_gguf_metadata, write_folder
 from .traced import Span, plain, spans_of
 from .vocabulary import (
     BYTE,
@@ -314,15 +314,25 @@ class Tokenizer(Vocabulary):
         return []
 
 
+def brings_tokenizer(adapter: Path) -> bool:
+    """Whether there is a tokenizer in an adapter's folder."""
+    vocabularies = ("prompt.json", "tokenizer.json", "tokenizer.model")  # with the first, ours: then it must be there
+    return (adapter / "tokenizer_config.json").is_file() and any((adapter / name).is_file() for name in vocabularies)
+
+
 def load_tokenizer(path: str | Path, adapter: str | Path | None = None) -> Tokenizer:
     """The tokenizer of a folder in Hugging Face's or Meta's format, of a .gguf file, or of a model by its hub name.
 
     Args:
-        adapter: the folder of an adapter for that model. Training may have given the tokenizer other special tokens,
-            and saved it there; then that one is taken.
+        adapter: an adapter for that model, folder or hub name. Training may have given the tokenizer other tokens or
+            another chat template, and saved them there, as users of PEFT do; then those are taken.
     """
-    if adapter and all((Path(adapter) / name).is_file() for name in ("prompt.json", "tokenizer_config.json")):
-        path = Path(adapter)
+    if adapter:
+        folder = local_path(adapter, ADAPTER_FILES)
+        if brings_tokenizer(folder):
+            path = folder
+        elif template := read_chat_template(folder):
+            return replace(load_tokenizer(path), chat_template=template)
     path = local_path(path, TOKENIZER_FILES)
     if not path.is_dir() and not (path.is_file() and path.suffix == ".gguf"):
         raise UserError(

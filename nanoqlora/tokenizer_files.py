@@ -193,6 +193,13 @@ def _add(path: Path, fields: Fields, token: dict[str, Any]) -> None:
     fields["original_files"].pop("tokenizer.json", None)  # it does not know of the token
 
 
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template of a folder that need not have a vocabulary."""
+    path = folder / "tokenizer_config.json"
+    template = _chat_template(folder, read_json(path) if path.is_file() else {})
+    return template if isinstance(template, str) else None
+
+
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja, else the entry of the config: a text, or a list of named ones."""
     path, where = folder / "chat_template.jinja", f"{folder / 'tokenizer_config.json'}: chat_template"

@@ -1,6 +1,7 @@
 """Adapters in PEFT's layout, both ways: PEFT as witness on the same 4-bit base, logits and gradients."""
 
 import json
+import time
 from pathlib import Path
 
 import peft
@@ -168,7 +169,10 @@ REFUSED = {
     "rank_pattern": [8],
     "alpha_pattern": {"q_proj": "8"},
     "lora_alpha": 0,
+    "use_dora": "yes",
+    "use_rslora": 2,
 }
+NUMBERS = [-1, 1e300, 10**400, float("nan"), float("inf"), True, "4", [4], {"r": 4}]
 
 
 @pytest.mark.parametrize("key", REFUSED)
@@ -178,6 +182,46 @@ def test_adapters_that_compute_something_else_are_refused_by_name(tmp_path, key)
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: REFUSED[key]}))
     with pytest.raises(UserError, match=rf"adapter_config\.json: {key} is "):
         nq.load_adapter(nq.Llama.from_pretrained(tmp_path), adapter)
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha", "rank_pattern", "alpha_pattern"])
+def test_numbers_of_others_are_checked(tmp_path, key):
+    adapter = saved(tmp_path)
+    path = adapter / "adapter_config.json"
+    about, model = json.loads(path.read_text()), nq.Llama.from_pretrained(tmp_path)
+    for value in NUMBERS:
+        path.write_text(json.dumps(about | {key: {"q_proj": value} if "pattern" in key else value}))
+        with pytest.raises(UserError, match=rf"adapter_config\.json: {key} is "):
+            nq.load_adapter(model, adapter)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", "null", '"x"', "{", '{"a":' * 100_000, "\udcff", "[" * 100_000])
+def test_a_configuration_that_is_not_an_object_is_one_line(tmp_path, text):
+    adapter = saved(tmp_path)
+    (adapter / "adapter_config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=r"adapter_config\.json: "):
+        nq.load_adapter(nq.Llama.from_pretrained(tmp_path), adapter)
+
+
+PATTERNS = {  # each would take for ever, or all memory
+    r"((\w|.)+)+\W": "was not found in 0.2 s",
+    "((a{1000}){1000}){1000}": "more than 1000",
+    "(" * 499 + ")" * 499: "not a regular expression",
+    "x" * 5000: "more than 1000",
+    "a{99999999999}": "more than 1000",
+    "(?i)q_proj": "not a regular expression",
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_of_others_end(tmp_path, pattern):
+    adapter = saved(tmp_path)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": {pattern: 8}}))
+    started = time.monotonic()
+    with pytest.raises(UserError, match=f"adapter_config.json: alpha_pattern has .*{PATTERNS[pattern]}"):
+        read_updates(adapter)
+    assert time.monotonic() - started < 5
 
 
 def test_a_pattern_that_is_none_is_told(tmp_path):
@@ -216,6 +260,16 @@ TENSORS = {
         r"q_proj.lora_A.weight has shape \(4, 64\)",
     ),
     "nothing": (lambda state: state.clear(), "no update"),
+    "an embedding": (
+        lambda state: state.update({"base_model.model.model.embed_tokens.weight": torch.ones(300, 128)}),
+        "embed_tokens.weight",
+    ),
+    "a vector": (lambda state: state.update({f"{Q}.lora_A.weight": torch.ones(4)}), r"q_proj has lora_A.weight of sh"),
+    "bytes": (
+        lambda state: state.update({f"{Q}.lora_B.weight": torch.ones(128, 4).byte()}),
+        "lora_B.weight is of type uint8",
+    ),
+    "an infinite value": (lambda state: state[f"{Q}.lora_B.weight"].fill_(float("inf")), "NaN or infinite"),
 }
 
 

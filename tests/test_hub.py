@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -15,13 +16,17 @@ import torch
 from conftest import ROOT
 from huggingface_hub import constants
 from peft_witness import save_random_adapter
+from safetensors.torch import load_file
 from small_runs import run_here, save_tiny_model
 
+import export_gguf
+import merge
 import nanoqlora as nq
 from nanoqlora import chat
 from nanoqlora.cli import UserError
 from nanoqlora.data_files import find_files
-from nanoqlora.hub import hub_files, is_hub_name
+from nanoqlora.gguf import read_gguf
+from nanoqlora.hub import hub_files, is_hub_name, local_path
 from nanoqlora.rows import read_rows
 
 COMMIT = "c0ffee" * 6 + "c0ff"
@@ -177,6 +182,54 @@ def test_an_adapter_by_its_name(hub, tmp_path):
     alone = run_here(chat.main, "--model", tmp_path / "here", *question)
     assert named.code == local.code == 0, named.err
     assert named.out == local.out != alone.out
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_merge_and_export_take_names(hub, tmp_path, pickled):
+    """The files that the same commands write of folders; by default into a folder of the name, not into the cache."""
+    here, adapter = tmp_path / "here", tmp_path / "adapter"
+    here.mkdir()
+    for name, data in hub.files["someone/tiny-llama"].items():
+        if "/" not in name and b"must not" not in data:
+            (here / name).write_bytes(data)
+    save_random_adapter(here, adapter)
+    if pickled:
+        torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+        (adapter / "adapter_model.safetensors").unlink()
+    about = json.loads((adapter / "adapter_config.json").read_text())
+    about["base_model_name_or_path"] = "someone/tiny-llama"
+    (adapter / "adapter_config.json").write_text(json.dumps(about))
+    hub.files["someone/voice"] = {file.name: file.read_bytes() for file in adapter.iterdir()}
+    named = ("--model", "someone/tiny-llama", "--adapter", "someone/voice")
+    assert run_here(merge.main, "--model", here, "--adapter", adapter, "--out", "local").code == 0
+    for words in ((), ("--out", "elsewhere")):
+        ended = run_here(merge.main, *named, *words)
+        assert ended.code == 0 and "note" not in ended.out, ended
+        folder = Path(*words[1:]) if words else Path("voice/merged")
+        for name in ("model.safetensors", "tokenizer.json", "config.json"):
+            assert (folder / name).read_bytes() == (Path("local") / name).read_bytes()
+        record, local = (json.loads((path / "merge.json").read_text()) for path in (folder, Path("local")))
+        assert record["adapter"] == "someone/voice" and record["adapter_sha256"] == local["adapter_sha256"]
+    assert run_here(export_gguf.main, "--adapter", adapter, "--model", here, "--out", "local.gguf").code == 0
+    ended = run_here(export_gguf.main, "--adapter", "someone/voice")  # which names its base: a hub name
+    assert ended.code == 0 and read_gguf("voice/adapter-f32.gguf").tensors == read_gguf("local.gguf").tensors, ended
+    command = shlex.split(ended.out.partition("needed too: ")[2].splitlines()[0])
+    assert command[0] == "python" and Path(command[1]).name == "export_gguf.py"
+    assert run_here(export_gguf.main, *command[2:]).code == 0 and Path("voice/base-bf16.gguf").is_file()
+    assert read_gguf("voice/base-bf16.gguf").metadata["general.name"] == "tiny-llama"
+    ended = run_here(export_gguf.main, "--model", "someone/tiny-llama", "--type", "q8_0")
+    assert ended.code == 0 and Path("tiny-llama/model-q8_0.gguf").is_file(), ended
+    assert not Path("someone").exists()
+
+
+@pytest.mark.parametrize("lacks", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_named_adapter_that_is_not_complete_is_refused_before_anything_is_written(hub, tmp_path, lacks):
+    adapter = save_random_adapter(Path(local_path("someone/tiny-llama")), tmp_path / "adapter")
+    hub.files["someone/voice"] = {file.name: file.read_bytes() for file in adapter.iterdir() if file.name != lacks}
+    before = {path.name for path in tmp_path.iterdir()}
+    ended = run_here(merge.main, "--model", "someone/tiny-llama", "--adapter", "someone/voice", "--out", "out")
+    assert ended.code == 2 and lacks in ended.err.splitlines()[-1], ended  # before it, the hub's own progress
+    assert {path.name for path in tmp_path.iterdir()} == before
 
 
 def test_a_data_set_by_its_name(hub):

@@ -14,7 +14,7 @@ import torch
 import transformers
 from peft_witness import dequantised_transformers, peft_on_dequantised, save_random_adapter
 from safetensors.torch import load_file, save_file
-from small_runs import Ended, run_here, run_process, save_tiny_model, snapshot, write_run
+from small_runs import Ended, alpaca_rows, run_here, run_process, save_tiny_model, snapshot, write_rows, write_run
 
 import export_gguf
 import merge
@@ -224,7 +224,9 @@ def test_an_earlier_merge_is_replaced_whole(model, adapter, tmp_path):
     assert merged(model, adapter, out, "--max_shard_size", "0.00006").code == 0
     assert merged(model, adapter, out, "--dtype", "bfloat16").code == 0
     assert merged(model, adapter, tmp_path / "fresh", "--dtype", "bfloat16").code == 0
-    assert snapshot(out) == snapshot(tmp_path / "fresh")
+    fresh = snapshot(tmp_path / "fresh")
+    fresh["merge.json"] = fresh["merge.json"].replace(b"/fresh was", b"/out was")  # its verdict names the folder
+    assert snapshot(out) == fresh
     assert {path.name for path in tmp_path.iterdir()} == {"out", "fresh"}, "nothing of the earlier one is left"
 
 
@@ -265,7 +267,10 @@ def refused(ended: Ended, *words: str) -> None:
 Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
 CHANGES = {
     "half a pair": (lambda state: state.pop(f"{Q}B.weight"), ["q_proj lacks lora_B.weight"]),
-    "B is zero": (lambda state: state[f"{Q}B.weight"].zero_(), ["layers.1.self_attn.q_proj", "does not change"]),
+    "a vector": (lambda state: state.update({f"{Q}A.weight": torch.ones(64)}), ["layers.1.self_attn.q_proj", "(64,)"]),
+    "a number": (lambda state: state.update({f"{Q}B.weight": torch.ones(())}), ["layers.1.self_attn.q_proj", "()"]),
+    "whole numbers": (lambda state: state.update({f"{Q}A.weight": torch.ones(4, 64).int()}), ["q_proj", "int32"]),
+    "complex": (lambda state: state.update({f"{Q}A.weight": torch.ones(4, 64) * 1j}), ["q_proj", "complex64"]),
     "not a number": (lambda state: state[f"{Q}A.weight"].fill_(float("nan")), ["layers.1.self_attn.q_proj"]),
     "other width": (
         lambda state: state.update({f"{Q}A.weight": torch.ones(4, 96)}),
@@ -287,15 +292,58 @@ def test_adapter_that_does_not_fit_is_refused(model, adapter, tmp_path, case):
     assert snapshot(tmp_path) == before
 
 
-def test_untrained_adapter_is_refused(model, tmp_path):
-    """As training starts: B is zero everywhere, and the merged model would be the base."""
-    fresh = nq.Llama.from_pretrained(model)
-    inject_lora(fresh, 4, 8)
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("base", ["nf4", "original"])
+def test_zero_update_merges_to_equality(model, tmp_path, base, use_dora):
+    """As training starts, B is zero: the merged weights are the base's, to the bit, and the certificate counts them.
+
+    DoRA divides and multiplies by the length of each row: a rounding or two of float32.
+    """
+    fresh = nq.Llama.from_pretrained(model, load_in_4bit=base == "nf4")
+    inject_lora(fresh, 4, 8, use_dora=use_dora)
     nq.save_adapter(fresh, tmp_path / "adapter", str(model))
     assert len(lora_layers(fresh)) == 14
+    words = ("--base", base, "--dtype", "float32")
+    (tmp_path / "adapter" / "train.yml").write_text(
+        "bf16: false"
+    )  # NF4 in float32, as `dequantised_transformers` has it
+    ended = merged(model, tmp_path / "adapter", tmp_path / "out", *words)
+    assert ended.code == 0, ended.err
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    expected = dequantised_transformers(model).state_dict() if base == "nf4" else load_file(model / "model.safetensors")
+    for name, w in written.items():
+        assert torch.allclose(w, expected[name].float(), rtol=2.0**-22 * use_dora, atol=0), name
+    if not use_dora:
+        assert json.loads((tmp_path / "out" / "merge.json").read_text())["unchanged_layers"] == 14
+        assert "14 of them have an update of zero" in ended.out
+    assert merged(model, tmp_path / "adapter", tmp_path / "out", "--dtype", "bf16").code == 0
+
+
+def test_an_update_that_vanishes_is_refused(model, adapter, tmp_path):
+    """It is not zero, and too small for the dtype of the output."""
+    small = change_tensors(adapter, tmp_path / "adapter", lambda state: state[f"{Q}B.weight"].mul_(1e-12))
     before = snapshot(tmp_path)
-    refused(merged(model, tmp_path / "adapter", tmp_path / "out"), "does not change")
+    words = ("--base", "original", "--dtype", "bf16")
+    refused(merged(model, small, tmp_path / "out", *words), "layers.1.self_attn.q_proj", "does not change", "--dtype")
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_options_that_nothing_is_scored_for_are_named(model, adapter, tmp_path, data):
+    """Types to score, texts and a limit, without texts or with --max_tokens 0."""
+    words = ("--data", write_rows(tmp_path / "held.jsonl", alpaca_rows(3)), "--max_tokens", 0) if data else ()
+    ended = merged(model, adapter, tmp_path / "out", "--types", "q8_0,q4_k_m", *words)
+    assert ended.code == 0 and "--types q8_0,q4_k_m: without effect" in ended.out and "--data FILE" in ended.out
+    assert data == ("held.jsonl: without effect" in ended.out) == ("--max_tokens 0." in ended.out), ended.out
+    before = snapshot(tmp_path)
+    refused(merged(model, adapter, tmp_path / "out", "--max_kl", 0.1, *words), "--max_kl 0.1 cannot be checked")
+    assert snapshot(tmp_path) == before
+    ended = (
+        merged(model, adapter, tmp_path / "out", "--data", tmp_path / "held.jsonl", "--types", "q8_0")
+        if data
+        else ended
+    )
+    assert ("GGUF q8_0" in ended.out) == data == ("without effect" not in ended.out)
 
 
 def test_folder_of_something_else_is_not_written_over(model, adapter, tmp_path):
@@ -430,4 +478,4 @@ def test_merge_json_of_others_names_no_files_to_read(model, adapter, tmp_path):
     record |= {"base_model": str(tmp_path / "fifo"), "adapter": str(theirs)}
     (tmp_path / "merged" / "merge.json").write_text(json.dumps(record))
     ended = run_here(export_gguf.main, "--model", tmp_path / "merged", "--prove")
-    assert ended.code == 0 and "give the YAML file of their run" in ended.out, ended
+    assert ended.code == 0 and "give the YAML file of its run" in ended.out, ended

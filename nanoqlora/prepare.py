@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import signal
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -30,7 +31,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .cli import UserError, whole_folder, write_text
+from .cli import UserError, remove, whole_folder, write_text
 from .data import SUPERVISED, Samples
 from .data_files import DataFile
 from .messages import ROLE_SEEN, UNKNOWN_ROLE
@@ -190,14 +191,18 @@ def prepare_samples(files: list[DataFile], encoding: Encoding, folder: Path) -> 
     before = [(file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files]
     hashes = {str(file.path): _hash_of_file(file.path) for file in files}
     prepared = folder / _key(encoding, files, hashes)
-    if not prepared.exists():
+    if not _is_whole(prepared):
         try:
+            if prepared.exists():
+                print(f"dataset_prepared_path: {prepared} is damaged, so the data is tokenised anew", file=sys.stderr)
+                remove(prepared)
             with whole_folder(prepared) as temporary:
                 with open(temporary / "words.bin", "wb") as words:
                     counts, samples = _read(files, encoding, words.write)
                 np.save(temporary / "samples.npy", np.stack([samples.lengths, samples.num_targets]))
                 facts = dataclasses.asdict(counts) | {"fingerprint": samples.fingerprint}
-                write_text(temporary / "counts.json", json.dumps(facts, indent=2) + "\n")
+                kept = {"facts": facts, "seal": _seal(facts, temporary)}
+                write_text(temporary / "counts.json", json.dumps(kept, indent=2) + "\n")
                 if before != [(file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files]:
                     raise UserError(f"data {_name(files)}: changed while it was read. Run again.")
         except OSError as error:
@@ -205,7 +210,7 @@ def prepare_samples(files: list[DataFile], encoding: Encoding, folder: Path) -> 
                 f"dataset_prepared_path: tokenised data cannot be kept in {folder} ({error}). It takes 4 bytes a "
                 "token. Name another folder."
             ) from error
-    facts = json.loads((prepared / "counts.json").read_text("utf-8"))
+    facts = json.loads((prepared / "counts.json").read_text("utf-8"))["facts"]
     fingerprint = facts.pop("fingerprint")
     for name in ("too_long", "unsupervised"):
         facts[name] = Places(**facts[name])
@@ -217,6 +222,23 @@ def prepare_samples(files: list[DataFile], encoding: Encoding, folder: Path) -> 
     if reading.invalid and not encoding.skip_invalid:
         raise InvalidRows(reading)
     return reading
+
+
+def _is_whole(prepared: Path) -> bool:
+    """Whether a folder of prepared data is as it was written: a copy may be cut, a file edited."""
+    try:
+        kept = json.loads((prepared / "counts.json").read_text("utf-8"))
+        words = 4 * int(np.load(prepared / "samples.npy")[0].sum())
+        sealed = kept["seal"] == _seal(kept["facts"], prepared)
+        return sealed and (prepared / "words.bin").stat().st_size == words
+    except (OSError, EOFError, ValueError, TypeError, KeyError, IndexError, RecursionError):
+        return False
+
+
+def _seal(facts: dict, folder: Path) -> str:
+    """A hash of what is kept beside the words."""
+    samples = (folder / "samples.npy").read_bytes()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode() + samples).hexdigest()
 
 
 def _key(encoding: Encoding, files: list[DataFile], hashes: dict[str, str]) -> str:
@@ -271,10 +293,12 @@ def _read(files: list[DataFile], encoding: Encoding, write: Callable[[np.ndarray
     samples = Samples.of(np.empty(0), np.concatenate(lengths), np.concatenate(num_targets), digest.hexdigest())
     _note_repeated(np.concatenate(rows), files, encoding.part, counts)
     if not len(samples):
-        raise UserError(
-            f"data {_name(files)}: no usable row ({len(counts.too_long)} too long, {len(counts.unsupervised)} without "
-            f"a token to learn), so there is nothing to train or score. Check the file, its format and sequence_len."
-        )
+        num_long, num_empty = len(counts.too_long), len(counts.unsupervised)
+        why = f"{num_long} too long for sequence_len {encoding.sequence_len}, {num_empty} without a token to learn"
+        advice = f"sequence_len: {counts.longest} would keep all" if num_long else "Check the file and its type"
+        if not counts.rows and not counts.invalid:
+            why, advice = f"the {'part' if encoding.part else 'file'} is empty", "Name one with rows"
+        raise UserError(f"data {_name(files)}: no usable row ({why}), so there is nothing to train or score. {advice}.")
     return counts, samples
 
 

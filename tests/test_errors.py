@@ -121,7 +121,7 @@ TYPOS = {
     "missing model": (["--base_model", "absent"], ["absent"]),
     "missing adapter": (["--lora_model_dir", "absent"], ["absent"]),
     "missing checkpoint": (["--resume_from_checkpoint", "absent"], ["resume_from_checkpoint", "absent"]),
-    "all rows too long": (["--sequence_len", "16"], ["data.jsonl", "4 too long", "sequence_len"]),
+    "all rows too long": (["--sequence_len", "16"], ["data.jsonl", "4 too long for sequence_len 16", "would keep all"]),
     "all rows held out": (["--val_set_size", "4"], ["val_set_size", "4 of 4"]),
     "two files": (["other.yml"], ["other.yml"]),
 }
@@ -215,7 +215,7 @@ def test_damaged_data(world, main, case):
 def test_empty_data(world, main):
     world.data.write_text("\n\n")
     before = snapshot(world.root)
-    assert_refused(run_here(main, *commands(world)[main]), "data.jsonl", "no usable row")
+    assert_refused(run_here(main, *commands(world)[main]), "data.jsonl", "no usable row", "is empty")
     assert snapshot(world.root) == before
 
 

@@ -395,6 +395,28 @@ def test_prepared_data_is_never_stale(data, change, monkeypatch):
         prepared(data, **(options if isinstance(options, dict) else {}))
 
 
+@pytest.mark.parametrize("file", ["counts.json", "samples.npy", "words.bin"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "missing", "other", "other shape"])
+def test_damaged_prepared_data_is_prepared_anew(data, file, damage, capsys):
+    """Whatever was done to it, the samples are those of the first time."""
+    first = prepared(data)
+    expected, counts = ids(first), (first.rows, first.longest)
+    del first  # its words are mapped from the file
+    (folder,) = (data.parent / "kept").iterdir()
+    path = folder / file
+    content = path.read_bytes()
+    other = {
+        "counts.json": b'{"facts": [], "seal": 3}',
+        "samples.npy": content[:-8] + bytes(8),
+        "words.bin": content * 2,
+    }
+    new = {"cut": content[:-5], "empty": b"", "other": b"[1]", "other shape": other[file]}
+    path.unlink() if damage == "missing" else path.write_bytes(new[damage])
+    again = prepared(data)
+    assert ids(again) == expected and (again.rows, again.longest) == counts
+    assert "is damaged" in capsys.readouterr().err and len(list((data.parent / "kept").iterdir())) == 1
+
+
 def test_templates_that_write_the_date_are_not_kept_over_night(data, monkeypatch):
     template = "{{ strftime_now('%d') }}{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
     chat = PromptFormat(type="chat_template", chat_template=template)

@@ -14,6 +14,7 @@ number. So neither accumulation nor the number of ranks changes what is learnt.
 
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -207,7 +208,7 @@ def loop(run: Run, start: int, stop: list[bool], bar: tqdm) -> int:
             distributed.stop()
             raise Stopped(
                 f"stopped after step {step} of {len(plan)}; it is saved. To go on: "
-                f"--resume_from_checkpoint {folder / f'checkpoint-{step}'}"
+                f"--resume_from_checkpoint {shlex.quote(str(folder / f'checkpoint-{step}'))}"
             )
         if ends:
             above(f"step {step}: ends here, {reason}")

@@ -20,6 +20,7 @@ from . import distributed
 from .cli import UserError, remove, sweep
 from .config import Config
 from .file_types import FILE_TYPES
+from .typed_yaml import keys_of
 
 LOG, STATE = "metrics.jsonl", "trainer_state.json"
 ADAPTER = "adapter_model.safetensors"
@@ -121,6 +122,12 @@ def refuse_other_runs(config: Config) -> None:
 def _check(config: Config) -> None:
     """`refuse_other_runs`, with the folder locked."""
     folder = Path(config.output_dir)
+    own = folder / "train.yml"
+    if own.is_file() and own.read_text("utf-8", "replace").count("\n") < len(keys_of(Config)) / 2:  # not a resolved one
+        raise UserError(
+            f"output_dir {folder}: holds a train.yml that no run has written, and a run writes its resolved "
+            f"configuration under that name. Move the file, or name another output_dir."
+        )
     files = files_of_run(folder)
     log_alone = {path.name for path in files} <= {LOG}  # killed before its first checkpoint: nothing can go on from it
     if not files or _goes_on(config) or (config.auto_resume_from_checkpoints and log_alone):

@@ -443,6 +443,8 @@ def load_checkpoint(run: Run) -> int:
     try:
         where = "cpu" if run.config.shard_optimizer_state else run.device  # of the whole state, before it is cut
         optimizer_state = torch.load(file, map_location=where, weights_only=True)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # reading another file, torch's unpickler fails in any way
         raise UserError(f"{file}: cannot be read ({error}). Resume from another checkpoint.") from error
     if problem := state_problem(run.optimizer, optimizer_state):

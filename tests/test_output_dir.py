@@ -151,6 +151,21 @@ def test_what_the_run_reads_is_never_removed(first, world):
     assert ended.code == 2 and "is base_model too" in ended.err
 
 
+@pytest.mark.parametrize("words", [(), OVERWRITE, AUTO])
+def test_a_train_yml_of_the_user_is_never_written_over(first, tmp_path, words):
+    """One that lies in output_dir, and from which the run is started; a run's own resolved one may start the next."""
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(first / "train.yml", out)
+    before = snapshot(out)
+    ended = run_here(train.main, out / "train.yml", "--output_dir", out, *words)
+    assert ended.code == 2 and "holds a train.yml that no run has written" in ended.err, ended.err
+    assert snapshot(out) == before
+    if words == OVERWRITE:
+        shutil.copy(first / "out" / "train.yml", out)
+        assert run_here(train.main, out / "train.yml", "--output_dir", out, *words, "--max_steps", 1).code == 0
+
+
 def test_the_later_course_is_removed_when_an_earlier_checkpoint_is_named(first, world):
     """Or a kill would leave both, and the newest checkpoint would be one of the course that was left."""
     ended = again(first, world, "--resume_from_checkpoint", world / "checkpoint-2", "--save_steps", 5)

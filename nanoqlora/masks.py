@@ -87,9 +87,11 @@ class Written:
         if header is None:
             if is_start and i:
                 return len(start)
+            if headers:
+                return place[0]
             # A template that has no header, as Mistral's: what ends a question is a special token.
-            end = self.tok.find_special(between) if i and not headers else None
-            return before + end if end else place[0]
+            end = self.tok.find_special(between) if i else None
+            return before + (end or len(between.rstrip()))
         if header != headers[0]:
             self.notes.add(
                 f"the answer does not begin with {headers[0].removeprefix(header)!r}, with which the generation prompt "

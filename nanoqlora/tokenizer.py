@@ -302,9 +302,15 @@ class Tokenizer(Vocabulary):
             except UserError:
                 return None
 
-        question, answer = {"role": "user", "content": "\n."}, {"role": "assistant", "content": "\0"}
-        for turns in ([question], [{"role": "system", "content": "."}, question], [question, answer, question]):
+        asked = "a question"
+        question, answer = {"role": "user", "content": asked}, {"role": "assistant", "content": "\0"}
+        chats = [question], [{"role": "system", "content": "."}, question], [question, answer, question]
+        for turns, is_lenient in [(turns, is_lenient) for is_lenient in (False, True) for turns in chats]:
             before, prompt = render(turns), render(turns, True)
+            if prompt is not None and is_lenient:  # no question may be last: the header has the last special token
+                start = prompt.rfind(asked)
+                last = [found.start() for found in self._special.finditer(prompt, start)][-1:]
+                before = prompt[: last[0] if last else start + len(asked)]
             if before is not None and prompt is not None and prompt.startswith(before):
                 header = prompt.removeprefix(before)
                 texts = [render([*turns, answer]), render([*turns, answer, question])]

@@ -31,7 +31,7 @@ def is_hub_name(path: str | Path) -> bool:
     """Whether this can only be a hub name: owner/name with nothing of that name, or of the owner's, in this folder."""
     name = str(path)
     has_form = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and ".." not in name
-    return bool(has_form) and not Path(name).exists() and not Path(name).parent.exists()
+    return bool(has_form) and len(name) < 200 and not Path(name).exists() and not Path(name).parent.exists()
 
 
 def local_path(path: str | Path, patterns: Sequence[str] = MODEL_FILES) -> Path:

@@ -101,7 +101,7 @@ def test_base_is_the_one_that_the_user_names(base: Path, tmp_path: Path):
     assert run_here(export_gguf.main, run, "--adapter", adapter).code == 0
     about = json.loads((adapter / "adapter_config.json").read_text())
     os.mkfifo(tmp_path / "fifo")  # whoever opened it would wait for ever
-    for name in (str(base), str(tmp_path / "fifo"), "/etc/passwd", None, 5, ["a/b"]):
+    for name in (str(base), str(tmp_path / "fifo"), "/etc/passwd", "a/" + "b" * 5000, "a\0b/c", None, 5, ["a/b"]):
         (adapter / "adapter_config.json").write_text(json.dumps(about | {"base_model_name_or_path": name}))
         ended = run_here(export_gguf.main, "--adapter", adapter)
         assert ended.code == 2 and "Give the base with --model" in ended.err and ended.err.count("\n") == 1, ended

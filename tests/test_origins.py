@@ -141,6 +141,7 @@ def test_the_base_of_a_strangers_adapter_is_compared_by_name(world, tmp_path, na
         (None, world.model, 0),
         (["owner"], world.model, 0),
         ("owner/\x1b[2J", world.model, 1),
+        ("owner/\0" + "x" * 5000, world.model, 1),
     ):
         path.write_text(json.dumps(about | {"base_model_name_or_path": its_base}))
         ended = run_here(*commands(base, adapter, world.data, tmp_path / "results")[name])

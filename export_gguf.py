@@ -41,7 +41,7 @@ from nanoqlora.modelfile import (
     quoted,
     write_modelfiles,
 )
-from nanoqlora.ollama import go_template, jinja_of_words, stop_texts, tokenizer_metadata
+from nanoqlora.ollama import go_template, jinja_of_words, stop_texts, tokenizer_metadata, unnamed_ends
 from nanoqlora.prompts import PromptFormat
 from nanoqlora.proof import Proof, prove_file
 from nanoqlora.serving import talking
@@ -125,6 +125,9 @@ def export(model: str | Path, out: Path, file_type: str) -> None:
         metadata["tokenizer.chat_template"] = kind, no_guess(jinja)
         recipe = recipe._replace(stops=stop_texts(fmt, tok, ends))
         notes.append(f"no TEMPLATE, so it needs Ollama 0.30 or newer, which runs the Jinja in the file: {problem}")
+    if more := unnamed_ends(tok, ends[1:])[2:]:
+        names = ", ".join(ascii(tok.vocab[id]) for id in more)
+        notes.append(f"llama.cpp goes on after {names}: a file can name three end tokens that it does not know")
     write(out, metadata, tensors, recipe, notes)
 
 
@@ -160,7 +163,7 @@ def export_adapter(adapter: str | Path, base: str | Path, out: Path, file_type: 
     weights = open_weights(base)
     if note := check_base(adapter, base, weights, other_base):
         print(note)
-    config = model_config(weights.config, base)
+    config, generation = model_config(weights.config, base), read_generation(weights)
     tok, fmt, note = talking(base, adapter, config.vocab_size)
     if note:
         print(note)
@@ -176,7 +179,8 @@ def export_adapter(adapter: str | Path, base: str | Path, out: Path, file_type: 
             command = script_command("export_gguf.py", "--model", base, "--type", "bf16", "--out", path)
             print(f"The base is needed too: {command}")
     base_file = base_file if base_file.startswith(("./", "../")) else f"./{base_file}"
-    recipe = Recipe([f"FROM {file_value(base_file)}", f"ADAPTER {file_value(f'./{out.name}')}"])
+    files = [f"FROM {file_value(base_file)}", f"ADAPTER {file_value(f'./{out.name}')}"]
+    recipe = Recipe(files, stops=stop_texts(fmt, tok, end_ids(generation)), parameters=ollama_parameters(generation))
     write(out, metadata, tensors, *adapter_recipe(recipe, fmt, tok, base))
 
 
@@ -189,7 +193,7 @@ def adapter_recipe(recipe: Recipe, fmt: PromptFormat, tok: Tokenizer, base: str 
         template, system, stops = go_template(fmt, tok)
     except UserError as problem:
         if is_trained and jinja_wins(served):
-            return recipe._replace(stops=stop_texts(fmt, tok)), []
+            return recipe, []
         return None, [f"No Modelfile, as Ollama would write other prompts than training did; merge it: {problem}"]
     notes = []
     if jinja_wins(served) and not is_trained:
@@ -197,7 +201,7 @@ def adapter_recipe(recipe: Recipe, fmt: PromptFormat, tok: Tokenizer, base: str 
             "Ollama 0.30 and newer run the chat template of the base's file instead of TEMPLATE, because it mentions "
             "tools or thinking. Start its server with OLLAMA_GO_TEMPLATE=1, or merge the adapter."
         )
-    return recipe._replace(template=template, system=system, stops=stops), notes
+    return recipe._replace(template=template, system=system, stops=recipe.stops or stops), notes
 
 
 def write(

@@ -92,6 +92,23 @@ def test_export_writes_them_all(tmp_path):
         assert [id for id in range(tok.vocab_size) if llama.is_eog(id)] == [0, 1, 2, 100]
 
 
+def test_more_ends_than_a_file_can_name(tmp_path, capsys):
+    _, metadata = exported(base_with(tmp_path, {"eos_token_id": [2, 100, 101, 102]}))
+    assert [metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eom", "eot")] == [2, 100, 101]
+    text = load_tokenizer(tmp_path / "model").vocab[102]
+    assert f"llama.cpp goes on after {text!a}: a file can name three" in capsys.readouterr().out
+
+
+def test_an_adapter_is_served_with_the_settings_of_its_base(tmp_path):
+    model = base_with(tmp_path, {"eos_token_id": [0, 2], **SAMPLING})
+    adapter = save_random_adapter(model, tmp_path / "adapter")
+    (adapter / "prompt.json").write_text(PromptFormat(type="chat_template").to_json())
+    assert run_here(export_gguf.main, "--adapter", adapter, "--model", model).code == 0
+    found = parse((adapter / "Modelfile-adapter-f32").read_text())
+    assert [text for name, text in found if name == "stop"] == ["<|im_end|>", "<|endoftext|>"]
+    assert ("temperature", "0.6") in found and ("repeat_penalty", "1.1") in found
+
+
 @pytest.mark.parametrize(
     ("generation", "expected"),
     [

@@ -40,6 +40,7 @@ def check_complete(
     Raises:
         UserError: a call, the tools, or what a message says is not in the text at all.
     """
+    text = str(text)  # traced text is slow to cut
     missing: dict[str, None] = {}  # in the order in which they are met, each once
     edges = [0, *(edge for span in sorted(spans.values()) for edge in span), len(text)]
     others = "".join(text[begin:end] for begin, end in zip(edges[::2], edges[1::2], strict=True))  # what no span has
@@ -59,7 +60,7 @@ def check_complete(
                 missing[f"tool_calls ({gone[0]!r})"] = None
         header = text[: spans[i][0]][-HEADER:] if i in spans else ""  # it may hold how the answer begins
         _check_content(message, header + part, missing, note)
-        for key in message.keys() & keys - OWN_KEYS:
+        for key in message.keys() - OWN_KEYS & keys:
             if isinstance(message[key], str) and not _holds(text, message[key]):
                 note(f"the chat template cuts the key {key} of messages, which {NOT_LEARNT}")
     if tools:

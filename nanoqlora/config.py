@@ -13,7 +13,7 @@ what surrounds its loop (data, checkpoints, forecast, report); the model and all
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -362,9 +362,23 @@ def _resolve(file: dict[str, Given], overrides: dict[str, Given], where: str) ->
     for message, is_broken in CHECKS.items():
         if is_broken(config):
             raise UserError(f"{where}: {message}")
+    notes += [text for dataset in (*config.datasets, *config.test_datasets) for text in _unused(dataset)]
     notes += [text for text, matters in DIFFERENCES.items() if matters(config)]
     notes += template_notes(config)
     return replace(config, notes=(*_summary(config, given, over, filled, where), *notes))
+
+
+def _unused(dataset: DatasetConfig) -> list[str]:
+    """A line on the keys of a data set that its type does not read."""
+    default = DatasetConfig(path="", type="alpaca")
+    chat = {"field_messages", "field_tools", "field_system", "message_property_mappings", "message_field_training"}
+    chat |= {"roles", "roles_to_train", "train_on_eos", "chat_template", "chat_template_jinja"}
+    unread = {"chat_template": {"field"}, "completion": chat}.get(str(dataset.type), chat | {"field"})
+    given = [
+        f.name for f in fields(dataset) if f.name in unread and getattr(dataset, f.name) != getattr(default, f.name)
+    ]
+    kind = dataset.type if isinstance(dataset.type, str) else "a map"
+    return [f"data {dataset.path}: {', '.join(given)} ignored, which type: {kind} does not read"] if given else []
 
 
 def _summary(config: Config, given: dict, over: dict, filled: dict, where: str) -> list[str]:

@@ -106,6 +106,17 @@ def test_tools_and_calls_that_a_template_leaves_out_are_refused_by_name(tok, too
         assert encode(tok, jinja, ROW)[1] == ["the chat template leaves out a part of the tools"]
 
 
+def test_a_call_is_looked_for_in_its_own_turn(tok):
+    """All of it stands elsewhere by chance: its name and key in the tools, its value in the question."""
+    row = copy.deepcopy(ROW)
+    row["messages"][2]["tool_calls"][0]["function"]["arguments"] = {"city": "Oslo"}
+    with pytest.raises(UserError, match="tool_calls .'get_weather'."):
+        encode(tok, template(TOOLS_AS["json"]), row)
+    row["messages"] = say("user", "rain", "assistant", "So rain.")
+    with pytest.raises(UserError, match="leaves out what the user says"):
+        encode(tok, without("user"), {"messages": row["messages"]})
+
+
 @pytest.mark.parametrize("name", ["own", *CHAT_TEMPLATES])
 @pytest.mark.parametrize("part", ["tools", "tool_calls", "both"])
 def test_built_in_templates_and_smollm2s_own_know_no_tools(tok, llama3, name, part):

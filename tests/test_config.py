@@ -384,6 +384,22 @@ def test_sharegpt_names_its_replacement(entry):
         make_config(least(datasets=[{"path": "d", "type": "chat_template"} | entry]))
 
 
+def test_keys_that_a_type_does_not_read_are_named():
+    """And none where each is read, or has its default."""
+    entry = {"path": "d", "type": "chat_template", "roles": {"user": ["q"]}, "field_messages": "chat", "field": "text"}
+    for kind, unread in {
+        "chat_template": None,
+        "alpaca": "field_messages, roles",
+        "completion": "field_messages, roles",
+    }.items():
+        notes = [
+            note for note in make_config(least(datasets=[entry | {"type": kind}])).notes if "does not read" in note
+        ]
+        assert notes == ([f"data d: {unread} ignored, which type: {kind} does not read"] if unread else [])
+    custom = {"path": "d", "type": {"field_output": "a"}, "field": "x"}
+    assert "data d: field ignored, which type: a map does not read" in make_config(least(datasets=[custom])).notes
+
+
 def test_plugins_that_only_make_things_faster_may_stay():
     assert make_config(least(plugins=list(HARMLESS["plugins"])))
     with pytest.raises(UserError, match="plugins"):

@@ -71,6 +71,22 @@ def test_one_conversation_in_many_shapes(tok, shape):
     assert [m["content"] for m in fmt.question(row)] == ["Be brief.", "hi"]
 
 
+def test_only_the_completion_of_a_pair_is_learnt(tok):
+    """As trl has it: an answer in the prompt is given."""
+    chat = say("user", "a", "assistant", "B", "user", "c", "assistant", "D")
+    for cut, expected in ((3, "D<|im_end|>"), (1, "B<|im_end|>D<|im_end|>")):
+        assert counted(tok, *CHAT.encode_row(tok, {"prompt": chat[:cut], "completion": chat[cut:]})) == expected
+
+
+def test_an_empty_list_of_calls_calls_nothing(tok):
+    """Some templates ask only whether there is one, as Llama-3.1's, which refuses any number but one."""
+    asks = CHATML.replace(
+        "<|im_end|>", "{% if 'tool_calls' in message %}{{ message.tool_calls[0].x }}{% endif %}<|im_end|>"
+    )
+    row = {"messages": [*say("user", "a"), {"role": "assistant", "content": "b", "tool_calls": []}]}
+    assert encode(tok, asks, row)[0] == encode(tok, CHATML, {"messages": say("user", "a", "assistant", "b")})[0]
+
+
 WITH_PARTS = (  # as Llama-3.2-Vision
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
     "{% for part in m.content %}{% if part.type == 'text' %}BETWEEN{{ part.text }}{% endif %}{% endfor %}{% endif %}"

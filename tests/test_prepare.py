@@ -219,6 +219,14 @@ def test_rows_that_stand_there_twice_are_counted(tmp_path, monkeypatch, blocks):
     ]
 
 
+def test_rows_of_no_use_are_not_counted_as_repeated(tmp_path):
+    """Nor do they move the places of those behind them."""
+    (tmp_path / "a.jsonl").write_text(lines([{"text": 5}, {"text": "a"}, {"text": 5}, {"text": "a"}]))
+    reading = read_samples(find_files(tmp_path / "a.jsonl"), Encoding(None, BYTES, 20, skip_invalid=True))
+    [line] = [line for line in reading.describe_notes() if "same as" in line]
+    assert line.startswith("1 row:") and line.endswith(f"(first: {tmp_path}/a.jsonl, line 4)")
+
+
 def test_lists_in_lists_in_lists_are_told(tmp_path):
     """However deep: too deep for the reader of JSON, or only for what comes after it."""
     for depth in (100, 300, 900, 5_000, 100_000):

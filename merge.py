@@ -140,6 +140,7 @@ def main() -> None:
     if not asked.in_4bit and str(asked.base).endswith(".gguf"):
         print(f"note: `original` means the weights as they are in {asked.base}, which that file may have rounded.")
     identity = {"adapter_sha256": adapter_hash(asked.adapter), "base_fingerprint": fingerprint(weights)}
+    identity["trained_on"] = read_trained(asked.adapter).base
     end_id = prompt_format.end_id(tokenizer) if prompt_format else tokenizer.eos_id
     generation = read_generation(weights)
     ends = end_ids(generation, first=[end_id])

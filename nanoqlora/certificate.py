@@ -210,6 +210,8 @@ def verdict_of_merge(out: object, form: str, record: dict[str, Any]) -> str:
     Args:
         form: what was written, ON_NF4 or ON_ORIGINAL; `record`: merge.json.
     """
+    if record.get("trained_on") not in (None, record.get("base_fingerprint")):
+        return f"verdict: {out} is what --other_base asks for, which is not the model that was trained"
     trained, *_ = forms = record.get("forms", [None])
     found = next((score for score in forms if score and score["form"] == form), None)
     if found is None:

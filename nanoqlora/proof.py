@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from .adapter import read_updates
-from .adapter_files import adapter_hash
+from .adapter_files import adapter_hash, read_trained
 from .certificate import GGUF, MAX_KL, TRAINED, Form, Texts, compare, hidden_states, score_forms
 from .chat_template import Messages
 from .checkpoint import GGUFWeights, Weights, fingerprint, model_config, open_weights
@@ -146,6 +146,7 @@ class Proof:
         self.record = read_json(merge) if merge.exists() else {}
         self.record_path = merge if self.record else self.file.with_suffix(".proof.json")
         self.is_on_original = self.record.get("base") == "original"
+        self.is_on_other = False  # base than the adapter was trained on
         with open(self.file, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.facts |= {"type": self.file_type.lower(), "file_sha256": digest}
@@ -165,8 +166,9 @@ class Proof:
             line = f"verdict: not proven: {self.file.name} is the model in {self.model}, as {self.facts['type']}{gaps}"
         else:
             what = "what was trained"
-            if self.is_on_original and self.trained.name == TRAINED:
-                what = "what --base original merged, which is not the model that was trained"
+            if self.is_on_other or (self.is_on_original and self.trained.name == TRAINED):
+                option = "--other_base" if self.is_on_other else "--base original"
+                what = f"what {option} merged, which is not the model that was trained"
             found = next((form for form in self.facts.get("forms", ()) if form["form"].startswith(GGUF)), None)
             far = f", {found['mean_kl']:.2g} nats a token from the trained model" if found else ""
             line = f"verdict: {self.file.name} is {what}: base and adapter, merged, as {self.facts['type']}{far}{gaps}"
@@ -276,6 +278,10 @@ def trained_model(proof: Proof) -> Form | None:
         proof.fail(f"{proof.model} was merged from another adapter than the one in {adapter}")
     if proof.record.get("base_fingerprint", proof.facts["base_fingerprint"]) != proof.facts["base_fingerprint"]:
         proof.fail(f"{proof.model} was merged onto other weights than those of {base}")
+    trained_on = read_trained(adapter).base
+    proof.is_on_other = trained_on not in (None, proof.facts["base_fingerprint"])
+    if trained_on is None:
+        proof.not_asked.append(f"whether {adapter} was trained on these weights of {base} (it has no fingerprint)")
     return trained_form(weights, read_updates(adapter)[1], adapter, proof.device)
 
 

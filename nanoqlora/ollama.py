@@ -76,6 +76,8 @@ def tokenizer_metadata(
                 f"has no UTF-8 bytes, so no file can hold it. Correct chat_template in tokenizer_config.json."
             )
     others = unnamed_ends(tok, [id for id in ends if id != end])
+    bos = end if tok.bos_id is None else tok.bos_id  # no token cannot be said: llama.cpp would take token 11
+    jinja = _set_names(tok, {"bos_token": tok.vocab[bos], "eos_token": tok.vocab[end]}, jinja) + jinja
     metadata: Metadata = {
         "tokenizer.ggml.model": ("string", "llama" if tok.is_sentencepiece else "gpt2"),
         "tokenizer.ggml.pre": ("string", tok.pre),
@@ -83,7 +85,7 @@ def tokenizer_metadata(
         "tokenizer.ggml.token_type": ("i32[]", kinds),
         **{f"tokenizer.ggml.{name}": value for name, value in words.items()},
         # Without these llama.cpp takes token 11 for both, or the first marker that it happens to find.
-        "tokenizer.ggml.bos_token_id": ("u32", end if tok.bos_id is None else tok.bos_id),
+        "tokenizer.ggml.bos_token_id": ("u32", bos),
         "tokenizer.ggml.eos_token_id": ("u32", end),
         "tokenizer.ggml.eot_token_id": ("u32", others[1] if len(others) > 1 else end),
         **({"tokenizer.ggml.eom_token_id": ("u32", others[0])} if others else {}),
@@ -96,6 +98,20 @@ def tokenizer_metadata(
         if id is not None:
             metadata[f"tokenizer.ggml.{name}_token_id"] = ("u32", id)
     return metadata
+
+
+def _set_names(tok: Tokenizer, served: dict[str, str], jinja: str) -> str:
+    """Jinja in front of a template that gives named tokens the texts that they had in training.
+
+    Args:
+        served: what llama.cpp gives to a template; other names are empty there.
+    """
+    trained = {name: tok.named_texts.get(name, "") for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return "".join(
+        f"{{% set {name} = {json.dumps(text, ensure_ascii=False)} %}}\n"  # Jinja drops a line break behind a block
+        for name, text in trained.items()
+        if name in jinja and text != served.get(name, "")
+    )
 
 
 def unnamed_ends(tok: Tokenizer, ends: Sequence[int]) -> list[int]:

@@ -7,6 +7,7 @@ drop something that a file says, nothing is read here: the error names the keys 
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import test_sentencepieces
 import tokenizers
 import torch
 import transformers
+from llama_cpp import LlamaCpp
 from safetensors.torch import load_file, save_file
 from tiny import CONFIG, save_random_llama
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -23,6 +25,7 @@ import merge
 import nanoqlora as nq
 from nanoqlora.cli import UserError
 from nanoqlora.model import ModelConfig, rope_frequencies
+from nanoqlora.prompts import PromptFormat
 from nanoqlora.tokenizer import Tokenizer
 
 TOKENS = torch.randint(300, (1, 20), generator=torch.Generator().manual_seed(1))
@@ -394,6 +397,24 @@ def test_tokens_have_the_ids_that_transformers_gives(tmp_path, kind):
             again = transformers.AutoTokenizer.from_pretrained(saved)
             assert again(text, add_special_tokens=False)["input_ids"] == ours.encode(text, special=True), files
     assert equal > 60 and refused > 20, (equal, refused)
+
+
+NAMES = (
+    "\n  {% for m in messages %}{{ bos_token }}{{ pad_token }}<|im_start|>{{ m.role }}\n{{ m.content }}{{ eos_token }}"
+    "<|im_end|>\n{% endfor %}{{ unk_token }}<|im_start|>assistant\n"
+)
+
+
+@pytest.mark.parametrize(("bos", "eos", "pad"), [(None, 0, None), (1, 2, 17), (None, 2, 17), (1, None, None)])
+def test_named_tokens_have_their_texts_in_llama_cpp(tmp_path, smollm2_path, bos, eos, pad):
+    """A GGUF file has to name some BOS and the trained end: neither may show where training had another or none."""
+    tok = replace(nq.load_tokenizer(smollm2_path), bos_id=bos, eos_id=eos, pad_id=pad, chat_template=NAMES)
+    chat = PromptFormat(type="chat_template")
+    with LlamaCpp(test_sentencepieces.gguf_file(tmp_path / "x.gguf", tok, chat), vocab_only=True) as llama_cpp:
+        text = llama_cpp.chat_prompt(MESSAGES)
+        assert text == chat.render(tok, MESSAGES, add_generation_prompt=True)
+        assert llama_cpp.tokenize(text, True, True) == chat.encode_prompt(tok, MESSAGES)
+        assert llama_cpp.tokenize("plain", True) == tok.encode("plain")
 
 
 # ------------------------------------------------------------------------------------------------ numbers

@@ -11,7 +11,7 @@ out, often for the better, but it is another model than the one that was evaluat
 So nothing has to be believed: all forms read the run's held-out texts, and the certificate, `merge.json`, says how far
 each is from the trained model, those of the GGUF types in `--types` too. Over `--max_kl` nothing is written.
 
-The sum is made in float32 and rounded once. Memory: about one shard of the output.
+The sum is made in float32 and rounded once. Memory: about the largest tensor.
 """
 
 import json
@@ -89,7 +89,9 @@ def plan(config: Config | None, options: dict[str, Any]) -> Plan:
 
 def write_merged(merged: Merged, folder: Path, max_shard_bytes: int) -> dict[str, Any]:
     """All tensors of the model, in its order. Returns the facts for the certificate."""
-    writer = ShardWriter(folder, max_shard_bytes)
+    writer = ShardWriter(
+        folder, {name: (shape, merged.dtype) for name, shape in merged.shapes.items()}, max_shard_bytes
+    )
     for name in merged.names():
         writer.add(name, merged.load(name).cpu())
     writer.close()

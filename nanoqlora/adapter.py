@@ -37,6 +37,12 @@ class Update(NamedTuple):
     scaling: float
     magnitude: Tensor | None  # (n_out,) float32 with DoRA
 
+    def rows(self, rows: slice) -> "Update":
+        """Of some rows of the layer's weight."""
+        return self._replace(
+            lora_B=self.lora_B[rows], magnitude=None if self.magnitude is None else self.magnitude[rows]
+        )
+
     def merged(self, w: Tensor) -> Tensor:
         """The weight that base and adapter together are, (n_out, n_in) float32, from the base's in float32."""
         w = w + self.scaling * (self.lora_B @ self.lora_A)

@@ -11,6 +11,7 @@ Every fault of a file is told with the file's name. Files appear whole or not at
 
 import hashlib
 import json
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .cli import UserError, note, read_json, write_text
@@ -379,35 +379,57 @@ def block_of(name: str) -> int | None:
 
 
 class ShardWriter:
-    """Writes model.safetensors, or several of them with an index, holding one shard in memory."""
+    """Writes model.safetensors, or several of them with an index, tensor by tensor: memory holds the one at hand.
 
-    def __init__(self, folder: Path, max_shard_bytes: int) -> None:
-        self.folder, self.max_shard_bytes = folder, max_shard_bytes
-        self.shard: dict[str, Tensor] = {}
-        self.shard_bytes = self.total_bytes = 0
-        self.shards: list[list[str]] = []
+    A file is the length of its header (u64), the header, and the values of all tensors. The header says where each one
+    lies, so it is made of their shapes before the first of them is there.
+    """
+
+    def __init__(
+        self, folder: Path, tensors: dict[str, tuple[Sequence[int], torch.dtype]], max_shard_bytes: int
+    ) -> None:
+        """tensors: shape and dtype of everything that will be added, in that order."""
+        self.folder, self.tensors, self.file = folder, tensors, None
+        self.sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in tensors.items()}
+        self.total_bytes = sum(self.sizes.values())
+        shards: list[list[str]] = []
+        for name, size in self.sizes.items():
+            if not shards or sum(self.sizes[other] for other in shards[-1]) + size > max_shard_bytes:
+                shards.append([])
+            shards[-1].append(name)
+        count = len(shards)
+        files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        self.shards = dict(zip(files if count > 1 else ["model.safetensors"], shards, strict=True))
+        self.waiting = [(file, names, name) for file, names in self.shards.items() for name in names][::-1]
 
     def add(self, name: str, tensor: Tensor) -> None:
-        num_bytes = tensor.numel() * tensor.element_size()
-        if self.shard and self.shard_bytes + num_bytes > self.max_shard_bytes:
-            self._flush()
-        self.shard[name] = tensor.contiguous()
-        self.shard_bytes += num_bytes
-        self.total_bytes += num_bytes
+        file, names, expected = self.waiting.pop()
+        shape, dtype = self.tensors[expected]
+        assert (name, tuple(tensor.shape), tensor.dtype) == (expected, tuple(shape), dtype)
+        if name == names[0]:
+            self._begin(file, names)
+        self.file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
-    def _flush(self) -> None:
-        save_file(self.shard, self.folder / f"shard-{len(self.shards)}", metadata={"format": "pt"})
-        self.shards.append(list(self.shard))
-        self.shard, self.shard_bytes = {}, 0
+    def _begin(self, file: str, names: list[str]) -> None:
+        if self.file:
+            self.file.close()
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for name in names:
+            (shape, dtype), start, end = self.tensors[name], end, end + self.sizes[name]
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # so that values stand where their processor wants them
+        self.file = open(self.folder / file, "wb")  # noqa: SIM115
+        self.file.write(struct.pack("<Q", len(text)) + text)
 
     def close(self) -> None:
-        """Write the last shard and give all of them the names that readers look for: their number is known now."""
-        self._flush()
-        count, weight_map = len(self.shards), {}
-        for i, names in enumerate(self.shards):
-            file = "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-            (self.folder / f"shard-{i}").rename(self.folder / file)
-            weight_map |= dict.fromkeys(names, file)
-        if count > 1:
+        """End the last file, and write the index if there are several."""
+        assert not self.waiting
+        self.file.close()
+        if len(self.shards) > 1:
+            weight_map = {name: file for file, names in self.shards.items() for name in names}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
             write_text(self.folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -19,9 +19,9 @@ from .certificate import GGUF, ON_NF4, ON_ORIGINAL, TRAINED, Form
 from .checkpoint import Weights, model_config
 from .cli import UserError
 from .file_types import tensor_type
-from .ggml_blocks import FORMATS, dequantize, quantize
+from .ggml_blocks import FORMATS, dequantize, quantize_checked
 from .gguf import gguf_name, tensor_shapes
-from .qlora import QLoRALinear, check_width
+from .qlora import ROWS_AT_A_TIME, QLoRALinear, check_width
 
 
 class Merged:
@@ -75,13 +75,8 @@ class Merged:
                 f"{self.shapes[name]}. Get a whole, matching checkpoint."
             )
         w = w.to(self.device)
-        if not (".layers." in name and w.ndim == 2):
-            merged = w.to(self.seen).to(self.dtype)
-        else:
-            w = self.as_training_saw(name, w)
-            merged = w.to(self.dtype)
-            if layer in self.updates:
-                merged = self._with_update(layer, w)
+        is_linear = ".layers." in name and w.ndim == 2
+        merged = self._merged_linear(name, layer, w) if is_linear else w.to(self.seen).to(self.dtype)
         if not torch.isfinite(torch.stack(merged.aminmax())).all():
             raise UserError(
                 f"{name}: holds NaN or infinite values in {self.dtype}, which would be in every answer. Base or "
@@ -89,32 +84,45 @@ class Merged:
             )
         return merged
 
-    def as_training_saw(self, name: str, w: Tensor) -> Tensor:
-        """A linear layer's weight from the file -> its values in every product of the training, float32."""
-        layer = QLoRALinear(w)
+    def as_training_saw(self, name: str, w: Tensor) -> QLoRALinear:
+        """A linear layer with the values that every product of the training had, from its weight in the file."""
+        linear = QLoRALinear(w)
         if self.in_4bit:
             check_width(f"{self.where}: {name}", w)
-            layer.quantize()
-        return layer.rebuild(self.seen).float()
+            linear.quantize()
+        return linear
 
-    def _with_update(self, layer: str, w: Tensor) -> Tensor:
-        parts = (part.to(self.device) if isinstance(part, Tensor) else part for part in self.updates[layer])
-        update = Update(*parts)
-        a, b = update.lora_A, update.lora_B
-        if (b.shape[0], a.shape[1]) != w.shape:
-            raise UserError(
-                f"adapter: {layer} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, which make no update of "
-                f"{tuple(w.shape)}, the shape of its weight in the base model. Wrong base?"
-            )
-        exact = update.merged(w)
-        merged = exact.to(self.dtype)
-        is_zero = not (update.lora_A.any() and update.lora_B.any())  # as training starts
-        if torch.equal(merged, w.to(self.dtype)) and not is_zero:
+    def _merged_linear(self, name: str, layer: str, w: Tensor) -> Tensor:
+        """Some rows at a time, so that float32 copies stay small beside the weight."""
+        linear, update = self.as_training_saw(name, w), self.updates.get(layer)
+        if update:
+            update = Update(*(part.to(self.device) if isinstance(part, Tensor) else part for part in update))
+            a, b = update.lora_A, update.lora_B
+            if (b.shape[0], a.shape[1]) != w.shape:
+                raise UserError(
+                    f"adapter: {layer} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, which make no update "
+                    f"of {tuple(w.shape)}, the shape of its weight in the base model. Wrong base?"
+                )
+        merged, step = torch.empty(w.shape, dtype=self.dtype, device=self.device), max(1, ROWS_AT_A_TIME // w.shape[1])
+        before = after = torch.zeros((), dtype=torch.float64, device=self.device)
+        is_changed = False
+        for rows in (slice(i, i + step) for i in range(0, len(w), step)):
+            base = linear.rebuild(self.seen, rows).float()
+            merged[rows] = base
+            if update:
+                plain, whole = merged[rows].clone(), update.rows(rows).merged(base)
+                merged[rows] = whole
+                is_changed = is_changed or not torch.equal(merged[rows], plain)
+                before = before + base.norm().double() ** 2
+                after = after + (whole - base).norm().double() ** 2
+        is_zero = update and not (update.lora_A.any() and update.lora_B.any())  # as training starts
+        if update and not is_changed and not is_zero:
             raise UserError(
                 f"adapter: {layer} has an update that does not change its weight in {self.dtype}, so it would be "
                 f"lost. Choose a larger --dtype, train further, or leave this layer out of the adapter."
             )
-        self.changes[layer] = ((exact - w).norm() / w.norm().clamp(min=1e-30)).item()
+        if update:
+            self.changes[layer] = (after / before.clamp(min=1e-60)).sqrt().item()
         return merged
 
 
@@ -142,7 +150,7 @@ class Rounded:
 
     def load(self, name: str) -> Tensor:
         w = self.weights.load(name).to(self.device)
-        return dequantize(quantize(w, self.types[name]), self.types[name], tuple(w.shape))
+        return dequantize(quantize_checked(w, self.types[name], name), self.types[name], tuple(w.shape))
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -26,6 +26,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .cli import UserError
 from .k_quants import TINY, first_extreme, nearest, search_lines, search_scales
 from .threads import in_threads
 
@@ -94,6 +95,38 @@ def quantize(w: Tensor, ggml_type: str) -> Tensor:
     for _ in in_threads(pieces) if w.device.type == "cpu" else (piece() for piece in pieces):
         pass
     return raw.reshape(*w.shape[:-1], -1)
+
+
+def quantize_checked(w: Tensor, ggml_type: str, name: str) -> Tensor:
+    """The same, of the tensor that messages call `name`.
+
+    Raises:
+        UserError: a value is NaN or infinite, or would be read back so: scales are stored in half precision.
+    """
+    ends = torch.stack(w.aminmax())  # NaN if there is one
+    largest = ends.abs().max().item()
+    is_finite = math.isfinite(largest)
+    if is_finite and (ggml_type in PLAIN or largest < 2**30):  # far above what any scale can hold
+        raw = quantize(w, ggml_type)
+        if ggml_type == "F32" or torch.isfinite(_halves(raw, ggml_type)).all():
+            return raw
+    if not is_finite:
+        raise UserError(f"{name} holds NaN or infinity, which would be in every answer. Train with a lower rate.")
+    raise UserError(
+        f"{name} holds values up to {largest:.4g}, which are infinite in {ggml_type}: its scales, and F16, reach to "
+        f"65504. So would be every answer. Train with a lower rate, or export as bf16 or f32."
+    )
+
+
+PLAIN = ("F32", "F16", "BF16")
+
+
+def _halves(raw: Tensor, ggml_type: str) -> Tensor:
+    """The numbers of 16 bits in the bytes of a tensor: its values, or the scales and minima of its blocks."""
+    blocks = raw.reshape(-1, FORMATS[ggml_type].block_bytes)
+    ends = {"Q4_1": 4, "Q5_1": 4, "Q4_K": 4, "Q5_K": 4}.get(ggml_type, 2)
+    numbers = blocks[:, 208:] if ggml_type == "Q6_K" else blocks[:, :ends]
+    return numbers.contiguous().view(torch.bfloat16 if ggml_type == "BF16" else torch.float16)
 
 
 def dequantize(raw: Tensor, ggml_type: str, shape: tuple[int, ...]) -> Tensor:

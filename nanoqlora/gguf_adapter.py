@@ -7,17 +7,15 @@ does not fit into one alpha, rsLoRA's alpha / sqrt(r) or ranks and alphas that d
 The rows of B are rows of W, so those of q_proj and k_proj stand in llama.cpp's order; A's columns are inputs and stay.
 """
 
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from . import gguf
 from .adapter import Update
 from .cli import UserError
 from .file_types import FILE_TYPES
-from .ggml_blocks import quantize
+from .ggml_blocks import quantize_checked
 from .model import ModelConfig
 
 TYPES = ("F32", "F16", "BF16")
@@ -72,13 +70,6 @@ def plan_adapter(
         b = update.lora_B * (update.scaling * len(update.lora_A) / alpha)  # times 1 in the first layer, and most others
         b = gguf.permute_rows(b, heads) if heads else b
         for part, w in (("lora_a", update.lora_A), ("lora_b", b)):
-            _check(w, f"{where}: {part} of {layer}", file_type)
-            produce = partial(quantize, w.contiguous(), file_type)
-            tensors.append(gguf.NewTensor(f"{name}.{part}", tuple(w.shape), file_type, produce))
+            raw = quantize_checked(w.contiguous(), file_type, f"{where}: {part} of {layer}")
+            tensors.append(gguf.NewTensor(f"{name}.{part}", tuple(w.shape), file_type, lambda raw=raw: raw))
     return alpha, tensors
-
-
-def _check(w: Tensor, name: str, file_type: str) -> None:
-    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[file_type]
-    if not torch.isfinite(w.to(dtype)).all():
-        raise UserError(f"{name} holds NaN, infinity or a value too large for {file_type}. Train again, or use f32.")

@@ -13,7 +13,7 @@ from . import gguf
 from .checkpoint import Weights
 from .cli import UserError
 from .file_types import tensor_type
-from .ggml_blocks import quantize
+from .ggml_blocks import quantize, quantize_checked
 from .model import ModelConfig
 
 
@@ -29,14 +29,9 @@ def plan_tensors(weights: Weights, config: ModelConfig, file_type: str, model: P
                 f"{model}: tensor {name} has shape {tuple(w.shape)}, but config.json makes it {shapes[name]}, so they "
                 f"are of different models. Get a matching checkpoint."
             )
-        ends = torch.stack(w.aminmax())  # NaN if there is one
-        if not torch.isfinite(ends.to(torch.float16) if ggml_type == "F16" else ends).all():
-            raise UserError(
-                f"{model}: tensor {name} holds NaN, infinity or, for F16, a value above 65504, which the file would "
-                f"pass on to every answer. Train again with a lower learning rate, or export as bf16 if it is the last."
-            )
         heads = gguf.heads_to_permute(gguf.gguf_name(name), config.num_attention_heads, config.num_key_value_heads)
-        return quantize(gguf.permute_rows(w, heads) if heads else w, ggml_type)
+        w = gguf.permute_rows(w, heads) if heads else w
+        return quantize_checked(w, ggml_type, f"{model}: tensor {name}")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tensors, is_tied = [], config.tie_word_embeddings

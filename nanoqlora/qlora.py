@@ -29,6 +29,9 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 INPUT_OF = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
 
 
+ROWS_AT_A_TIME = 2**20  # weights in them
+
+
 class QLoRALinear(nn.Module):
     """y = x W^T + s * dropout(x) A^T B^T with W frozen, in NF4 or as it came; without A and B just y = x W^T.
 
@@ -53,7 +56,10 @@ class QLoRALinear(nn.Module):
 
     def quantize(self, double_quant: bool = True) -> None:
         """Put W into four bits, for good."""
-        packed, absmax = ops.quantize_nf4(self.weight.data)
+        w = self.weight.data
+        step = max(1, ROWS_AT_A_TIME // w.shape[1])  # all rows at once would take several float32 copies of W
+        parts = [ops.quantize_nf4(w[i : i + step]) for i in range(0, len(w), step)]
+        packed, absmax = (torch.cat(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
         del self.weight
         self.register_buffer("packed", packed)
         if double_quant:
@@ -62,16 +68,16 @@ class QLoRALinear(nn.Module):
             self.register_buffer("nested_offset", nested_offset)
         self.register_buffer("absmax", absmax)
 
-    def rebuild(self, dtype: torch.dtype) -> Tensor:
-        """W, (n_out, n_in), as training sees it in `dtype`."""
+    def rebuild(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+        """W, (n_out, n_in), or some rows of it, as training sees it in `dtype`."""
         if hasattr(self, "weight"):
-            return self.weight.to(dtype)
+            return self.weight[rows].to(dtype)
         if self.dense is not None:
-            return self.dense.to(dtype)
+            return self.dense[rows].to(dtype)
         absmax = self.absmax
         if self.is_double_quantised:
             absmax = ops.dequantize_absmax(absmax, self.nested_absmax, self.nested_offset)
-        return ops.dequantize_nf4(self.packed, absmax, dtype)
+        return ops.dequantize_nf4(self.packed[rows], absmax[rows], dtype)
 
     def rebuild_into(self, out: Tensor, fold: tuple[Tensor, Tensor] | None = None) -> None:
         """W in the dtype of `out`, written there; `out` may be rows of a larger buffer.

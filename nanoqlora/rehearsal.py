@@ -87,10 +87,11 @@ def keep_first_block(run: Run, tokenizer: Tokenizer, folder: Path) -> None:
     """The base as a folder with its first block alone, and the adapter cut to that block."""
     weights, base = open_weights(run.config.base_model), folder / "base"
     base.mkdir()
-    writer = ShardWriter(base, int(5e9))
-    for name in weights.names():
-        if ".layers." not in name or ".layers.0." in name:
-            writer.add(name, weights.load(name))
+    names = [name for name in weights.names() if ".layers." not in name or ".layers.0." in name]
+    kinds = {name: ((w := weights.load(name)).shape, w.dtype) for name in names}
+    writer = ShardWriter(base, kinds, int(5e9))
+    for name in names:
+        writer.add(name, weights.load(name))
     writer.close()
     write_text(base / "config.json", json.dumps(weights.config | {"num_hidden_layers": 1}))
     save_tokenizer(tokenizer, base, tokenizer.chat_template)

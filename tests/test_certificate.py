@@ -16,6 +16,7 @@ import merge
 from nanoqlora.certificate import GGUF, ON_NF4, ON_ORIGINAL, TRAINED, Score, recommend
 from nanoqlora.config import load_config
 from nanoqlora.prompts import PromptFormat
+from nanoqlora.qlora import QLoRALinear
 from nanoqlora.runs import prepare_data
 from nanoqlora.tokenizer import load_tokenizer
 
@@ -122,7 +123,7 @@ def test_default_limit_holds_what_is_not_the_trained_model(run, tmp_path, monkey
     monkeypatch.setattr(
         merge.Merged,
         "as_training_saw",
-        lambda self, name, w: w.float() if self.dtype == torch.bfloat16 else good(self, name, w),
+        lambda self, name, w: QLoRALinear(w) if self.dtype == torch.bfloat16 else good(self, name, w),
     )
     ended = merged(run, tmp_path / "out", "--dtype", "bf16")
     assert ended.code == 2 and "merged on nf4" in ended.err and not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """export_gguf.py, judged by llama.cpp: it loads the file, and agrees with transformers on logits and on tokens."""
 
+import itertools
 import json
 import re
 import shutil
@@ -21,7 +22,7 @@ import export_gguf
 from nanoqlora.checkpoint import open_weights
 from nanoqlora.cli import UserError, run_command
 from nanoqlora.file_types import FILE_TYPES, tensor_type
-from nanoqlora.ggml_blocks import dequantize, quantize
+from nanoqlora.ggml_blocks import QUANTIZABLE, dequantize, quantize, quantize_checked
 from nanoqlora.gguf import hf_config, hf_name, read_gguf
 from nanoqlora.llama_cpp import Server
 from nanoqlora.model import ModelConfig
@@ -449,9 +450,11 @@ def test_tied_head_that_is_in_the_files_too(models: dict, tmp_path: Path):
     assert torch.equal(read_gguf(tmp_path / "model.gguf").load("output.weight"), 2 * w)
 
 
+HUGE = torch.cat([torch.zeros(191, 64), torch.full((1, 64), 1e6)])
 WRONG = {
     "NaN": ({"model__norm__weight": torch.full((64,), torch.nan)}, {}, "Q8_0", "model.norm.weight holds NaN"),
     "too large": ({"lm_head__weight": torch.full((VOCAB, 64), 7e4)}, {}, "F16", "lm_head.weight holds.*export as bf16"),
+    "a scale": ({"model__layers__0__mlp__up_proj__weight": HUGE}, {}, "Q4_0", "0.mlp.up_proj.weight holds.*in Q4_0"),
     "missing": ({"lm_head__weight": None}, {}, "Q8_0", "lm_head.weight is missing"),
     "more": (
         {"model__layers__0__mlp__up_proj__bias": torch.zeros(192)},
@@ -464,6 +467,22 @@ WRONG = {
     "vocabulary": ({}, {"vocab_size": 1000}, "Q8_0", "49152 tokens and the embedding 1000 rows"),
     "activation": ({}, {"hidden_act": "gelu"}, "Q8_0", "hidden_act is .gelu."),
 }
+
+
+@pytest.mark.parametrize("ggml_type", QUANTIZABLE)
+def test_what_a_type_cannot_hold_is_refused(ggml_type: str, rng: torch.Generator):
+    """The largest value that is read back finite is written, and one above is refused by the tensor's name."""
+    for width, sign, exponent in itertools.product((1, 192), (1, -1), (0, *range(13, 33), 40, 64, 126)):
+        w = torch.randn(3, 256, generator=rng)
+        w[2, 64 : 64 + width] = sign * 1.5 * 2.0**exponent
+        back = dequantize(quantize(w, ggml_type), ggml_type, tuple(w.shape))
+        is_right = torch.isfinite(back).all() and (back[2, 64] - w[2, 64]).abs() < w[2, 64].abs()
+        if is_right:
+            assert quantize_checked(w, ggml_type, "x").shape[0] == 3, exponent
+        else:
+            with pytest.raises(UserError, match=f"model: tensor y holds values up to .* infinite in {ggml_type}"):
+                quantize_checked(w, ggml_type, "model: tensor y")
+    assert is_right == (ggml_type in ("F32", "BF16"))
 
 
 @pytest.mark.usefixtures("known_tokenizer")

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,15 @@ import transformers
 from peft_witness import dequantised_transformers, peft_on_dequantised, save_random_adapter
 from safetensors.torch import load_file, save_file
 from small_runs import Ended, alpaca_rows, run_here, run_process, save_tiny_model, snapshot, write_rows, write_run
+from tiny import CONFIG
 
 import export_gguf
 import merge
 import nanoqlora as nq
 from nanoqlora import chat
+from nanoqlora.checkpoint import ShardWriter
+from nanoqlora.gguf import tensor_shapes
+from nanoqlora.model import ModelConfig
 from nanoqlora.prompts import PromptFormat
 from nanoqlora.qlora import inject_lora, lora_layers
 
@@ -189,6 +195,34 @@ def test_shards_have_an_index_that_transformers_reads(model, adapter, tmp_path):
     assert torch.equal(
         logits(nq.Llama.from_pretrained(tmp_path / "many")), logits(nq.Llama.from_pretrained(tmp_path / "one"))
     )
+
+
+def test_memory_is_that_of_the_largest_tensor(tmp_path):
+    """Of a model of 176 MB in one file whose largest tensor takes 17 MB, and with what stands beside it in float32."""
+    config = CONFIG | {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 3, "head_dim": 64}
+    config |= {"num_attention_heads": 16, "num_key_value_heads": 16, "architectures": ["LlamaForCausalLM"]}
+    shapes = tensor_shapes(ModelConfig.from_hf(config))
+    model, adapter = tmp_path / "model", tmp_path / "adapter"
+    for folder in (model, adapter):
+        folder.mkdir()
+    (model / "config.json").write_text(json.dumps(config))
+    writer = ShardWriter(model, {name: (shape, torch.bfloat16) for name, shape in shapes.items()}, 10**9)
+    for name, shape in shapes.items():
+        writer.add(name, torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.05, 0.05))
+    writer.close()
+    layers = [name.removesuffix(".weight") for name in shapes if name.endswith("_proj.weight")]
+    state = {}
+    for layer in layers:
+        n_out, n_in = shapes[f"{layer}.weight"]
+        state |= {f"base_model.model.{layer}.lora_A.weight": torch.randn(4, n_in) / 9}
+        state |= {f"base_model.model.{layer}.lora_B.weight": torch.randn(n_out, 4) / 9}
+    save_file(state, adapter / "adapter_model.safetensors")
+    about = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": sorted({x.split(".")[-1] for x in layers})}
+    (adapter / "adapter_config.json").write_text(json.dumps(about))
+    line = [sys.executable, "-m", "tests.memory_of_merge", model, adapter, tmp_path / "out", "original"]
+    ended = subprocess.run(line, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert int(ended.stdout) < 1.5 * 17e6 + 80e6 < 0.7 * writer.total_bytes, ended.stderr
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == shapes.keys()
 
 
 def test_merge_of_a_run_has_all_that_is_needed_to_use_it(model, adapter, tmp_path):

@@ -36,9 +36,9 @@ class Written:
     ) -> None:
         self.tok, self.template, self.messages, self.tools = tok, template, messages, tools
         guarded, guarded_tools = guard(messages, tools, roles)
-        self.traced = tok.render_chat(guarded, False, template, guarded_tools)
-        self.ids, self.starts = tok.encode_guarded(self.traced)
-        self.text, self.spans = plain(self.traced), spans_of(self.traced)
+        text = tok.render_chat(guarded, False, template, guarded_tools)
+        self.ids, self.starts = tok.encode_guarded(text)
+        self.text, self.spans = plain(text), spans_of(text)
         self.notes: set[str] = set()  # what the user should know
         self.controls = set(tok.special_tokens.values())
 
@@ -145,8 +145,8 @@ def encode_chat(
         trained: for each message, whether it shall be learnt.
         train_on_eos: one of `ENDS`.
         roles: names of roles that the configuration gives, which are not the row's text.
-        check: called with the text, which is traced, and for the turns that were looked for the characters from where
-            one begins to where it ends.
+        check: called with the text, and for the turns that were looked for the characters from where one begins to
+            where it ends.
         note: called with what the user should know of this conversation.
     Raises:
         UserError: the template hides where an answer begins, or puts no token behind the last one.
@@ -178,5 +178,5 @@ def encode_chat(
             mask[end] = train_on_eos in ("turn", "all") or train_on_eos == "last" and i == last_trained
     for text in written.notes:
         note(text)
-    check(written.traced, turns)
+    check(written.text, turns)
     return written.ids, mask

@@ -60,7 +60,7 @@ def check_complete(
                 missing[f"tool_calls ({gone[0]!r})"] = None
         header = text[: spans[i][0]][-HEADER:] if i in spans else ""  # it may hold how the answer begins
         _check_content(message, header + part, missing, note)
-        for key in message.keys() - OWN_KEYS & keys:
+        for key in sorted(message.keys() - OWN_KEYS & keys):
             if isinstance(message[key], str) and not _holds(text, message[key]):
                 note(f"the chat template cuts the key {key} of messages, which {NOT_LEARNT}")
     if tools:

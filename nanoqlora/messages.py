@@ -127,7 +127,7 @@ def _add(chat: Chat, given: Row, form: "PromptFormat", where: str, note: Note, k
     message = {key: value for key, value in given.items() if key not in theirs}
     message |= {ours: given[name] for ours, name in names.items() if given.get(name) is not None}
     for part in [part for part in DEFAULT_NAMES if part not in message]:
-        if (other := _like(given.keys() - {"role", "content"}, part)) and not given.keys() & CALLS:
+        if (other := _like([key for key in given if key not in DEFAULT_NAMES], part)) and not given.keys() & CALLS:
             raise UserError(f"{where}{names[part]} is missing, and there is {other}. {_mapping(given)}")
     named = text_of(message, "role", where, called=names["role"])
     role = message["role"] = form.role_of[named]
@@ -243,8 +243,8 @@ def say(*turns: str) -> Messages:
 
 def note_unread(row: Row, read: set[str], note: Note) -> None:
     """Note the columns of a row that have a value and became nothing."""
-    for column in row.keys() - read:
-        if row[column] not in NOTHING:
+    for column in row:
+        if column not in read and row[column] not in NOTHING:
             note(f"the column {column or 'without a name'} was not read")
 
 

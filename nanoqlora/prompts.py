@@ -315,8 +315,8 @@ class PromptFormat:
     def _chat(self, row: dict[str, Any], read_by_template: Iterable[str], note: Note) -> Chat:
         chat = chat_of(row, self, note, read_by_template)
         roles = [message["role"] for message in chat.messages]
-        wanted = {self.role_of[role] for role in self.roles_to_train}
-        if not wanted & set(roles) and not any(chat.trained):
+        wanted = dict.fromkeys(self.role_of[role] for role in self.roles_to_train)
+        if not wanted.keys() & set(roles) and not any(chat.trained):
             raise UserError(
                 f"no message has the role {' or '.join(wanted)}, only {', '.join(dict.fromkeys(roles))}. "
                 "There is nothing to learn from. Add an answer, or map the names with roles."

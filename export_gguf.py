@@ -90,6 +90,8 @@ def main() -> None:
     out = Path(options["out"] or folder / f"model-{file_type.lower()}.gguf")
     if not options["prove"]:
         export(model, out, file_type)
+        if options["data"]:
+            print(f"--data {options['data']}: without effect, because nothing is scored without --prove.")
         return
     folder, tok = local_path(model), load_tokenizer(model)
     fmt = prompt_format(folder, tok)

@@ -169,6 +169,7 @@ def test_the_result_of_an_earlier_run_is_refused(world, tmp_path):
     for name, words in uses.items():
         assert run_here(*words).code == 0, name
     assert "adapter on 4-bit base" in run_here(*uses["prove"]).out
+    assert f"--data {world.data}: without effect" in run_here(*uses["export"], "--data", world.data).out
     state = load_file(tmp_path / "out" / "adapter_model.safetensors")
     for key in state:
         state[key] += 0.01

@@ -20,6 +20,7 @@ from . import distributed
 from .cli import UserError, remove, sweep
 from .config import Config
 from .file_types import FILE_TYPES
+from .modelfile import is_ours
 from .typed_yaml import keys_of
 
 LOG, STATE = "metrics.jsonl", "trainer_state.json"
@@ -61,7 +62,8 @@ def files_made_from_it(folder: Path) -> list[Path]:
     """What merge.py, export_gguf.py and TensorBoard have added: of a run whose adapter is removed they say nothing."""
     merged = [folder / "merged"] if (folder / "merged" / "merge.json").is_file() else []
     events = [folder / "tensorboard"] if [*folder.glob("tensorboard/events.out.tfevents.*")] else []
-    return [*merged, *events, *(folder / name for name in MADE_FROM_IT if (folder / name).is_file())]
+    modelfiles = [path for path in sorted(folder.glob("Modelfile*")) if path.is_file() and is_ours(path)]
+    return [*merged, *events, *(folder / name for name in MADE_FROM_IT if (folder / name).is_file()), *modelfiles]
 
 
 def is_finished(folder: Path) -> bool:

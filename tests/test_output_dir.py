@@ -27,6 +27,7 @@ from small_runs import (
 
 import train
 from nanoqlora import trackers
+from nanoqlora.modelfile import write_modelfiles
 from nanoqlora.optim import PartOptimizer, make_optimizer, state_problem
 from nanoqlora.output_dir import lock
 
@@ -57,6 +58,8 @@ def world(first: Path, tmp_path: Path) -> Path:
     (out / "model-q8_0.gguf").write_text("made from it")
     (out / "my-model.gguf").write_text("mine")
     (out / "checkpoint-best").mkdir()
+    (out / "Modelfile").write_text("FROM mine\n")
+    write_modelfiles(out / "model-q8_0.gguf", "FROM ./model-q8_0.gguf\n", is_model=True)
     return out
 
 
@@ -91,7 +94,7 @@ def test_overwriting_leaves_the_run_that_an_empty_folder_gets(first, world, tmp_
     assert ended.code == 0, ended.err
     assert "removed" in ended.out and "checkpoint-6" in ended.out
     assert again(first, tmp_path / "new", "--max_steps", 4).code == 0
-    mine = {"notes.txt", "my-model.gguf", "checkpoint-best"}
+    mine = {"notes.txt", "my-model.gguf", "checkpoint-best", "Modelfile"}
     names = {path.name for path in world.iterdir()}
     assert names == mine | {path.name for path in (tmp_path / "new").iterdir()}
     assert (world / ADAPTER).read_bytes() == (tmp_path / "new" / ADAPTER).read_bytes()

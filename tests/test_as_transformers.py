@@ -16,7 +16,6 @@ import test_sentencepieces
 import tokenizers
 import torch
 import transformers
-from llama_cpp import LlamaCpp
 from safetensors.torch import load_file, save_file
 from tiny import CONFIG, save_random_llama
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -24,9 +23,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import merge
 import nanoqlora as nq
 from nanoqlora.cli import UserError
+from nanoqlora.llama_cpp import Server, write_small
 from nanoqlora.model import ModelConfig, rope_frequencies
+from nanoqlora.ollama import tokenizer_metadata
 from nanoqlora.prompts import PromptFormat
-from nanoqlora.tokenizer import Tokenizer
 
 TOKENS = torch.randint(300, (1, 20), generator=torch.Generator().manual_seed(1))
 PLAIN = {key: value for key, value in CONFIG.items() if key not in ("rope_theta", "tie_word_embeddings")}
@@ -117,12 +117,9 @@ def test_the_head_is_the_one_that_transformers_takes(tmp_path, states, form):
         out = tmp_path / "out"
         out.mkdir(exist_ok=True)
         save_file({name: weights.load(name) for name in weights.names()}, out / "model.safetensors", {"format": "pt"})
-        write_json(out / "config.json", merge.hf_config(weights.config, torch.float32, TOKENIZER, 2))
+        write_json(out / "config.json", merge.hf_config(weights.config, torch.float32, {}))
         assert_same(theirs, their_logits(out), case)
     assert both == 9
-
-
-TOKENIZER = Tokenizer(pre="smollm", vocab=["a", "b", "<s>"], kinds=[1, 1, 3], merges=[], bos_id=2)
 
 
 def test_the_files_are_those_that_transformers_reads(tmp_path, states, capsys):
@@ -268,7 +265,7 @@ def test_rope_is_the_one_that_transformers_takes():
             continue
         assert wanted, (theta, scaling, parameters, theirs)
         assert torch.allclose(rope_frequencies(ours), theirs[1], rtol=1e-6), (theta, scaling, parameters)
-        written = merge.hf_config(config, torch.float32, TOKENIZER, 2)
+        written = merge.hf_config(config, torch.float32, {})
         assert "rope_parameters" not in written and written["rope_theta"] == ours.rope_theta
         assert torch.allclose(what_transformers_makes(written)[1], theirs[1], rtol=1e-6), written
         read += 1
@@ -410,8 +407,8 @@ def test_named_tokens_have_their_texts_in_llama_cpp(tmp_path, smollm2_path, bos,
     """A GGUF file has to name some BOS and the trained end: neither may show where training had another or none."""
     tok = replace(nq.load_tokenizer(smollm2_path), bos_id=bos, eos_id=eos, pad_id=pad, chat_template=NAMES)
     chat = PromptFormat(type="chat_template")
-    with LlamaCpp(test_sentencepieces.gguf_file(tmp_path / "x.gguf", tok, chat), vocab_only=True) as llama_cpp:
-        text = llama_cpp.chat_prompt(MESSAGES)
+    with Server(write_small(tmp_path / "x.gguf", tokenizer_metadata(tok, chat, tok.vocab_size, tmp_path))) as llama_cpp:
+        text = llama_cpp.prompt(MESSAGES)
         assert text == chat.render(tok, MESSAGES, add_generation_prompt=True)
         assert llama_cpp.tokenize(text, True, True) == chat.encode_prompt(tok, MESSAGES)
         assert llama_cpp.tokenize("plain", True) == tok.encode("plain")

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from nanoqlora import gguf
 from nanoqlora.adapter import read_updates
-from nanoqlora.adapter_files import adapter_file, check_base, check_merged
-from nanoqlora.checkpoint import model_config, open_weights
+from nanoqlora.adapter_files import adapter_file, check_base, check_merged, read_trained
+from nanoqlora.checkpoint import fingerprint, model_config, open_weights
 from nanoqlora.cli import UserError, check_space, read_json, run_command, script_command, whole_file
 from nanoqlora.config import Option, load_command
 from nanoqlora.file_types import FILE_TYPES
@@ -148,15 +148,23 @@ def own_folder(path: str | Path) -> Path:
 
 
 def base_of(adapter: str | Path) -> str:
-    """The base model that an adapter names, if that is a hub name: a path is for the user to name."""
+    """The base model that an adapter names: a hub name, or a path where the fingerprint proves that it is the base.
+
+    The file may come from anybody, so no other path is taken from it.
+    """
     where = adapter_file(adapter).with_name("adapter_config.json")
-    base = read_json(where).get("base_model_name_or_path")
-    if not isinstance(base, str) or not is_hub_name(base):
-        raise UserError(
-            f"{where}: names {base!r} as the base model. Only a hub name is taken from there, because the file may "
-            f"come from anybody. Give the base with --model, or the YAML file of the run first."
-        )
-    return base
+    base, trained_on = read_json(where).get("base_model_name_or_path"), read_trained(adapter).base
+    if isinstance(base, str) and is_hub_name(base):
+        return base
+    try:
+        if isinstance(base, str) and trained_on and fingerprint(open_weights(base)) == trained_on:
+            return base
+    except UserError:
+        pass  # there is no model
+    raise UserError(
+        f"{where}: names {base!r} as the base model, and nothing proves that the adapter was trained on "
+        f"it. The file may come from anybody. Give the base with --model, or the YAML file of the run first."
+    )
 
 
 def export_adapter(adapter: str | Path, base: str | Path, out: Path, file_type: str, other_base: bool = False) -> None:

@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from nanoqlora import distributed, ops
 from nanoqlora.adapter import continue_adapter
+from nanoqlora.adapter_files import read_trained
 from nanoqlora.cadence import evaluations, saves, warmup_steps
-from nanoqlora.checkpoint import Fill, open_model, open_weights
+from nanoqlora.checkpoint import Fill, fingerprint, open_model, open_weights
 from nanoqlora.cli import Failed, Stopped, UserError, check_writable, run_command, visible
 from nanoqlora.config import Config, load_command
 from nanoqlora.config_rules import without_effect
@@ -235,6 +236,8 @@ def prepare_model(
             keys = ("lora_r", "lora_alpha", "lora_target_modules", "peft_use_rslora", "peft_use_dora")
             wanted = {key: getattr(config, key) for key in keys}
             say(continue_adapter(model, config.lora_model_dir, config.lora_dropout, **wanted))
+            if read_trained(config.lora_model_dir).base not in (None, fingerprint(open_weights(config.base_model))):
+                say(f"warning: it was trained on other weights than {config.base_model}'s, where it may mean nothing")
         else:
             targets = (*(ALL_LINEAR if config.lora_target_linear else ()), *config.lora_target_modules)
             variants = config.peft_use_rslora, config.peft_use_dora

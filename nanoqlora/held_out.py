@@ -40,7 +40,7 @@ def held_out_texts(
     try:
         return _of_run(config, tokenizer, max_tokens)
     except UserError as error:
-        print(f"Nothing is scored, because the run's held-out data cannot be read: {error} Name a file with --data.")
+        print(f"Nothing is scored, because the run has no held-out data to read: {error} Name a file with --data.")
         return None
 
 
@@ -51,4 +51,4 @@ def _of_run(config: Config, tokenizer: Tokenizer, max_tokens: int) -> tuple[str,
         return dataset.path, Texts.of(read_samples(data_files(dataset), encoding).samples, max_tokens)
     if config.val_set_size:
         return f"val_set_size {config.val_set_size}", Texts.of(prepare_data(config, tokenizer, 1).held_out, max_tokens)
-    raise UserError("it has neither test_datasets nor val_set_size.")
+    raise UserError("its YAML has neither test_datasets nor val_set_size.")

@@ -17,6 +17,7 @@ from test_export import read_modelfile
 from tiny import save_random_llama
 
 import export_gguf
+from nanoqlora.checkpoint import fingerprint, open_weights
 from nanoqlora.gguf import read_gguf
 from nanoqlora.ollama import go_template
 from nanoqlora.prompts import PromptFormat
@@ -105,6 +106,17 @@ def test_base_is_the_one_that_the_user_names(base: Path, tmp_path: Path):
         (adapter / "adapter_config.json").write_text(json.dumps(about | {"base_model_name_or_path": name}))
         ended = run_here(export_gguf.main, "--adapter", adapter)
         assert ended.code == 2 and "Give the base with --model" in ended.err and ended.err.count("\n") == 1, ended
+
+
+def test_the_base_of_an_own_run_needs_no_name(base: Path, tmp_path: Path):
+    """Its path is in the adapter; it is taken where the fingerprint in the adapter's file is that of its weights."""
+    adapter = save_random_adapter(base, tmp_path / "adapter")
+    file, other = adapter / "adapter_model.safetensors", tmp_path / "other"
+    save_random_llama(other, vocab_size=VOCAB)
+    for found, code in ((fingerprint(open_weights(base)), 0), (fingerprint(open_weights(other)), 2)):
+        save_file(load_file(file), file, metadata={"format": "pt", "base_fingerprint": found})
+        ended = run_here(export_gguf.main, "--adapter", adapter)
+        assert ended.code == code and ("Give the base with --model" in ended.err) == bool(code), ended
 
 
 def test_what_such_a_file_cannot_express_is_refused(base: Path, tmp_path: Path):

@@ -126,6 +126,13 @@ def test_another_base_is_refused_and_can_be_asked_for(world, tmp_path, name):
     assert ended.code == 0 and "note" not in ended.out + ended.err, ended
 
 
+def test_going_on_over_another_base_is_warned_of(world, tmp_path):
+    for model, is_warned in ((world.model, False), (world.other, True)):
+        words = ("--base_model", model, "--lora_model_dir", world.adapter, "--output_dir", tmp_path / "new", "--plan")
+        ended = run_here(train.main, world.run, *words)
+        assert ended.code == 0 and ("trained on other weights" in ended.out) == is_warned, ended
+
+
 @pytest.mark.parametrize("name", ["merge", "export", "chat", "evaluate"])
 def test_the_base_of_a_strangers_adapter_is_compared_by_name(world, tmp_path, name):
     """Nothing else is known of it: one note where the names differ, none where they are the same."""

@@ -199,6 +199,8 @@ def test_targets_are_those_of_peft(tmp_path, targets):
         ([".*"], ["is no linear layer of a block"]),
         ([r"model\.(layers"], ["no regular expression"]),
         (["self_attn"], ["self_attn is no linear layer"]),
+        (["_proj"], ["'_proj': no layer's name ends so"]),
+        ([r"model\.layers\.\d+\.self_attn\.q"], ["no layer's name ends so"]),
         ([], ["lora_target_modules"]),
     ],
 )

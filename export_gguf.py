@@ -20,10 +20,10 @@ from pathlib import Path
 
 from nanoqlora import gguf
 from nanoqlora.adapter import read_updates
-from nanoqlora.adapter_files import adapter_file, check_base, check_merged, read_trained
+from nanoqlora.adapter_files import adapter_file, adapter_hash, check_base, check_merged, read_trained
 from nanoqlora.checkpoint import fingerprint, model_config, open_weights
 from nanoqlora.cli import UserError, check_space, read_json, run_command, script_command, whole_file
-from nanoqlora.config import Option, load_command
+from nanoqlora.config import Config, Option, load_command
 from nanoqlora.file_types import FILE_TYPES
 from nanoqlora.generation import end_ids, ollama_parameters, read_generation
 from nanoqlora.ggml_blocks import FORMATS
@@ -93,11 +93,24 @@ def main() -> None:
         if options["data"]:
             print(f"--data {options['data']}: without effect, because nothing is scored without --prove.")
         return
-    folder, tok = local_path(model), load_tokenizer(model)
-    fmt = prompt_format(folder, tok)
-    texts = held_out_texts(config, tok, fmt, options["data"], options["max_tokens"])
+    tok, fmt = trained_talk(model, config)
+    texts = options["max_tokens"] and held_out_texts(config, tok, fmt, options["data"], options["max_tokens"]) or None
     export(model, out, file_type)
-    prove_file(Proof(out, file_type, folder, tok, fmt, config), texts)
+    prove_file(Proof(out, file_type, local_path(model), tok, fmt, config), texts)
+
+
+def trained_talk(model: str | Path, config: Config | None) -> tuple[Tokenizer, PromptFormat]:
+    """Tokenizer and prompt format of the run that the user named; without one, of the model.
+
+    Raises:
+        UserError: among others, the run's base cannot be opened, which is to be known before a file is written.
+    """
+    if config is None or adapter_hash(config.output_dir) is None:
+        tok = load_tokenizer(model)
+        return tok, prompt_format(local_path(model), tok)
+    base = open_weights(config.base_model)
+    tok, fmt, _ = talking(config.base_model, config.output_dir, model_config(base.config, base.where).vocab_size)
+    return tok, fmt or usual_format(tok)
 
 
 def export(model: str | Path, out: Path, file_type: str) -> None:
@@ -177,7 +190,7 @@ def export_adapter(adapter: str | Path, base: str | Path, out: Path, file_type: 
     tok, fmt, note = talking(base, adapter, config.vocab_size)
     if note:
         print(note)
-    fmt = fmt or PromptFormat(type="chat_template" if tok.chat_template else "completion")
+    fmt = fmt or usual_format(tok)
     alpha, tensors = plan_adapter(updates, config, file_type, adapter)
     metadata = adapter_metadata(name_of(adapter), alpha, file_type)
     if Path(base).suffix == ".gguf":
@@ -259,6 +272,10 @@ def prompt_format(model: Path, tok: Tokenizer) -> PromptFormat:
     path = model / "prompt.json"
     if path.is_file():
         return PromptFormat.from_json(path.read_text(encoding="utf-8"))
+    return usual_format(tok)
+
+
+def usual_format(tok: Tokenizer) -> PromptFormat:
     return PromptFormat(type="chat_template" if tok.chat_template else "completion")
 
 

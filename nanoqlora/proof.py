@@ -4,7 +4,8 @@ Of the file, by our own reader:
 
     tensors     is each of them the merged weight, rounded once to the type of the table, bit by bit, and the
                 configuration the same? Is each merged weight that of base and adapter, rounded once to its dtype?
-    words       do texts get the ids that they had in training, from the vocabulary in the file?
+    words       do texts get the ids that they had in training, from the vocabulary in the file? Are tokens, end tokens
+                and prompts those of the run that the user named?
 
 Of real llama.cpp (llama_cpp.py), where the package xllamacpp is installed:
 
@@ -39,9 +40,11 @@ from .checkpoint import GGUFWeights, Weights, fingerprint, model_config, open_we
 from .cli import UserError, read_json, visible, write_text
 from .config import Config
 from .forms import Merged, Rounded, bytes_on_disk, trained_form
+from .generation import end_ids, read_generation
 from .llama_cpp import NotAsked, Refused, Server
 from .messages import say
 from .model import rope_frequencies
+from .ollama import tokenizer_metadata
 from .prompts import PromptFormat
 from .rows import read_rows
 from .runs import data_files, prompt_format_of
@@ -124,6 +127,7 @@ NUM_ROWS = 8  # of the run's data, whose conversations are asked
 NEAR = 1e-6  # of a number that is rounded to float32 in a file
 NOISE = 2.0**-16  # of the largest weight of a tensor: two float32 sums in another order, with room to spare
 OTHER_CODES = 1e-3  # of the weights of a layer that went through NF4: another device may round a tie the other way
+ONE_CODE = 0.31  # of the largest weight: how far apart two NF4 codes can be
 
 
 @dataclass
@@ -133,7 +137,7 @@ class Proof:
     file: Path
     file_type: str
     model: Path  # that was exported
-    tok: Tokenizer  # of it, and the format of its prompts, as in training
+    tok: Tokenizer  # of the run, and the format of its prompts; without a run, of the model
     fmt: PromptFormat
     config: Config | None  # of the run that the user named
     facts: dict[str, Any] = field(default_factory=dict)
@@ -191,11 +195,14 @@ def prove_file(proof: Proof, texts: tuple[str, Texts] | None) -> None:
     proof.trained = trained_model(proof)
     try:
         compare_all(proof, source, texts)
+        if proof.trained:
+            compare_run(proof, GGUFWeights(proof.file), proof.trained.weights.base)
     except UserError as error:
         proof.fail(str(error).rstrip("."))
     line = proof.verdict()
     proof.facts |= {"wrong": proof.wrong, "not_asked": proof.not_asked, "verdict": line}
-    gguf = proof.record.get("gguf", {}) | {proof.file.name: proof.facts}
+    earlier = proof.record.get("gguf")
+    gguf = (earlier if isinstance(earlier, dict) else {}) | {proof.file.name: proof.facts}
     record = proof.record | {"gguf": gguf} if proof.record else proof.facts
     write_text(proof.record_path, json.dumps(record, indent=2) + "\n")
     print(f"{proof.record_path}: has the proof of {proof.file.name}\n{line}", flush=True)
@@ -241,13 +248,8 @@ def compare_all(proof: Proof, source: Weights, texts: tuple[str, Texts] | None) 
 
 def compare_tensors(proof: Proof, stored: GGUFWeights, source: Weights) -> None:
     """Tensors and configuration of the file against the folder's."""
-    config, written = (model_config(weights.config, weights.where) for weights in (source, stored))
-    for name in (f.name for f in fields(config) if f.type in (int, float) and f.name != "rope_theta"):
-        if not math.isclose(getattr(config, name), getattr(written, name), rel_tol=NEAR):
-            proof.fail(f"{name} is {getattr(written, name)} in it and {getattr(config, name)} in the model")
-            return
-    if not torch.allclose(rope_frequencies(config), rope_frequencies(written), rtol=10 * NEAR):
-        proof.fail("its rotary embeddings turn by other angles than the model's")
+    if not compare_configs(proof, stored, source, "the model"):
+        return
     rounded, worst = Rounded(source, proof.file_type, proof.device), 0.0
     names = stored.names()
     if missing := set(source.names()) & set(rounded.names()) - set(names):
@@ -260,6 +262,18 @@ def compare_tensors(proof: Proof, stored: GGUFWeights, source: Weights) -> None:
         worst = max(worst, ((w - ours).norm() / ours.norm().clamp(min=1e-30)).item())
     proof.facts |= {"tensors": len(names), "largest_relative_error": worst}
     print(f"tensors   {len(names)} equal those of {proof.model}, rounded once (at most {worst:.2%} off)")
+
+
+def compare_configs(proof: Proof, stored: GGUFWeights, source: Weights, whose: str) -> bool:
+    """The numbers that a model computes with. Returns whether the tensors can be compared."""
+    config, written = (model_config(weights.config, weights.where) for weights in (source, stored))
+    for name in (f.name for f in fields(config) if f.type in (int, float) and f.name != "rope_theta"):
+        if not math.isclose(getattr(config, name), getattr(written, name), rel_tol=NEAR):
+            proof.fail(f"{name} is {getattr(written, name)} in it and {getattr(config, name)} in {whose}")
+            return False
+    if not torch.allclose(rope_frequencies(config), rope_frequencies(written), rtol=10 * NEAR):
+        proof.fail(f"its rotary embeddings turn by other angles than those of {whose}")
+    return True
 
 
 def trained_model(proof: Proof) -> Form | None:
@@ -296,9 +310,10 @@ def compare_merged(proof: Proof, source: Weights, trained: Merged) -> None:
             return
         w, exact = source.load(name), trained.load(name)
         bound = torch.finfo(w.dtype).eps / 2 * exact.abs() + NOISE * exact.abs().max()
-        off = ((w.to(proof.device, torch.float32) - exact).abs() > bound).float().mean()
-        if off > (OTHER_CODES if trained.in_4bit and ".layers." in name else 0):
-            proof.fail(f"tensor {name} of {proof.model} is not that of base and adapter ({off:.1%} are others)")
+        distance, in_nf4 = (w.to(proof.device, torch.float32) - exact).abs(), trained.in_4bit and ".layers." in name
+        off = (distance > bound).float().mean()
+        if off > (OTHER_CODES if in_nf4 else 0) or off and distance.max() > ONE_CODE * exact.abs().max():
+            proof.fail(f"tensor {name} of {proof.model} is not that of base and adapter ({off:.2%} are others)")
             return
     print(f"merged    {len(trained.names())} tensors of {proof.model} are those of base and adapter, rounded once")
 
@@ -317,6 +332,20 @@ def compare_words(proof: Proof, encode: Callable[[str], list[int]], by: str = "i
             return
     proof.facts["texts"] = len(WORDS)
     print(f"words     {len(WORDS)} hard texts have the ids of training, by {by}")
+
+
+def compare_run(proof: Proof, stored: GGUFWeights, base: Weights) -> None:
+    """What the file has besides tensors, against the run: the base's configuration, the run's tokenizer and prompts."""
+    if not compare_configs(proof, stored, base, "the trained model"):
+        return
+    tok, fmt, written = proof.tok, proof.fmt, stored.file.metadata
+    ends = end_ids(read_generation(base), first=(fmt.end_id(tok), tok.eos_id))
+    trained = tokenizer_metadata(tok, fmt, base.config["vocab_size"], proof.model, ends)
+    for key in dict.fromkeys([*trained, *(key for key in written if key.startswith("tokenizer."))]):
+        found, value = written.get(key), trained.get(key, ("", None))[1]
+        if found != value and not (key == "tokenizer.chat_template" and str(found).endswith(value)):
+            proof.fail(f"its {key} is not that of the run in {proof.config.output_dir}")
+            return
 
 
 # ------------------------------------------------------------------------------------------------ real llama.cpp

@@ -99,8 +99,8 @@ def change_metadata(monkeypatch: pytest.MonkeyPatch, **changes: tuple[str, objec
     monkeypatch.setattr(export_gguf, "tokenizer_metadata", lambda *args: good(*args) | changes)
 
 
-def worse(w: torch.Tensor, ggml_type: str, good=gguf_model.quantize) -> torch.Tensor:
-    return good(w * 1.0001 if w.ndim == 2 else w, ggml_type)
+def worse(w: torch.Tensor, ggml_type: str, where: str, good=gguf_model.quantize_checked) -> torch.Tensor:
+    return good(w * 1.0001 if w.ndim == 2 else w, ggml_type, where)
 
 
 def change_model(monkeypatch: pytest.MonkeyPatch, **changes: tuple[str, object]) -> None:
@@ -117,7 +117,7 @@ def another_end(monkeypatch: pytest.MonkeyPatch) -> None:
 LAST = "{{ messages[-1]['content'] }}"
 WRONG = {
     "rows in another order": (lambda m: m.setattr(export_gguf.gguf, "permute_rows", lambda w, n: w), "q_proj"),
-    "another rounding": (lambda m: m.setattr(gguf_model, "quantize", worse), "is not the merged model's"),
+    "another rounding": (lambda m: m.setattr(gguf_model, "quantize_checked", worse), "is not the merged model's"),
     "another norm": (
         lambda m: change_model(m, llama__attention__layer_norm_rms_epsilon=("f32", 1e-3)),
         "rms_norm_eps is 0.001",
@@ -153,6 +153,54 @@ def test_wrong_files_are_named(case: str, model: Path, monkeypatch: pytest.Monke
     assert ended.code == 1 and line.startswith("verdict: NOT what was trained: "), ended
     assert message in line and "Do not serve it" in line
     assert proof_of(model, "model-f16.gguf")["verdict"] == line
+
+
+def change_json(folder: Path, name: str, **changes: object) -> None:
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_weight(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][3, 4] = 1.0
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def swap_tokens(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    text = json.loads(path.read_text())
+    vocab = text["model"]["vocab"]
+    one, two = (next(piece for piece, id in vocab.items() if id == wanted) for wanted in (150, 151))
+    vocab[one], vocab[two] = vocab[two], vocab[one]
+    path.write_text(json.dumps(text))
+
+
+EDITED = {
+    "one weight": (change_weight, "tensor model.layers.1.mlp.up_proj.weight of"),
+    "angles": (lambda m: change_json(m, "config.json", rope_theta=20000.0), "than those of the trained model"),
+    "positions": (lambda m: change_json(m, "config.json", max_position_embeddings=99), "max_position_embeddings is 99"),
+    "an end token more": (
+        lambda m: change_json(m, "generation_config.json", eos_token_id=[2, 40]),
+        "tokenizer.ggml.eom_token_id is not that of the run",
+    ),
+    "two tokens": (swap_tokens, "other token ids than in training"),
+    "another prompt": (lambda m: (m / "prompt.json").write_text('{"type": "completion"}'), "where training has"),
+}
+
+
+@pytest.mark.parametrize("case", EDITED)
+def test_folders_that_were_edited_after_the_merge_are_not_what_was_trained(case: str, model: Path):
+    """Base and run decide what was trained, not the exported folder."""
+    change, message = EDITED[case]
+    change(model)
+    ended = proved(model, "--type", "q8_0")
+    assert ended.code == 1 and message in str(proof_of(model, "model-q8_0.gguf")["wrong"]), ended
+    assert verdict_of(ended).startswith("verdict: NOT what was trained: ")
+
+
+def test_missing_base_is_found_before_a_file_is_written(run: Path, model: Path):
+    ended = proved(model, "--type", "q8_0", "--base_model", model / "nowhere")
+    assert ended.code == 2 and "found nothing there" in ended.err and not (model / "model-q8_0.gguf").exists()
 
 
 def change_adapter(folder: Path, factor: float) -> None:

@@ -71,6 +71,7 @@ def run_command(main: Callable[[], None]) -> None:
             if any("\udc80" <= character <= "\udcff" for character in word):
                 raise UserError(f"command line: {word} is not text in this terminal's encoding. Rename it in UTF-8.")
         main()
+        sys.stdout.flush()
     except UserError as error:
         _leave(2, f"error: {' '.join(str(error).split())}" if is_first_rank() else "")
     except Failed as failure:
@@ -94,10 +95,13 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 class Stream:
-    """stdout or stderr, whose reader may leave (`| head`), and whose encoding may lack characters: the run goes on."""
+    """stdout or stderr, whose reader may leave (`| head`), and whose encoding may lack characters: the run goes on.
+
+    So does one that is closed (`>&-`). Of a full disk under stdout, `> log`, nobody would know: that ends the run.
+    """
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
+        self._stream = open(os.devnull, "w") if stream is None else stream  # takes the number of the closed one
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
@@ -110,10 +114,12 @@ class Stream:
     def _try(self, work: Callable[..., Any], *words: str) -> Any:
         try:
             return work(*words)
-        except BrokenPipeError:  # what is still to be written, at the end of the process too, goes nowhere
+        except OSError as error:  # what is still to be written, at the end of the process too, goes nowhere
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
+            if not isinstance(error, BrokenPipeError) and self._stream.name == "<stdout>":
+                raise Failed(f"stdout: cannot be written to ({error.strerror}). Send it elsewhere.") from error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

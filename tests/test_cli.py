@@ -55,6 +55,25 @@ def test_a_run_goes_on_when_nobody_reads_what_it_prints(run_file, tmp_path, whic
     assert code == 0 and "Broken" not in other and len(steps_of(tmp_path / "out")) == 2, other
 
 
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-"])
+def test_a_run_goes_on_without_stdout_and_stderr(run_file, tmp_path, closed):
+    command = shlex.join([sys.executable, "train.py", str(run_file), "--output_dir", str(tmp_path / "out")])
+    done = subprocess.run(
+        f"{command} {closed}", shell=True, cwd=ROOT, env=ENVIRONMENT, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0 and b"Traceback" not in done.stderr and len(steps_of(tmp_path / "out")) == 2, done
+
+
+def test_a_full_disk_under_stdout_ends_with_one_line():
+    """Else `evaluate > scores.txt` would end well, with a file that is cut."""
+    code = "from nanoqlora.cli import run_command\nrun_command(lambda: print('scores'))"
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-c", code]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, cwd=ROOT, env=ENVIRONMENT, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: stdout: cannot be written to (No space left on device)"), done.stderr
+
+
 def test_letters_that_a_terminal_lacks_are_escaped(tmp_path):
     code = "from nanoqlora.cli import run_command\nrun_command(lambda: print('Ahoj \\u2603 \\udcff'))"
     environment = ENVIRONMENT | {"PYTHONIOENCODING": "latin-1"}

@@ -211,6 +211,10 @@ def settle(cls: type, given: dict[str, Given], notes: list[str]) -> dict[str, Gi
         fate, row = fate_of(cls, name)
         if fate == "unknown":
             known = [f.name for f in keys_of(cls)]
+            if homes := [key for key in known if name in _inner_keys(hints_of(cls)[key])]:
+                raise UserError(
+                    f"{at} belongs inside {' or '.join(homes)}, and here it would do nothing. Write it there."
+                )
             nearest = difflib.get_close_matches(name, [*known, *cls.fates.old], n=1, cutoff=0)[0]
             raise UserError(f"{at} is no known key, so it would do nothing. The nearest one is {nearest}; see --help.")
         if fate == "refused" and not _is_off(value, cls.fates.harmless.get(name, ())):
@@ -233,6 +237,12 @@ def settle(cls: type, given: dict[str, Given], notes: list[str]) -> dict[str, Gi
             if new.value is not None or field_name not in settled:
                 settled[field_name] = new
     return settled
+
+
+def _inner_keys(hint: Any) -> set[str]:
+    """The keys of the maps that a value of this type is or holds."""
+    own = {f.name for f in keys_of(hint)} if dataclasses.is_dataclass(hint) else set()
+    return own.union(*map(_inner_keys, get_args(hint)))
 
 
 def _is_off(value: Any, harmless: tuple[Any, ...]) -> bool:

@@ -590,6 +590,15 @@ def test_every_number_has_a_range():
 
 
 @pytest.mark.parametrize(
+    ("key", "home"),
+    [("roles_to_train", "datasets or test_d"), ("split", "datasets or"), ("eos_token", "special_tokens")],
+)
+def test_a_key_outside_of_its_map_is_refused_with_the_name_of_the_map(tmp_path, key, home):
+    with pytest.raises(UserError, match=f"command line: --{key} belongs inside {home}"):
+        load_config([least_file(tmp_path), f"--{key}", "user"])
+
+
+@pytest.mark.parametrize(
     ("wrong", "right"),
     [("lora_ranks", "lora_r"), ("learning_rat", "learning_rate"), ("micro_batchsize", "micro_batch_size")],
 )

@@ -84,7 +84,7 @@ def main() -> None:
         return
     model = options["model"] or Path(config.output_dir) / "merged"
     check_merged(model)
-    if not local_path(model).exists():
+    if not options["model"] and not Path(model).exists() or not local_path(model).exists():  # ours is no hub name
         raise UserError(f"{model}: no such folder, so there is no model to export. Run merge.py first, or use --model.")
     folder = Path(config.output_dir) if config else own_folder(model)
     out = Path(options["out"] or folder / f"model-{file_type.lower()}.gguf")

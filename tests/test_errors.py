@@ -332,3 +332,10 @@ def test_width_that_four_bits_cannot_split(world, tmp_path, command):
     more = ["--load_in_4bit", "true"] if main is evaluate.main else []
     assert_refused(run_here(main, *words, *more), "96", "64")
     assert snapshot(world.root) == before
+
+
+def test_the_merge_that_a_run_lacks_is_no_hub_name(world, monkeypatch):
+    """Where there is no output_dir either, as in another folder than the run's, out/merged looks like owner/name."""
+    monkeypatch.chdir(world.root / "model")
+    ended = run_here(export_gguf.main, world.run, "--output_dir", "runs")
+    assert_refused(ended, "runs/merged: no such folder", "Run merge.py first")

@@ -94,7 +94,10 @@ def checkpoint_to_resume(config: Config) -> Path | None:
         return whole[-1] if whole and config.auto_resume_from_checkpoints else None
     path = Path(config.resume_from_checkpoint)
     if not path.is_dir():
-        raise UserError(f"resume_from_checkpoint: {path} is no folder. Name a checkpoint-STEP folder of a run.")
+        raise UserError(
+            f"resume_from_checkpoint: {path} is no folder. Name a checkpoint-STEP folder of a run, or set "
+            f"auto_resume_from_checkpoints: true."
+        )
     if not (path / STATE).is_file():
         there = f"It has {', '.join(p.name for p in whole)}: name one of them" if whole else ""
         raise UserError(

@@ -302,8 +302,8 @@ def plan_fingerprint(samples: Samples, plan: Plan) -> str:
     return hashlib.sha256((samples.fingerprint + plan.fingerprint()).encode()).hexdigest()
 
 
-# What a run cannot change on its way: the scale of what it has learnt, the base below, the groups of the optimizer.
-FIXED = ("lora_alpha", "peft_use_rslora", "load_in_4bit", "loraplus_lr_ratio")
+# What a run cannot change on its way: size and scale of what it has learnt, base below, groups of the optimizer.
+FIXED = ("lora_r", "lora_alpha", "peft_use_rslora", "load_in_4bit", "loraplus_lr_ratio")
 
 
 def save_checkpoint(run: Run, step: int) -> None:
@@ -448,7 +448,9 @@ def load_checkpoint(run: Run) -> int:
     except Exception as error:  # reading another file, torch's unpickler fails in any way
         raise UserError(f"{file}: cannot be read ({error}). Resume from another checkpoint.") from error
     if problem := state_problem(run.optimizer, optimizer_state):
-        raise UserError(f"{file}: {problem}, so it is of another run or damaged. Resume from another checkpoint.")
+        raise UserError(
+            f"{file}: {problem}, so other layers were trained, or it is damaged. Resume with the same configuration."
+        )
     fill_adapter(run.model, adapter, path)
     load_state(run.optimizer, optimizer_state)
     run.before.update(state.get("before", {}))

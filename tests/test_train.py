@@ -496,7 +496,7 @@ def test_resume_with_another_optimizer_or_scale_is_refused(world, uninterrupted,
     ended = run_here(train.main, *words, "--optimizer", "adamw_8bit")
     assert ended.code == 2 and "its optimizer was adamw_torch" in ended.err and ended.err.count("\n") == 1, ended.err
     assert run_here(train.main, *words, "--optimizer", "adamw_torch_fused").code == 0
-    for key, value in (("lora_alpha", 16), ("peft_use_rslora", "true"), ("loraplus_lr_ratio", 4)):
+    for key, value in (("lora_r", 3), ("lora_alpha", 16), ("peft_use_rslora", "true"), ("loraplus_lr_ratio", 4)):
         ended = run_here(train.main, *words, f"--{key}", value)
         assert ended.code == 2 and f"its run had {key}: " in ended.err and ended.err.count("\n") == 1, ended.err
 

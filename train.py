@@ -333,6 +333,8 @@ def main() -> None:
     with distributed.naming_lost_ranks():
         with distributed.together():
             config, options = load_command(None, OPTIONS, __doc__.splitlines()[0])
+            if options["plan"] and options["rehearse"]:
+                raise UserError("command line: --plan and --rehearse are two commands. Give one after the other.")
         try:
             train(config, options, rank, ranks, device)
         except torch.OutOfMemoryError as error:

@@ -55,3 +55,8 @@ def test_what_would_fail_at_the_end_fails_now(world, monkeypatch):
         )
         ended = run_here(train.main, world, "--rehearse")
     assert (ended.code, ended.err) == (2, "error: merge.py would end with: no room for it\n")
+
+
+def test_two_commands_in_one_are_refused(world):
+    ended = run_here(train.main, world, "--plan", "--rehearse")
+    assert ended.code == 2 and ended.err.startswith("error: command line: --plan and --rehearse"), ended.err

@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nanoqlora import distributed, ops
 from nanoqlora.checkpoint import Fill, empty_model, open_model
-from nanoqlora.cli import Parser, UserError, run_command, write_text
+from nanoqlora.cli import Parser, UserError, check_file, run_command, write_text
 from nanoqlora.deploy_bench import bench_deploy
 from nanoqlora.fused import fuse_blocks, keep_dense_weights
 from nanoqlora.graphs import GraphedBody, can_record
@@ -387,6 +387,8 @@ def report(figures: dict, peers: list[dict]) -> None:
 
 def main() -> None:
     args = arguments()
+    if args.json:
+        check_file(args.json, "--json")
     if args.deploy:
         figures = bench_deploy(args.deploy, prompt_tokens=256, new_tokens=32)
     else:

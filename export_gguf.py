@@ -22,7 +22,7 @@ from nanoqlora import gguf
 from nanoqlora.adapter import read_updates
 from nanoqlora.adapter_files import adapter_file, adapter_hash, check_base, check_merged, read_trained
 from nanoqlora.checkpoint import fingerprint, model_config, open_weights
-from nanoqlora.cli import UserError, check_space, read_json, run_command, script_command, whole_file
+from nanoqlora.cli import UserError, check_file, check_space, read_json, run_command, script_command, whole_file
 from nanoqlora.config import Config, Option, load_command
 from nanoqlora.file_types import FILE_TYPES
 from nanoqlora.generation import end_ids, ollama_parameters, read_generation
@@ -232,8 +232,7 @@ def write(
 ) -> None:
     """The file, its Modelfile, and a line for each of `notes`."""
     own, is_model = own_name(out), metadata["general.type"][1] == "model"
-    if out.is_dir():
-        raise UserError(f"{out}: is a folder, so no file can have this name. Give --out the name of a file.")
+    check_file(out, "--out")
     if not is_ours(own):
         raise UserError(
             f"{own}: is not one that export_gguf.py wrote, or was changed since, and the Modelfile of {out.name} would "

@@ -25,7 +25,7 @@ from nanoqlora.adapter import read_updates
 from nanoqlora.adapter_files import adapter_hash, check_base, read_trained
 from nanoqlora.certificate import GGUF, MAX_KL, ON_NF4, ON_ORIGINAL, certify, verdict_of_merge
 from nanoqlora.checkpoint import ShardWriter, fingerprint, model_config, open_weights
-from nanoqlora.cli import UserError, check_space, run_command, whole_folder, write_text
+from nanoqlora.cli import UserError, check_space, check_writable, run_command, whole_folder, write_text
 from nanoqlora.config import Config, Option, load_command
 from nanoqlora.file_types import FILE_TYPES
 from nanoqlora.forms import Merged, all_forms, bytes_on_disk
@@ -150,6 +150,7 @@ def main() -> None:
     ids["eos_token_id"] = ends if len(ends) > 1 else ends[0] if ends else None
     generation |= {name: id for name, id in ids.items() if id is not None}
     merged = Merged(weights, updates, asked.in_4bit, asked.seen, asked.dtype, device)
+    check_writable(asked.out.parent, "--out")
     check_space(asked.out, merged.num_bytes)
     texts = None
     if options["max_tokens"]:

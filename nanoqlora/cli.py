@@ -320,6 +320,13 @@ def check_writable(folder: str | Path, key: str) -> None:
         raise UserError(f"{key} {folder}: {there} {what}, so nothing could be saved there. Name another {key}.")
 
 
+def check_file(path: str | Path, key: str) -> None:
+    """The same for a file that will be written: before the work, whose result would have no place."""
+    if Path(path).is_dir():
+        raise UserError(f"{key} {path}: is a folder, so no file can have this name. Give {key} the name of a file.")
+    check_writable(Path(path).parent, key)
+
+
 def script_command(script: str, *words: object) -> str:
     """A command of ours as the user can paste it into a shell, in the folder in which this program was started."""
     path = Path(__file__).resolve().parent.parent / script

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from . import distributed, ops
-from .cli import Parser, UserError, run_command, write_text
+from .cli import Parser, UserError, check_file, run_command, write_text
 from .data import Sample, collate
 from .data_files import find_files, split_and_part
 from .model import Llama
@@ -79,6 +79,8 @@ def main() -> None:
     parser.add_argument("--split", help="split of a folder, or a part of one, as test[:20%%]; default: train")
     parser.add_argument("--out", help="write a row per sample there: nll in nats, number of supervised tokens")
     args = parser.parse_args()
+    if args.out:
+        check_file(args.out, "--out")
     distributed.start()
     used = load_for_use(args)
     limit = used.model.config.max_position_embeddings

@@ -4,6 +4,7 @@ The line names what is wrong: the file, the line of the file, the key. No traceb
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -339,3 +340,23 @@ def test_the_merge_that_a_run_lacks_is_no_hub_name(world, monkeypatch):
     monkeypatch.chdir(world.root / "model")
     ended = run_here(export_gguf.main, world.run, "--output_dir", "runs")
     assert_refused(ended, "runs/merged: no such folder", "Run merge.py first")
+
+
+@pytest.mark.parametrize("kind", ["read-only", "under a file", "a folder"])
+def test_a_place_that_cannot_be_written_to_is_found_before_the_work(world, monkeypatch, kind):
+    """`--out` of each command. Root may write everywhere, so what the system would answer another user is set here."""
+    there = world.root / "there"
+    place = {"read-only": there / "new", "under a file": world.data / "new", "a folder": there}[kind]
+    there.mkdir()
+    (there / "kept").touch()
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != there and real(path, mode))
+    data = write_rows(world.root / "texts.jsonl", [{"text": "a text"}])
+    evaluate_words = ["--model", world.model, "--data", data, "--out", place]
+    export_words = ["--model", world.model, "--out", place]
+    merge_words = ["--model", world.model, "--adapter", world.adapter, "--out", place]
+    runs = [(evaluate.main, evaluate_words), (export_gguf.main, export_words), (merge.main, merge_words)]
+    before = snapshot(world.root)
+    for main, words in runs:
+        assert_refused(run_here(main, *words), str(place.parent if kind != "a folder" else place))
+    assert snapshot(world.root) == before

@@ -342,8 +342,9 @@ class Parser(argparse.ArgumentParser):
 
     def add_model_options(self) -> None:
         """The options that say which model: --model, --adapter, --other_base, --load_in_4bit, --bf16."""
-        self.add_argument("--model", required=True, help="Hugging Face folder, .gguf file, or hub name")
-        self.add_argument("--adapter", help="folder or hub name of a trained adapter")
+        path = os.path.expanduser
+        self.add_argument("--model", required=True, type=path, help="Hugging Face folder, .gguf file, or hub name")
+        self.add_argument("--adapter", type=path, help="folder or hub name of a trained adapter")
         other = "use an adapter on other weights than those that it was trained on"
         self.add_argument(
             "--other_base", "--other-base", type=_to_bool, nargs="?", const=True, default=False, help=other

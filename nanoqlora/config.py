@@ -336,12 +336,12 @@ def load_command(
             print(help_text(own, about))
         raise SystemExit(0)
     path, overrides, options = read_words(argv, Config, own)
-    values = {name: options.get(name, option.default) for name, option in own.items()}
+    values = _at_home({name: options.get(name, option.default) for name, option in own.items()})
     if path is None and yaml_unless is not None and all(name in options for name in yaml_unless):
         for given in overrides.values():
             raise UserError(f"{given.at}: no YAML file is read here, so this key has no meaning. Name the file too.")
         return None, values
-    path = path or DEFAULT_FILE
+    path = os.path.expanduser(path or DEFAULT_FILE)
     return _resolve(read_yaml(path), overrides, path), values
 
 
@@ -354,6 +354,7 @@ def _resolve(file: dict[str, Given], overrides: dict[str, Given], where: str) ->
             if mine in over and over[mine].value and other not in over and other in given and given[other].value:
                 notes.append(f"{given.pop(other).at} gives way to --{mine}")
     config = build(Config, given | over, where, notes)
+    config = replace(config, **_at_home({name: getattr(config, name) for name in PATHS if hasattr(config, name)}))
     for one, other in EXCLUSIVE:
         if getattr(config, one) and getattr(config, other):
             raise UserError(f"{where}: {one} and {other} are both given, and each would decide alone. Remove one.")
@@ -366,6 +367,16 @@ def _resolve(file: dict[str, Given], overrides: dict[str, Given], where: str) ->
     notes += [text for text, matters in DIFFERENCES.items() if matters(config)]
     notes += template_notes(config)
     return replace(config, notes=(*_summary(config, given, over, filled, where), *notes))
+
+
+# Keys and options that name a file or a folder; those of data sets and templates are expanded where they are read.
+PATHS = ("base_model", "output_dir", "dataset_prepared_path", "lora_model_dir", "resume_from_checkpoint")
+PATHS += ("model", "adapter", "out", "data")
+
+
+def _at_home(values: dict[str, Any]) -> dict[str, Any]:
+    """The same with ~ in paths as the home folder, as a shell does it for words that it sees."""
+    return {n: os.path.expanduser(v) if n in PATHS and isinstance(v, str) else v for n, v in values.items()}
 
 
 def _unused(dataset: DatasetConfig) -> list[str]:

@@ -6,6 +6,7 @@ its exponential: between how many equally likely tokens the model hesitates.
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -77,7 +78,8 @@ def main() -> None:
     parser.add_model_options()
     parser.add_argument("--data", required=True, help="a file, folder or glob of JSON, CSV, Parquet or text")
     parser.add_argument("--split", help="split of a folder, or a part of one, as test[:20%%]; default: train")
-    parser.add_argument("--out", help="write a row per sample there: nll in nats, number of supervised tokens")
+    meaning = "write a row per sample there: nll in nats, number of supervised tokens"
+    parser.add_argument("--out", type=os.path.expanduser, help=meaning)
     args = parser.parse_args()
     if args.out:
         check_file(args.out, "--out")

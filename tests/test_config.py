@@ -671,6 +671,18 @@ def test_merge_keys_and_anchors_are_plain_yaml(tmp_path):
     assert [d.path for d in load_config([least_file(tmp_path, text)]).test_datasets] == ["a.jsonl", "b.jsonl"]
 
 
+def test_paths_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = "output_dir: ~/out\nlora_model_dir: ~/a\ndataset_prepared_path: ~/p\nwandb_project: ~/w\n"
+    file = "~/" + Path(least_file(tmp_path, text)).name
+    for words in ([], ["--resume_from_checkpoint", "~/c", "--base_model=~/m"]):
+        c = load_config([file, *words])
+        assert (c.output_dir, c.lora_model_dir) == (f"{tmp_path}/out", f"{tmp_path}/a")
+        assert (c.dataset_prepared_path, c.wandb_project) == (f"{tmp_path}/p", "~/w")
+    assert (c.resume_from_checkpoint, c.base_model) == (f"{tmp_path}/c", f"{tmp_path}/m")
+    assert load_command([file, "--model", "~/m"], OWN)[1]["model"] == f"{tmp_path}/m"
+
+
 # ---- the command line ---------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,8 @@ from .tokenizer import Tokenizer
 
 def doubts(config: Config, data: Data, tokenizer: Tokenizer, model: ModelConfig) -> list[str]:
     """A line for each thing in a run's plan that nobody would ask for."""
-    found = [_rate(config, data), _positions(data, model), _leak(data), _end(config, data, tokenizer)]
+    found = [_rate(config, data), _positions(data, model), *_repeated(config, data), _leak(data)]
+    found.append(_end(config, data, tokenizer))
     return [text for text in (*found, *_cadence(config, data)) if text]
 
 
@@ -40,6 +41,19 @@ def _positions(data: Data, model: ModelConfig) -> str:
         f"(max_position_embeddings; the longest sample has {lengths.max()} tokens). A sequence_len of at most {limit} "
         f"avoids that"
     )
+
+
+def _repeated(config: Config, data: Data) -> list[str]:
+    """A line for each data set that has samples of an earlier one; within one, prepare.py counts rows."""
+    found: list[str] = []
+    seen: set[int] = set()
+    several = [*data.readings.items()][: len(config.datasets)] if len(config.datasets) > 1 else []
+    for name, reading in several:
+        own = _hashes(reading.samples, np.arange(len(reading.samples)))
+        if count := sum(map(seen.__contains__, own)):
+            found.append(f"{count} samples of {name} are in an earlier data set too, so they are learnt more than once")
+        seen.update(own)
+    return found
 
 
 def _leak(data: Data) -> str:

@@ -312,7 +312,7 @@ def _note_repeated(rows: np.ndarray, files: list[DataFile], part: str, counts: C
     named = np.flatnonzero(is_repeated)[:NAMED].tolist()
     placed = enumerate(islice(placed_rows(files, part), named[-1] + 1))
     first = [where for i, (where, _) in placed if i in named]
-    counts.notes["the same as an earlier row, so learnt more than once"] = Places(len(rows) - len(firsts), first)
+    counts.notes["the same as an earlier row, so used more than once"] = Places(len(rows) - len(firsts), first)
 
 
 @dataclass(frozen=True)
@@ -347,10 +347,9 @@ def encode_block(block: Block, encoding: Encoding) -> Encoded:
             counts.note([note for note in notes if note.startswith(ROLE_SEEN)], where)
             counts.add_invalid(str(error).removeprefix(f"{where}: "), Places(1, [where]))
             continue
-        rows.append(hash(tuple(ids)))
         counts.note(notes, where)
         counts.longest = max(counts.longest, len(ids))
-        pieces = range(0, len(ids), limit)
+        pieces, num_samples = range(0, len(ids), limit), len(lengths)
         if len(ids) > limit and prompt_format.type != "completion":
             counts.too_long.add(where)
             pieces = pieces[:1] if encoding.strategy == "truncate" else []
@@ -363,6 +362,7 @@ def encode_block(block: Block, encoding: Encoding) -> Encoded:
                 num_targets.append(counted)
             else:
                 counts.unsupervised.add(where)
+        rows.append(hash((*ids, *mask)) if len(lengths) > num_samples else hash(where))  # only what is kept
     words = np.array(tokens, np.uint32) | np.array(supervised, np.uint32) * SUPERVISED
     arrays = np.array(lengths, np.int32), np.array(num_targets, np.int32), np.array(rows, np.int64)
     return Encoded(words, *arrays, counts)

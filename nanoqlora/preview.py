@@ -24,6 +24,7 @@ def plan_text(run: Run, tokenizer: Tokenizer, forecast: Forecast, warmup: int) -
     tokens = np.array([lengths[[i for row in step.rows for i in row]].sum() for step in plan])
     slots = sum(_slots([lengths[row].sum() for row in step.rows], run) for step in plan)
     held_out = int(run.held_out.lengths.sum()) if run.held_out else 0
+    warmup = 0 if config.lr_scheduler == "constant" else min(warmup, len(plan))
     lines = [
         f"steps      {len(plan)} in {plan[-1].epoch:.4g} epochs, {warmup} of them warm-up; a step has "
         f"{config.micro_batch_size} x {config.gradient_accumulation_steps} x {run.ranks} rows (micro-batch, "

@@ -72,6 +72,14 @@ def words_of(world: Path, words: list) -> list:
     return words
 
 
+def test_samples_of_several_data_sets_are_counted(world):
+    files = [write_rows(world.parent / f"{i}.jsonl", rows) for i, rows in enumerate((ROWS[3:9], ROWS[5:12]))]
+    sets = json.dumps([{"path": str(file), "type": "alpaca"} for file in files])
+    assert found(world, "--datasets", sets) == [
+        f"4 samples of {files[1]} are in an earlier data set too, so they are learnt more than once"
+    ]
+
+
 @pytest.mark.parametrize("case", DOUBTS)
 def test_what_cannot_be_meant_is_said_once_with_its_numbers(world, case):
     words, expected = DOUBTS[case]

@@ -215,6 +215,16 @@ HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # an escape in JSON for half of 
 KINDS = {str: "text", dict: "a map", list: "a list", int: "a whole number", float: "a number", bool: "true or false"}
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON (`object_pairs_hook`) whose keys differ; json itself would keep the last value of each."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise UserError(f"the key {twice} stands twice in one object, so it is not clear which value is meant")
+    return found
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that has to hold an object. NaN and infinity are not JSON, but other tools write them."""
     try:

@@ -9,11 +9,12 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from .chat_template import Messages
-from .cli import UserError
+from .cli import UserError, unique_keys
 
 if TYPE_CHECKING:
     from .prompts import PromptFormat
@@ -33,9 +34,19 @@ CALLS = {"tool_calls", "function_call"}
 # What columns and keys are often called, for the advice in an error.
 LIKELY = {
     "instruction": ("instruction", "question", "prompt", "query", "problem", "request", "user", "human", "input"),
-    "output": ("output", "answer", "response", "completion", "solution", "reply", "target", "assistant", "chosen"),
+    "output": (
+        *("output", "answer", "answers", "response", "completion", "solution", "reply", "target"),
+        *("assistant", "chosen"),
+    ),
     "role": ("role", "from", "speaker", "author", "sender"),
     "content": ("content", "value", "text", "message", "utterance"),
+}
+
+LIKELY_ROLES = {
+    "system": ("developer", "context"),
+    "user": ("prompter", "customer", "player", "input"),
+    "tool": ("observation", "ipython", "tool_response", "tool_result", "function_response", "environment"),
+    "assistant": ("function_call", "tool_call"),
 }
 
 
@@ -62,7 +73,11 @@ def chat_of(row: Row, form: "PromptFormat", note: Note, read_by_template: Iterab
     given = [_parsed(message) for message in given]
     _check_roles(given, form, note)
     system = row.get(form.field_system) if form.field_system else None
-    chat = Chat([], [], _tools(row.get(form.field_tools), form.field_tools))
+    tools = _tools(row.get(form.field_tools), form.field_tools)
+    if not tools and _is_functions(functions := _parsed(row.get("functions"))):
+        tools = _tools([{"type": "function", "function": function} for function in functions], "functions")
+        columns = {*columns, "functions"}
+    chat = Chat([], [], tools)
     for number, message in enumerate(given, start=1):
         if not isinstance(message, dict):
             raise UserError(f"message {number} is {show(message)}, without role and content. Make it an object.")
@@ -83,11 +98,23 @@ def _check_roles(given: list[Any], form: "PromptFormat", note: Note) -> None:
     for role in roles:
         note(ROLE_SEEN + role)
     if unknown := [role for role in dict.fromkeys(roles) if role not in form.role_of]:
+        meant: dict[str, list[str]] = {}
+        for role in unknown:
+            meant.setdefault(_likely_role(role), []).append(role)
+        roles = ", ".join(f"{ours}: [{', '.join(theirs)}]" for ours, theirs in meant.items())
+        subject = f"s {' and '.join(unknown)} are" if len(unknown) > 1 else f" {unknown[0]} is"
         raise UserError(
-            f"{UNKNOWN_ROLE} {' and '.join(unknown)} is unknown, and no message of it could be learnt. Known are "
-            f"{', '.join(form.role_of)}. Name it under roles, as in roles: {{assistant: [{unknown[0]}]}}, or "
-            f"{{{unknown[0]}: [{unknown[0]}]}} where the chat template writes it under that name."
+            f"{UNKNOWN_ROLE}{subject} unknown, and no such message could be learnt. Known are "
+            f"{', '.join(form.role_of)}. Say what is meant, as in roles: {{{roles}}}, or write "
+            f"{{{unknown[0]}: [{unknown[0]}]}} where the chat template knows that name."
         )
+
+
+def _likely_role(name: str) -> str:
+    """The role of the template that a file most likely means by a name, for the advice in an error."""
+    found = next((role for role, others in LIKELY_ROLES.items() if name.lower() in others), None)
+    alike = get_close_matches(name.lower(), USUAL_ROLES, 1)
+    return found or (USUAL_ROLES[alike[0]] if alike else "assistant")
 
 
 def _given(row: Row, form: "PromptFormat") -> tuple[list[Any], int, set[str]]:
@@ -204,6 +231,11 @@ def _tools(given: Any, field: str) -> list[Any] | None:
     return [_with_objects(tool, ("parameters", "input_schema")) for tool in parsed] or None
 
 
+def _is_functions(given: Any) -> bool:
+    """Whether a value lists functions, as OpenAI's files did before there were tools."""
+    return isinstance(given, list) and all(isinstance(one, dict) and "name" in one for one in given)
+
+
 def _calls(given: Any, where: str) -> list[Any]:
     """Tool calls whose arguments are objects; many files have them as texts, which templates would quote once more."""
     calls = _parsed(given or [])
@@ -225,7 +257,9 @@ def _parsed(text: Any) -> Any:
     """What a text says as JSON, if that is an object or a list; else the value itself."""
     if isinstance(text, str) and text.lstrip()[:1] in ("{", "["):
         try:
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=unique_keys)
+        except UserError:
+            raise
         except ValueError:
             return text
     return text
@@ -244,7 +278,7 @@ def say(*turns: str) -> Messages:
 def note_unread(row: Row, read: set[str], note: Note) -> None:
     """Note the columns of a row that have a value and became nothing."""
     for column in row:
-        if column not in read and row[column] not in NOTHING:
+        if (column not in read or not column) and row[column] not in NOTHING:
             note(f"the column {column or 'without a name'} was not read")
 
 
@@ -269,15 +303,17 @@ def text_of(row: Row, key: str, where: str = "", called: str = "", empty: bool =
 def missing_column(row: Row, column: str, form: "PromptFormat") -> UserError:
     """That a row has not the column that its format reads; with the columns that are there, and what to write."""
     lists = [name for name, value in row.items() if (found := _parsed(value)) and isinstance(found, list)]
-    chats = [name for name in lists if isinstance(_parsed(row[name])[0], dict)]
-    texts = [name for name, value in row.items() if isinstance(value, str) and name not in lists]
+    first = {name: _parsed(row[name])[0] for name in lists}
+    chats = [n for n in lists if isinstance(first[n], dict) and (_like(first[n], "role") or _like(first[n], "content"))]
+    texts = [name for name, value in row.items() if isinstance(value, str) and name not in chats]
     pair = {f"field_{part}": _like(texts, part) for part in ("instruction", "output")}
     if pair["field_instruction"] == pair["field_output"] or None in pair.values():
         pair = {}
     columns = ", ".join(f"{key}: {name}" for key, name in pair.items())
+    there = ", ".join(repr(name) if name != name.strip() else name for name in row)
     advice = "Name the column in the data set's entry, or correct the row."
     if chats and not (form.type == "chat_template" and "messages" in chats):
-        message = _parsed(row[chats[0]])[0]
+        message = first[chats[0]]
         advice = f"Write type: chat_template and field_messages: {chats[0]}"
         advice += f". {_mapping(message)}" if not {"role", "content"} <= message.keys() else "."
     elif pair and form.type == "chat_template":
@@ -291,7 +327,7 @@ def missing_column(row: Row, column: str, form: "PromptFormat") -> UserError:
         advice = f"Write field: {texts[0]}."
     elif len(texts) > 1:
         advice = "Write type: {field_instruction: COLUMN, field_output: COLUMN} with two of them."
-    return UserError(f"{column} is missing: the row has the columns {', '.join(row) or 'none'}. {advice}")
+    return UserError(f"{column} is missing: the row has the columns {there or 'none'}. {advice}")
 
 
 def _mapping(message: Row) -> str:

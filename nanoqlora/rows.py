@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .cli import UserError
+from .cli import UserError, unique_keys
 from .data_files import DataFile
 
 Row = dict[str, Any]
@@ -181,7 +181,7 @@ def decode(line: bytes, where: str) -> str:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{where}: not valid JSON ({error.msg} at column {error.colno}). A row is one object on one line, or the "
@@ -192,6 +192,8 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _object(row: Any, where: str) -> Row:
+    if isinstance(row, UserError):
+        raise UserError(f"{where}: JSON that cannot be read ({row}). Correct that row.")
     if not isinstance(row, dict):
         raise UserError(f"{where}: holds a {type(row).__name__}, and a row is an object with named fields.")
     return row
@@ -234,10 +236,13 @@ class JsonList:
         self.go_to(self.at + 1)
 
     def value(self, where: str) -> tuple[Any, int]:
-        """The value that starts here, and its number of characters."""
+        """The value that starts here, or why it is not one row, and its number of characters."""
+        decoder, repeated = json.JSONDecoder(object_pairs_hook=unique_keys), None
         while True:
             try:
-                value, end = json.JSONDecoder().raw_decode(self.text, self.at)
+                value, end = decoder.raw_decode(self.text, self.at)
+            except UserError as error:
+                decoder, repeated = json.JSONDecoder(), error  # which finds where the value ends
             except json.JSONDecodeError as error:
                 # It may only be cut off: then the error is at the end of what was read, or a string begins there.
                 cut_off = error.pos >= len(self.text) - 16 or error.msg.startswith("Unterminated string")
@@ -249,7 +254,7 @@ class JsonList:
             else:
                 length = end - self.at
                 self.go_to(end)
-                return value, length
+                return repeated or value, length
 
     def more(self) -> bool:
         """Read on, twice as much as is waiting, so that a long value is not tried too often. False at the end."""

@@ -198,7 +198,9 @@ BOTH = say("human", "hi", "gpt", "Ho!", "function_call", "{}", "observation", "x
 def test_unknown_roles_are_refused_unless_named(tok):
     for given in ({}, {"roles": {"assistant": ["gpt"]}}):
         with pytest.raises(
-            UserError, match="the role function_call and observation is unknown.*roles: {assistant: .function_call.}"
+            UserError,
+            match="the roles function_call and observation are unknown.*roles: "
+            "{assistant: .function_call., tool: .observation.}",
         ):
             encode(tok, CHATML, {"messages": BOTH}, **given)
     named = {"assistant": ["function_call"], "tool": ["observation"]}
@@ -216,6 +218,58 @@ def test_unknown_roles_are_refused_unless_named(tok):
     for role, ours in USUAL_ROLES.items():
         others = say("user", "a", "assistant", "b")
         assert f"<|im_start|>{ours}\nx" in encode(tok, CHATML, {"messages": [*others, *say(role, "x")]})[0]
+
+
+@pytest.mark.parametrize(
+    ("role", "meant"),
+    [("developer", "system"), ("assitant", "assistant"), ("Assistant", "assistant"), ("User", "user")]
+    + [("usr", "user"), ("ipython", "tool"), ("tool_call", "assistant"), ("narrator", "assistant")],
+)
+def test_the_error_on_a_role_names_what_it_most_likely_means(tok, role, meant):
+    row = {"messages": [*CHAT_ROW["messages"], *say(role, "x")]}
+    with pytest.raises(UserError, match=rf"the role {role} is unknown.*roles: {{{meant}: \[{role}\]}}"):
+        encode(tok, CHATML, row)
+
+
+def test_functions_of_older_files_are_tools(tok):
+    """OpenAI's files had functions and function_call before they had tools and tool_calls."""
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+    call = {"name": "f", "arguments": '{"a": 1}'}
+    asked = say("user", "hi")
+    old = {"functions": [function], "messages": [*asked, {"role": "assistant", "content": None, "function_call": call}]}
+    wrapped = [{"type": "function", "function": call}]
+    new = {
+        "tools": [{"type": "function", "function": function}],
+        "messages": [*asked, {"role": "assistant", "content": None, "tool_calls": wrapped}],
+    }
+    jinja = template(next(iter(TOOLS_AS.values())), next(iter(CALLS_AS.values())))
+    notes: list[str] = []
+    fmt = PromptFormat(type="chat_template", chat_template=jinja)
+    assert fmt.encode_row(tok, old, notes.append) == fmt.encode_row(tok, new)
+    assert [note for note in notes if not note.startswith("role: ")] == []
+    with pytest.raises(UserError, match="leaves out tool_calls .* and tools"):
+        encode(tok, CHATML, old)
+
+
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ({"query": "q", "answers": '[{"name": "f", "arguments": {}}]', "tools": "[]"}, "field_output: answers"),
+        ({"data": [{"instruction": "q", "output": "a"}]}, "Name the column"),
+        ({"conversation": CHAT_ROW["messages"]}, "field_messages: conversation."),
+        ({"instruction": "q", " output": "a"}, "columns instruction, ' output'"),
+    ],
+)
+def test_the_advice_on_missing_columns_fits_what_is_there(tok, row, advice):
+    with pytest.raises(UserError, match="messages is missing") as error:
+        encode(tok, CHATML, row)
+    assert advice in str(error.value)
+
+
+def test_a_key_that_stands_twice_in_json_text_is_refused(tok):
+    for text in ('[{"role": "user", "content": "a", "content": "b"}]', '[{"role": "user", "role": "user"}]'):
+        with pytest.raises(UserError, match="the key (content|role) stands twice in one object"):
+            encode(tok, CHATML, {"messages": text})
 
 
 def test_roles_to_train_takes_the_names_of_the_file(tok):

@@ -18,7 +18,7 @@ from nanoqlora.byte_pairs import LETTERS
 from nanoqlora.cli import UserError
 from nanoqlora.data_files import find_files
 from nanoqlora.prepare import Encoding, InvalidRows, Reading, prepare_samples, read_samples
-from nanoqlora.prompts import PromptFormat
+from nanoqlora.prompts import Frame, PromptFormat
 from nanoqlora.tokenizer import Tokenizer
 from nanoqlora.vocabulary import CONTROL, NORMAL
 
@@ -195,7 +195,7 @@ def test_roles_that_no_mapping_knows_are_counted_over_all_rows(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines(rows))
     chat = PromptFormat(type="chat_template", chat_template=template)
     with pytest.raises(
-        InvalidRows, match="2 of 5 rows .*line 4: the role function_call and observation is unknown"
+        InvalidRows, match="2 of 5 rows .*line 4: the roles function_call and observation are unknown"
     ) as error:
         read_samples(find_files(tmp_path / "a.jsonl"), Encoding(chat, BYTES, 40))
     assert str(error.value).endswith("The roles of its messages: human 5, gpt 3, function_call 2, observation 2.")
@@ -225,6 +225,41 @@ def test_rows_of_no_use_are_not_counted_as_repeated(tmp_path):
     reading = read_samples(find_files(tmp_path / "a.jsonl"), Encoding(None, BYTES, 20, skip_invalid=True))
     [line] = [line for line in reading.describe_notes() if "same as" in line]
     assert line.startswith("1 row:") and line.endswith(f"(first: {tmp_path}/a.jsonl, line 4)")
+
+
+def test_rows_that_are_dropped_or_learnt_otherwise_are_no_repeated_ones(tmp_path):
+    """Too long, or the same tokens with another mask: nothing of them is used twice."""
+    long, short = {"text": "a" * 50}, {"text": "b"}
+    (tmp_path / "a.jsonl").write_text(lines([long, long, short]))
+    fmt = PromptFormat(type="custom", frame=Frame(format="", field_instruction="text", field_output="text"))
+    reading = read_samples(find_files(tmp_path / "a.jsonl"), Encoding(fmt, BYTES, 20))
+    assert not [line for line in reading.describe_notes() if "same as" in line]
+    template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    fmt = PromptFormat(type="chat_template", chat_template=template)
+    chats = []
+    for weight in (0, 1, 0, 1):
+        turns = [("user", "a", 0), ("assistant", "b", 1), ("user", "c", 0), ("assistant", "d", weight)]
+        chats.append({"messages": [{"role": r, "content": text, "weight": w} for r, text, w in turns]})
+    (tmp_path / "b.jsonl").write_text(lines(chats[:2]))
+    reading = read_samples(find_files(tmp_path / "b.jsonl"), Encoding(fmt, BYTES, 40))
+    assert len(reading.samples) == 2 and not [line for line in reading.describe_notes() if "same as" in line]
+    (tmp_path / "b.jsonl").write_text(lines(chats))
+    reading = read_samples(find_files(tmp_path / "b.jsonl"), Encoding(fmt, BYTES, 40))
+    assert [line.startswith("2 rows") for line in reading.describe_notes() if "same as" in line] == [True]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_keys_that_stand_twice_make_a_row_invalid(tmp_path, monkeypatch, name):
+    """At any depth, also where only a part of the object is in memory; rows behind it are read."""
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 8)
+    deep = '{"text": "c", "more": {"x": 1, "y": [{"x": 2, "x": 2}]}}'
+    objects = ['{"text": "a", "text": "b"}', deep, '{"text": "d"}']
+    path = tmp_path / name
+    path.write_text("\n".join(objects) + "\n" if name == "a.jsonl" else f"[{', '.join(objects)}]")
+    with pytest.raises(InvalidRows, match="2 of 3 rows .*the key text stands twice .*the key x stands twice"):
+        read_samples(find_files(path), Encoding(None, BYTES, 20))
+    reading = read_samples(find_files(path), Encoding(None, BYTES, 20, skip_invalid=True))
+    assert len(reading.samples) == 1 and sum(map(len, reading.invalid.values())) == 2
 
 
 def test_lists_in_lists_in_lists_are_told(tmp_path):

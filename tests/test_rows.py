@@ -203,6 +203,8 @@ def test_the_index_that_pandas_writes_into_csv_is_a_column_without_a_name(tmp_pa
     tokenizer = load_tokenizer("models/SmolLM2-135M-Instruct.Q4_1.gguf")
     PromptFormat(type="completion").encode_row(tokenizer, rows[0], notes.append)
     assert notes == ["the column without a name was not read"]
+    PromptFormat(type="alpaca").encode_row(tokenizer, {"": "0", "instruction": "a", "output": "b"}, notes.append)
+    assert notes == ["the column without a name was not read"] * 2
 
 
 def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):

@@ -141,6 +141,7 @@ def run_facts(run: Run, data: Data, forecast: Forecast, seconds: float) -> dict[
         "command": command_line(),
         "folder": str(Path.cwd()),
         "figure": "Fine-Tuning.png",
+        "notes": [f"{name}: {note}" for name, reading in data.readings.items() for note in row_notes(reading, config)],
         "data": [_describe_data(name, reading) for name, reading in data.readings.items()],
         "model": {
             "base": config.base_model,
@@ -189,6 +190,14 @@ def before_and_after(run: Run, data: Data, tokenizer: Tokenizer, after: dict[str
         | {"data": domain_score(texts, marks)},
         "samples": [{"prompt": m[-1]["content"], "before": old, "after": new} for m, old, new in asked],
     }
+
+
+def row_notes(reading: Reading, config: Config) -> list[str]:
+    """What became of rows that were not used as they stand."""
+    is_short = reading.too_long or reading.unsupervised
+    return [reading.describe(config.sequence_len, config.excess_length_strategy)] * bool(is_short) + (
+        reading.describe_notes()
+    )
 
 
 def _describe_data(name: str, reading: Reading) -> dict[str, Any]:

@@ -3,10 +3,16 @@
 import math
 import struct
 import zlib
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from nanoqlora.data import SUPERVISED, Samples
+from nanoqlora.prepare import Places, Reading
 from nanoqlora.report import DPI, HEIGHT_IN, WIDTH_IN, limits, plot_metrics, series, smooth, write_report
+from nanoqlora.results import row_notes
 
 
 def logged(steps: int, **more) -> list[dict]:
@@ -164,3 +170,14 @@ def test_empty_answer_is_shown_as_one(tmp_path):
     write_report(tmp_path / "report.md", {"samples": [{"prompt": "Why?", "before": "So.", "after": ""}]})
     text = (tmp_path / "report.md").read_text()
     assert "before:\n\n```\nSo.\n```" in text and "after:\n\n```\n(nothing: it ends at once)\n```" in text
+
+
+def test_what_became_of_rows_is_noted():
+    samples = Samples.of(np.array([1, 2 | SUPERVISED], np.uint32), np.array([2]), np.array([1]), "")
+    reading = Reading(samples=samples, notes={"the column id was not read": Places(2, ["a.jsonl, line 1"])})
+    config = SimpleNamespace(sequence_len=8, excess_length_strategy="drop")
+    [note] = row_notes(reading, config)
+    assert note == "2 rows: the column id was not read (first: a.jsonl, line 1)"
+    reading = replace(reading, too_long=Places(1, ["a.jsonl, line 7"]), longest=9)
+    dropped, same = row_notes(reading, config)
+    assert same == note and "1 longer than sequence_len 8 dropped (first: a.jsonl, line 7" in dropped

@@ -22,6 +22,7 @@ import yaml
 from . import key_fates
 from .cli import UserError
 from .config_rules import CHECKS, DERIVED, DIFFERENCES, EXCLUSIVE, WHOLE, template_notes
+from .data_files import split_without_effect
 from .typed_yaml import (
     Fates,
     Given,
@@ -364,6 +365,10 @@ def _resolve(file: dict[str, Given], overrides: dict[str, Given], where: str) ->
         if is_broken(config):
             raise UserError(f"{where}: {message}")
     notes += [text for dataset in (*config.datasets, *config.test_datasets) for text in _unused(dataset)]
+    splits = (
+        split_without_effect(dataset.path, dataset.split) for dataset in (*config.datasets, *config.test_datasets)
+    )
+    notes += [text for text in splits if text]
     notes += [text for text, matters in DIFFERENCES.items() if matters(config)]
     notes += template_notes(config)
     return replace(config, notes=(*_summary(config, given, over, filled, where), *notes))

@@ -15,7 +15,7 @@ import torch
 from . import distributed, ops
 from .cli import Parser, UserError, check_file, run_command, write_text
 from .data import Sample, collate
-from .data_files import find_files, split_and_part
+from .data_files import find_files, split_and_part, split_without_effect
 from .model import Llama
 from .packing import Rows, pack
 from .prepare import Encoding, InvalidRows, read_samples
@@ -96,8 +96,9 @@ def main() -> None:
             f" Its rows have to be of the type that {args.adapter} was trained on: {trained.type}." if trained else ""
         )
         raise UserError(f"--data: {error}{kind}") from error
-    for line in reading.describe_notes():
-        print(f"{args.data}: {line}", file=sys.stderr)
+    unused = split_without_effect(args.data, args.split)
+    for line in [unused] * bool(unused) + [f"{args.data}: {line}" for line in reading.describe_notes()]:
+        print(line, file=sys.stderr)
     scores = score_samples(used.model, reading.samples)
     if args.out:
         rows = [json.dumps({"nll": nll, "tokens": tokens}) + "\n" for nll, tokens in scores]

@@ -400,6 +400,22 @@ def test_keys_that_a_type_does_not_read_are_named():
     assert "data d: field ignored, which type: a map does not read" in make_config(least(datasets=[custom])).notes
 
 
+def test_a_split_of_a_single_file_is_named(tmp_path):
+    """It has none; unless its name tells the same, or a part of its rows is all that is meant."""
+    for name in ("a.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+
+    def notes(path: str, split: str) -> list[str]:
+        entry = {"path": str(path), "type": "completion", "split": split}
+        return [note for note in make_config(least(datasets=[entry])).notes if "split" in note.partition(":")[2][:7]]
+
+    assert notes(tmp_path / "a.jsonl", "test[:5]") == [
+        f"data {tmp_path}/a.jsonl: split test ignored: a single file has no splits"
+    ]
+    for path, split in (("a.jsonl", "train"), ("a.jsonl", "train[:5]"), ("test.jsonl", "test"), ("", "test")):
+        assert notes(tmp_path / path, split) == []
+
+
 def test_plugins_that_only_make_things_faster_may_stay():
     assert make_config(least(plugins=list(HARMLESS["plugins"])))
     with pytest.raises(UserError, match="plugins"):

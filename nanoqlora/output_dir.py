@@ -10,6 +10,7 @@ Read next: `runs.py`, how a run goes on from a checkpoint.
 import fcntl
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -147,7 +148,7 @@ def _check(config: Config) -> None:
         return
     whole = [path for path in checkpoint_folders(folder).values() if (path / STATE).is_file()]
     resume = "go on with it by --auto_resume_from_checkpoints true or --resume_from_checkpoint "
-    ways = [f"{resume}{whole[-1]}"] if whole else []
+    ways = [f"{resume}{shlex.quote(str(whole[-1]))}"] if whole else []
     ways += [
         "name another --output_dir",
         "give --overwrite_output_dir true, which first removes what that run has written",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -66,6 +67,14 @@ def world(first: Path, tmp_path: Path) -> Path:
 def again(first: Path, out: Path, *words: object):
     """A second run with another rate, in the folder of the first."""
     return run_here(train.main, first / "train.yml", "--output_dir", out, "--learning_rate", "1e-4", *words)
+
+
+def test_the_way_to_resume_runs_as_printed(first, world):
+    """Pasted into a shell, also from a folder with a space in its name."""
+    out = world.rename(world.with_name("my run"))
+    way = again(first, out).err.split("true or ")[1].split(";")[0]
+    ended = run_here(train.main, first / "train.yml", "--output_dir", out, *shlex.split(way))
+    assert ended.code == 0 and "goes on from step 6 of 6" in ended.out, ended
 
 
 @pytest.mark.parametrize("words", [(), ("--max_steps", 4), ("--plan",)])

@@ -346,13 +346,41 @@ def _as_texts(messages: Messages) -> Messages:
 
 
 def _written_as_read(message: dict[str, Any], template: str | None, tok: Tokenizer) -> dict[str, Any]:
-    """A message whose text parts are joined as its template does it, or as servers do for one that takes only texts."""
+    """A message whose text parts are joined as its template does it, or as servers do for one that takes only texts.
+
+    The arguments of its calls become JSON texts again where the template cannot write objects.
+    """
+    if message.get("tool_calls") and _takes_texts(template, tuple(tok.named_texts.items())):
+        message = {**message, "tool_calls": [_with_text_arguments(call) for call in message["tool_calls"]]}
     if not isinstance(message["content"], list):
         return message
     between = _between_parts(template, message["role"], tuple(tok.named_texts.items()))
     if between is None:
         return message
     return {**message, "content": between.join(part["text"] for part in message["content"])}
+
+
+def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if isinstance(function, dict):
+        return {**call, "function": _with_text_arguments(function)}
+    arguments = call.get("arguments")
+    return call if isinstance(arguments, str) else {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+
+
+@lru_cache
+def _takes_texts(template: str, named_tokens: tuple[tuple[str, str], ...]) -> bool:
+    """Whether a template writes the arguments of a call only where they are a JSON text, as `+` does it."""
+
+    def is_written(arguments: Any) -> bool:
+        call = {"type": "function", "id": "123456789", "function": {"name": "a_function", "arguments": arguments}}
+        messages = [*say("user", "a question"), {"role": "assistant", "content": "", "tool_calls": [call]}]
+        try:
+            return "an_argument" in render(template, messages, False, dict(named_tokens))
+        except UserError:
+            return False
+
+    return not is_written({"an_argument": 1}) and is_written('{"an_argument": 1}')
 
 
 @lru_cache

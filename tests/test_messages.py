@@ -266,6 +266,20 @@ def test_the_advice_on_missing_columns_fits_what_is_there(tok, row, advice):
     assert advice in str(error.value)
 
 
+def test_arguments_are_texts_for_a_template_that_adds_them(tok):
+    """As functionary's does it: transformers writes the row's JSON text, and could not write an object."""
+    jinja = CHATML.replace(
+        "{{ message['content'] }}",
+        "{{ message['content'] }}{% for call in message.tool_calls or [] %}"
+        "{{ '[' + call.function.name + ': ' + call.function.arguments + ']' }}{% endfor %}",
+    )
+    for arguments in ('{"city": "Oslo"}', {"city": "Oslo"}):
+        calls = [{"type": "function", "function": {"name": "f", "arguments": arguments}}]
+        row = {"messages": [*say("user", "hi"), {"role": "assistant", "content": "", "tool_calls": calls}]}
+        fmt = PromptFormat(type="chat_template", chat_template=jinja)
+        assert counted(tok, *fmt.encode_row(tok, row)) == '[f: {"city": "Oslo"}]<|im_end|>'
+
+
 def test_a_key_that_stands_twice_in_json_text_is_refused(tok):
     for text in ('[{"role": "user", "content": "a", "content": "b"}]', '[{"role": "user", "role": "user"}]'):
         with pytest.raises(UserError, match="the key (content|role) stands twice in one object"):

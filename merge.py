@@ -15,6 +15,7 @@ The sum is made in float32 and rounded once. Memory: about the largest tensor.
 """
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from nanoqlora.adapter import read_updates
 from nanoqlora.adapter_files import adapter_hash, check_base, read_trained
 from nanoqlora.certificate import GGUF, MAX_KL, ON_NF4, ON_ORIGINAL, certify, verdict_of_merge
 from nanoqlora.checkpoint import ShardWriter, fingerprint, model_config, open_weights
-from nanoqlora.cli import UserError, check_space, check_writable, run_command, whole_folder, write_text
+from nanoqlora.cli import UserError, check_space, check_writable, run_command, visible, whole_folder, write_text
 from nanoqlora.config import Config, Option, load_command
 from nanoqlora.file_types import FILE_TYPES
 from nanoqlora.forms import Merged, all_forms, bytes_on_disk
@@ -49,6 +50,10 @@ OPTIONS = {
     "max_tokens": Option("held-out tokens to score on; 0: no scores", int, 1024),
     "other_base": Option("merge onto other weights than those that the adapter was trained on", bool, False),
 }
+OURS = (  # files that a merge writes, all of which the next one into the same folder replaces
+    r"(merge|config|generation_config|prompt|tokenizer|tokenizer_config|special_tokens_map)\.json|tokenizer\.model|"
+    r"chat_template\.jinja|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPES |= {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -83,6 +88,12 @@ def plan(config: Config | None, options: dict[str, Any]) -> Plan:
             raise UserError(f"--types {name.lower()}: known are {', '.join(FILE_TYPES).lower()}.")
     if out.exists() and not (out / "merge.json").exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is no earlier merge, so nothing is written over it. Name another --out.")
+    found = [path.name for path in out.iterdir()] if out.exists() else []
+    if others := sorted(name for name in found if not re.fullmatch(OURS, name)):
+        raise UserError(
+            f"{out}: an earlier merge, and beside it {', '.join(map(visible, others[:3]))}, which would be removed "
+            f"with it. Move what is to stay, or name another --out."
+        )
     dtype = DTYPES.get(options["dtype"], computed)
     return Plan(base, adapter, out, in_4bit, seen, dtype, types)
 

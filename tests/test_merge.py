@@ -380,6 +380,17 @@ def test_options_that_nothing_is_scored_for_are_named(model, adapter, tmp_path, 
     assert ("GGUF q8_0" in ended.out) == data == ("without effect" not in ended.out)
 
 
+def test_files_of_the_user_beside_an_earlier_merge_stay(model, adapter, tmp_path):
+    """A merge replaces what a merge wrote, in one file or in shards, and nothing else."""
+    out = tmp_path / "out"
+    for words in (("--max_shard_size", 1e-4), ()):
+        assert merged(model, adapter, out, *words).code == 0
+    (out / "model-q8_0.gguf").write_text("exported")
+    before = snapshot(tmp_path)
+    refused(merged(model, adapter, out), f"{out}: an earlier merge", "model-q8_0.gguf", "name another --out")
+    assert snapshot(tmp_path) == before
+
+
 def test_folder_of_something_else_is_not_written_over(model, adapter, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")

@@ -1,21 +1,35 @@
 """Talk to a model in the terminal: `python -m nanoqlora.chat --model DIR [--adapter DIR] [--load_in_4bit true]`."""
 
 import sys
+from collections.abc import Iterable
 
 import torch
 
 from . import distributed
+from .checkpoint import open_weights
 from .cli import Parser, UserError, run_command
+from .generation import end_ids, read_generation
 from .prompts import PromptFormat
 from .serving import Usable, generate, load_for_use
 
 
-def answer(used: Usable, messages: list[dict[str, str]], max_new_tokens: int = 256, temperature: float = 0.0, seed=0):
-    """Yield the model's answer to a conversation piece by piece, as text."""
+def answer(
+    used: Usable,
+    messages: list[dict[str, str]],
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    ends: Iterable[int] = (),
+):
+    """Yield the model's answer to a conversation piece by piece, as text.
+
+    Args:
+        ends: tokens that end an answer besides those of the prompt format and the tokenizer.
+    """
     prompt_format = used.prompt_format or PromptFormat(type="chat_template")
     ids = prompt_format.encode_prompt(used.tokenizer, messages)
     generator = torch.Generator().manual_seed(seed)
-    stop_ids = {prompt_format.end_id(used.tokenizer), used.tokenizer.eos_id}
+    stop_ids = {prompt_format.end_id(used.tokenizer), used.tokenizer.eos_id, *ends}
     new, text, shown = [], "", ""
     for token in generate(
         used.model, ids, stop_ids, max_new_tokens=max_new_tokens, temperature=temperature, generator=generator
@@ -41,6 +55,7 @@ def main() -> None:
     if args.temperature < 0 or args.max_new_tokens < 1:
         raise UserError("--temperature must be 0 or more and --max_new_tokens at least 1.")
     distributed.start()
+    ends = end_ids(read_generation(open_weights(args.model)))
     used = load_for_use(args)
     for note in used.notes:
         print(note, file=sys.stderr)
@@ -49,7 +64,7 @@ def main() -> None:
     def reply(question: str) -> None:
         messages.append({"role": "user", "content": question})
         pieces = []
-        for piece in answer(used, messages, args.max_new_tokens, args.temperature, args.seed + len(messages)):
+        for piece in answer(used, messages, args.max_new_tokens, args.temperature, args.seed + len(messages), ends):
             print(piece, end="", flush=True)
             pieces.append(piece)
         print()

@@ -231,6 +231,19 @@ def test_answers_end_at_the_end_token(model, theirs, tmp_path):
     assert told(other, "--prompt", QUESTION[0]["content"], *words) == tok.decode(expected) + "\n"
 
 
+def test_answers_end_at_every_end_token_of_the_model(model, theirs, tmp_path):
+    """A list in generation_config.json, by which transformers stops too."""
+    ids, other = question_ids(model), shutil.copytree(model, tmp_path / "model")
+    said = greedy(theirs, ids, 60)
+    end = next(token for i, token in enumerate(said) if i > 5 and token not in said[:i])
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [END, end]}))
+    settings = transformers.GenerationConfig.from_pretrained(other, do_sample=False, max_new_tokens=60)
+    expected = theirs.generate(torch.tensor([ids]), generation_config=settings)[0, len(ids) :].tolist()
+    assert expected.pop() == end and expected == said[: said.index(end)]
+    printed = told(other, "--prompt", QUESTION[0]["content"], "--temperature", "0", "--max_new_tokens", "60")
+    assert printed == nq.load_tokenizer(model).decode(expected) + "\n"
+
+
 def test_turns_follow_each_other(model, theirs, monkeypatch):
     """Typed one after the other, an empty line between: the second answer knows the first question and answer."""
     tok, messages, expected = nq.load_tokenizer(model), [], []

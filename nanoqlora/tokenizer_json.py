@@ -49,8 +49,13 @@ def read_tokenizer_json(path: Path, data: dict[str, Any]) -> Fields:
     unk = expect(f"{where}.unk_token", model.get("unk_token"), str, None)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in map(_pair, model["merges"])]
     added = [added_token(f"{path}: added_tokens", token) for token in _list(path, data, "added_tokens")]
+    next_id = len(model["vocab"])
     for token in added:
-        expect(f"{path}: added_tokens, the id of {token['content']!r},", token.get("id"), int)
+        where, text = f"{path}: added_tokens, the id of {token['content']!r},", token["content"]
+        given, id = expect(where, token.get("id"), int), model["vocab"].get(text, next_id)
+        if given != id:  # the tokenizers package counts for itself
+            raise UserError(f"{where} is {given}, and Hugging Face's tokenizers give it {id}. Correct the id.")
+        next_id = max(next_id, id + 1)
 
     by_id = {id: piece for piece, id in model["vocab"].items()}
     ids = [*by_id, *(token["id"] for token in added)]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_runs
 import test_sentencepieces
 import tokenizers
 import torch
@@ -57,6 +58,21 @@ def our_logits(folder: Path) -> torch.Tensor | None:
 def assert_same(theirs: torch.Tensor | None, ours: torch.Tensor | None, case: Any) -> None:
     assert (theirs is None) == (ours is None), case
     assert theirs is None or theirs.std() > 0.03 and (ours - theirs).abs().max() < 1e-4, case
+
+
+def test_added_tokens_have_the_ids_that_the_tokenizers_package_gives(tmp_path):
+    """It counts for itself, whatever the file says: another number in the file is refused."""
+    for number, id in enumerate((300, 301, 305, 299, 3)):
+        folder = small_runs.save_tiny_model(tmp_path / str(number))
+        about = json.loads((folder / "tokenizer.json").read_text())
+        about["added_tokens"].append(about["added_tokens"][0] | {"id": id, "content": "<|new|>"})
+        write_json(folder / "tokenizer.json", about)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|new|>")
+        if theirs == id:
+            assert nq.load_tokenizer(folder).encode("<|new|>", special=True) == [id]
+        else:
+            with pytest.raises(UserError, match=f"is {id}, and Hugging Face's tokenizers give it {theirs}"):
+                nq.load_tokenizer(folder)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -344,7 +344,7 @@ def test_files_that_do_not_belong_together_are_refused(small, tmp_path):
     no_byte = {("x" if piece == "<0x41>" else piece): id for piece, id in data["model"]["vocab"].items()}
     refused("255 tokens of single bytes", model=data["model"] | {"vocab": no_byte})
     replace_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
-    word = {"id": 900, "content": "word", "special": False, "normalized": True}
+    word = {"id": data["model"]["vocab"]["word"], "content": "word", "special": False, "normalized": True}
     added = [*data["added_tokens"], word | {"lstrip": False, "rstrip": False, "single_word": False}]
     refused("'word' has normalized: true", added_tokens=added, normalizer=replace_spaces, pre_tokenizer=None)
     with pytest.raises(UserError, match="950"):

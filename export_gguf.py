@@ -72,6 +72,9 @@ def main() -> None:
             f"command line: --type {options['type']} is not a type that can be written here, so there is no file to "
             f"make. Choose one of {', '.join(FILE_TYPES).lower()}."
         )
+    unused, how = ("data", "with") if options["adapter"] else ("other_base", "without")
+    if options[unused]:
+        print(f"--{unused} {options[unused]}: without effect {how} --adapter.")
     if options["adapter"]:
         if options["prove"]:
             raise UserError(
@@ -83,7 +86,7 @@ def main() -> None:
         export_adapter(adapter, base, out, file_type, options["other_base"])
         return
     model = options["model"] or Path(config.output_dir) / "merged"
-    check_merged(model)
+    check_merged(model, config.output_dir if config else None)
     if not options["model"] and not Path(model).exists() or not local_path(model).exists():  # ours is no hub name
         raise UserError(f"{model}: no such folder, so there is no model to export. Run merge.py first, or use --model.")
     folder = Path(config.output_dir) if config else own_folder(model)
@@ -105,7 +108,7 @@ def trained_talk(model: str | Path, config: Config | None) -> tuple[Tokenizer, P
     Raises:
         UserError: among others, the run's base cannot be opened, which is to be known before a file is written.
     """
-    if config is None or adapter_hash(config.output_dir) is None:
+    if config is None or adapter_hash(Path(config.output_dir).absolute()) is None:  # which is no hub name
         tok = load_tokenizer(model)
         return tok, prompt_format(local_path(model), tok)
     base = open_weights(config.base_model)

@@ -90,7 +90,9 @@ def adapter_hash(folder: str | Path) -> str | None:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # PyTorch's text advises to run what is in it
+        raise UserError(f"{path}: holds more than tensors, or is damaged; nothing of it was run. Refused.") from error
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(
             f"{path}: not a complete file of tensors ({str(error).splitlines()[0]}). Save or copy the adapter again."
         ) from error
@@ -293,16 +295,21 @@ def hub_or_last_name(path: str | Path) -> str:
     return cached[-1].split("--")[-1] if cached else Path(path).name
 
 
-def check_merged(model: str | Path) -> None:
-    """Refuse `merged` in the folder of a run that has another adapter by now: it is the result of an earlier run."""
+def check_merged(model: str | Path, run: str | Path | None = None) -> None:
+    """Refuse `merged` in the folder of a run that has another adapter by now: it is the result of an earlier run.
+
+    Args:
+        run: the folder of the run that the user named, for models in any place.
+    """
     folder = Path(model).absolute()
-    record, run = folder / "merge.json", folder.parent
-    if folder.name != "merged" or not record.is_file() or not (run / "adapter_model.safetensors").is_file():
+    record, named, run = folder / "merge.json", run is not None, Path(run or folder.parent).absolute()
+    if not (named or folder.name == "merged") or not record.is_file() or adapter_hash(run) is None:
         return
     merged = read_json(record).get("adapter_sha256")
     if merged is not None and merged != adapter_hash(run):
         again = script_command("merge.py", *[run / "train.yml"] * (run / "train.yml").is_file())
+        as_it_is = "name the folder with --model alone" if named else "give the folder another name"
         raise UserError(
-            f"{model}: holds another adapter than {run} has now, that of an earlier run. Merge again: {again}; or give "
-            f"the folder another name to use it as it is."
+            f"{model}: holds another adapter than {run} has now, that of an earlier run. Merge again: {again}; or "
+            f"{as_it_is} to use it as it is."
         )

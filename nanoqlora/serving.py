@@ -69,10 +69,13 @@ def talking(
     elif brings:
         end, and_template = tokenizer.named_texts.get("eos_token"), " and chat template" * bool(tokenizer.chat_template)
         note, saved = f"{adapter}: its own tokenizer{and_template} are used; the end token is {end!r}.", None
-    elif folder is not None and read_chat_template(folder):
-        note, saved = f"{adapter}: its own chat template is used, with the tokenizer of {base}.", None
-    elif folder is not None and (unused := [name for name in VOCABULARIES if (folder / name).is_file()]):
-        note = f"{adapter}: {unused[0]} is not used without tokenizer_config.json; the tokenizer of {base} is."
+    elif folder is not None:
+        unused = [name for name in VOCABULARIES if (folder / name).is_file()]
+        if read_chat_template(folder):
+            note, saved = f"{adapter}: its own chat template is used, with the tokenizer of {base}.", None
+        if unused:
+            note = f"{adapter}: {unused[0]} is not used without tokenizer_config.json; the tokenizer of {base} is"
+            note += "." if saved else ", with the chat template of the adapter."
     prompt_format = PromptFormat.from_json(saved.read_text("utf-8")) if saved and saved.is_file() else None
     return tokenizer, prompt_format, note
 

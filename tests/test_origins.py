@@ -177,6 +177,12 @@ def test_the_result_of_an_earlier_run_is_refused(world, tmp_path):
         assert run_here(*words).code == 0, name
     assert "adapter on 4-bit base" in run_here(*uses["prove"]).out
     assert f"--data {world.data}: without effect" in run_here(*uses["export"], "--data", world.data).out
+    assert "--other_base True: without effect" in run_here(*uses["export"], "--other_base", "true").out
+    alone = (export_gguf.main, "--adapter", tmp_path / "out", "--model", world.model, "--out", tmp_path / "lora.gguf")
+    assert f"--data {world.data}: without effect" in run_here(*alone, "--data", world.data).out
+    shutil.copytree(merged, tmp_path / "moved")
+    of_a_copy = (export_gguf.main, run, "--model", tmp_path / "moved")
+    assert run_here(*of_a_copy).code == 0
     state = load_file(tmp_path / "out" / "adapter_model.safetensors")
     for key in state:
         state[key] += 0.01
@@ -185,6 +191,7 @@ def test_the_result_of_an_earlier_run_is_refused(world, tmp_path):
     for words in uses.values():
         ended = run_here(*words)
         refused(ended, str(merged), "earlier run", "merge.py")
+    refused(run_here(*of_a_copy), str(tmp_path / "moved"), "earlier run", "--model alone")
     assert snapshot(tmp_path) == before
     command = ended.err.partition("python ")[2].partition(";")[0].split()
     assert run_process(*command).code == 0
@@ -284,6 +291,15 @@ def test_a_strangers_vocabulary_without_its_configuration_is_named(strangers, tm
         (strangers / name).unlink()
     ended = run_here(merge.main, "--model", tmp_path / "base", "--adapter", strangers, "--out", tmp_path / "out")
     assert ended.code == 0 and "tokenizer.json is not used without tokenizer_config.json" in ended.out, ended
+
+
+def test_a_strangers_template_and_a_vocabulary_without_its_configuration_are_both_named(strangers, tmp_path):
+    (strangers / "tokenizer_config.json").unlink()
+    (strangers / "chat_template.jinja").write_text(TEMPLATE)
+    ended = run_here(merge.main, "--model", tmp_path / "base", "--adapter", strangers, "--out", tmp_path / "out")
+    assert ended.code == 0 and "tokenizer.json is not used without tokenizer_config.json" in ended.out, ended
+    assert "with the chat template of the adapter" in ended.out
+    assert nq.load_tokenizer(tmp_path / "out").chat_template == TEMPLATE
 
 
 def test_a_strangers_tokenizer_with_more_tokens_than_the_embedding_is_refused(strangers, tmp_path):

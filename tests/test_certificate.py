@@ -146,7 +146,7 @@ def test_verdict_is_the_last_line_and_the_exit_code(run, tmp_path, monkeypatch):
     assert code == 0 and line.startswith("verdict: not proven: ")
     # A limit that the user has lifted does not make another model the trained one.
     good = merge.Merged.as_training_saw
-    other = lambda self, name, w: good(self, name, w) * (-1 if self.dtype == torch.bfloat16 else 1)  # noqa: E731
+    other = lambda self, name, w: good(self, name, w * (-1 if self.dtype == torch.bfloat16 else 1))  # noqa: E731
     monkeypatch.setattr(merge.Merged, "as_training_saw", other)
     code, line = verdict("--dtype", "bf16", "--max_kl", 100)
     assert code == 1 and line.startswith(f"verdict: NOT what was trained: {out}: ") and "Do not serve it" in line

@@ -5,6 +5,7 @@ rest: one line for what can happen to a long run, a traceback for a fault of our
 """
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -52,6 +53,7 @@ class Stopped(Exception):
     """The user asked to stop (Ctrl-C, SIGTERM) and what was done so far is saved."""
 
 
+DISK_FULL = errno.ENOSPC, errno.EDQUOT
 OURS = "This is a fault of nanoqlora, not of your input: please report it, with these lines and the command."
 
 asks_ranks: list[Callable[[], bool]] = []  # of several ranks: whether this one is the first to tell why the run ends
@@ -84,6 +86,9 @@ def run_command(main: Callable[[], None]) -> None:
     except Exception as fault:  # it goes on as it came; under torchrun its traceback gets the rank as a title
         if not all(ask() for ask in asks_ranks):
             sys.exit(1)
+        if isinstance(fault, OSError) and fault.errno in DISK_FULL:
+            what = fault.filename or "stdout or a file"
+            _leave(1, f"error: {what} cannot be written ({fault.strerror}). Make room, then run the command again.")
         if "RANK" in os.environ:
             print(f"error: rank {os.environ['RANK']} failed:", file=sys.stderr)
         fault.add_note(OURS)
@@ -95,9 +100,9 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 class Stream:
-    """stdout or stderr, whose reader may leave (`| head`), and whose encoding may lack characters: the run goes on.
+    """stdout or stderr, whose reader or terminal may end, and whose encoding may lack characters: the run goes on.
 
-    So does one that is closed (`>&-`). Of a full disk under stdout, `> log`, nobody would know: that ends the run.
+    It may be closed (`>&-`) too. Of a full disk under stdout, `> log`, nobody would know: that ends the run.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -118,8 +123,8 @@ class Stream:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
-            if not isinstance(error, BrokenPipeError) and self._stream.name == "<stdout>":
-                raise Failed(f"stdout: cannot be written to ({error.strerror}). Send it elsewhere.") from error
+            if error.errno in DISK_FULL and self._stream.name == "<stdout>":
+                raise
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

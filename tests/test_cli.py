@@ -64,14 +64,24 @@ def test_a_run_goes_on_without_stdout_and_stderr(run_file, tmp_path, closed):
     assert done.returncode == 0 and b"Traceback" not in done.stderr and len(steps_of(tmp_path / "out")) == 2, done
 
 
-def test_a_full_disk_under_stdout_ends_with_one_line():
+@pytest.mark.parametrize("work", ["print('scores')", "open('/dev/full', 'w', 1).write('scores\\n')"])
+def test_a_full_disk_ends_with_one_line(work):
     """Else `evaluate > scores.txt` would end well, with a file that is cut."""
-    code = "from nanoqlora.cli import run_command\nrun_command(lambda: print('scores'))"
+    words = [sys.executable, "-c", f"from nanoqlora.cli import run_command\nrun_command(lambda: {work})"]
     with open("/dev/full", "w") as full:
-        words = [sys.executable, "-c", code]
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, cwd=ROOT, env=ENVIRONMENT, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: stdout: cannot be written to (No space left on device)"), done.stderr
+    assert done.stderr.startswith("error: stdout or a file cannot be written (No space left on device)"), done.stderr
+
+
+def test_a_run_goes_on_when_its_terminal_is_closed(run_file, tmp_path):
+    """Writing to it then is an input/output error."""
+    master, terminal = os.openpty()
+    os.close(master)
+    words = [sys.executable, "train.py", str(run_file), "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(words, stdout=terminal, stderr=terminal, cwd=ROOT, env=ENVIRONMENT, timeout=120)
+    os.close(terminal)
+    assert done.returncode == 0 and len(steps_of(tmp_path / "out")) == 2
 
 
 def test_letters_that_a_terminal_lacks_are_escaped(tmp_path):

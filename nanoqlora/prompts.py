@@ -316,7 +316,7 @@ class PromptFormat:
         chat = chat_of(row, self, note, read_by_template)
         roles = [message["role"] for message in chat.messages]
         wanted = dict.fromkeys(self.role_of[role] for role in self.roles_to_train)
-        if not wanted.keys() & set(roles) and not any(chat.trained):
+        if wanted and not wanted.keys() & set(roles) and not any(chat.trained):
             raise UserError(
                 f"no message has the role {' or '.join(wanted)}, only {', '.join(dict.fromkeys(roles))}. "
                 "There is nothing to learn from. Add an answer, or map the names with roles."

@@ -205,9 +205,11 @@ def fate_of(cls: type, name: str) -> tuple[str, Any]:
 def settle(cls: type, given: dict[str, Given], notes: list[str]) -> dict[str, Given]:
     """Give every written key its fate. What is left are fields; an emptied one keeps the value None."""
     settled: dict[str, Given] = {}
+    lists = {f.name for f in keys_of(cls) if isinstance(_default(f), tuple) and _default(f)}
     for written, (value, at) in given.items():
         name = written.removeprefix(cls.fates.prefix)
-        value = None if value in ("", [], (), {}) else value
+        is_list = value in ([], ()) and name in lists  # an empty list is another one than the default
+        value = None if value in ("", [], (), {}) and not is_list else value
         fate, row = fate_of(cls, name)
         if fate == "unknown":
             known = [f.name for f in keys_of(cls)]

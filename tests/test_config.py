@@ -215,6 +215,19 @@ def within_map(cls: type, name: str, value: object) -> dict:
 # ---- a real file --------------------------------------------------------------------------------------------------
 
 
+def test_an_empty_list_means_nobody_where_the_default_names_somebody():
+    """`roles_to_train: []` of Axolotl: only the messages that message_field_training marks."""
+    data = {"path": "x.jsonl", "type": "chat_template", "data_files": []}
+    for entry, roles in (
+        ({"roles_to_train": []}, ()),
+        ({"roles_to_train": None}, ("assistant",)),
+        ({}, ("assistant",)),
+    ):
+        run = {"base_model": "m", "adapter": "qlora", "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3}
+        dataset = make_config(run | {"datasets": [data | entry]}).datasets[0]
+        assert dataset.roles_to_train == roles and dataset.data_files == ()
+
+
 def test_axolotl_file_runs_as_it_stands(tmp_path):
     """Values arrive typed, empty keys are unset, and exactly the harmless keys are listed as ignored."""
     c = load_config([written(tmp_path, AXOLOTL_FILE)])

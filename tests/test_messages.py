@@ -1,6 +1,7 @@
 """The shapes that conversations have in files: all of one conversation give the same ids, and nothing goes unnamed."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -329,6 +330,9 @@ def test_a_message_may_also_be_marked_as_to_be_learnt(tok):
     fmt = PromptFormat(type="chat_template", message_field_training="learn")
     row = {"messages": [{"role": "user", "content": "a", "learn": True}, *say("assistant", "b")]}
     assert counted(tok, *fmt.encode_row(tok, row)) == "a<|im_end|>b<|im_end|>"
+    by_mark_alone = replace(fmt, roles_to_train=())
+    assert counted(tok, *by_mark_alone.encode_row(tok, row)) == "a<|im_end|>"
+    assert counted(tok, *by_mark_alone.encode_row(tok, {"messages": say("user", "a", "assistant", "b")})) == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

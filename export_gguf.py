@@ -22,7 +22,7 @@ from nanoqlora import gguf
 from nanoqlora.adapter import read_updates
 from nanoqlora.adapter_files import adapter_file, adapter_hash, check_base, check_merged, read_trained
 from nanoqlora.checkpoint import fingerprint, model_config, open_weights
-from nanoqlora.cli import UserError, check_file, check_space, read_json, run_command, script_command, whole_file
+from nanoqlora.cli import UserError, check_file, check_space, read_json, run_command, whole_file
 from nanoqlora.config import Config, Option, load_command
 from nanoqlora.file_types import FILE_TYPES
 from nanoqlora.generation import end_ids, ollama_parameters, read_generation
@@ -44,6 +44,7 @@ from nanoqlora.modelfile import (
 from nanoqlora.ollama import go_template, jinja_of_words, stop_texts, tokenizer_metadata, unnamed_ends
 from nanoqlora.prompts import PromptFormat
 from nanoqlora.proof import Proof, prove_file
+from nanoqlora.scripts import script_command
 from nanoqlora.serving import talking
 from nanoqlora.tokenizer import Tokenizer, load_tokenizer
 

@@ -28,8 +28,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .checkpoint import Weights, fingerprint
-from .cli import UserError, read_json, script_command, visible
+from .cli import UserError, read_json, visible
 from .hub import ADAPTER_FILES, local_path
+from .scripts import script_command
 
 HANDLED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"}
 SAYS_NOTHING = {  # about what is computed: the file itself says which layers learnt

@@ -10,6 +10,7 @@ from .checkpoint import open_weights
 from .cli import Parser, UserError, run_command
 from .generation import end_ids, read_generation
 from .prompts import PromptFormat
+from .scripts import script_command
 from .serving import Usable, generate, load_for_use
 
 
@@ -44,7 +45,7 @@ def answer(
 
 
 def main() -> None:
-    parser = Parser(prog="python -m nanoqlora.chat", description=__doc__)
+    parser = Parser(prog=script_command("nanoqlora.chat"), description=__doc__)
     parser.add_model_options()
     parser.add_argument("--prompt", help="answer this once and leave")
     parser.add_argument("--system", help="system message")

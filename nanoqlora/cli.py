@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -340,13 +339,6 @@ def check_file(path: str | Path, key: str) -> None:
     if Path(path).is_dir():
         raise UserError(f"{key} {path}: is a folder, so no file can have this name. Give {key} the name of a file.")
     check_writable(Path(path).parent, key)
-
-
-def script_command(script: str, *words: object) -> str:
-    """A command of ours as the user can paste it into a shell, in the folder in which this program was started."""
-    path = Path(__file__).resolve().parent.parent / script
-    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    return shlex.join(map(str, ("python", path, *words)))
 
 
 class Parser(argparse.ArgumentParser):

@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import yaml
@@ -23,6 +22,7 @@ from . import key_fates
 from .cli import UserError
 from .config_rules import CHECKS, DERIVED, DIFFERENCES, EXCLUSIVE, WHOLE, template_notes
 from .data_files import split_without_effect
+from .scripts import this_command
 from .typed_yaml import (
     Fates,
     Given,
@@ -413,7 +413,7 @@ def _summary(config: Config, given: dict, over: dict, filled: dict, where: str) 
 def help_text(own: dict[str, Option] | None = None, about: str = "") -> str:
     """What `--help` prints: the command's own options, then every key with type, default and meaning."""
     lines = [about] if about else []
-    lines += [f"usage: {Path(sys.argv[0]).name} [{DEFAULT_FILE}] [--key value | --key=value ...]", ""]
+    lines += [f"usage: {this_command()} [{DEFAULT_FILE}] [--key value | --key=value ...]", ""]
     lines += ["Every key of the YAML file can be overridden, with _ or -; lists and maps as JSON or YAML text."]
     lines += ["", "this command", *describe_options(own)] if own else []
     lines += describe_keys(Config, "--")

@@ -19,6 +19,7 @@ from .data_files import find_files, split_and_part, split_without_effect
 from .model import Llama
 from .packing import Rows, pack
 from .prepare import Encoding, InvalidRows, read_samples
+from .scripts import script_command
 from .serving import load_for_use
 
 BATCH_TOKENS = 1024  # of a row when the samples are short
@@ -74,7 +75,7 @@ def mean_loss(scores: list[tuple[float, int]]) -> float:
 
 
 def main() -> None:
-    parser = Parser(prog="python -m nanoqlora.evaluate", description=__doc__.splitlines()[0])
+    parser = Parser(prog=script_command("nanoqlora.evaluate"), description=__doc__.splitlines()[0])
     parser.add_model_options()
     parser.add_argument("--data", required=True, help="a file, folder or glob of JSON, CSV, Parquet or text")
     parser.add_argument("--split", help="split of a folder, or a part of one, as test[:20%%]; default: train")

@@ -12,13 +12,13 @@ Forgetting: the loss on plain text that has nothing to do with the data. It shou
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from .data import Sample
 from .prompts import PromptFormat
+from .scripts import PROGRAMS
 from .tokenizer import Tokenizer
 
-PLAIN_TEXT = Path(__file__).parent.parent / "data" / "plain.txt"
+PLAIN_TEXT = PROGRAMS / "data" / "plain.txt"
 TIMES_AS_FREQUENT = 3
 SHARE_OF_ANSWERS = 0.01
 ANSWERS_READ = 2000

@@ -25,9 +25,8 @@ from .cli import UserError, write_text
 from .report import plot_metrics
 from .results import sample_answers, save_trained
 from .runs import Data, Metrics, Run, load_checkpoint, save_checkpoint
+from .scripts import PROGRAMS
 from .tokenizer import Tokenizer, save_tokenizer
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def rehearse(run: Run, data: Data, tokenizer: Tokenizer, say: Callable[..., None]) -> None:
@@ -102,7 +101,7 @@ def keep_first_block(run: Run, tokenizer: Tokenizer, folder: Path) -> None:
 
 def command(script: str, model: Path, out: Path, *words: object) -> None:
     """Run one of our commands in a process of its own. Its error becomes ours."""
-    line = [sys.executable, ROOT / script, "--model", model, "--out", out, *words]
+    line = [sys.executable, PROGRAMS / script, "--model", model, "--out", out, *words]
     ended = subprocess.run([str(word) for word in line], capture_output=True, text=True)
     if ended.returncode == 2:
         raise UserError(f"{script} would end with: {ended.stderr.strip().removeprefix('error: ')}")

@@ -31,6 +31,7 @@ from .quality import domain_score, domain_words, plain_samples, plain_text, supe
 from .report import plot_metrics, write_report
 from .rows import placed_rows
 from .runs import Data, Run, cannot_write, data_files, is_disk_error, row_format
+from .scripts import this_command
 from .serving import Usable
 from .tokenizer import Tokenizer, save_tokenizer
 
@@ -119,15 +120,14 @@ def save_trained(run: Run, data: Data, tokenizer: Tokenizer, folder: Path) -> No
 
 def command_line() -> str:
     """What started this run, quoted for a shell: under torchrun its own command line too."""
-    words = ["python", *sys.argv]
     launcher = Path(f"/proc/{os.getppid()}/cmdline")
     if "TORCHELASTIC_RUN_ID" in os.environ and launcher.exists():
         words = launcher.read_text("utf-8", "replace").rstrip("\0").split("\0")
-        words = ["torchrun", *words[2:]] if Path(words[1]).name == "torchrun" else ["python", *words[1:]]
-    elif os.environ.get("WORLD_SIZE", "1") != "1":
-        words[0] = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', os.environ['WORLD_SIZE'])}"
-        return f"{words[0]} {shlex.join(words[1:])}"
-    return shlex.join(words)
+        return shlex.join(["torchrun", *words[2:]] if Path(words[1]).name == "torchrun" else ["python", *words[1:]])
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+        return f"torchrun --nproc_per_node={ranks} {shlex.join(sys.argv)}"
+    return this_command(*sys.argv[1:])
 
 
 def run_facts(run: Run, data: Data, forecast: Forecast, seconds: float) -> dict[str, Any]:

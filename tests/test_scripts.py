@@ -1,0 +1,67 @@
+"""The installed package: its files, and the command `nanoqlora` from a folder that has a train.py of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from small_runs import ENVIRONMENT, Ended, run_here
+
+from nanoqlora import scripts
+
+PROGRAMS = ("train.py", "merge.py", "export_gguf.py", "bench.py", "data/plain.txt")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `pip install .` puts into site-packages, without the dependencies."""
+    folder = tmp_path_factory.mktemp("site")
+    build = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*build, "--disable-pip-version-check", "--target", folder, ROOT], check=True, timeout=120)
+    return folder
+
+
+def run_installed(site: Path, folder: Path, *words: object) -> Ended:
+    """The command `nanoqlora` in `folder`, with a train.py there that must not be run."""
+    (folder / "train.py").write_text("raise SystemExit('this is the train.py of the user')")
+    command = [sys.executable, site / "bin" / "nanoqlora", *map(str, words)]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(site)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def test_the_wheel_has_the_package_and_the_programs(site):
+    """Every file of the package, the four programs beside their data, and nothing else."""
+    installed = {str(path.relative_to(site)) for path in site.rglob("*") if path.is_file()}
+    installed = {name for name in installed if name.startswith("nanoqlora/") and not name.endswith(".pyc")}
+    ours = {str(path.relative_to(ROOT)) for path in (ROOT / "nanoqlora").rglob("*") if path.is_file()}
+    ours = {name for name in ours if not name.endswith(".pyc")}
+    assert installed == ours | {f"nanoqlora/programs/{name}" for name in PROGRAMS}
+    assert all((site / "nanoqlora/programs" / name).read_bytes() == (ROOT / name).read_bytes() for name in PROGRAMS)
+
+
+def test_the_dependencies_are_the_pins_of_the_requirements(site):
+    (metadata,) = site.glob("nanoqlora-*.dist-info/METADATA")
+    found = [line.split(": ")[1] for line in metadata.read_text().splitlines() if line.startswith("Requires-Dist")]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pins = {line.split("#")[0].strip().lower().replace("_", "-") for line in lines if "==" in line}
+    assert pins and {pin.replace("_", "-") for pin in found if ";" not in pin} == pins
+    assert {pin.split("==")[0] for pin in found if pin.endswith("extra == 'tracking'")} == {"tensorboard", "wandb"}
+
+
+def test_the_command_lists_its_programs(site, tmp_path):
+    ended = run_installed(site, tmp_path, "--help")
+    names = ("train", "merge", "export", "evaluate", "chat", "bench")
+    assert ended.code == 0 and [line.split()[0] for line in ended.out.splitlines() if line[:4] == "    "] == [*names]
+    for words, found in (((), "no command is given"), (("tune",), "there is no command tune")):
+        ended = run_here(scripts.main, *words)
+        assert ended.code == 2 and ended.err.startswith(f"error: nanoqlora: {found}. Give one of train, merge,")
+
+
+def test_a_program_of_the_command_is_ours_and_says_how_it_is_started(site, tmp_path):
+    """Not the train.py of the folder; usage and errors name `nanoqlora train`, which has no script to call by path."""
+    ended = run_installed(site, tmp_path, "train", "--help")
+    assert ended.code == 0 and "usage: nanoqlora train " in ended.out and ended.err == ""
+    ended = run_installed(site, tmp_path, "evaluate")
+    assert ended.code == 2 and ended.err.startswith("error: nanoqlora evaluate: the following arguments are required")

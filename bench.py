@@ -1,7 +1,7 @@
 """How fast is a training step, and how far from the fastest that this machine could do it?
 
-    python bench.py [--model llama3-8b | FOLDER | FILE.gguf] [--micro_batch_size 4] [--sequence_len 2048] ...
-    python bench.py --deploy OUTPUT_DIR         prefill and decode of what a run left behind (nanoqlora/deploy_bench.py)
+    python bench.py [--model llama3-8b | FOLDER | FILE.gguf] [--micro_batch_size 4] [--sequence_len 2048] ... python
+    bench.py --deploy OUTPUT_DIR         prefill and decode of what a run left behind (nanoqlora/export/answer_speed.py)
 
 One step is forward, backward and AdamW on random tokens, every position supervised, without clipping. The floor is
 what no QLoRA step in this dtype can beat: the base's and the head's matrix products, forward and input gradient, and
@@ -27,27 +27,24 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from nanoqlora import distributed, ops
-from nanoqlora.checkpoint import Fill, empty_model, open_model
-from nanoqlora.cli import Parser, UserError, check_file, run_command, write_text
-from nanoqlora.deploy_bench import bench_deploy
-from nanoqlora.fused import fuse_blocks, keep_dense_weights
-from nanoqlora.graphs import GraphedBody, can_record
+from nanoqlora import ops
+from nanoqlora.config.commands import Parser, run_command
+from nanoqlora.config.errors import UserError
+from nanoqlora.config.files import check_file, write_text
+from nanoqlora.export.answer_speed import bench_deploy
+from nanoqlora.fast.block import fuse_blocks, keep_dense_weights
+from nanoqlora.fast.graphs import GraphedBody, can_record
+from nanoqlora.fast.memory import dense_fits, held_bytes, keeps_for, memory_budget, step_bytes
+from nanoqlora.fast.sharding_choice import choose_sharding, embedding_waits
+from nanoqlora.fast.stats import GIB, memory_figures
 from nanoqlora.model import Llama, ModelConfig
 from nanoqlora.ops import Segments
-from nanoqlora.optim import BLOCK, PartOptimizer, make_optimizer, state_bytes
-from nanoqlora.plan import (
-    choose_sharding,
-    dense_fits,
-    embedding_waits,
-    held_bytes,
-    keeps_for,
-    memory_budget,
-    step_bytes,
-)
+from nanoqlora.parallel import collectives, devices, distributed
+from nanoqlora.parallel.fsdp import fill_over_ranks
 from nanoqlora.qlora import flatten_trainable, inject_lora, set_dropout_rows
-from nanoqlora.sharding import fill_over_ranks
-from nanoqlora.stats import GIB, memory_figures
+from nanoqlora.run.optim import make_optimizer, state_bytes
+from nanoqlora.run.optimizer_state import BLOCK, PartOptimizer
+from nanoqlora.weights.pretrained import Fill, empty_model, open_model
 
 
 def llama3(D: int, FF: int, L: int, H: int, KV: int, hd: int, tied: bool = False) -> ModelConfig:
@@ -313,7 +310,7 @@ def prepare(args: argparse.Namespace, rank: int, ranks: int, device: torch.devic
     else:
         optimizer = make_optimizer(args.optimizer, flat, **adamw)
     optimizer.param_groups[0]["lr"] = 1e-4
-    sum_gradient = distributed.sum_to_parts if sharded else distributed.sum_over_ranks
+    sum_gradient = collectives.sum_to_parts if sharded else collectives.sum_over_ranks
     body = GraphedBody(model) if args.graphs != "false" and can_record(model) else model.model
 
     tokens = torch.randint(model.config.vocab_size, (4, B, T), device=device)
@@ -398,7 +395,7 @@ def main() -> None:
             )
         peers = [peer_figures(command) for command in args.peer]  # before we take any memory
         rank, ranks, device = distributed.start()
-        dtype = distributed.compute_dtype(args.bf16, device)
+        dtype = devices.compute_dtype(args.bf16, device)
         figures = measure(prepare(args, rank, ranks, device, dtype), args, ranks, device, dtype)
         distributed.stop()
         if rank == 0:

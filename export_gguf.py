@@ -9,7 +9,8 @@ Weights that are right are half of it. The other half is that the model is promp
 stops where it learnt to stop. Both come from prompt.json, which training wrote: its chat template goes into the file
 and, in Go's template language, into the Modelfile; the token that ends an answer becomes the end token of the file.
 
-One tensor at a time is read, brought into llama.cpp's row order, quantized and written. Read next: nanoqlora/gguf.py.
+One tensor at a time is read, brought into llama.cpp's row order, quantized and written. Read next:
+nanoqlora/gguf/container.py.
 """
 
 import itertools
@@ -18,20 +19,25 @@ import os
 import sys
 from pathlib import Path
 
-from nanoqlora import gguf
-from nanoqlora.adapter import read_updates
-from nanoqlora.adapter_files import adapter_file, adapter_hash, check_base, check_merged, read_trained
-from nanoqlora.checkpoint import fingerprint, model_config, open_weights
-from nanoqlora.cli import UserError, check_file, check_space, read_json, run_command, whole_file
-from nanoqlora.config import Config, Option, load_command
-from nanoqlora.file_types import FILE_TYPES
-from nanoqlora.generation import end_ids, ollama_parameters, read_generation
-from nanoqlora.ggml_blocks import FORMATS
-from nanoqlora.gguf_adapter import adapter_metadata, plan_adapter
-from nanoqlora.gguf_model import plan_tensors
-from nanoqlora.held_out import held_out_texts
-from nanoqlora.hub import is_hub_name, local_path
-from nanoqlora.modelfile import (
+from nanoqlora.config.commands import run_command
+from nanoqlora.config.errors import UserError
+from nanoqlora.config.files import check_file, check_space, read_json, whole_file
+from nanoqlora.config.load import load_command
+from nanoqlora.config.parser import Option
+from nanoqlora.config.schema import Config
+from nanoqlora.config.scripts import script_command
+from nanoqlora.data.prompts import PromptFormat
+from nanoqlora.export.gguf_adapter import adapter_metadata, plan_adapter
+from nanoqlora.export.gguf_model import plan_tensors
+from nanoqlora.export.go_template import go_template, stop_texts
+from nanoqlora.export.held_out import held_out_texts
+from nanoqlora.export.proof import Proof, prove_file
+from nanoqlora.export.tokenizer_metadata import jinja_of_words, tokenizer_metadata, unnamed_ends
+from nanoqlora.gguf.config import model_metadata
+from nanoqlora.gguf.container import Metadata
+from nanoqlora.gguf.file_types import FILE_TYPES
+from nanoqlora.gguf.ggml_blocks import FORMATS
+from nanoqlora.gguf.modelfile import (
     Recipe,
     file_value,
     is_ours,
@@ -41,12 +47,15 @@ from nanoqlora.modelfile import (
     quoted,
     write_modelfiles,
 )
-from nanoqlora.ollama import go_template, jinja_of_words, stop_texts, tokenizer_metadata, unnamed_ends
-from nanoqlora.prompts import PromptFormat
-from nanoqlora.proof import Proof, prove_file
-from nanoqlora.scripts import script_command
-from nanoqlora.serving import talking
-from nanoqlora.tokenizer import Tokenizer, load_tokenizer
+from nanoqlora.gguf.reader import read_gguf
+from nanoqlora.gguf.writer import NewTensor, write_gguf
+from nanoqlora.run.usable import talking
+from nanoqlora.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from nanoqlora.weights.adapter import read_updates
+from nanoqlora.weights.adapter_files import adapter_file, adapter_hash, check_base, check_merged, read_trained
+from nanoqlora.weights.checkpoint import fingerprint, model_config, open_weights
+from nanoqlora.weights.generation import end_ids, ollama_parameters, read_generation
+from nanoqlora.weights.hub import is_hub_name, local_path
 
 OPTIONS = {
     "model": Option("the Hugging Face folder to export; default: merged, in the run's output_dir"),
@@ -129,7 +138,7 @@ def export(model: str | Path, out: Path, file_type: str) -> None:
     fmt = prompt_format(folder, tok)
     tensors = plan_tensors(weights, config, file_type, folder)
     ends = end_ids(generation, first=(fmt.end_id(tok), tok.eos_id))
-    metadata = gguf.model_metadata(config, name_of(model), file_type)
+    metadata = model_metadata(config, name_of(model), file_type)
     metadata |= tokenizer_metadata(tok, fmt, config.vocab_size, folder, ends)
     kind, jinja = metadata["tokenizer.chat_template"]
     recipe = Recipe([f"FROM {file_value(f'./{out.name}')}"], parameters=ollama_parameters(generation))
@@ -231,9 +240,7 @@ def adapter_recipe(recipe: Recipe, fmt: PromptFormat, tok: Tokenizer, base: str 
     return recipe._replace(template=template, system=system, stops=recipe.stops or stops), notes
 
 
-def write(
-    out: Path, metadata: gguf.Metadata, tensors: list[gguf.NewTensor], recipe: Recipe | None, notes: list[str]
-) -> None:
+def write(out: Path, metadata: Metadata, tensors: list[NewTensor], recipe: Recipe | None, notes: list[str]) -> None:
     """The file, its Modelfile, and a line for each of `notes`."""
     own, is_model = own_name(out), metadata["general.type"][1] == "model"
     check_file(out, "--out")
@@ -244,7 +251,7 @@ def write(
         )
     check_space(out, sum(FORMATS[t.ggml_type].num_bytes(math.prod(t.shape)) for t in tensors))
     with whole_file(out) as fresh:
-        gguf.write_gguf(fresh, metadata, tensors)
+        write_gguf(fresh, metadata, tensors)
         if out.exists() and not is_like_ours(out, metadata):
             names = (out.with_name(f"{out.name}.old{number or ''}") for number in itertools.count())
             os.rename(out, kept := next(name for name in names if not name.exists()))
@@ -262,10 +269,10 @@ def write(
         print(f"{own}: {note}" if recipe else note)
 
 
-def is_like_ours(path: Path, metadata: gguf.Metadata) -> bool:
+def is_like_ours(path: Path, metadata: Metadata) -> bool:
     """Whether a file begins as one of ours does, which other programs' files do not."""
     try:
-        return list(gguf.read_gguf(path).metadata)[:5] == list(metadata)[:5]
+        return list(read_gguf(path).metadata)[:5] == list(metadata)[:5]
     except UserError:
         return False
 

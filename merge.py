@@ -22,20 +22,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanoqlora.adapter import read_updates
-from nanoqlora.adapter_files import adapter_hash, check_base, read_trained
-from nanoqlora.certificate import GGUF, MAX_KL, ON_NF4, ON_ORIGINAL, certify, verdict_of_merge
-from nanoqlora.checkpoint import ShardWriter, fingerprint, model_config, open_weights
-from nanoqlora.cli import UserError, check_space, check_writable, run_command, visible, whole_folder, write_text
-from nanoqlora.config import Config, Option, load_command
-from nanoqlora.file_types import FILE_TYPES
-from nanoqlora.forms import Merged, all_forms, bytes_on_disk
-from nanoqlora.generation import end_ids, read_generation
-from nanoqlora.held_out import held_out_texts
-from nanoqlora.hub import is_hub_name
+from nanoqlora.config.commands import run_command
+from nanoqlora.config.errors import UserError, visible
+from nanoqlora.config.files import check_space, check_writable, whole_folder, write_text
+from nanoqlora.config.load import load_command
+from nanoqlora.config.parser import Option
+from nanoqlora.config.schema import Config
+from nanoqlora.export.certificate import GGUF, MAX_KL, ON_NF4, ON_ORIGINAL, certify, verdict_of_merge
+from nanoqlora.export.forms import Merged, all_forms, bytes_on_disk
+from nanoqlora.export.held_out import held_out_texts
+from nanoqlora.gguf.file_types import FILE_TYPES
 from nanoqlora.model import ModelConfig
-from nanoqlora.serving import talking
-from nanoqlora.tokenizer import save_tokenizer
+from nanoqlora.run.usable import talking
+from nanoqlora.tokenizer.tokenizer import save_tokenizer
+from nanoqlora.weights.adapter import read_updates
+from nanoqlora.weights.adapter_files import adapter_hash, check_base, read_trained
+from nanoqlora.weights.checkpoint import ShardWriter, fingerprint, model_config, open_weights
+from nanoqlora.weights.generation import end_ids, read_generation
+from nanoqlora.weights.hub import is_hub_name
 
 OPTIONS = {
     "model": Option("the base: Hugging Face folder or .gguf file"),

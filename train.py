@@ -27,58 +27,48 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from nanoqlora import distributed, ops
-from nanoqlora.adapter import continue_adapter
-from nanoqlora.adapter_files import read_trained
-from nanoqlora.cadence import evaluations, saves, warmup_steps
-from nanoqlora.checkpoint import Fill, fingerprint, open_model, open_weights
-from nanoqlora.cli import Failed, Stopped, UserError, check_writable, run_command, visible
-from nanoqlora.config import Config, load_command
-from nanoqlora.config_rules import without_effect
-from nanoqlora.data import collate, micro_batches
-from nanoqlora.doubts import doubts
-from nanoqlora.evaluate import loss_over_ranks
-from nanoqlora.faults import NotFinite, trace
-from nanoqlora.forecast import Forecast, measure
-from nanoqlora.fused import can_fuse, fuse_blocks, keep_dense_weights
-from nanoqlora.graphs import GraphedBody, can_record
+from nanoqlora import ops
+from nanoqlora.config.commands import run_command
+from nanoqlora.config.errors import Failed, Stopped, UserError, visible
+from nanoqlora.config.files import check_writable
+from nanoqlora.config.load import load_command
+from nanoqlora.config.parser import Option, plain
+from nanoqlora.config.rules import without_effect
+from nanoqlora.config.schema import Config
+from nanoqlora.data.batches import collate, micro_batches
+from nanoqlora.data.special_rows import check_special_rows
+from nanoqlora.fast.block import can_fuse, fuse_blocks, keep_dense_weights
+from nanoqlora.fast.graphs import GraphedBody, can_record
+from nanoqlora.fast.memory import dense_fits, keeps_for, memory_budget
+from nanoqlora.fast.sharding_choice import choose_sharding, embedding_waits
+from nanoqlora.fast.stats import Stopwatch, memory_figures
 from nanoqlora.model import Llama
-from nanoqlora.neftune import add_noise, set_noise_rows
-from nanoqlora.optim import (
-    BLOCK,
-    PartOptimizer,
-    learning_rate_at,
-    loraplus_groups,
-    make_optimizer,
-    set_learning_rate,
-    state_bytes,
-    sum_and_clip,
-)
-from nanoqlora.output_dir import checkpoint_to_resume, claim, is_finished, refuse_other_runs
-from nanoqlora.plan import choose_sharding, dense_fits, embedding_waits, keeps_for, memory_budget
-from nanoqlora.preview import duration, plan_text
+from nanoqlora.parallel import collectives, devices, distributed
+from nanoqlora.parallel.fsdp import BlockStore, fill_over_ranks
 from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora, set_dropout_rows, start_magnitudes
-from nanoqlora.rehearsal import rehearse
-from nanoqlora.results import judge, save_results
-from nanoqlora.runs import (
-    Data,
-    Metrics,
-    Run,
-    find_checkpoint,
-    load_best,
-    load_checkpoint,
-    prepare_data,
-    same_on_all_ranks,
-    save_checkpoint,
-    tokenizer_of,
-)
-from nanoqlora.serving import check_vocabulary
-from nanoqlora.sharding import BlockStore, fill_over_ranks
-from nanoqlora.special_rows import check_special_rows
-from nanoqlora.stats import Stopwatch, memory_figures
-from nanoqlora.tokenizer import Tokenizer
-from nanoqlora.trackers import check_trackers, make_trackers
-from nanoqlora.typed_yaml import Option, plain
+from nanoqlora.run.cadence import evaluations, saves, warmup_steps
+from nanoqlora.run.checkpoints import find_checkpoint, load_best, load_checkpoint, save_checkpoint
+from nanoqlora.run.doubts import doubts
+from nanoqlora.run.forecast import Forecast, measure
+from nanoqlora.run.inputs import Data, prepare_data, same_on_all_ranks, tokenizer_of
+from nanoqlora.run.log import Metrics
+from nanoqlora.run.neftune import add_noise, set_noise_rows
+from nanoqlora.run.not_finite import NotFinite, trace
+from nanoqlora.run.optim import learning_rate_at, loraplus_groups, make_optimizer, set_learning_rate, state_bytes
+from nanoqlora.run.optimizer_state import BLOCK, PartOptimizer, sum_and_clip
+from nanoqlora.run.output_dir import checkpoint_to_resume, claim, is_finished, refuse_other_runs
+from nanoqlora.run.preview import duration, plan_text
+from nanoqlora.run.rehearsal import rehearse
+from nanoqlora.run.results import judge, save_results
+from nanoqlora.run.scoring import loss_over_ranks
+from nanoqlora.run.state import Run
+from nanoqlora.run.trackers import check_trackers, make_trackers
+from nanoqlora.run.usable import check_vocabulary
+from nanoqlora.tokenizer.tokenizer import Tokenizer
+from nanoqlora.weights.adapter import continue_adapter
+from nanoqlora.weights.adapter_files import read_trained
+from nanoqlora.weights.checkpoint import fingerprint, open_weights
+from nanoqlora.weights.pretrained import Fill, open_model
 
 
 def forward_backward(run: Run, rows: list[list[int]], number: int, first: int, num_targets: float) -> torch.Tensor:
@@ -111,7 +101,7 @@ def train_step(run: Run, number: int) -> tuple[float, float, float, int]:
             forward_backward(run, step.rows[:1], number, 0, math.inf)  # a gradient of zero
     own_norm = run.flat.grad.norm()
     grad_norm = sum_and_clip(run.flat, run.optimizer, config.max_grad_norm)
-    loss, grad_norm = distributed.sum_over_ranks(total).item() / num_targets, grad_norm.item()
+    loss, grad_norm = collectives.sum_over_ranks(total).item() / num_targets, grad_norm.item()
     if not math.isfinite(loss + grad_norm):
         own = {first: x.item() for first, x in losses.items()}
         raise NotFinite(trace(number + 1, step, run.rank, own, config.micro_batch_size, own_norm.item()))
@@ -192,7 +182,7 @@ def loop(run: Run, start: int, stop: list[bool], bar: tqdm) -> int:
                         f"norm {grad_norm:.2f}  lr {rate:.1e}  {speed:.0f} tok/s  {duration(left)} left"
                     )
         if step % 8 == 0 and run.device.type == "cpu":
-            distributed.return_freed_memory()
+            devices.return_freed_memory()
         bar.update()
         if step in when_to_evaluate:
             held_out = evaluate(run, step)
@@ -202,7 +192,7 @@ def loop(run: Run, start: int, stop: list[bool], bar: tqdm) -> int:
         reason = run.progress.reason_to_stop(config)
         # Any rank may have got the signal; of the rest rank 0 decides, whose log is the one on the disk.
         flags = [bool(stop), bool(is_best) and run.rank == 0, bool(reason) and run.rank == 0]
-        stopped, is_best, ends = distributed.any_has(flags, run.device)
+        stopped, is_best, ends = collectives.any_has(flags, run.device)
         if stopped or step in when_to_save or is_best:
             save_checkpoint(run, step)
         if stopped:
@@ -249,7 +239,7 @@ def prepare_model(
     N = config.micro_batch_size * config.sequence_len
     model, fill = empty()
     shapes, _ = empty()
-    with distributed.together():  # reads the adapter of lora_model_dir
+    with collectives.together():  # reads the adapter of lora_model_dir
         add_lora(shapes, lambda *_: None)
     budget, state = memory_budget(device), state_bytes(config.optimizer)
     state /= ranks if config.shard_optimizer_state else 1
@@ -302,11 +292,11 @@ def prepare_optimizer(
 
 def read_inputs(config: Config, rank: int, ranks: int) -> tuple[Tokenizer, Data]:
     """Whatever is wrong with the input is found here, before anything is written; on one rank, and all stop."""
-    with distributed.together():
+    with collectives.together():
         tokenizer = tokenizer_of(config)
         check_vocabulary(tokenizer, open_model(config.base_model)[0].config.vocab_size, config.base_model)
-    data = distributed.first_of_host_first(lambda: prepare_data(config, tokenizer, ranks))
-    with distributed.together():
+    data = collectives.first_of_host_first(lambda: prepare_data(config, tokenizer, ranks))
+    with collectives.together():
         find_checkpoint(config, data.samples, data.plan)
         if rank == 0:  # which reads the embedding and the head
             check_special_rows(tokenizer, data.samples, open_weights(config.base_model), config.base_model)
@@ -316,7 +306,7 @@ def read_inputs(config: Config, rank: int, ranks: int) -> tuple[Tokenizer, Data]
 
 def check_surroundings(config: Config, options: dict[str, Any], rank: int, say: Callable[..., None]) -> None:
     """What is wrong around the run, before anything is read: trackers that cannot be used, a folder that is taken."""
-    with distributed.together():
+    with collectives.together():
         check_trackers(plain(config), rank)
         if rank == 0:  # which writes
             check_writable(config.output_dir, "output_dir")
@@ -330,8 +320,8 @@ def check_surroundings(config: Config, options: dict[str, Any], rank: int, say: 
 
 def main() -> None:
     rank, ranks, device = distributed.start()
-    with distributed.naming_lost_ranks():
-        with distributed.together():
+    with collectives.naming_lost_ranks():
+        with collectives.together():
             config, options = load_command(None, OPTIONS, __doc__.splitlines()[0])
             if options["plan"] and options["rehearse"]:
                 raise UserError("command line: --plan and --rehearse are two commands. Give one after the other.")
@@ -362,11 +352,11 @@ def train(config: Config, options: dict[str, Any], rank: int, ranks: int, device
         say(f"warning: {text}")
     only_asks = options["plan"] or options["rehearse"]
     is_over = config.auto_resume_from_checkpoints and is_finished(Path(config.output_dir))
-    if distributed.everyones_object(is_over)[0] and not only_asks:
+    if collectives.everyones_object(is_over)[0] and not only_asks:
         say(f"{config.output_dir}: its run is finished; nothing is left to do. Another run needs another output_dir.")
         return distributed.stop()
 
-    dtype = distributed.compute_dtype(config.bf16, device)
+    dtype = devices.compute_dtype(config.bf16, device)
     model, store = prepare_model(config, rank, ranks, device, dtype, say)
     flat, optimizer, num_trained = prepare_optimizer(config, model, rank, ranks)
     metrics = Metrics(Path(config.output_dir) / "metrics.jsonl", writes=rank == 0)
@@ -381,16 +371,16 @@ def train(config: Config, options: dict[str, Any], rank: int, ranks: int, device
     if options["rehearse"]:
         rehearse(run, data, tokenizer, say)
         return distributed.stop()
-    with distributed.together():
+    with collectives.together():
         start = load_checkpoint(run)
-    with distributed.together():
-        if start != int(distributed.of_first_rank(torch.tensor(start, device=device))):
+    with collectives.together():
+        if start != int(collectives.of_first_rank(torch.tensor(start, device=device))):
             raise UserError(
                 f"output_dir {config.output_dir}: here the newest checkpoint is of step {start}, for rank 0 it is of "
                 f"another. All hosts have to see one folder, or copies of it."
             )
-    distributed.of_first_rank(flat.data)  # whatever each rank has read, all begin with the same
-    with distributed.together():
+    collectives.of_first_rank(flat.data)  # whatever each rank has read, all begin with the same
+    with collectives.together():
         metrics.trackers += make_trackers(plain(config), start) if rank == 0 else []
     with claim(config, rank, start, say):
         metrics.go_on_after(start)

@@ -1,47 +1,15 @@
 """Talk to a model in the terminal: `python -m nanoqlora.chat --model DIR [--adapter DIR] [--load_in_4bit true]`."""
 
 import sys
-from collections.abc import Iterable
 
-import torch
-
-from . import distributed
-from .checkpoint import open_weights
-from .cli import Parser, UserError, run_command
-from .generation import end_ids, read_generation
-from .prompts import PromptFormat
-from .scripts import script_command
-from .serving import Usable, generate, load_for_use
-
-
-def answer(
-    used: Usable,
-    messages: list[dict[str, str]],
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    seed: int = 0,
-    ends: Iterable[int] = (),
-):
-    """Yield the model's answer to a conversation piece by piece, as text.
-
-    Args:
-        ends: tokens that end an answer besides those of the prompt format and the tokenizer.
-    """
-    prompt_format = used.prompt_format or PromptFormat(type="chat_template")
-    ids = prompt_format.encode_prompt(used.tokenizer, messages)
-    generator = torch.Generator().manual_seed(seed)
-    stop_ids = {prompt_format.end_id(used.tokenizer), used.tokenizer.eos_id, *ends}
-    new, text, shown = [], "", ""
-    for token in generate(
-        used.model, ids, stop_ids, max_new_tokens=max_new_tokens, temperature=temperature, generator=generator
-    ):
-        new.append(token)
-        text = used.tokenizer.decode(new)
-        if not text.endswith("\ufffd"):  # a character may need more than one token
-            yield text[len(shown) :]
-            shown = text
-    if text != shown:
-        yield text[len(shown) :]  # it ended within a character
+from .config.commands import Parser, run_command
+from .config.errors import UserError
+from .config.scripts import script_command
+from .parallel import distributed
+from .run.generate import answer
+from .run.usable import load_for_use
+from .weights.checkpoint import open_weights
+from .weights.generation import end_ids, read_generation
 
 
 def main() -> None:

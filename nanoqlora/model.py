@@ -9,15 +9,14 @@
 
 The same code is Llama 1 to 3.3, TinyLlama, SmolLM and Mistral: they differ in the numbers of `ModelConfig` only.
 Modules and tensors carry Hugging Face's names, so a checkpoint loads without a map. This file knows nothing of four
-bits, LoRA, GPUs or files: `qlora.py` swaps the linear layers, `checkpoint.py` fills them. Norm, rotation, attention
-and SwiGLU stand in `ops/`, each written out plainly beside its fast twin.
+bits, LoRA, GPUs or files: `qlora.py` swaps the linear layers, `weights/checkpoint.py` fills them. Norm, rotation,
+attention and SwiGLU stand in `ops/`, each written out plainly beside its fast twin.
 
 Dims: B rows, T tokens in a row, D width, FF width of the MLP, H query heads, KV key/value heads, hd width of a head,
 V vocabulary. Read next: `ops/nf4.py`.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -338,10 +337,3 @@ class Llama(nn.Module):
             `self.model` to `ops.linear_cross_entropy`, which never holds all logits at once.
         """
         return self.lm_head(self.model(tokens, segments, cache))
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, **options: Any) -> "Llama":
-        """Load a folder or a GGUF file; `checkpoint.load_model` has the options (load_in_4bit, dtype, device)."""
-        from .checkpoint import load_model
-
-        return load_model(path, **options)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .cli import UserError
+from .config.errors import UserError
 from .model import Llama
 from .ops.nf4 import BLOCKSIZE
 

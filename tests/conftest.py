@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from nanoqlora.prompts import CHAT_TEMPLATES
-from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from nanoqlora.data.prompts import CHAT_TEMPLATES
+from nanoqlora.tokenizer.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -3,7 +3,7 @@
 The library sits inside the extension module of the `xllamacpp` package. The structs that the API passes by value are
 opaque blocks of bytes here: the library fills in its defaults, and we change a few fields at known offsets, which are
 checked against known default values when this file is imported. Chats are a matter of its server, which
-nanoqlora/llama_cpp.py asks.
+nanoqlora/export/llama_cpp.py asks.
 """
 
 import ctypes

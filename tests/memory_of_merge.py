@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 import merge
-from nanoqlora.adapter import read_updates
-from nanoqlora.checkpoint import open_weights
-from nanoqlora.forms import Merged
+from nanoqlora.export.forms import Merged
+from nanoqlora.weights.adapter import read_updates
+from nanoqlora.weights.checkpoint import open_weights
 
 
 def own_memory() -> int:

@@ -31,10 +31,10 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 
 import nanoqlora as nq
 import train
-from nanoqlora.checkpoint import open_weights
-from nanoqlora.config import load_config
+from nanoqlora.config.load import load_config
 from nanoqlora.qlora import ALL_LINEAR
-from nanoqlora.runs import prepare_data
+from nanoqlora.run.inputs import prepare_data
+from nanoqlora.weights.checkpoint import open_weights
 
 FIGURES = ("loss", "grad_norm", "learning_rate")
 TOLERANCES = {

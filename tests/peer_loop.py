@@ -19,7 +19,7 @@ import transformers
 from bitsandbytes.nn import Linear4bit, Params4bit
 
 import nanoqlora as nq
-from nanoqlora.checkpoint import open_weights
+from nanoqlora.weights.checkpoint import open_weights
 
 
 def build(path: str, dtype: torch.dtype, r: int, alpha: int, lean: bool) -> peft.PeftModel:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from nanoqlora.checkpoint import load_model
 from nanoqlora.qlora import ALL_LINEAR
+from nanoqlora.weights.pretrained import load_model
 
 
 def dequantised_transformers(folder: Path) -> transformers.LlamaForCausalLM:

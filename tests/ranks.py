@@ -23,15 +23,17 @@ import numpy as np
 import torch
 
 import train
-from nanoqlora import distributed, evaluate
-from nanoqlora.checkpoint import load_model, open_model
-from nanoqlora.cli import Failed, UserError, run_command
-from nanoqlora.data import Sample
-from nanoqlora.fused import fuse_blocks
+from nanoqlora.config.commands import run_command
+from nanoqlora.config.errors import Failed, UserError
+from nanoqlora.data.batches import Sample
+from nanoqlora.fast.block import fuse_blocks
+from nanoqlora.fast.memory import held_bytes
 from nanoqlora.ops import Segments
-from nanoqlora.plan import held_bytes
+from nanoqlora.parallel import collectives, distributed
+from nanoqlora.parallel.fsdp import fill_over_ranks, frozen_tensors
 from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora
-from nanoqlora.sharding import fill_over_ranks, frozen_tensors
+from nanoqlora.run import scoring
+from nanoqlora.weights.pretrained import load_model, open_model
 
 LAYERS = 5  # more than the two slots, and no multiple of 2 or 3 ranks
 
@@ -113,7 +115,7 @@ def gradient(model: torch.nn.Module, rank: int, ranks: int) -> torch.Tensor:
         logits = model.lm_head(hidden)
         loss = torch.nn.functional.cross_entropy(logits, tokens[0, unseen + 1 :], reduction="sum")
         (loss / (1 if i < len(ROWS) else math.inf)).backward()
-    return distributed.sum_over_ranks(flat.grad)
+    return collectives.sum_over_ranks(flat.grad)
 
 
 def spread_gradient(
@@ -142,14 +144,14 @@ SAMPLES = [Sample(np.arange(1, n + 1) * 7 % 300, np.arange(n) >= n // 3) for n i
 def share_of_evaluation(path: Path, capacity: int) -> tuple[float, list[int]]:
     """The loss over SAMPLES, and the numbers of those that this rank has scored for it."""
     rank, ranks, _ = distributed.start()
-    scored, whole = [], evaluate.score_rows
+    scored, whole = [], scoring.score_rows
 
     def score_rows(model: Any, samples: Any, rows: list[list[int]]) -> dict:
         scored.extend(i for row in rows for i in row)
         return whole(model, samples, rows)
 
-    evaluate.score_rows = score_rows
-    return evaluate.loss_over_ranks(load_model(path), SAMPLES, capacity, rank, ranks), scored
+    scoring.score_rows = score_rows
+    return scoring.loss_over_ranks(load_model(path), SAMPLES, capacity, rank, ranks), scored
 
 
 def wait_for_the_others() -> str:
@@ -173,7 +175,7 @@ def what_is_there(file: Path) -> bool:
         file.touch()
         return there
 
-    return distributed.first_of_host_first(work)
+    return collectives.first_of_host_first(work)
 
 
 def end_of_own_run(words_of_ranks: list[tuple]) -> tuple[int, str, str]:

@@ -20,7 +20,7 @@ from conftest import ROOT
 from tiny import save_random_llama
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from nanoqlora.cli import run_command
+from nanoqlora.config.commands import run_command
 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32}
 TINY |= {"num_attention_heads": 2, "num_key_value_heads": 1}

@@ -14,10 +14,10 @@ from test_qlora import TOKENS, dequantised_copy, randomise
 from tiny import save_random_llama
 
 import nanoqlora as nq
-from nanoqlora.adapter import continue_adapter, read_updates
-from nanoqlora.cli import UserError
+from nanoqlora.config.errors import UserError
 from nanoqlora.ops.lora import Dropout
 from nanoqlora.qlora import ALL_LINEAR, QLoRALinear, block_linears, lora_layers, set_dropout_rows
+from nanoqlora.weights.adapter import continue_adapter, read_updates
 
 KINDS = {
     "plain": {"target_modules": list(ALL_LINEAR)},

@@ -23,11 +23,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import merge
 import nanoqlora as nq
-from nanoqlora.cli import UserError
-from nanoqlora.llama_cpp import Server, write_small
+from nanoqlora.config.errors import UserError
+from nanoqlora.data.prompts import PromptFormat
+from nanoqlora.export.llama_cpp import Server, write_small
+from nanoqlora.export.tokenizer_metadata import tokenizer_metadata
 from nanoqlora.model import ModelConfig, rope_frequencies
-from nanoqlora.ollama import tokenizer_metadata
-from nanoqlora.prompts import PromptFormat
 
 TOKENS = torch.randint(300, (1, 20), generator=torch.Generator().manual_seed(1))
 PLAIN = {key: value for key, value in CONFIG.items() if key not in ("rope_theta", "tie_word_embeddings")}

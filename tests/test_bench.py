@@ -12,7 +12,7 @@ from tiny import save_random_llama
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-from nanoqlora import stats
+from nanoqlora.fast import stats
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,12 +13,12 @@ from peft_witness import dequantised_transformers, encoded_by_tokenizers, peft_o
 from small_runs import alpaca_rows, run_here, save_tiny_model, snapshot, write_rows, write_run
 
 import merge
-from nanoqlora.certificate import GGUF, ON_NF4, ON_ORIGINAL, TRAINED, Score, recommend
-from nanoqlora.config import load_config
-from nanoqlora.prompts import PromptFormat
+from nanoqlora.config.load import load_config
+from nanoqlora.data.prompts import PromptFormat
+from nanoqlora.export.certificate import GGUF, ON_NF4, ON_ORIGINAL, TRAINED, Score, recommend
 from nanoqlora.qlora import QLoRALinear
-from nanoqlora.runs import prepare_data
-from nanoqlora.tokenizer import load_tokenizer
+from nanoqlora.run.inputs import prepare_data
+from nanoqlora.tokenizer.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_random_llama
 
 import nanoqlora as nq
-from nanoqlora.cli import UserError
+from nanoqlora.config.errors import UserError
 
 TOKENS = torch.randint(300, (2, 33), generator=torch.Generator().manual_seed(1))
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

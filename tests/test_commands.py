@@ -14,9 +14,9 @@ from test_hub import hub, model_files  # noqa: F401  # fixtures
 
 import export_gguf
 import nanoqlora as nq
-from nanoqlora.cli import UserError
-from nanoqlora.gguf import read_gguf
-from nanoqlora.hub import hub_files
+from nanoqlora.config.errors import UserError
+from nanoqlora.gguf.reader import read_gguf
+from nanoqlora.weights.hub import hub_files
 
 NAME = "someone/tiny-llama"
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from test_prompts import say
 
-from nanoqlora.cli import UserError
-from nanoqlora.prompts import CHAT_TEMPLATES, PromptFormat
+from nanoqlora.config.errors import UserError
+from nanoqlora.data.prompts import CHAT_TEMPLATES, PromptFormat
 
 CHATML = CHAT_TEMPLATES["chatml"]
 TOOL = {

@@ -10,20 +10,12 @@ from typing import Literal, get_args, get_type_hints
 import pytest
 import yaml
 
-from nanoqlora import typed_yaml
-from nanoqlora.cli import UserError
-from nanoqlora.config import (
-    BnbConfig,
-    Config,
-    DatasetConfig,
-    FsdpConfig,
-    SpecialTokens,
-    load_command,
-    load_config,
-    make_config,
-)
-from nanoqlora.config_rules import CHECKS, DERIVED, EXCLUSIVE
-from nanoqlora.typed_yaml import Option, fate_of
+from nanoqlora.config import parser as typed_yaml
+from nanoqlora.config.errors import UserError
+from nanoqlora.config.load import load_command, load_config, make_config
+from nanoqlora.config.parser import Option, fate_of
+from nanoqlora.config.rules import CHECKS, DERIVED, EXCLUSIVE
+from nanoqlora.config.schema import BnbConfig, Config, DatasetConfig, FsdpConfig, SpecialTokens
 
 ROOT = Path(__file__).parent.parent
 LEAST = {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from nanoqlora.data import IGNORED, Sample, Samples, collate, join, micro_batches
+from nanoqlora.data.batches import IGNORED, Sample, Samples, collate, join, micro_batches
 
 # ------------------------------------------------------------------------------------------------ the pirate files
 

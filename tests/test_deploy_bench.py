@@ -11,8 +11,9 @@ from test_certificate import merged, run
 
 import bench
 import export_gguf
-from nanoqlora import deploy_bench
-from nanoqlora.checkpoint import load_model
+from nanoqlora.export import answer_speed
+from nanoqlora.export import answer_speed as deploy_bench
+from nanoqlora.weights.pretrained import load_model
 
 assert run  # the fixture: a run's base, adapter and held-out rows
 
@@ -44,7 +45,7 @@ def test_speeds_are_tokens_a_second(run: Path, monkeypatch: pytest.MonkeyPatch):
             time.sleep(0.01)
 
     monkeypatch.setattr(deploy_bench, "generate", slow)
-    speeds = deploy_bench.speed_of(load_model(run / "model"), prompt_tokens=100, new_tokens=8)
+    speeds = answer_speed.speed_of(load_model(run / "model"), prompt_tokens=100, new_tokens=8)
     assert 500 < speeds["prefill"] <= 5000 and 10 < speeds["decode"] <= 100
 
 

@@ -7,11 +7,11 @@ import pytest
 from small_runs import alpaca_rows, run_here, save_tiny_model, write_rows, write_run
 
 import train
-from nanoqlora.checkpoint import open_model
-from nanoqlora.config import load_config
-from nanoqlora.config_rules import without_effect
-from nanoqlora.doubts import doubts
-from nanoqlora.optim import learning_rate_at
+from nanoqlora.config.load import load_config
+from nanoqlora.config.rules import without_effect
+from nanoqlora.run.doubts import doubts
+from nanoqlora.run.optim import learning_rate_at
+from nanoqlora.weights.pretrained import open_model
 
 ROWS = alpaca_rows(20)
 

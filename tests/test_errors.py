@@ -20,8 +20,8 @@ import export_gguf
 import merge
 import train
 from nanoqlora import chat, evaluate
-from nanoqlora.chat_template import render
-from nanoqlora.cli import Failed, UserError
+from nanoqlora.config.errors import Failed, UserError
+from nanoqlora.tokenizer.chat_template import render
 
 
 class World(NamedTuple):

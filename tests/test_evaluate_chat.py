@@ -24,11 +24,11 @@ from small_runs import PIRATE, Ended, alpaca_rows, run_here, run_process, save_t
 
 import nanoqlora as nq
 from nanoqlora import chat, evaluate
-from nanoqlora.chat import answer
-from nanoqlora.data import Sample
-from nanoqlora.evaluate import mean_loss, score_samples
-from nanoqlora.prompts import PromptFormat
-from nanoqlora.serving import Usable, generate
+from nanoqlora.data.batches import Sample
+from nanoqlora.data.prompts import PromptFormat
+from nanoqlora.run.generate import answer, generate
+from nanoqlora.run.scoring import mean_loss, score_samples
+from nanoqlora.run.usable import Usable
 
 QUESTION = [{"role": "user", "content": "Who are you?"}]
 END = 2  # <|im_end|> of the small tokenizer

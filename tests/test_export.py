@@ -19,16 +19,21 @@ from safetensors.torch import load_file, save_file
 from tiny import save_random_llama
 
 import export_gguf
-from nanoqlora.checkpoint import open_weights
-from nanoqlora.cli import UserError, run_command
-from nanoqlora.file_types import FILE_TYPES, tensor_type
-from nanoqlora.ggml_blocks import QUANTIZABLE, dequantize, quantize, quantize_checked
-from nanoqlora.gguf import hf_config, hf_name, read_gguf
-from nanoqlora.llama_cpp import Server
+from nanoqlora.config.commands import run_command
+from nanoqlora.config.errors import UserError
+from nanoqlora.data.prompts import CHAT_TEMPLATES, PromptFormat
+from nanoqlora.data.row_format import Frame
+from nanoqlora.export import gguf_model
+from nanoqlora.export.llama_cpp import Server
+from nanoqlora.gguf.config import hf_config
+from nanoqlora.gguf.file_types import FILE_TYPES, tensor_type
+from nanoqlora.gguf.ggml_blocks import QUANTIZABLE, dequantize, quantize, quantize_checked
+from nanoqlora.gguf.modelfile import NO_GUESS
+from nanoqlora.gguf.names import hf_name
+from nanoqlora.gguf.reader import read_gguf
 from nanoqlora.model import ModelConfig
-from nanoqlora.modelfile import NO_GUESS
-from nanoqlora.prompts import CHAT_TEMPLATES, Frame, PromptFormat
-from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from nanoqlora.tokenizer.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from nanoqlora.weights.checkpoint import open_weights
 
 LlamaCpp = pytest.importorskip("llama_cpp").LlamaCpp
 
@@ -151,14 +156,15 @@ MISTAKES = {
         lambda *args: {**GOOD(*args), "llama.attention.layer_norm_rms_epsilon": ("f32", 1e-2)},
     ),
 }
-GOOD = export_gguf.gguf.model_metadata
+GOOD = export_gguf.model_metadata
 
 
 @pytest.mark.usefixtures("known_tokenizer")
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_comparison_would_notice(mistake: str, models: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """All of these load without a word, so the comparison above has to see them: by far, not just."""
-    monkeypatch.setattr(export_gguf.gguf, *MISTAKES[mistake])
+    name, wrong = MISTAKES[mistake]
+    monkeypatch.setattr(export_gguf if hasattr(export_gguf, name) else gguf_model, name, wrong)
     export_gguf.export(models["llama3"].folder, tmp_path / "model.gguf", "F32")
     error = np.abs(llama_cpp_logits(tmp_path / "model.gguf") - reference_logits(models["llama3"])).max()
     assert error > 100 * 1e-4, f"only {error}"

@@ -12,10 +12,10 @@ import pytest
 from test_prompts import counted, say
 from transformers import AutoTokenizer
 
-from nanoqlora.cli import UserError
-from nanoqlora.prompts import CHAT_TEMPLATES, PromptFormat
-from nanoqlora.tokenizer import Tokenizer, save_tokenizer
-from nanoqlora.vocabulary import CONTROL
+from nanoqlora.config.errors import UserError
+from nanoqlora.data.prompts import CHAT_TEMPLATES, PromptFormat
+from nanoqlora.tokenizer.tokenizer import Tokenizer, save_tokenizer
+from nanoqlora.tokenizer.vocabulary import CONTROL
 
 MARKERS = ["</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"]
 MARKERS += ["[/TOOL_RESULTS]", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>", "<|end|>"]

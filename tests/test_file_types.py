@@ -7,8 +7,8 @@ import torch
 from llama_quantize import LIBRARIES, quantize_file
 
 import export_gguf
-from nanoqlora.file_types import FILE_TYPES, tensor_type
-from nanoqlora.gguf import read_gguf
+from nanoqlora.gguf.file_types import FILE_TYPES, tensor_type
+from nanoqlora.gguf.reader import read_gguf
 
 LETTERS = {**{"Q4_0": "a", "Q5_0": "c", "Q5_1": "d"}, **{"Q8_0": "8", "Q4_K": "4", "Q5_K": "5", "Q6_K": "6"}}
 

@@ -13,14 +13,15 @@ from tiny import CONFIG, save_random_llama
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from nanoqlora import forecast
-from nanoqlora.cli import UserError, read_json
-from nanoqlora.data import SUPERVISED, Sample, Samples, collate, micro_batches
-from nanoqlora.forecast import disk_bytes, measure, operations
+from nanoqlora.config.errors import UserError
+from nanoqlora.config.files import read_json
+from nanoqlora.data.batches import SUPERVISED, Sample, Samples, collate, micro_batches
+from nanoqlora.data.packing import plan_steps
 from nanoqlora.model import ModelConfig
-from nanoqlora.packing import plan_steps
-from nanoqlora.preview import DIM, END, GREEN, INVERSE, coloured, duration, histogram
-from nanoqlora.tokenizer import load_tokenizer
+from nanoqlora.run import forecast
+from nanoqlora.run.forecast import disk_bytes, measure, operations
+from nanoqlora.run.preview import DIM, END, GREEN, INVERSE, coloured, duration, histogram
+from nanoqlora.tokenizer.tokenizer import load_tokenizer
 
 ANSI = re.compile(r"\033\[[0-9;]*m")
 

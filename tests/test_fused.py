@@ -6,7 +6,7 @@ from tiny import save_random_llama
 
 import nanoqlora as nq
 from nanoqlora import ops
-from nanoqlora.fused import can_fuse, fuse_blocks
+from nanoqlora.fast.block import can_fuse, fuse_blocks
 from nanoqlora.ops import Segments
 from nanoqlora.qlora import lora_layers, set_dropout_rows
 

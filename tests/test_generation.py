@@ -13,9 +13,10 @@ from test_errors import assert_refused
 
 import export_gguf
 import merge
-from nanoqlora.gguf import hf_config, read_gguf
-from nanoqlora.prompts import PromptFormat
-from nanoqlora.tokenizer import load_tokenizer
+from nanoqlora.data.prompts import PromptFormat
+from nanoqlora.gguf.config import hf_config
+from nanoqlora.gguf.reader import read_gguf
+from nanoqlora.tokenizer.tokenizer import load_tokenizer
 
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.1}
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanoqlora import ggml_blocks
-from nanoqlora.ggml_blocks import FORMATS, QUANTIZABLE, dequantize, quantize
+from nanoqlora.gguf import ggml_blocks
+from nanoqlora.gguf.ggml_blocks import FORMATS, QUANTIZABLE, dequantize, quantize
 
 
 @pytest.fixture(scope="module")

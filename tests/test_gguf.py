@@ -11,22 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from nanoqlora.cli import UserError
-from nanoqlora.ggml_blocks import FORMATS, QUANTIZABLE, quantize
-from nanoqlora.gguf import (
-    NewTensor,
-    gguf_name,
-    heads_to_permute,
-    hf_config,
-    hf_name,
-    model_metadata,
-    permute_rows,
-    read_gguf,
-    rope_divisors,
-    tensor_shapes,
-    unpermute_rows,
-    write_gguf,
-)
+from nanoqlora.config.errors import UserError
+from nanoqlora.gguf.config import hf_config, model_metadata, rope_divisors
+from nanoqlora.gguf.ggml_blocks import FORMATS, QUANTIZABLE, quantize
+from nanoqlora.gguf.names import gguf_name, heads_to_permute, hf_name, permute_rows, tensor_shapes, unpermute_rows
+from nanoqlora.gguf.reader import read_gguf
+from nanoqlora.gguf.writer import NewTensor, write_gguf
 from nanoqlora.model import Llama, ModelConfig
 
 METADATA = {

@@ -17,11 +17,11 @@ from test_export import read_modelfile
 from tiny import save_random_llama
 
 import export_gguf
-from nanoqlora.checkpoint import fingerprint, open_weights
-from nanoqlora.gguf import read_gguf
-from nanoqlora.ollama import go_template
-from nanoqlora.prompts import PromptFormat
-from nanoqlora.tokenizer import load_tokenizer, save_tokenizer
+from nanoqlora.data.prompts import PromptFormat
+from nanoqlora.export.go_template import go_template
+from nanoqlora.gguf.reader import read_gguf
+from nanoqlora.tokenizer.tokenizer import load_tokenizer, save_tokenizer
+from nanoqlora.weights.checkpoint import fingerprint, open_weights
 
 LlamaCpp = pytest.importorskip("llama_cpp").LlamaCpp
 VOCAB = 49152

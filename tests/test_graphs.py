@@ -5,8 +5,9 @@ import torch
 from test_fused import build, fuse
 from tiny import save_random_llama
 
-from nanoqlora.graphs import GraphedBody, can_record, power_of_two, with_empty_rows
-from nanoqlora.ops import Segments, loss_fast
+from nanoqlora.fast.graphs import GraphedBody, can_record, power_of_two, with_empty_rows
+from nanoqlora.ops import Segments
+from nanoqlora.ops.fast import loss as loss_fast
 from nanoqlora.qlora import lora_layers, set_dropout_rows
 
 CUDA = torch.cuda.is_available()
@@ -88,7 +89,11 @@ def test_a_cpu_records_nothing(tmp_path):
 @pytest.mark.parametrize("dropout, fold", [(0.0, True), (0.05, False)])
 def test_nothing_is_compiled_for_other_documents(tmp_path, dropout, fold):
     """Rows of one document, then of many: after these two, batches with any number of documents compile no kernel."""
-    from nanoqlora.ops import elementwise_triton, lora_triton, loss_triton, mlp_backward_triton, nf4_triton
+    from nanoqlora.ops.triton import elementwise as elementwise_triton
+    from nanoqlora.ops.triton import lora as lora_triton
+    from nanoqlora.ops.triton import loss as loss_triton
+    from nanoqlora.ops.triton import mlp_backward as mlp_backward_triton
+    from nanoqlora.ops.triton import nf4 as nf4_triton
 
     modules = elementwise_triton, lora_triton, loss_triton, mlp_backward_triton, nf4_triton
     kernels = [x for m in modules for x in vars(m).values() if hasattr(x, "device_caches")]

@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 from conftest import ROOT
 
-from nanoqlora import heartbeat
-from nanoqlora.heartbeat import Heartbeat
+from nanoqlora.parallel import heartbeat
+from nanoqlora.parallel.heartbeat import Heartbeat
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ LEAVES_FROM_WITHIN_THE_STORE = """
 import os, sys, time
 from datetime import timedelta
 import torch.distributed as dist
-from nanoqlora.heartbeat import Heartbeat
+from nanoqlora.parallel.heartbeat import Heartbeat
 
 server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}

@@ -23,11 +23,11 @@ import export_gguf
 import merge
 import nanoqlora as nq
 from nanoqlora import chat
-from nanoqlora.cli import UserError
-from nanoqlora.data_files import find_files
-from nanoqlora.gguf import read_gguf
-from nanoqlora.hub import hub_files, is_hub_name, local_path
-from nanoqlora.rows import read_rows
+from nanoqlora.config.errors import UserError
+from nanoqlora.data.files import find_files
+from nanoqlora.data.rows import read_rows
+from nanoqlora.gguf.reader import read_gguf
+from nanoqlora.weights.hub import hub_files, is_hub_name, local_path
 
 COMMIT = "c0ffee" * 6 + "c0ff"
 

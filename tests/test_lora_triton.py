@@ -15,9 +15,11 @@ if not torch.cuda.is_available():
 
 triton = pytest.importorskip("triton")
 
-from nanoqlora.ops import block_parts, elementwise_triton, lora, lora_parts, lora_triton  # noqa: E402
+from nanoqlora.ops import block_parts, lora, lora_parts  # noqa: E402
 from nanoqlora.ops.lora_parts import RowDropout  # noqa: E402
-from nanoqlora.ops.lora_triton import Tile  # noqa: E402
+from nanoqlora.ops.triton import elementwise as elementwise_triton  # noqa: E402
+from nanoqlora.ops.triton import lora as lora_triton  # noqa: E402
+from nanoqlora.ops.triton.lora import Tile  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

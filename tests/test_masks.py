@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from nanoqlora.chat_template import render
-from nanoqlora.prompts import PromptFormat
-from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from nanoqlora.data.prompts import PromptFormat
+from nanoqlora.tokenizer.chat_template import render
+from nanoqlora.tokenizer.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 # How templates frame an answer: what stands before it, how its content is written, what ends it and the turn.
 HEADERS = ["<|im_start|>assistant\n", "<|im_start|>assistant\n\n", "[/INST]", "[/INST] ", "\nAssistant: "]

@@ -23,11 +23,11 @@ import export_gguf
 import merge
 import nanoqlora as nq
 from nanoqlora import chat
-from nanoqlora.checkpoint import ShardWriter
-from nanoqlora.gguf import tensor_shapes
+from nanoqlora.data.prompts import PromptFormat
+from nanoqlora.gguf.names import tensor_shapes
 from nanoqlora.model import ModelConfig
-from nanoqlora.prompts import PromptFormat
 from nanoqlora.qlora import inject_lora, lora_layers
+from nanoqlora.weights.checkpoint import ShardWriter
 
 U = 2.0**-8  # unit roundoff of bfloat16, which has 8 significant bits
 TOKENS = torch.randint(300, (2, 60), generator=torch.Generator().manual_seed(5))

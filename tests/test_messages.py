@@ -8,9 +8,9 @@ import pytest
 from test_completeness import CALLS_AS, TOOLS_AS, encode, template
 from test_prompts import CHAT, CHATML, counted, say
 
-from nanoqlora.cli import UserError
-from nanoqlora.messages import USUAL_ROLES
-from nanoqlora.prompts import CHAT_TEMPLATES, Frame, PromptFormat, detect_format
+from nanoqlora.config.errors import UserError
+from nanoqlora.data.prompts import CHAT_TEMPLATES, PromptFormat, detect_format
+from nanoqlora.data.row_format import USUAL_ROLES, Frame
 
 CHAT_ROW = {"messages": say("system", "Be brief.", "user", "hi", "assistant", "Ho!")}
 SHAREGPT = {"role": "from", "content": "value"}

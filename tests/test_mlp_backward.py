@@ -4,7 +4,8 @@ import pytest
 import torch
 from test_lora_triton import STEP, Case, U, rms
 
-from nanoqlora.ops import mlp_backward, mlp_backward_triton
+from nanoqlora.ops import mlp_backward
+from nanoqlora.ops.triton import mlp_backward as mlp_backward_triton
 
 
 def operands(N_T: tuple[int, int], FF: int, r: int, r_gate: int, r_up: int, p: float) -> tuple[Case, dict]:

@@ -8,7 +8,7 @@ from tiny import save_random_llama
 
 import nanoqlora as nq
 from nanoqlora import ops
-from nanoqlora.cli import UserError
+from nanoqlora.config.errors import UserError
 from nanoqlora.model import KVCache, ModelConfig, rope_frequencies
 from nanoqlora.ops import Segments
 

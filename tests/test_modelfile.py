@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from modelfiles import INSTRUCTIONS, is_print, parse
 
-from nanoqlora.cli import UserError
-from nanoqlora.messages import say
-from nanoqlora.modelfile import (
+from nanoqlora.config.errors import UserError
+from nanoqlora.data.messages import say
+from nanoqlora.data.prompts import CHAT_TEMPLATES, PromptFormat
+from nanoqlora.data.row_format import Frame
+from nanoqlora.export.go_template import go_template
+from nanoqlora.gguf.modelfile import (
     NO_GUESS,
     Recipe,
     file_value,
@@ -23,9 +26,7 @@ from nanoqlora.modelfile import (
     quoted,
     write_modelfiles,
 )
-from nanoqlora.ollama import go_template
-from nanoqlora.prompts import CHAT_TEMPLATES, Frame, PromptFormat
-from nanoqlora.tokenizer import Tokenizer, load_tokenizer
+from nanoqlora.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 # Pieces of which texts are made that a careless writer lets escape, or that the parser drops.
 PIECES = [

@@ -4,7 +4,8 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from nanoqlora.ops import lora, nf4, nf4_fast
+from nanoqlora.ops import lora, nf4
+from nanoqlora.ops.fast import nf4 as nf4_fast
 
 U = 2.0**-8  # unit roundoff of bfloat16: 8 significant bits
 MODULES = {"reference": nf4, "fast": nf4_fast}

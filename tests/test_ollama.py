@@ -24,9 +24,10 @@ from test_prompts import DATED
 from tiny import save_random_llama
 
 import export_gguf
-from nanoqlora.messages import say
-from nanoqlora.prompts import CHAT_TEMPLATES, Frame, PromptFormat
-from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from nanoqlora.data.messages import say
+from nanoqlora.data.prompts import CHAT_TEMPLATES, PromptFormat
+from nanoqlora.data.row_format import Frame
+from nanoqlora.tokenizer.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 pytestmark = needs_ollama
 CHATML = CHAT_TEMPLATES["chatml"]

@@ -4,18 +4,11 @@ import pytest
 import torch
 
 from nanoqlora import ops
-from nanoqlora.ops import (
-    Dropout,
-    Segments,
-    attention_cpu,
-    attention_reference,
-    elementwise,
-    elementwise_fast,
-    lora,
-    lora_fast,
-    loss,
-    loss_fast,
-)
+from nanoqlora.ops import Dropout, Segments, attention_reference, elementwise, lora, loss
+from nanoqlora.ops.fast import attention_cpu
+from nanoqlora.ops.fast import elementwise as elementwise_fast
+from nanoqlora.ops.fast import lora as lora_fast
+from nanoqlora.ops.fast import loss as loss_fast
 from nanoqlora.ops.lora import dropout_mask
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -19,7 +19,7 @@ import merge
 import nanoqlora as nq
 import train
 from nanoqlora import chat, evaluate
-from nanoqlora.checkpoint import fingerprint, open_weights
+from nanoqlora.weights.checkpoint import fingerprint, open_weights
 
 CHAT = ("--prompt", "Who sails?", "--temperature", 0, "--max_new_tokens", 4)
 

@@ -27,10 +27,11 @@ from small_runs import (
 )
 
 import train
-from nanoqlora import trackers
-from nanoqlora.modelfile import write_modelfiles
-from nanoqlora.optim import PartOptimizer, make_optimizer, state_problem
-from nanoqlora.output_dir import lock
+from nanoqlora.gguf.modelfile import write_modelfiles
+from nanoqlora.run import trackers
+from nanoqlora.run.optim import make_optimizer
+from nanoqlora.run.optimizer_state import PartOptimizer, state_problem
+from nanoqlora.run.output_dir import lock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -236,7 +237,7 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_one_runs(first, w
             ended = again(first, world, *words)
             assert ended.code == 2 and "another run is writing there" in ended.err, ended.err
         assert snapshot(world) == before
-    code = "import sys, time\nfrom nanoqlora.output_dir import *\n"
+    code = "import sys, time\nfrom nanoqlora.run.output_dir import *\n"
     code += "with lock(Path(sys.argv[1])): print(1, flush=True); time.sleep(99)"
     with subprocess.Popen(
         [sys.executable, "-c", code, world], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanoqlora.packing import POOL, Plan, Step, pack, plan_steps
+from nanoqlora.data.packing import POOL, Plan, Step, pack, plan_steps
 
 # ------------------------------------------------------------------------------------------------ packing
 

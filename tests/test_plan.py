@@ -5,9 +5,10 @@ import torch
 from tiny import save_random_llama
 
 import nanoqlora as nq
-from nanoqlora.host_memory import HostEmbedding, embedding_to_host
-from nanoqlora.ops.scratch import scratch
-from nanoqlora.plan import base_bytes, choose_keeps, embedding_waits, step_bytes
+from nanoqlora.fast.memory import base_bytes, choose_keeps, step_bytes
+from nanoqlora.fast.sharding_choice import embedding_waits
+from nanoqlora.ops.fast.scratch import scratch
+from nanoqlora.parallel.host_memory import HostEmbedding, embedding_to_host
 
 N, L = 512, 7
 COST = {"all": 0, "mlp_host": 1, "no_mlp": 2, "input": 3}  # what a block that keeps no more has to do again

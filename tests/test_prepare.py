@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 
-from nanoqlora import prepare, rows
-from nanoqlora.byte_pairs import LETTERS
-from nanoqlora.cli import UserError
-from nanoqlora.data_files import find_files
-from nanoqlora.prepare import Encoding, InvalidRows, Reading, prepare_samples, read_samples
-from nanoqlora.prompts import Frame, PromptFormat
-from nanoqlora.tokenizer import Tokenizer
-from nanoqlora.vocabulary import CONTROL, NORMAL
+from nanoqlora.config.errors import UserError
+from nanoqlora.data import prepare, rows
+from nanoqlora.data.files import find_files
+from nanoqlora.data.prepare import Encoding, InvalidRows, Reading, prepare_samples, read_samples
+from nanoqlora.data.prompts import PromptFormat
+from nanoqlora.data.row_format import Frame
+from nanoqlora.tokenizer.byte_pairs import LETTERS
+from nanoqlora.tokenizer.tokenizer import Tokenizer
+from nanoqlora.tokenizer.vocabulary import CONTROL, NORMAL
 
 END = 256
 # A tokenizer that can be followed by hand: the ids of a text are its UTF-8 bytes, and 256 ends it.
@@ -429,7 +430,7 @@ def test_prepared_data_is_never_stale(data, change, monkeypatch):
     """Whatever changes, nothing is taken from the folder; even if the file's size and time are as before."""
     prepared(data)
     if change == "code":
-        monkeypatch.setattr(prepare, "SOURCE", b"of another version")
+        monkeypatch.setattr(prepare, "FORMAT", b"of another version")
     times = data.stat()
     options = CHANGES[change](data)
     os.utime(data, ns=(times.st_atime_ns, times.st_mtime_ns))

@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 from go_text import go_write, needs_go
 
-from nanoqlora.cli import UserError
-from nanoqlora.config import load_config
-from nanoqlora.ollama import go_template
-from nanoqlora.prompts import CHAT_TEMPLATES, Frame, PromptFormat, detect_format
-from nanoqlora.runs import prompt_format_of
-from nanoqlora.tokenizer import Tokenizer
+from nanoqlora.config.errors import UserError
+from nanoqlora.config.load import load_config
+from nanoqlora.data.prompts import CHAT_TEMPLATES, PromptFormat, detect_format
+from nanoqlora.data.row_format import Frame
+from nanoqlora.export.go_template import go_template
+from nanoqlora.run.inputs import prompt_format_of
+from nanoqlora.tokenizer.tokenizer import Tokenizer
 
 CHAT = PromptFormat(type="chat_template")
 DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"

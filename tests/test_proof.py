@@ -15,8 +15,9 @@ from test_certificate import merged, run
 
 import export_gguf
 import merge
-from nanoqlora import adapter_files, gguf_model, llama_cpp, proof
-from nanoqlora.prompts import PromptFormat
+from nanoqlora.data.prompts import PromptFormat
+from nanoqlora.export import gguf_model, llama_cpp, proof
+from nanoqlora.weights import adapter_files
 
 assert run  # the fixture: a run's base, adapter and held-out rows
 
@@ -104,8 +105,8 @@ def worse(w: torch.Tensor, ggml_type: str, where: str, good=gguf_model.quantize_
 
 
 def change_model(monkeypatch: pytest.MonkeyPatch, **changes: tuple[str, object]) -> None:
-    good, changes = export_gguf.gguf.model_metadata, {key.replace("__", "."): value for key, value in changes.items()}
-    monkeypatch.setattr(export_gguf.gguf, "model_metadata", lambda *args: good(*args) | changes)
+    good, changes = export_gguf.model_metadata, {key.replace("__", "."): value for key, value in changes.items()}
+    monkeypatch.setattr(export_gguf, "model_metadata", lambda *args: good(*args) | changes)
 
 
 def another_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +117,7 @@ def another_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 LAST = "{{ messages[-1]['content'] }}"
 WRONG = {
-    "rows in another order": (lambda m: m.setattr(export_gguf.gguf, "permute_rows", lambda w, n: w), "q_proj"),
+    "rows in another order": (lambda m: m.setattr(gguf_model, "permute_rows", lambda w, n: w), "q_proj"),
     "another rounding": (lambda m: m.setattr(gguf_model, "quantize_checked", worse), "is not the merged model's"),
     "another norm": (
         lambda m: change_model(m, llama__attention__layer_norm_rms_epsilon=("f32", 1e-3)),
@@ -459,7 +460,7 @@ def test_process_that_is_killed_while_it_answers_is_not_the_files_fault(smollm2_
 
 def test_command_answers_alone_on_stdout(smollm2_path: Path, tmp_path: Path):
     pytest.importorskip("llama_cpp")
-    command = ("-m", "nanoqlora.llama_cpp")
+    command = ("-m", "nanoqlora.export.llama_cpp")
     ended = run_process(*command, smollm2_path, "Who are you?", "--max_tokens", 10)
     with llama_cpp.Server(smollm2_path) as llama:
         expected = llama.complete(llama.prompt([{"role": "user", "content": "Who are you?"}]), 10)["content"]

@@ -7,8 +7,7 @@ import transformers
 from tiny import save_random_llama
 
 import nanoqlora as nq
-from nanoqlora.checkpoint import load_model
-from nanoqlora.cli import UserError
+from nanoqlora.config.errors import UserError
 from nanoqlora.qlora import (
     ALL_LINEAR,
     QLoRALinear,
@@ -18,6 +17,7 @@ from nanoqlora.qlora import (
     lora_layers,
     set_dropout_rows,
 )
+from nanoqlora.weights.pretrained import load_model
 
 TOKENS = torch.arange(60).view(2, 30) * 4
 

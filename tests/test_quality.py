@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from small_runs import alpaca_rows, metrics_of, run_here, save_tiny_model, write_rows, write_run
 
 import train
-from nanoqlora.config import load_config
-from nanoqlora.quality import domain_score, domain_words, plain_samples, plain_text, words_of
-from nanoqlora.runs import Progress, prepare_data, tokenizer_of
-from nanoqlora.tokenizer import load_tokenizer
+from nanoqlora.config.load import load_config
+from nanoqlora.run.early_stopping import Progress
+from nanoqlora.run.inputs import prepare_data, tokenizer_of
+from nanoqlora.run.quality import domain_score, domain_words, plain_samples, plain_text, words_of
+from nanoqlora.tokenizer.tokenizer import load_tokenizer
 
 
 def pirate(name: str, role: str) -> list[str]:

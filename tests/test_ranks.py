@@ -33,12 +33,13 @@ from small_runs import alpaca_rows, metrics_of, run_here, save_tiny_model, steps
 import bench
 import nanoqlora as nq
 import train
-from nanoqlora.checkpoint import load_model, open_model
-from nanoqlora.evaluate import mean_loss, score_samples
-from nanoqlora.plan import base_bytes, choose_sharding, free_host_bytes, held_bytes, keeps_for, step_bytes
+from nanoqlora.fast.memory import base_bytes, free_host_bytes, held_bytes, keeps_for, step_bytes
+from nanoqlora.fast.sharding_choice import choose_sharding
+from nanoqlora.parallel.fsdp import frozen_tensors
 from nanoqlora.qlora import ALL_LINEAR, inject_lora
-from nanoqlora.sharding import frozen_tensors
-from nanoqlora.tokenizer import load_tokenizer
+from nanoqlora.run.scoring import mean_loss, score_samples
+from nanoqlora.tokenizer.tokenizer import load_tokenizer
+from nanoqlora.weights.pretrained import load_model, open_model
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("model"), num_hidden_layers=LAYERS)
 
 
-# ------------------------------------------------------------------------------------------------ sharding.py
+# ------------------------------------------------------------------------------------------------ parallel/fsdp.py
 
 
 @pytest.mark.parametrize("load_in_4bit", [True, False])

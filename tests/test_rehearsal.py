@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 from small_runs import alpaca_rows, run_here, save_tiny_model, snapshot, write_rows, write_run
 
 import train
-from nanoqlora import rehearsal
+from nanoqlora.run import rehearsal
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_what_would_fail_at_the_end_fails_now(world, monkeypatch):
             run_here(train.main, world, "--rehearse")
     assert snapshot(world.parent) == before
     with monkeypatch.context() as patch:
-        patch.setattr(rehearsal, "ROOT", world.parent)
+        patch.setattr(rehearsal, "PROGRAMS", world.parent)
         (world.parent / "merge.py").write_text(
             "import sys; print('error: no room for it', file=sys.stderr); sys.exit(2)"
         )

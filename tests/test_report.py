@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from nanoqlora.data import SUPERVISED, Samples
-from nanoqlora.prepare import Places, Reading
-from nanoqlora.report import DPI, HEIGHT_IN, WIDTH_IN, limits, plot_metrics, series, smooth, write_report
-from nanoqlora.results import row_notes
+from nanoqlora.data.batches import SUPERVISED, Samples
+from nanoqlora.data.prepare import Places, Reading
+from nanoqlora.run.figure import DPI, HEIGHT_IN, WIDTH_IN, limits, plot_metrics, series, smooth
+from nanoqlora.run.report import write_report
+from nanoqlora.run.results import row_notes
 
 
 def logged(steps: int, **more) -> list[dict]:

@@ -13,12 +13,13 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from nanoqlora import rows as rows_room
-from nanoqlora.cli import UserError
-from nanoqlora.data_files import find_files, split_and_part
-from nanoqlora.prompts import PromptFormat
-from nanoqlora.rows import read_blocks, read_rows
-from nanoqlora.tokenizer import load_tokenizer
+from nanoqlora.config.errors import UserError
+from nanoqlora.config.splits import split_and_part
+from nanoqlora.data import rows as rows_room
+from nanoqlora.data.files import find_files
+from nanoqlora.data.prompts import PromptFormat
+from nanoqlora.data.rows import read_blocks, read_rows
+from nanoqlora.tokenizer.tokenizer import load_tokenizer
 
 ROWS = [
     {"text": "one", "n": "1"},
@@ -376,8 +377,8 @@ GOOD = '{"text": "good"}\n'
         ("a.txt", b"good\n\xe9\n", ["a.txt, line 2", "UTF-8"]),
         ("a.parquet", b"PAR1 and then nothing", ["a.parquet", "Parquet"]),
         ("a.jsonl.gz", b"\x1f\x8bnothing", ["a.jsonl.gz", "cannot be read"]),
-        ("a.json.gz", gzip.compress(b'[{"text": "good"},\n{"text": "\xff"}]'), ["a.json.gz, line 2", "UTF-8"]),
-        ("a.csv.gz", gzip.compress(b"text\ngood\n\xff\n"), ["a.csv.gz, line 3", "UTF-8"]),
+        ("a.json.gz", gzip.compress(b'[{"text": "good"},\n{"text": "\xff"}]', mtime=0), ["a.json.gz, line 2", "UTF-8"]),
+        ("a.csv.gz", gzip.compress(b"text\ngood\n\xff\n", mtime=0), ["a.csv.gz, line 3", "UTF-8"]),
         ("a.arrow", b"ARROW1 and then nothing", ["a.arrow", "Arrow"]),
         ("a.arrow", b"nothing", ["a.arrow", "Arrow"]),
         ("a.arrow", b"", ["a.arrow", "Arrow"]),
@@ -399,7 +400,7 @@ def test_files_that_are_damaged_anywhere_are_told(tmp_path):
     write_arrow(tmp_path / "a.arrow", table, True)
     write_arrow(tmp_path / "b.arrow", table, False)
     write(tmp_path / "a.jsonl.gz", ROWS * 40)
-    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"text\n" + b"some words\n" * 5000))
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"text\n" + b"some words\n" * 5000, mtime=0))
     for path in sorted(tmp_path.glob("*.*")):
         data = path.read_bytes()
         for i in range(120):

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from small_runs import ENVIRONMENT, Ended, run_here
 
-from nanoqlora import scripts
+from nanoqlora.config import scripts
 
 PROGRAMS = ("train.py", "merge.py", "export_gguf.py", "bench.py", "data/plain.txt")
 

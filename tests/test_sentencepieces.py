@@ -21,14 +21,15 @@ from transformers import AutoTokenizer
 
 import export_gguf
 from nanoqlora import Llama
-from nanoqlora.cli import UserError
-from nanoqlora.gguf import write_gguf
-from nanoqlora.llama_cpp import Server, write_small
-from nanoqlora.ollama import go_template, served_ids, tokenizer_metadata
-from nanoqlora.prompts import CHAT_TEMPLATES, PromptFormat
-from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
-from nanoqlora.tokenizer_files import read_gguf_metadata
-from nanoqlora.vocabulary import BYTE, CONTROL, UNKNOWN, USER_DEFINED
+from nanoqlora.config.errors import UserError
+from nanoqlora.data.prompts import CHAT_TEMPLATES, PromptFormat
+from nanoqlora.export.go_template import go_template
+from nanoqlora.export.llama_cpp import Server, write_small
+from nanoqlora.export.tokenizer_metadata import served_ids, tokenizer_metadata
+from nanoqlora.gguf.writer import write_gguf
+from nanoqlora.tokenizer.files import read_gguf_metadata
+from nanoqlora.tokenizer.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from nanoqlora.tokenizer.vocabulary import BYTE, CONTROL, UNKNOWN, USER_DEFINED
 
 LLAMA2_CHAT = (  # as Llama-2's: the system message lies within the first question, and every question has its BOS
     "{% for m in messages %}{% if m.role == 'system' %}{{ bos_token }}[INST] <<SYS>>\n{{ m.content }}\n<</SYS>>\n\n"

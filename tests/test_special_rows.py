@@ -8,13 +8,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny import save_random_llama
 
-from nanoqlora.checkpoint import open_weights
-from nanoqlora.cli import UserError
-from nanoqlora.data import SUPERVISED, Samples
-from nanoqlora.messages import say
-from nanoqlora.prompts import CHAT_TEMPLATES, PromptFormat
-from nanoqlora.special_rows import check_special_rows
-from nanoqlora.tokenizer import Tokenizer, load_tokenizer
+from nanoqlora.config.errors import UserError
+from nanoqlora.data.batches import SUPERVISED, Samples
+from nanoqlora.data.messages import say
+from nanoqlora.data.prompts import CHAT_TEMPLATES, PromptFormat
+from nanoqlora.data.special_rows import check_special_rows
+from nanoqlora.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from nanoqlora.weights.checkpoint import open_weights
 
 CHAT = PromptFormat(type="chat_template")
 

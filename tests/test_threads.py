@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from nanoqlora.threads import in_threads
+from nanoqlora.gguf.threads import in_threads
 
 
 @pytest.fixture(params=[1, 3])

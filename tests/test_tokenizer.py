@@ -17,10 +17,10 @@ from hard_texts import CHATS, HARD, PAIRS, TEXTS, as_text
 from llama_cpp import LlamaCpp
 from transformers import AutoTokenizer
 
-from nanoqlora.byte_pairs import SPLIT_RULES
-from nanoqlora.cli import UserError
-from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
-from nanoqlora.tokenizer_files import LLAMA3_RANKS
+from nanoqlora.config.errors import UserError
+from nanoqlora.tokenizer.byte_pairs import SPLIT_RULES
+from nanoqlora.tokenizer.files import LLAMA3_RANKS
+from nanoqlora.tokenizer.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # SmolLM2's real tokenizer

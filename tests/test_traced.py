@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from nanoqlora.chat_template import guard, render
-from nanoqlora.cli import UserError
-from nanoqlora.prompts import PromptFormat
-from nanoqlora.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
-from nanoqlora.traced import Span, Traced, plain, run, spans_of, trace
+from nanoqlora.config.errors import UserError
+from nanoqlora.data.prompts import PromptFormat
+from nanoqlora.tokenizer.chat_template import guard, render
+from nanoqlora.tokenizer.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from nanoqlora.tokenizer.traced import Span, Traced, plain, run, spans_of, trace
 
 
 @pytest.fixture(scope="module")

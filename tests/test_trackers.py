@@ -13,11 +13,11 @@ from small_runs import alpaca_rows, metrics_of, run_here, save_tiny_model, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from nanoqlora import trackers
-from nanoqlora.cli import UserError
-from nanoqlora.config import make_config
-from nanoqlora.trackers import make_trackers, named
-from nanoqlora.typed_yaml import plain
+from nanoqlora.config.errors import UserError
+from nanoqlora.config.load import make_config
+from nanoqlora.config.parser import plain
+from nanoqlora.run import trackers
+from nanoqlora.run.trackers import make_trackers, named
 
 LEAST = {"base_model": "m", "adapter": "qlora", "lora_r": 8, "lora_alpha": 16, "learning_rate": 1e-4}
 LEAST |= {"datasets": [{"path": "d.jsonl", "type": "alpaca"}]}

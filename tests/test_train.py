@@ -46,17 +46,18 @@ from small_runs import (
 
 import nanoqlora as nq
 import train
-from nanoqlora.adapter import load_adapter
-from nanoqlora.cadence import due
-from nanoqlora.checkpoint import load_model
-from nanoqlora.config import load_config, make_config
-from nanoqlora.data import Sample, collate
+from nanoqlora.config.load import load_config, make_config
+from nanoqlora.data.batches import Sample, collate
+from nanoqlora.data.packing import Step
 from nanoqlora.ops import linear_cross_entropy
-from nanoqlora.optim import clip_gradient, learning_rate_at, make_optimizer
-from nanoqlora.packing import Step
 from nanoqlora.qlora import flatten_trainable, inject_lora, lora_layers
-from nanoqlora.results import questions
-from nanoqlora.runs import checkpoints, prepare_data
+from nanoqlora.run.cadence import due
+from nanoqlora.run.inputs import prepare_data
+from nanoqlora.run.optim import clip_gradient, learning_rate_at, make_optimizer
+from nanoqlora.run.output_dir import checkpoints
+from nanoqlora.run.results import questions
+from nanoqlora.weights.adapter import load_adapter
+from nanoqlora.weights.pretrained import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -251,7 +252,7 @@ def test_every_row_of_every_step_drops_its_own():
     assert train.row_seeds(42, 7, 0, 8).tolist()[5:] == train.row_seeds(42, 7, 5, 3).tolist()
 
 
-# ------------------------------------------------------------------------------------------------ optim.py
+# ------------------------------------------------------------------------------------------------ run/optim.py
 
 
 @pytest.mark.parametrize("num_steps, warmup", [(1, 0), (10, 0), (10, 3), (7, 7), (50, 5), (4, 9)])

@@ -19,8 +19,11 @@ import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from nanoqlora.ops import block_parts, elementwise, elementwise_triton, loss_triton, nf4, nf4_triton  # noqa: E402
-from nanoqlora.ops.elementwise_triton import Launch  # noqa: E402
+from nanoqlora.ops import block_parts, elementwise, nf4  # noqa: E402
+from nanoqlora.ops.triton import elementwise as elementwise_triton  # noqa: E402
+from nanoqlora.ops.triton import loss as loss_triton  # noqa: E402
+from nanoqlora.ops.triton import nf4 as nf4_triton  # noqa: E402
+from nanoqlora.ops.triton.elementwise import Launch  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore:overflow encountered in exp"), *([pytest.mark.gpu] if CUDA else [])]
 DEVICE = "cuda" if CUDA else "cpu"

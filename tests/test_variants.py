@@ -18,10 +18,10 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 import merge
 import nanoqlora as nq
 import train
-from nanoqlora.neftune import add_noise, set_noise_rows
 from nanoqlora.ops import Segments
-from nanoqlora.optim import loraplus_groups, make_optimizer, set_learning_rate
 from nanoqlora.qlora import flatten_trainable, lora_layers, set_dropout_rows
+from nanoqlora.run.neftune import add_noise, set_noise_rows
+from nanoqlora.run.optim import loraplus_groups, make_optimizer, set_learning_rate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

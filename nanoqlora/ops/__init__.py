@@ -14,22 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import attention as attention_reference
-from . import (
-    attention_cpu,
-    attention_cuda,
-    block_parts,
-    elementwise,
-    elementwise_fast,
-    lora,
-    lora_fast,
-    lora_parts,
-    loss,
-    loss_fast,
-    mlp_backward,
-    nf4,
-    nf4_fast,
-)
+from . import block_parts, elementwise, lora, lora_parts, loss, mlp_backward, nf4
 from .attention import Segments, attention_to_past
+from .fast import attention_cpu, attention_cuda
+from .fast import elementwise as elementwise_fast
+from .fast import lora as lora_fast
+from .fast import loss as loss_fast
+from .fast import nf4 as nf4_fast
 from .lora import Dropout, Rebuild, token_numbers
 from .lora_parts import RowDropout
 
@@ -77,7 +68,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 
 
 class Kernels(NamedTuple):
-    """What a block with a hand-written backward pass is made of; `block_parts.py` and `lora_parts.py` explain each."""
+    """What a block with a hand-written backward pass is made of; see `block_parts.py`, `lora_parts.py`."""
 
     rms_norm: Callable
     add_rms_norm: Callable
@@ -100,7 +91,9 @@ def _kernels(is_cuda: bool) -> Kernels:
     names = Kernels._fields
     modules = (block_parts, lora_parts, mlp_backward)
     if is_cuda:
-        from . import elementwise_triton, lora_triton, mlp_backward_triton
+        from .triton import elementwise as elementwise_triton
+        from .triton import lora as lora_triton
+        from .triton import mlp_backward as mlp_backward_triton
 
         modules = (elementwise_triton, lora_triton, mlp_backward_triton)
     return Kernels(*(next(getattr(m, name) for m in modules if hasattr(m, name)) for name in names))
@@ -114,7 +107,7 @@ def kernels(x: Tensor) -> Kernels:
 def embedding_from_host(tokens: Tensor, table: Tensor) -> Tensor:
     """Rows of a table (V, D) in pinned memory of the host for tokens (B, T) on a device -> (B, T, D) there."""
     if _fast and tokens.is_cuda:
-        from . import elementwise_triton
+        from .triton import elementwise as elementwise_triton
 
         return elementwise_triton.embedding_from_host(tokens, table)
     return F.embedding(tokens.cpu(), table).to(tokens.device)
@@ -163,7 +156,7 @@ def dequantize_into(
         fold: lora_A (r, n_in), lora_B (n_out, r), scaling: writes W + scaling * B A, summed in float32.
     """
     if _fast and out.is_cuda:
-        from . import nf4_triton
+        from .triton import nf4 as nf4_triton
 
         if fold is None:
             nf4_triton.dequantize_nf4_double(packed, codes, nested_absmax, nested_offset, out)

@@ -1,8 +1,8 @@
 """What a block with a hand-written backward pass computes between its matrix products. The reference, in plain PyTorch.
 
-The mathematics is that of `elementwise.py`, cut differently: a forward function also gives what its backward needs,
+The mathematics is that of `ops/elementwise.py`, cut differently: a forward function also gives what its backward needs,
 and backward functions write over tensors that nobody needs afterwards. Nothing here knows autograd. Batch and time
-are flattened to N rows. `elementwise_triton.py` has the twins that a GPU runs.
+are flattened to N rows. `ops/triton/elementwise.py` has the twins that a GPU runs.
 """
 
 import torch

@@ -5,7 +5,7 @@
 W (n_out, n_in) is frozen, in four bits or more; only A (r, n_in) and B (n_out, r) learn, r of them being far below
 both widths. B starts at zero, so training starts at the base model exactly. Dropout acts on the update's path alone.
 
-Gradients (autograd finds them; the twin in `lora_fast.py` writes them out), with x' = dropout(x):
+Gradients (autograd finds them; the twin in `ops/fast/lora.py` writes them out), with x' = dropout(x):
 
     dB = s * dy^T (x' A^T)          dA = s * (dy B)^T x'          dx = dy W + s * dropout'((dy B) A)
 

@@ -9,12 +9,12 @@
                dx += dropout'(dxa A)     lora_dx_add_
 
 Everything here is a matrix product with one dimension of 8 to 192, so the wide operand (x, dy or dx) decides the time:
-each part touches it once. What touches y or dy anyway rides along in the product with W: `fused.py` says how.
+each part touches it once. What touches y or dy anyway rides along in the product with W: `fast/block.py` says how.
 Projections that read one x are put side by side: A is then (R, n_in) with R the sum of their ranks, xa is (N, R), and
 one mask serves them all. Batch and time are flattened to N = B * T rows.
 
 Nothing here knows autograd; x' is made again where it is needed and never kept. Any float dtype, float64 included: it
-is what the tests measure the kernels of `lora_triton.py` against, and what a CPU runs. Where the two differ is in
+is what the tests measure the kernels of `ops/triton/lora.py` against, and what a CPU runs. Where the two differ is in
 rounding alone: this file rounds each product and each sum to the dtype of x.
 """
 

@@ -7,7 +7,7 @@ Between the backward products of down_proj and of gate_proj and up_proj stand, a
     dA    = dxa^T dropout(act)                      of down_proj; act = silu(gate) * up is made again on the way
     dB    = s * dgate^T xa, s * dup^T xa            of gate_proj and of up_proj
 
-Each is simple, and together they read and write the widest tensors of a block nine times. `mlp_backward_triton.py`
+Each is simple, and together they read and write the widest tensors of a block nine times. `ops/triton/mlp_backward.py`
 does it in five: dact, gate and up in, dgate and dup out.
 """
 

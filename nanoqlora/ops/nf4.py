@@ -11,7 +11,7 @@ magnitude), which keeps an outlier's damage inside its block:
 Scales cost 32 bits per 64 weights. Double quantisation shrinks them to 8: the mean is taken off, and what is left
 is rounded to a 256-entry table, again in blocks with a scale of their own. In all 4.127 bits a weight.
 
-Everything here runs on any device and in any float dtype up to float64; `nf4_fast.py` has the twins that training
+Everything here runs on any device and in any float dtype up to float64; `ops/fast/nf4.py` has the twins that training
 uses, with the same names, shapes and bits. Source: QLoRA (arXiv:2305.14314), section 3. Read next: `../qlora.py`.
 """
 

@@ -1,0 +1,125 @@
+"""What every command shares: one way to end, and options that are wrong in one line.
+
+Exit codes: 0 done; 2 the user's input is wrong (one line, nothing changed); 130 stopped by Ctrl-C or SIGTERM; 1 for the
+rest: one line for what can happen to a long run, a traceback for a fault of ours.
+"""
+
+import argparse
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from .errors import Failed, Stopped, UserError
+
+DISK_FULL = errno.ENOSPC, errno.EDQUOT
+OURS = "This is a fault of nanoqlora, not of your input: please report it, with these lines and the command."
+
+asks_ranks: list[Callable[[], bool]] = []  # of several ranks: whether this one is the first to tell why the run ends
+
+
+def is_first_rank() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") == "1" or (os.environ.get("RANK") or "0") == "0"
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's `main` and leave the process with the exit code that its outcome deserves."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Stream, streams)
+    try:
+        for word in sys.argv:
+            if any("\udc80" <= character <= "\udcff" for character in word):
+                raise UserError(f"command line: {word} is not text in this terminal's encoding. Rename it in UTF-8.")
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        _leave(2, f"error: {' '.join(str(error).split())}" if is_first_rank() else "")
+    except Failed as failure:
+        is_told = is_first_rank() if failure.everywhere else all(ask() for ask in asks_ranks)
+        _leave(1, f"error: {' '.join(str(failure).split())}" if is_told else "")
+    except Stopped as stopped:
+        _leave(130, str(stopped) if is_first_rank() else "")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as fault:  # it goes on as it came; under torchrun its traceback gets the rank as a title
+        if not all(ask() for ask in asks_ranks):
+            sys.exit(1)
+        if isinstance(fault, OSError) and fault.errno in DISK_FULL:
+            what = fault.filename or "stdout or a file"
+            _leave(1, f"error: {what} cannot be written ({fault.strerror}). Make room, then run the command again.")
+        if "RANK" in os.environ:
+            print(f"error: rank {os.environ['RANK']} failed:", file=sys.stderr)
+        fault.add_note(OURS)
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = streams
+
+
+class Stream:
+    """stdout or stderr, whose reader or terminal may end, and whose encoding may lack characters: the run goes on.
+
+    It may be closed (`>&-`) too. Of a full disk under stdout, `> log`, nobody would know: that ends the run.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = open(os.devnull, "w") if stream is None else stream  # takes the number of the closed one
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        return self._try(self._stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, work: Callable[..., Any], *words: str) -> Any:
+        try:
+            return work(*words)
+        except OSError as error:  # what is still to be written, at the end of the process too, goes nowhere
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            if error.errno in DISK_FULL and self._stream.name == "<stdout>":
+                raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _leave(code: int, message: str) -> NoReturn:
+    """Say this and end, also where torchrun tells this rank to end because another one has just done the same."""
+    for received in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(received, signal.SIG_IGN)
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    """Options of the commands that need no YAML file; a wrong one ends like every other wrong input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}. See --help.")
+
+    def add_model_options(self) -> None:
+        """The options that say which model: --model, --adapter, --other_base, --load_in_4bit, --bf16."""
+        path = os.path.expanduser
+        self.add_argument("--model", required=True, type=path, help="Hugging Face folder, .gguf file, or hub name")
+        self.add_argument("--adapter", type=path, help="folder or hub name of a trained adapter")
+        other = "use an adapter on other weights than those that it was trained on"
+        self.add_argument(
+            "--other_base", "--other-base", type=_to_bool, nargs="?", const=True, default=False, help=other
+        )
+        self.add_argument("--load_in_4bit", "--load-in-4bit", type=_to_bool, nargs="?", const=True, default=False)
+        self.add_argument("--bf16", type=lambda text: "auto" if text == "auto" else _to_bool(text), default="auto")
+
+
+def _to_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"

@@ -1,0 +1,99 @@
+"""Errors that the user can cause, and text that is safe to print."""
+
+import os
+import re
+from dataclasses import fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+# What a terminal would obey instead of showing: control characters, except tab and line break, and what changes the
+# order or the lines of text.
+HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """A text of others, for a terminal: characters that it would obey are shown as escapes, such as \\x1b."""
+    return HIDDEN.sub(lambda found: found[0].encode("unicode_escape", "backslashreplace").decode(), text)
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong. The message says where, what was found, why it matters, and what to do."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(visible(str(message)))
+
+
+class Failed(Exception):
+    """The run cannot go on, though the input was right: a rank is gone, a loss is NaN. The message says what to do.
+
+    everywhere: all ranks fail so, with the same message.
+    """
+
+    def __init__(self, message: object, everywhere: bool = False) -> None:
+        super().__init__(visible(str(message)))
+        self.everywhere = everywhere
+
+
+class Stopped(Exception):
+    """The user asked to stop (Ctrl-C, SIGTERM) and what was done so far is saved."""
+
+
+KINDS = {str: "text", dict: "a map", list: "a list", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def expect(where: str, value: Any, *kinds: type | None, each: tuple[type, ...] = ()) -> Any:
+    """A value from a file, if it is what the rest of the program takes it for.
+
+    Args:
+        where: file and key, for the message.
+        kinds: types that it may have, exactly; None allows null.
+        each: types of the items of a list, or of the values of a map.
+    Raises:
+        UserError: it, or an item of it, is of another type.
+    """
+    wrong = [value] if type(value) not in kinds and not (value is None and None in kinds) else []
+    if each and value and not wrong:
+        items = value.values() if isinstance(value, dict) else value
+        kinds, wrong = each, [item for item in items if type(item) not in each]
+    if wrong:
+        found, wanted = repr(wrong[0])[:60], " or ".join(KINDS.get(kind, "null") for kind in kinds)
+        raise UserError(f"{where} is or holds {found}, where {wanted} is expected. Correct it, or copy the file again.")
+    return value
+
+
+_noted: set[str] = set()
+
+
+def note(text: str) -> None:
+    """Print a line that the user should know of, once, however often the same file is opened."""
+    if text not in _noted and os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}")
+    _noted.add(text)
+
+
+def wrong_type(value: Any, kind: Any, where: str) -> str:
+    """What in a value from JSON is not of the type that it has to be, by its place; nothing: "".
+
+    Args:
+        kind: str, bool, int, float, tuple[x, ...], dict[str, x], a dataclass, or one of several as in `str | None`.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        found = [wrong_type(value, one, where) for one in inner if one is not NoneType or value is None]
+        return "" if "" in found else found[0]
+    if is_dataclass(kind) and isinstance(value, dict):
+        kinds = {field.name: field.type for field in fields(kind)}
+        unknown = [key for key in value if key not in kinds]
+        if unknown:
+            return f"{where}{' has ' if where else ''}{unknown[0]!r}, which is not one of {', '.join(kinds)}"
+        found = [wrong_type(one, kinds[key], f"{where}.{key}".strip(".")) for key, one in value.items()]
+    elif origin is tuple and isinstance(value, list):
+        found = [wrong_type(one, inner[0], f"{where}[{i}]") for i, one in enumerate(value)]
+    elif origin is dict and isinstance(value, dict):
+        found = [wrong_type(one, inner[1], f"{where}.{key}") for key, one in value.items()]
+    elif type(value) is kind or value is None and kind is NoneType:
+        found = []
+    else:
+        named = "a list" if origin is tuple else "a map" if origin is dict or is_dataclass(kind) else kind.__name__
+        return f"{where} is {type(value).__name__}, where {named} is expected"
+    return next((one for one in found if one), "")

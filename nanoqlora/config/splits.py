@@ -1,0 +1,25 @@
+"""What `split` of a data set asks for, such as train[:20%]: the split's name and a part of its rows."""
+
+import re
+from pathlib import Path
+
+from .errors import UserError
+
+
+def split_and_part(split: str | None) -> tuple[str | None, str]:
+    """The name of a split and the part of its rows that is wanted: "train[:20%]" -> ("train", ":20%")."""
+    found = re.fullmatch(r"([\w.-]+)(?:\[((?:-?\d+%?)?:(?:-?\d+%?)?)\])?", split or "train")
+    if not found:
+        raise UserError(
+            f"split is {split!r}. It is the name of a split, maybe with a part of its rows: train, train[:20%], "
+            "train[100:200]."
+        )
+    return found[1] if split else None, found[2] or ""
+
+
+def split_without_effect(path: str | Path, split: str | None) -> str:
+    """A line on a split that is named of a single file, which has none, unless its name tells the same; else ""."""
+    name, _ = split_and_part(split)
+    path = Path(path).expanduser()
+    is_needless = name in (None, "train") or name in path.name or not path.is_file()
+    return "" if is_needless else f"data {path}: split {name} ignored: a single file has no splits"

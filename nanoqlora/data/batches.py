@@ -1,0 +1,136 @@
+"""Samples as the training loop sees them, and how they become batches of tensors.
+
+    data/rows.py: files -> rows    data/prepare.py: rows -> Samples    data/packing.py: lengths -> the plan of all steps
+    here: the samples of a row of a step -> Batch
+
+A sample is a row of data as tokens, with a mask that says which of them the model has to learn to write. Millions of
+them are a few long arrays (`Samples`), which may stand in a file: one is cut out when a step needs it.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..ops import Segments
+
+IGNORED = -100  # the target of a position whose loss does not count
+SUPERVISED = np.uint32(1 << 31)  # a token is stored as its id, with this bit if it counts; ids stay below a million
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One row of data as tokens, and for each token whether the model has to learn to write it."""
+
+    tokens: Sequence[int] | np.ndarray  # (n,) ids
+    supervised: Sequence[bool] | np.ndarray  # (n,)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that count: the first one follows nothing, so it never does."""
+        return int(np.count_nonzero(self.supervised[1:]))
+
+
+@dataclass(frozen=True, eq=False)
+class Samples(Sequence[Sample]):
+    """Many samples. Sample i is words[source[i]][starts[i] : starts[i] + lengths[i]]."""
+
+    words: tuple[np.ndarray, ...]  # for each data set (its tokens,) uint32, in memory or mapped from a file
+    source: np.ndarray  # (N,) the data set of each sample
+    starts: np.ndarray  # (N,) int64
+    lengths: np.ndarray  # (N,) tokens
+    num_targets: np.ndarray  # (N,) tokens that count
+    fingerprint: str  # a hash of everything above
+
+    @classmethod
+    def of(cls, words: np.ndarray, lengths: np.ndarray, num_targets: np.ndarray, fingerprint: str) -> "Samples":
+        """The samples of one data set, one behind the other in `words`."""
+        source = np.zeros(len(lengths), np.int16)
+        return cls((words,), source, lengths.cumsum(dtype=np.int64) - lengths, lengths, num_targets, fingerprint)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> Sample:
+        start, length = self.starts[i], self.lengths[i]
+        words = self.words[self.source[i]][start : start + length]
+        return Sample((words & ~SUPERVISED).astype(np.int64), words >= SUPERVISED)
+
+    def take(self, which: np.ndarray) -> "Samples":
+        """Some of them, by their numbers."""
+        arrays = {name: getattr(self, name)[which] for name in ("source", "starts", "lengths", "num_targets")}
+        digest = hashlib.sha256(self.fingerprint.encode() + np.asarray(which, np.int64).tobytes())
+        return replace(self, **arrays, fingerprint=digest.hexdigest())
+
+
+def join(parts: Sequence[Samples]) -> Samples:
+    """The samples of several data sets, one data set behind the other."""
+    words = tuple(words for part in parts for words in part.words)
+    arrays = {name: [np.empty(0, np.int64)] for name in ("source", "starts", "lengths", "num_targets")}
+    first = 0
+    for part in parts:
+        arrays["source"].append(part.source + first)
+        first += len(part.words)
+        for name in ("starts", "lengths", "num_targets"):
+            arrays[name].append(getattr(part, name))
+    digest = hashlib.sha256("".join(part.fingerprint for part in parts).encode())
+    return Samples(words, **{name: np.concatenate(a) for name, a in arrays.items()}, fingerprint=digest.hexdigest())
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as tensors, ready for the model.
+
+    tokens: (B, T) int64, padded at the end of a row. segments: where its documents are; padding is one of them.
+    supervised: (N,) int64, places in the flattened (B * T) that count. targets: (N,) int64, the next token there.
+    """
+
+    tokens: Tensor
+    segments: Segments
+    supervised: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = (x.to(device, non_blocking=True) for x in (self.tokens, self.supervised, self.targets))
+        tokens, supervised, targets = moved
+        return Batch(tokens, self.segments, supervised, targets)
+
+
+def collate(rows: list[list[Sample]], pad_to: int = 0) -> Batch:
+    """Lay samples one after another in rows. Padding is told from tokens by its place, never by its id.
+
+    Args:
+        rows: for each row its samples. pad_to: width of the rows; by default that of the longest.
+    """
+    T = max(pad_to, *(sum(map(len, row)) for row in rows))
+    tokens = torch.zeros(len(rows), T, dtype=torch.int64)
+    targets = torch.full((len(rows), T), IGNORED)
+    lengths = []
+    for b, row in enumerate(rows):
+        end = 0
+        for sample in row:
+            start, end = end, end + len(sample)
+            ids = torch.as_tensor(sample.tokens)
+            tokens[b, start:end] = ids
+            counted = torch.as_tensor(sample.supervised[1:], dtype=torch.bool)
+            targets[b, start : end - 1] = torch.where(counted, ids[1:], IGNORED)  # the last token predicts nothing
+        lengths.append((*map(len, row), *([T - end] if end < T else ())))
+    flat = targets.flatten()
+    supervised = (flat != IGNORED).nonzero().squeeze(1)
+    return Batch(tokens, Segments(tuple(lengths)), supervised, flat[supervised])
+
+
+def micro_batches(rows: list[Any], micro_batch_size: int, rank: int, ranks: int) -> Iterator[tuple[int, list[Any]]]:
+    """This rank's share of a step: (number of its first row within the step, up to micro_batch_size rows), in turn."""
+    for start in range(rank * micro_batch_size, len(rows), ranks * micro_batch_size):
+        yield start, rows[start : start + micro_batch_size]

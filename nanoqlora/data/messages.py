@@ -1,0 +1,349 @@
+"""From a row of data to the messages and tools of a chat, with the names that templates use, checked.
+
+Files call things by other names, keep objects as JSON texts, and have faults. What no template should get is an error
+here, in words about the row; the caller adds where the row stands. What nobody reads is noted. Read next: prompts.py,
+which encodes the messages, and data/completeness.py, which looks for all of them in the text.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import Any
+
+from ..config.errors import UserError
+from ..config.files import unique_keys
+from ..tokenizer.chat_template import Messages
+from .row_format import USUAL_ROLES, RowFormat
+
+Row = dict[str, Any]
+Note = Callable[[str], object]
+
+ROLE_SEEN = "role: "  # a note that begins so names the role of a message
+UNKNOWN_ROLE = "the role"  # an error that begins so is of a role
+# Read by us, or a number that means nothing outside of its row.
+OWN_KEYS = {"role", "content", "tool_calls", "tool_call_id", "weight", "train"}
+CALLS = {"tool_calls", "function_call"}
+# What columns and keys are often called, for the advice in an error.
+LIKELY = {
+    "instruction": ("instruction", "question", "prompt", "query", "problem", "request", "user", "human", "input"),
+    "output": (
+        *("output", "answer", "answers", "response", "completion", "solution", "reply", "target"),
+        *("assistant", "chosen"),
+    ),
+    "role": ("role", "from", "speaker", "author", "sender"),
+    "content": ("content", "value", "text", "message", "utterance"),
+}
+
+LIKELY_ROLES = {
+    "system": ("developer", "context"),
+    "user": ("prompter", "customer", "player", "input"),
+    "tool": ("observation", "ipython", "tool_response", "tool_result", "function_response", "environment"),
+    "assistant": ("function_call", "tool_call"),
+}
+
+
+@dataclass
+class Chat:
+    """A conversation as templates take it, and which of its messages shall be learnt."""
+
+    messages: Messages
+    trained: list[bool]
+    tools: list[Any] | None = None
+
+
+def chat_of(row: Row, form: RowFormat, note: Note, read_by_template: Iterable[str] = ()) -> Chat:
+    """The conversation of a row.
+
+    Args:
+        form: names of columns, keys and roles.
+        note: called with what the user should know of this row; see `PromptFormat.encode_row`.
+        read_by_template: keys of messages that the template reads beside the usual ones.
+    Raises:
+        UserError: it is not a conversation.
+    """
+    given, num_prompt, columns = _given(row, form)
+    given = [_parsed(message) for message in given]
+    _check_roles(given, form, note)
+    system = row.get(form.field_system) if form.field_system else None
+    tools = _tools(row.get(form.field_tools), form.field_tools)
+    if not tools and _is_functions(functions := _parsed(row.get("functions"))):
+        tools = _tools([{"type": "function", "function": function} for function in functions], "functions")
+        columns = {*columns, "functions"}
+    chat = Chat([], [], tools)
+    for number, message in enumerate(given, start=1):
+        if not isinstance(message, dict):
+            raise UserError(f"message {number} is {show(message)}, without role and content. Make it an object.")
+        is_trained = _add(chat, message, form, f"message {number}: ", note, {*OWN_KEYS, *read_by_template})
+        chat.trained[-1] = is_trained and number > num_prompt
+    if isinstance(system, str) and system and chat.messages[0]["role"] != "system":
+        chat.messages.insert(0, {"role": "system", "content": text_of(row, form.field_system)})
+        chat.trained.insert(0, "system" in form.roles_to_train)
+        columns = {*columns, form.field_system}
+    note_unread(row, {*columns, form.field_tools}, note)
+    return chat
+
+
+def _check_roles(given: list[Any], form: RowFormat, note: Note) -> None:
+    key = form.message_property_mappings.get("role", "role")
+    roles = [message.get(key) for message in given if isinstance(message, dict)]
+    roles = [role for role in roles if isinstance(role, str) and role.strip()]  # of others the caller tells
+    for role in roles:
+        note(ROLE_SEEN + role)
+    if unknown := [role for role in dict.fromkeys(roles) if role not in form.role_of]:
+        meant: dict[str, list[str]] = {}
+        for role in unknown:
+            meant.setdefault(_likely_role(role), []).append(role)
+        roles = ", ".join(f"{ours}: [{', '.join(theirs)}]" for ours, theirs in meant.items())
+        subject = f"s {' and '.join(unknown)} are" if len(unknown) > 1 else f" {unknown[0]} is"
+        raise UserError(
+            f"{UNKNOWN_ROLE}{subject} unknown, and no such message could be learnt. Known are "
+            f"{', '.join(form.role_of)}. Say what is meant, as in roles: {{{roles}}}, or write "
+            f"{{{unknown[0]}: [{unknown[0]}]}} where the chat template knows that name."
+        )
+
+
+def _likely_role(name: str) -> str:
+    """The role of the template that a file most likely means by a name, for the advice in an error."""
+    found = next((role for role, others in LIKELY_ROLES.items() if name.lower() in others), None)
+    alike = get_close_matches(name.lower(), USUAL_ROLES, 1)
+    return found or (USUAL_ROLES[alike[0]] if alike else "assistant")
+
+
+def _given(row: Row, form: RowFormat) -> tuple[list[Any], int, set[str]]:
+    """The messages as they stand in a row, how many of the first are only a prompt, and the columns that they fill."""
+    if form.field_instruction:
+        for column in (form.field_instruction, form.field_output):
+            if column not in row:
+                raise missing_column(row, column, form)
+        question = text_of(row, form.field_instruction)
+        answer = text_of(row, form.field_output, empty=True)
+        names = DEFAULT_NAMES | form.message_property_mappings
+        messages = [
+            {names["role"]: role, names["content"]: text} for role, text in (("user", question), ("assistant", answer))
+        ]
+        return messages, 0, {form.field_instruction, form.field_output}
+    if form.field_messages not in row:  # trl's pairs of messages
+        prompt, completion = _parsed(row.get("prompt")), _parsed(row.get("completion"))
+        if isinstance(prompt, list) and isinstance(completion, list) and completion:
+            return [*prompt, *completion], len(prompt), {"prompt", "completion"}
+        raise missing_column(row, form.field_messages, form)
+    given = _parsed(row[form.field_messages])
+    if not isinstance(given, list) or not given:
+        raise UserError(
+            f"{form.field_messages} is {show(given)}, not a list of messages. A chat template needs role and content "
+            "of each. Correct the row, or name the right column with field_messages."
+        )
+    return given, 0, {form.field_messages}
+
+
+DEFAULT_NAMES = {"role": "role", "content": "content"}
+
+
+def _add(chat: Chat, given: Row, form: RowFormat, where: str, note: Note, known: set[str]) -> bool:
+    """Add a message to a chat. Returns whether it shall be learnt, as far as it and its role tell."""
+    names = DEFAULT_NAMES | form.message_property_mappings
+    theirs = set(names.values())
+    message = {key: value for key, value in given.items() if key not in theirs}
+    message |= {ours: given[name] for ours, name in names.items() if given.get(name) is not None}
+    for part in [part for part in DEFAULT_NAMES if part not in message]:
+        if (other := _like([key for key in given if key not in DEFAULT_NAMES], part)) and not given.keys() & CALLS:
+            raise UserError(f"{where}{names[part]} is missing, and there is {other}. {_mapping(given)}")
+    named = text_of(message, "role", where, called=names["role"])
+    role = message["role"] = form.role_of[named]
+    if message.get("function_call") and not message.get("tool_calls"):  # OpenAI's older way to call one
+        message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
+    message["tool_calls"] = calls = _calls(message.get("tool_calls"), where)
+    if not calls:
+        del message["tool_calls"]  # an empty list calls nothing, and some templates ask only whether there is one
+    message["content"] = _content(message, role, where, names["content"])
+    known = known | theirs | {form.message_field_training}
+    for key in [key for key, value in message.items() if key not in known and value not in NOTHING]:
+        note(f"the key {key} of messages was not read")
+    chat.messages.append(message)
+    chat.trained.append(False)
+    return _is_trained(message, form, named, role, where)
+
+
+def _content(message: Row, role: str, where: str, called: str) -> Any:
+    """What a message says: a text, its text parts, or the object that a tool answered with."""
+    content, calls = message.get("content"), message.get("tool_calls")
+    if content is None and calls:
+        return None
+    if content is None and role == "tool":
+        return ""
+    if role == "tool" and isinstance(content, dict):
+        return content
+    if isinstance(content, list) and content and all(isinstance(part, dict) and "type" in part for part in content):
+        for part in content:
+            if part["type"] != "text":
+                raise UserError(f"{where}{called} has a part of type {part['type']}, and only text can be trained.")
+            text_of(part, "text", f"{where}{called}: ", empty=True)
+        return content
+    # An empty system message switches off a template's own one, and an empty answer is one.
+    return text_of(message, "content", where, called=called, empty=bool(calls) or role != "user")
+
+
+def plain(content: Any) -> str:
+    """The text of a content, of its parts one behind the other."""
+    return "".join(part["text"] for part in content) if isinstance(content, list) else str(content or "")
+
+
+def _is_trained(message: Row, form: RowFormat, named: str, role: str, where: str) -> bool:
+    """By what the message says of itself, else by its role."""
+    wanted = named in form.roles_to_train or role in form.roles_to_train
+    if form.message_field_training:
+        flag = _flag(message, form.message_field_training, where)
+        return wanted if flag is None else flag
+    return wanted and False not in (_flag(message, "weight", where), _flag(message, "train", where))
+
+
+def _flag(message: Row, key: str, where: str) -> bool | None:
+    value = message.get(key)
+    value = value.lower() if isinstance(value, str) else value
+    if value is not None and value not in (0, 1, "true", "false", "0", "1"):
+        raise UserError(
+            f"{where}{key} is {show(value)}. It decides whether the message is learnt: write true or false."
+        )
+    return None if value is None else value in (1, "true", "1")
+
+
+# ------------------------------------------------------------------------------------------------ tools
+
+
+def _tools(given: Any, field: str) -> list[Any] | None:
+    """The tools of a row; texts are taken for JSON, as tables cannot hold objects of many shapes."""
+    tools = _parsed(given) if not isinstance(given, str) or given.strip() else None
+    if isinstance(tools, dict):
+        tools = [tools]
+    if tools is None:
+        return None
+    parsed = [_parsed(tool) for tool in tools] if isinstance(tools, list) else [None]
+    if not all(isinstance(tool, dict) for tool in parsed):
+        raise UserError(f"{field} is {show(tools)}, not a list of tools. Correct the row.")
+    return [_with_objects(tool, ("parameters", "input_schema")) for tool in parsed] or None
+
+
+def _is_functions(given: Any) -> bool:
+    """Whether a value lists functions, as OpenAI's files did before there were tools."""
+    return isinstance(given, list) and all(isinstance(one, dict) and "name" in one for one in given)
+
+
+def _calls(given: Any, where: str) -> list[Any]:
+    """Tool calls whose arguments are objects; many files have them as texts, which templates would quote once more."""
+    calls = _parsed(given or [])
+    parsed = [_parsed(call) for call in calls] if isinstance(calls, list) else [None]
+    if not all(isinstance(call, dict) for call in parsed):
+        raise UserError(f"{where}tool_calls is {show(given)}, not a list of calls. Correct the row.")
+    return [_with_objects(call, ("arguments",)) for call in parsed]
+
+
+def _with_objects(tool: Row, fields: tuple[str, ...]) -> Row:
+    """A tool or a call in which those fields, and the function that may hold them, are objects and not JSON texts."""
+    function = _parsed(tool.get("function"))
+    if isinstance(function, dict):
+        return {**tool, "function": _with_objects({k: v for k, v in function.items() if k != "function"}, fields)}
+    return {key: _parsed(value or "{}") if key in fields else value for key, value in tool.items()}
+
+
+def _parsed(text: Any) -> Any:
+    """What a text says as JSON, if that is an object or a list; else the value itself."""
+    if isinstance(text, str) and text.lstrip()[:1] in ("{", "["):
+        try:
+            return json.loads(text, object_pairs_hook=unique_keys)
+        except UserError:
+            raise
+        except ValueError:
+            return text
+    return text
+
+
+# ------------------------------------------------------------------------------------------------ parts of a row
+
+NOTHING = (None, "", [], {})  # values of columns and keys that say nothing
+
+
+def say(*turns: str) -> Messages:
+    """Messages from role, content, role, content, ..."""
+    return [{"role": role, "content": content} for role, content in zip(turns[::2], turns[1::2], strict=True)]
+
+
+def note_unread(row: Row, read: set[str], note: Note) -> None:
+    """Note the columns of a row that have a value and became nothing."""
+    for column in row:
+        if (column not in read or not column) and row[column] not in NOTHING:
+            note(f"the column {column or 'without a name'} was not read")
+
+
+def text_of(row: Row, key: str, where: str = "", called: str = "", empty: bool = False) -> str:
+    """A text of a row, checked."""
+    text = row.get(key)
+    if not isinstance(text, str) or not (text.strip() or empty):
+        raise UserError(
+            f"{where}{called or key} is {show(text)}, and it must be a text that is not empty: it becomes tokens. "
+            "Correct the row or take it out."
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}{called or key} holds half of a surrogate pair, which is no character and has no UTF-8 bytes. "
+            "Correct the row or take it out."
+        ) from error
+    return text
+
+
+def missing_column(row: Row, column: str, form: RowFormat) -> UserError:
+    """That a row has not the column that its format reads; with the columns that are there, and what to write."""
+    lists = [name for name, value in row.items() if (found := _parsed(value)) and isinstance(found, list)]
+    first = {name: _parsed(row[name])[0] for name in lists}
+    chats = [n for n in lists if isinstance(first[n], dict) and (_like(first[n], "role") or _like(first[n], "content"))]
+    texts = [name for name, value in row.items() if isinstance(value, str) and name not in chats]
+    pair = {f"field_{part}": _like(texts, part) for part in ("instruction", "output")}
+    if pair["field_instruction"] == pair["field_output"] or None in pair.values():
+        pair = {}
+    columns = ", ".join(f"{key}: {name}" for key, name in pair.items())
+    there = ", ".join(repr(name) if name != name.strip() else name for name in row)
+    advice = "Name the column in the data set's entry, or correct the row."
+    if chats and not (form.type == "chat_template" and "messages" in chats):
+        message = first[chats[0]]
+        advice = f"Write type: chat_template and field_messages: {chats[0]}"
+        advice += f". {_mapping(message)}" if not {"role", "content"} <= message.keys() else "."
+    elif pair and form.type == "chat_template":
+        advice = f"Write {columns} beside type: chat_template."
+    elif pair:
+        advice = (
+            f"Write type: {{{columns}}}, with a format of your own there, or type: chat_template with {columns} "
+            "beside it."
+        )
+    elif texts and form.type == "completion":
+        advice = f"Write field: {texts[0]}."
+    elif len(texts) > 1:
+        advice = "Write type: {field_instruction: COLUMN, field_output: COLUMN} with two of them."
+    return UserError(f"{column} is missing: the row has the columns {there or 'none'}. {advice}")
+
+
+def _mapping(message: Row) -> str:
+    """Which keys a message has, and the mapping to write for them."""
+    role, content = (_like(message, part) for part in ("role", "content"))
+    mapping = f"{{role: {role or 'KEY'}, content: {content or 'KEY'}}}"
+    return f"Messages have the keys {', '.join(map(str, message))}: write message_property_mappings: {mapping}."
+
+
+def _like(names: Iterable[str], part: str) -> str | None:
+    """The name that is most likely meant for a part of a row, if one is."""
+    by_lower = {str(name).lower(): name for name in reversed([*names])}
+    return next((by_lower[name] for name in LIKELY[part] if name in by_lower), None)
+
+
+def show(value: Any) -> str:
+    """A value in a message: its type and its beginning."""
+    return "missing" if value is None else f"{type(value).__name__} {json.dumps(value, default=str)[:60]}"
+
+
+@lru_cache
+def names_in(template: str) -> frozenset[str]:
+    """Every name that a template may read something by."""
+    return frozenset(re.findall(r"\w+", template))

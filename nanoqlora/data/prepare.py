@@ -1,0 +1,423 @@
+"""Rows to samples: tokenised in several processes, kept in a folder, and prepared anew when anything changed.
+
+    files -> blocks of rows -> (processes) -> words: the tokens of all samples, in one long array -> Samples
+
+The blocks come back in order, so the samples stand in the order of the files, however many processes there are. In
+memory are some blocks and a few bytes for each sample: the tokens go to a file, and are mapped from it.
+
+Prepared data is kept under a key: a hash of the contents of the files, the tokenizer, the prompt format, the lengths,
+and the source text of this package. Data that would come out differently has another key, so what is found under the
+key is right. Read next: data/packing.py, which makes the plan of a run from the lengths.
+"""
+
+import ctypes
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from itertools import islice
+from multiprocessing import active_children, get_context
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ..config.errors import UserError
+from ..config.files import remove, whole_folder, write_text
+from ..tokenizer.tokenizer import Tokenizer
+from .batches import SUPERVISED, Samples
+from .files import DataFile
+from .messages import ROLE_SEEN, UNKNOWN_ROLE
+from .prompts import PromptFormat, detect_format
+from .rows import BLOCK_BYTES, Block, blocks_of, placed_rows
+
+SMALL = 8 << 20  # bytes of data; below, to start processes takes longer than the work
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when the one that started it ends
+FORMAT = b"1"  # raise it when the same rows and settings give other samples: what older versions kept is read no more
+NAMED = 5  # rows that are named of those to which something happened
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows become samples."""
+
+    prompt_format: PromptFormat | None  # None: what the columns of each row tell
+    tokenizer: Tokenizer
+    sequence_len: int  # tokens that a sample may have
+    strategy: str = "drop"  # for longer ones: drop, truncate or raise; long `completion` rows are split instead
+    part: str = ""  # the rows that are wanted, as of a list: ":20%"
+    skip_invalid: bool = False  # leave out rows that cannot be used, and count them, in place of an error
+
+
+@dataclass
+class Places:
+    """Rows to which something happened: their number, and where the first few of them stand."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def add(self, where: str) -> None:
+        self.count += 1
+        if len(self.first) < NAMED:
+            self.first.append(where)
+
+    def extend(self, others: "Places") -> None:
+        self.count += others.count
+        self.first = [*self.first, *others.first][:NAMED]
+
+
+@dataclass
+class Counts:
+    """What became of some rows."""
+
+    rows: int = 0
+    longest: int = 0  # tokens of the longest
+    too_long: Places = field(default_factory=Places)  # longer than sequence_len: dropped or cut
+    unsupervised: Places = field(default_factory=Places)  # without a supervised token: dropped
+    notes: dict[str, Places] = field(default_factory=dict)  # of `encode_row`: what was noted -> the rows it is true of
+    invalid: dict[str, Places] = field(default_factory=dict)  # why rows cannot be used -> those rows
+    roles: dict[str, int] = field(default_factory=dict)  # of messages, as the files name them -> how many there are
+
+    def note(self, texts: list[str], where: str) -> None:
+        """Count what was noted of the row that stands there."""
+        for text, number in Counter(texts).items():
+            if text.startswith(ROLE_SEEN):
+                role = text.removeprefix(ROLE_SEEN)
+                self.roles[role] = self.roles.get(role, 0) + number
+            else:
+                self.notes.setdefault(text, Places()).add(where)
+
+    def add_invalid(self, why: str, places: Places) -> None:
+        """Count rows that cannot be used, by at most a few reasons: each may name a value of its row."""
+        why = why if why in self.invalid or len(self.invalid) < NAMED else OTHER_REASONS
+        self.invalid.setdefault(why, Places()).extend(places)
+
+    def extend(self, others: "Counts") -> None:
+        self.rows += others.rows
+        self.longest = max(self.longest, others.longest)
+        self.too_long.extend(others.too_long)
+        self.unsupervised.extend(others.unsupervised)
+        for text, places in others.notes.items():
+            self.notes.setdefault(text, Places()).extend(places)
+        for why, places in others.invalid.items():
+            self.add_invalid(why, places)
+        for role, number in others.roles.items():
+            self.roles[role] = self.roles.get(role, 0) + number
+
+    def why_invalid(self) -> str:
+        """What is wrong with the rows that cannot be used, the first of them by file and line; "" without such rows."""
+        total, left, parts = sum(map(len, self.invalid.values())), NAMED, []
+        for why, places in self.invalid.items():
+            first, left = places.first[: max(1, left)], left - len(places)
+            file = first[0].rpartition(", ")[0] + ", "
+            also = [
+                *(place.removeprefix(file) for place in first[1:]),
+                *([f"{len(places) - len(first)} more"] if len(places) > len(first) else []),
+            ]
+            parts.append(f"{first[0]}: {why}" + (f" (also {', '.join(also)})" if also else ""))
+        if any(why.startswith(UNKNOWN_ROLE) for why in self.invalid):
+            roles = ", ".join(f"{role} {number}" for role, number in list(self.roles.items())[:20])
+            parts.append(f"The roles of its messages: {roles}.")
+        return (f"{total} of {self.rows} rows cannot be used. " if total > 1 else "") + " ".join(parts)
+
+
+OTHER_REASONS = "other reasons"
+
+
+class InvalidRows(UserError):
+    """Some rows cannot be used. `prepare_data` collects those of all data sets before it ends the run."""
+
+    def __init__(self, counts: Counts) -> None:
+        super().__init__(counts.why_invalid())
+        self.are_all = sum(map(len, counts.invalid.values())) == counts.rows
+
+
+@dataclass(kw_only=True)
+class Reading(Counts):
+    """The samples of a data set, and what became of its rows; said before step 1: nothing is lost in silence."""
+
+    samples: Samples
+    files: dict[str, str] = field(default_factory=dict)  # path -> SHA-256 of its contents, where they were prepared
+
+    def describe_notes(self) -> list[str]:
+        """A line for each thing that was noted of rows, with their number and the first of them."""
+        noted = {**self.notes, **{f"left out, {why}": places for why, places in self.invalid.items()}}
+        return [
+            f"{len(places)} row{'s' * (len(places) > 1)}: {text} (first: {places.first[0]})"
+            for text, places in noted.items()
+        ]
+
+    def describe(self, sequence_len: int, strategy: str) -> str:
+        """One line on the samples, and on the rows that are too long or without anything to learn."""
+        tokens, targets = int(self.samples.lengths.sum()), int(self.samples.num_targets.sum())
+        text = f"{len(self.samples)} samples, {tokens} tokens, {targets / max(tokens, 1):.0%} of them supervised"
+        if self.too_long:
+            action = {"drop": "dropped", "truncate": "cut"}[strategy]
+            text += (
+                f"; {len(self.too_long)} longer than sequence_len {sequence_len} {action} (first: "
+                f"{self.too_long.first[0]}; sequence_len {self.longest} would keep all)"
+            )
+        if self.unsupervised:
+            first = ", ".join(self.unsupervised.first)
+            text += f"; {len(self.unsupervised)} without a supervised token dropped (first: {first})"
+        return text
+
+
+def read_samples(files: list[DataFile], encoding: Encoding) -> Reading:
+    """Tokenise the rows of some files, into memory.
+
+    Raises:
+        UserError: with file and line, for a row that the format cannot read; if there is no usable row.
+    """
+    parts: list[np.ndarray] = []
+    counts, samples = _read(files, encoding, parts.append)
+    samples = dataclasses.replace(samples, words=(np.concatenate(parts),))
+    return Reading(**vars(counts), samples=samples)
+
+
+def prepare_samples(files: list[DataFile], encoding: Encoding, folder: Path) -> Reading:
+    """The same, taken from `folder` if it was prepared before, else kept there; the tokens stay in a file."""
+    before = [(file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files]
+    hashes = {str(file.path): _hash_of_file(file.path) for file in files}
+    prepared = folder / _key(encoding, files, hashes)
+    if not _is_whole(prepared):
+        try:
+            if prepared.exists():
+                print(f"dataset_prepared_path: {prepared} is damaged, so the data is tokenised anew", file=sys.stderr)
+                remove(prepared)
+            with whole_folder(prepared) as temporary:
+                with open(temporary / "words.bin", "wb") as words:
+                    counts, samples = _read(files, encoding, words.write)
+                np.save(temporary / "samples.npy", np.stack([samples.lengths, samples.num_targets]))
+                facts = dataclasses.asdict(counts) | {"fingerprint": samples.fingerprint}
+                kept = {"facts": facts, "seal": _seal(facts, temporary)}
+                write_text(temporary / "counts.json", json.dumps(kept, indent=2) + "\n")
+                if before != [(file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files]:
+                    raise UserError(f"data {_name(files)}: changed while it was read. Run again.")
+        except OSError as error:
+            raise UserError(
+                f"dataset_prepared_path: tokenised data cannot be kept in {folder} ({error}). It takes 4 bytes a "
+                "token. Name another folder."
+            ) from error
+    facts = json.loads((prepared / "counts.json").read_text("utf-8"))["facts"]
+    fingerprint = facts.pop("fingerprint")
+    for name in ("too_long", "unsupervised"):
+        facts[name] = Places(**facts[name])
+    for name in ("notes", "invalid"):
+        facts[name] = {text: Places(**places) for text, places in facts[name].items()}
+    lengths, num_targets = np.load(prepared / "samples.npy")
+    words = np.memmap(prepared / "words.bin", np.uint32, "r")
+    reading = Reading(**facts, samples=Samples.of(words, lengths, num_targets, fingerprint), files=hashes)
+    if reading.invalid and not encoding.skip_invalid:
+        raise InvalidRows(reading)
+    return reading
+
+
+def _is_whole(prepared: Path) -> bool:
+    """Whether a folder of prepared data is as it was written: a copy may be cut, a file edited."""
+    try:
+        kept = json.loads((prepared / "counts.json").read_text("utf-8"))
+        words = 4 * int(np.load(prepared / "samples.npy")[0].sum())
+        sealed = kept["seal"] == _seal(kept["facts"], prepared)
+        return sealed and (prepared / "words.bin").stat().st_size == words
+    except (OSError, EOFError, ValueError, TypeError, KeyError, IndexError, RecursionError):
+        return False
+
+
+def _seal(facts: dict, folder: Path) -> str:
+    """A hash of what is kept beside the words."""
+    samples = (folder / "samples.npy").read_bytes()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode() + samples).hexdigest()
+
+
+def _key(encoding: Encoding, files: list[DataFile], hashes: dict[str, str]) -> str:
+    """A hash of all that decides what the samples are."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.path} {file.kind} {hashes[str(file.path)]}\n".encode())
+    for item in (item for item in dataclasses.fields(encoding.tokenizer) if item.compare):  # equal ones encode alike
+        digest.update(f"{item.name} {getattr(encoding.tokenizer, item.name)!r}\n".encode())
+    digest.update(f"{encoding.prompt_format} {encoding.sequence_len} {encoding.strategy} {encoding.part}\n".encode())
+    template = encoding.prompt_format and encoding.prompt_format.jinja(encoding.tokenizer)
+    digest.update(f"{date.today() if 'strftime_now' in (template or '') else ''}\n".encode())  # it may write the date
+    digest.update(FORMAT)
+    for package in ("tiktoken", "sentencepiece", "jinja2"):
+        digest.update(version(package).encode())
+    return digest.hexdigest()[:32]
+
+
+def _hash_of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _name(files: list[DataFile]) -> str:
+    return f"{files[0].path}{f' and {len(files) - 1} more' if len(files) > 1 else ''}"
+
+
+# ------------------------------------------------------------------------------------------------ rows to samples
+
+
+def _read(files: list[DataFile], encoding: Encoding, write: Callable[[np.ndarray], object]) -> tuple[Counts, Samples]:
+    """Tokenise all rows and write their words, in order. Returns the samples without their words."""
+    counts, digest = Counts(), hashlib.sha256()
+    rows: list[np.ndarray] = [np.empty(0, np.int64)]
+    lengths, num_targets = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+    for part in _encode_files(files, encoding):
+        counts.extend(part.counts)
+        lengths.append(part.lengths)
+        num_targets.append(part.num_targets)
+        digest.update(part.words)
+        digest.update(part.lengths)
+        write(part.words)
+        rows.append(part.rows)
+    if counts.invalid and not encoding.skip_invalid:
+        raise InvalidRows(counts)
+    if counts.too_long and encoding.strategy == "raise":
+        raise UserError(
+            f"{counts.too_long.first[0]}: more tokens than sequence_len={encoding.sequence_len}, and "
+            f"excess_length_strategy is raise. Of {counts.rows} rows {len(counts.too_long)} are too long, the longest "
+            f"has {counts.longest} tokens. Set sequence_len to {counts.longest}, or drop or truncate."
+        )
+    samples = Samples.of(np.empty(0), np.concatenate(lengths), np.concatenate(num_targets), digest.hexdigest())
+    _note_repeated(np.concatenate(rows), files, encoding.part, counts)
+    if not len(samples):
+        num_long, num_empty = len(counts.too_long), len(counts.unsupervised)
+        why = f"{num_long} too long for sequence_len {encoding.sequence_len}, {num_empty} without a token to learn"
+        advice = f"sequence_len: {counts.longest} would keep all" if num_long else "Check the file and its type"
+        if not counts.rows and not counts.invalid:
+            why, advice = f"the {'part' if encoding.part else 'file'} is empty", "Name one with rows"
+        raise UserError(f"data {_name(files)}: no usable row ({why}), so there is nothing to train or score. {advice}.")
+    return counts, samples
+
+
+def _note_repeated(rows: np.ndarray, files: list[DataFile], part: str, counts: Counts) -> None:
+    """Count rows that stand there twice. rows: a hash of the tokens of each."""
+    _, firsts = np.unique(rows, return_index=True)
+    if len(firsts) == len(rows):
+        return
+    is_repeated = np.ones(len(rows), bool)
+    is_repeated[firsts] = False
+    named = np.flatnonzero(is_repeated)[:NAMED].tolist()
+    placed = enumerate(islice(placed_rows(files, part), named[-1] + 1))
+    first = [where for i, (where, _) in placed if i in named]
+    counts.notes["the same as an earlier row, so used more than once"] = Places(len(rows) - len(firsts), first)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The samples of a block: their words one behind the other, and for each its tokens and those that count."""
+
+    words: np.ndarray  # (tokens,) uint32
+    lengths: np.ndarray  # (samples,) int32
+    num_targets: np.ndarray  # (samples,) int32
+    rows: np.ndarray  # (rows,) int64: a hash of each row, to find those that stand there twice
+    counts: Counts
+
+
+def encode_block(block: Block, encoding: Encoding) -> Encoded:
+    """Tokenise the rows of a block."""
+    tokens: list[int] = []
+    supervised: list[bool] = []
+    lengths: list[int] = []
+    num_targets: list[int] = []
+    counts, limit = Counts(), encoding.sequence_len
+    rows: list[int] = []
+    for where, row in block.rows():
+        counts.rows += 1
+        notes: list[str] = []
+        try:
+            if isinstance(row, UserError):
+                raise row
+            prompt_format = encoding.prompt_format or detect_format(row)
+            ids, mask = prompt_format.encode_row(encoding.tokenizer, row, notes.append)
+        except (UserError, RecursionError) as error:  # the latter of lists in lists in lists ...
+            rows.append(hash(where))
+            counts.note([note for note in notes if note.startswith(ROLE_SEEN)], where)
+            counts.add_invalid(str(error).removeprefix(f"{where}: "), Places(1, [where]))
+            continue
+        counts.note(notes, where)
+        counts.longest = max(counts.longest, len(ids))
+        pieces, num_samples = range(0, len(ids), limit), len(lengths)
+        if len(ids) > limit and prompt_format.type != "completion":
+            counts.too_long.add(where)
+            pieces = pieces[:1] if encoding.strategy == "truncate" else []
+        for start in pieces:
+            piece = mask[start : start + limit]
+            if counted := sum(piece[1:]):
+                tokens += ids[start : start + limit]
+                supervised += piece
+                lengths.append(len(piece))
+                num_targets.append(counted)
+            else:
+                counts.unsupervised.add(where)
+        rows.append(hash((*ids, *mask)) if len(lengths) > num_samples else hash(where))  # only what is kept
+    words = np.array(tokens, np.uint32) | np.array(supervised, np.uint32) * SUPERVISED
+    arrays = np.array(lengths, np.int32), np.array(num_targets, np.int32), np.array(rows, np.int64)
+    return Encoded(words, *arrays, counts)
+
+
+def _encode_files(files: list[DataFile], encoding: Encoding) -> Iterator[Encoded]:
+    """The blocks of all files, tokenised, in order; in as many processes as there are cores, if they are worth it."""
+    blocks = blocks_of(files, encoding.part)
+    num_bytes = sum(file.path.stat().st_size for file in files)
+    workers = min(len(os.sched_getaffinity(0)), 1 + num_bytes // BLOCK_BYTES)
+    if num_bytes < SMALL or workers < 2:
+        yield from (encode_block(block, encoding) for block in blocks)
+        return
+    # Forked, a process starts at once and has the tokenizer. It must not touch torch, whose threads it does not have.
+    pool = ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (encoding,))
+    waiting: deque[tuple[int, Future[Encoded]]] = deque()
+    with tqdm(total=num_bytes, disable=None, unit="B", unit_scale=True, desc="tokenising", dynamic_ncols=True) as bar:
+
+        def first() -> Encoded:
+            size, future = waiting.popleft()
+            encoded = future.result()
+            bar.update(size)
+            return encoded
+
+        try:
+            for block in blocks:
+                waiting.append((block.num_bytes, pool.submit(_encode_in_worker, block)))
+                if len(waiting) > 3 * workers:  # not all at once: they would be held in memory
+                    yield first()
+            while waiting:
+                yield first()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that tokenised data was ended from outside, most likely for want of memory. Free some, or "
+                "split the longest rows."
+            ) from error
+        except KeyboardInterrupt:  # Ctrl-C, SIGTERM: what is under way is not waited for
+            for worker in active_children():
+                worker.kill()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_encoding: Encoding  # of a worker
+
+
+def _start_worker(encoding: Encoding) -> None:
+    global _encoding
+    _encoding = encoding
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the first process, which ends these
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # and so does whatever kills it
+
+
+def _encode_in_worker(block: Block) -> Encoded:
+    return encode_block(block, _encoding)

@@ -1,0 +1,137 @@
+"""What the columns of a row are called and mean, and the text around them: the content of prompt.json.
+
+`prompts.py` encodes rows by it. The same file that made the training tokens makes the prompt of a chat later.
+"""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+from ..config.errors import UserError, wrong_type
+from ..tokenizer.traced import join, trace
+from .masks import ENDS
+
+USUAL_ROLES = {  # names in data files -> names in templates
+    **{"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"},
+    **{"model": "assistant", "tool": "tool", "function": "tool"},
+}
+
+WITH_INPUT = "{instruction} {input} "
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """The words around the columns of a row. The fields are the keys of Axolotl's `type`, where that is a map."""
+
+    format: str = WITH_INPUT  # of a row with an input
+    no_input_format: str | None = None  # of one without; None: the same, or Axolotl's own where format is Axolotl's own
+    system_format: str = "{system}"  # stands in front, if there is a system text
+    system_prompt: str = ""  # the system text of rows that have none
+    field_system: str = "system"  # names of columns
+    field_instruction: str = "instruction"
+    field_input: str = "input"
+    field_output: str = "output"
+
+    def prompt(self, instruction: str, context: str = "", system: str = "") -> str:
+        """The text in front of what is to be written; the columns in it are traced, the frame is the author's."""
+        columns = {"instruction": instruction, "input": context, "system": system}
+        texts = {name: trace(text, 0) for name, text in columns.items()}
+        texts["system"] = texts["system"] or self.system_prompt
+        without = "{instruction} " if self.format == WITH_INPUT else self.format
+        frame = self.format if context else without if self.no_input_format is None else self.no_input_format
+        frame = (self.system_format if texts["system"] else "") + frame
+        parts = re.split(r"{(instruction|input|system)}", frame)  # the texts may hold braces
+        return join(texts[part] if i % 2 else part for i, part in enumerate(parts))
+
+
+FRAMES = {
+    "alpaca": Frame(  # Stanford's
+        format="Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+        no_input_format="Below is an instruction that describes a task. Write a response that appropriately completes "
+        "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n",
+        field_system="",
+    ),
+    "prompt_completion": Frame(
+        format="{instruction}",
+        field_instruction="prompt",
+        field_output="completion",
+        field_input="",
+        field_system="",
+    ),
+}
+TYPES = ("chat_template", *FRAMES, "custom", "completion")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFormat:
+    """How a row is read. The fields are named after the YAML keys that set them, and prompt.json holds them."""
+
+    type: str  # one of TYPES
+    chat_template: str | None = None  # Jinja; None: the tokenizer's own
+    train_on_inputs: bool = False  # count the prompt as well
+    roles_to_train: tuple[str, ...] = ("assistant",)
+    train_on_eos: str = "turn"  # which end tokens of a chat count: of trained turns, of the last one, of all, none
+    frame: Frame | None = None  # custom: the words around the columns
+    field: str = "text"  # completion: the column with the text
+    field_messages: str = "messages"  # chat_template: the column with the messages
+    field_tools: str = "tools"  # chat_template: the column with the tools that the assistant may call, if there are any
+    field_system: str = "system"  # chat_template: the column with a system text, where no message has one
+    field_instruction: str = ""  # chat_template: the column with a question, in place of messages; and with its answer
+    field_output: str = ""
+    message_field_training: str = ""  # chat_template: the key that says whether a message is learnt
+    # What the template calls a field of a message, or a role -> what the file calls it.
+    message_property_mappings: dict[str, str] = dataclasses.field(default_factory=dict)
+    roles: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, allowed in {"type": TYPES, "train_on_eos": ENDS}.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(
+                    f"{name} is {getattr(self, name)!r}. It decides how rows become tokens. Use {' or '.join(allowed)}."
+                )
+        if self.type == "custom" and self.frame is None:
+            raise UserError("type is custom and there is no frame. It says what stands around the columns. Give one.")
+        # From JSON they come as lists; frozen, so that nobody changes a format between training and talking.
+        object.__setattr__(self, "roles_to_train", tuple(self.roles_to_train))
+        object.__setattr__(self, "roles", {role: tuple(names) for role, names in self.roles.items()})
+        if unknown := [role for role in self.roles_to_train if role not in self.role_of]:
+            raise UserError(
+                f"roles_to_train names {', '.join(unknown)}, and known are {', '.join(self.role_of)}. No message of it "
+                "could be learnt. Correct the name, or name it under roles."
+            )
+
+    @cached_property
+    def role_of(self) -> dict[str, str]:
+        """Every known name of a role in the file -> its name in the template."""
+        own = {theirs: ours for ours, names in self.roles.items() for theirs in names}
+        return USUAL_ROLES | {role: role for role in self.roles} | own
+
+    # prompt.json
+
+    def to_json(self) -> str:
+        """The text of prompt.json."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The format that a prompt.json describes."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"prompt.json: not valid JSON ({error}). It says how to prompt. Save it again.") from error
+        known = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(data, dict) or "type" not in data or not data.keys() <= known:
+            found = ", ".join(data) if isinstance(data, dict) else type(data).__name__
+            raise UserError(
+                f"prompt.json: found {found}; it needs type and may have {', '.join(sorted(known - {'type'}))}. "
+                "It says how to prompt the model. Take the file that training wrote."
+            )
+        wrong = wrong_type(data, cls, "")
+        if wrong:
+            raise UserError(f"prompt.json: {wrong}. It says how to prompt the model. Take the file that was saved.")
+        return cls(**data | {"frame": data.get("frame") and Frame(**data["frame"])})

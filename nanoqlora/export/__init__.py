@@ -1,0 +1,10 @@
+"""What leaves a run: merged weights in each form, GGUF files, Ollama's template, and the proof of what is in them.
+
+    gguf_model.py, gguf_adapter.py, tokenizer_metadata.py    model, adapter and vocabulary as GGUF
+    go_template.py                                           the prompt in Ollama's template language
+    forms.py, certificate.py, held_out.py                    each form of the model, scored on held-out texts
+    proof.py, llama_cpp.py                                   a GGUF file, asked by our reader and by real llama.cpp
+    answer_speed.py                                          how fast each form answers
+
+Not here: the file format (`gguf/`). Read first: `certificate.py`.
+"""

@@ -1,0 +1,104 @@
+"""How fast does what was trained answer on this machine, in each of its forms?
+
+Prefill is how many tokens of a prompt are read a second, decode how many tokens of an answer are written a second; one
+conversation at a time, greedy. The forms are those that a run's folder holds: the base, the adapter on the 4-bit base,
+the merged model, and every .gguf file in llama.cpp, if the package xllamacpp is installed: on the CPU, with as many
+threads as PyTorch has, as a process of its own.
+"""
+
+import argparse
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ..config.errors import UserError
+from ..gguf.reader import read_gguf
+from ..model import Llama
+from ..qlora import dense_weights
+from ..run.generate import generate
+from ..run.usable import load_for_use
+from .llama_cpp import NotAsked, Refused, Server
+
+
+def speed_of(model: Llama, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
+    """Tokens a second of our own code; the best of two runs, after one that warms up."""
+    ids = torch.randint(model.config.vocab_size, (prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    on_cpu = model.model.norm.weight.device.type == "cpu"
+    prefill, decode = [], []
+    with dense_weights(model) if on_cpu else nullcontext():
+        for count in (2, new_tokens + 1, new_tokens + 1):
+            start = time.perf_counter()
+            answer = generate(model, ids, set(), max_new_tokens=count)
+            next(answer)  # the answer's first token comes out of the prompt
+            first = time.perf_counter()
+            made = sum(1 for _ in answer)
+            prefill.append(prompt_tokens / (first - start))
+            decode.append(made / (time.perf_counter() - first))
+    return {"prefill": max(prefill[1:]), "decode": max(decode[1:])}
+
+
+def speed_in_llama_cpp(file: Path, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
+    """The same from llama.cpp, by its own clock and with its own defaults.
+
+    Raises:
+        NotAsked, Refused: as `llama_cpp.Server`.
+    """
+    ids = torch.randint(len(read_gguf(file).metadata["tokenizer.ggml.tokens"]), (prompt_tokens,)).tolist()
+    size, found = prompt_tokens + new_tokens + 1, []
+    with Server(file, n_ctx=size, exact=False, threads=torch.get_num_threads()) as llama:
+        for count in (2, new_tokens + 1, new_tokens + 1):
+            found.append(llama.complete(ids, count, ignore_eos=True, cache_prompt=False)["timings"])
+    names = {"prefill": "prompt_per_second", "decode": "predicted_per_second"}
+    return {name: max(timings[theirs] for timings in found[1:]) for name, theirs in names.items()}
+
+
+def bench_deploy(folder: Path, prompt_tokens: int, new_tokens: int) -> list[dict[str, Any]]:
+    """Measure every form in a run's output folder and print the table.
+
+    Raises:
+        UserError: the folder is no run's, or a form in it cannot be used.
+    """
+    run = folder / "train.yml"
+    if not run.exists():
+        raise UserError(f"{folder}: has no train.yml, so it is no run's output folder. Give the output_dir of a run.")
+    try:
+        trained = yaml.safe_load(run.read_text("utf-8"))
+        base, in_4bit = str(trained["base_model"]), trained.get("load_in_4bit", True) is True
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{run}: cannot be read ({type(error).__name__}: {str(error)[:200]!r}), so what was trained is not known."
+        ) from error
+    forms = [("base", base, None, False)]
+    forms.append((f"adapter on {'4-bit ' * in_4bit}base", base, folder, in_4bit))
+    forms += [("merged", folder / "merged", None, False)] * (folder / "merged").exists()
+    rows = []
+    print(f"{prompt_tokens} tokens of prompt, {new_tokens} of answer, {torch.get_num_threads()} threads, tokens/s")
+    print(f"{'':34}  {'prefill':>9}  {'decode':>9}")
+
+    def add(name: str, speeds: dict[str, float]) -> None:
+        rows.append({"form": name, **speeds})
+        print(f"{name:34}  {speeds['prefill']:9.1f}  {speeds['decode']:9.1f}", flush=True)
+
+    for name, model, adapter, load_in_4bit in forms:
+        args = argparse.Namespace(
+            model=model,
+            adapter=adapter,
+            other_base=False,
+            load_in_4bit=load_in_4bit,
+            bf16=trained.get("bf16", "auto"),
+        )
+        add(name, speed_of(load_for_use(args).model, prompt_tokens, new_tokens))
+    for file in sorted(folder.glob("model-*.gguf")):
+        try:
+            add(f"{file.name} in llama.cpp", speed_in_llama_cpp(file, prompt_tokens, new_tokens))
+        except NotAsked as error:
+            print(f"{file.name} in llama.cpp: not asked, because {error}")
+        except Refused as error:
+            raise UserError(
+                f"{file}: llama.cpp refuses it ({error}), so it cannot be measured. Export it again."
+            ) from error
+    return rows

@@ -1,0 +1,196 @@
+"""The forms that a trained model can take, each as weights that are made when they are asked for, one tensor at a time.
+
+    Merged(base, updates, ...)      base and adapter as one weight: what merge.py writes, what training computed with
+    Rounded(weights, "Q4_K_M")      the same after a trip through the block formats of a GGUF file
+
+Both have the face of an opened checkpoint (`checkpoint.Weights`), so a form can be written, loaded or scored alike, and
+none of them is ever whole in memory.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config.errors import UserError
+from ..gguf.file_types import tensor_type
+from ..gguf.ggml_blocks import FORMATS, dequantize, quantize_checked
+from ..gguf.names import gguf_name, tensor_shapes
+from ..qlora import ROWS_AT_A_TIME, QLoRALinear, check_width
+from ..weights.adapter import Update
+from ..weights.adapter_files import read_trained
+from ..weights.checkpoint import Weights, model_config
+from .certificate import GGUF, ON_NF4, ON_ORIGINAL, TRAINED, Form
+
+
+class Merged:
+    """W + s B A, summed in float32 and rounded once.
+
+    Args:
+        base: where W comes from.
+        updates: of the adapter, by the name of the layer; none leaves the base alone.
+        in_4bit: W of the blocks' linear layers goes through NF4 and back first, as in training.
+        seen: the dtype that training computed in: a weight was rounded to it before every product.
+        dtype: of the result; float32 keeps the sum as it is.
+        device: where the arithmetic is done, and where the result is.
+    """
+
+    def __init__(
+        self,
+        base: Weights,
+        updates: dict[str, Update],
+        in_4bit: bool,
+        seen: torch.dtype,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.base, self.updates, self.in_4bit = base, updates, in_4bit
+        self.seen, self.dtype, self.device = seen, dtype, device
+        self.config: dict[str, Any] = base.config
+        self.where: Path = base.where
+        self.shapes = tensor_shapes(model_config(base.config, base.where))
+        self.changes: dict[str, float] = {}  # by layer: the norm of what was added over the norm of W
+        for layer in updates:
+            if f"{layer}.weight" not in self.shapes:
+                raise UserError(f"adapter: has an update of {layer}, which {self.where} has not. Wrong base?")
+
+    def names(self) -> list[str]:
+        return list(self.shapes)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(_count(shape) for shape in self.shapes.values()) * self.dtype.itemsize
+
+    def load(self, name: str) -> Tensor:
+        """One tensor of the merged model.
+
+        Raises:
+            UserError: the adapter does not fit, changes nothing there, or the result holds NaN or infinity.
+        """
+        w, layer = self.base.load(name), name.removesuffix(".weight")
+        if tuple(w.shape) != self.shapes[name]:
+            raise UserError(
+                f"{self.where}: {name} has shape {tuple(w.shape)}, and by its configuration it should have "
+                f"{self.shapes[name]}. Get a whole, matching checkpoint."
+            )
+        w = w.to(self.device)
+        is_linear = ".layers." in name and w.ndim == 2
+        merged = self._merged_linear(name, layer, w) if is_linear else w.to(self.seen).to(self.dtype)
+        if not torch.isfinite(torch.stack(merged.aminmax())).all():
+            raise UserError(
+                f"{name}: holds NaN or infinite values in {self.dtype}, which would be in every answer. Base or "
+                f"adapter is damaged, or a value is too large for this --dtype."
+            )
+        return merged
+
+    def as_training_saw(self, name: str, w: Tensor) -> QLoRALinear:
+        """A linear layer with the values that every product of the training had, from its weight in the file."""
+        linear = QLoRALinear(w)
+        if self.in_4bit:
+            check_width(f"{self.where}: {name}", w)
+            linear.quantize()
+        return linear
+
+    def _merged_linear(self, name: str, layer: str, w: Tensor) -> Tensor:
+        """Some rows at a time, so that float32 copies stay small beside the weight."""
+        linear, update = self.as_training_saw(name, w), self.updates.get(layer)
+        if update:
+            update = Update(*(part.to(self.device) if isinstance(part, Tensor) else part for part in update))
+            a, b = update.lora_A, update.lora_B
+            if (b.shape[0], a.shape[1]) != w.shape:
+                raise UserError(
+                    f"adapter: {layer} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, which make no update "
+                    f"of {tuple(w.shape)}, the shape of its weight in the base model. Wrong base?"
+                )
+        merged, step = torch.empty(w.shape, dtype=self.dtype, device=self.device), max(1, ROWS_AT_A_TIME // w.shape[1])
+        before = after = torch.zeros((), dtype=torch.float64, device=self.device)
+        is_changed = False
+        for rows in (slice(i, i + step) for i in range(0, len(w), step)):
+            base = linear.rebuild(self.seen, rows).float()
+            merged[rows] = base
+            if update:
+                plain, whole = merged[rows].clone(), update.rows(rows).merged(base)
+                merged[rows] = whole
+                is_changed = is_changed or not torch.equal(merged[rows], plain)
+                before = before + base.norm().double() ** 2
+                after = after + (whole - base).norm().double() ** 2
+        is_zero = update and not (update.lora_A.any() and update.lora_B.any())  # as training starts
+        if update and not is_changed and not is_zero:
+            raise UserError(
+                f"adapter: {layer} has an update that does not change its weight in {self.dtype}, so it would be "
+                f"lost. Choose a larger --dtype, train further, or leave this layer out of the adapter."
+            )
+        if update:
+            self.changes[layer] = (after / before.clamp(min=1e-60)).sqrt().item()
+        return merged
+
+
+class Rounded:
+    """Weights as a GGUF file of some type holds them, float32: quantized and read back, no file needed.
+
+    Rows of q_proj and k_proj stand in another order in a file, and blocks run along rows, so the values are the same.
+    """
+
+    def __init__(self, weights: Weights, file_type: str, device: torch.device) -> None:
+        self.weights, self.device = weights, device
+        self.config, self.where = weights.config, weights.where
+        config = model_config(weights.config, weights.where)
+        is_gqa, is_tied = config.num_key_value_heads < config.num_attention_heads, config.tie_word_embeddings
+        self.types = {
+            name: tensor_type(gguf_name(name), shape, file_type, is_tied, config.num_hidden_layers, is_gqa)
+            for name, shape in tensor_shapes(config).items()
+        }
+        self.num_bytes = sum(
+            FORMATS[self.types[name]].num_bytes(_count(shape)) for name, shape in tensor_shapes(config).items()
+        )
+
+    def names(self) -> list[str]:
+        return self.weights.names()
+
+    def load(self, name: str) -> Tensor:
+        w = self.weights.load(name).to(self.device)
+        return dequantize(quantize_checked(w, self.types[name], name), self.types[name], tuple(w.shape))
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def trained_form(base: Weights, updates: dict[str, Update], adapter: Path, device: torch.device) -> Form:
+    """Base and adapter as training computed with them, in float32, and what they take: NF4 and the small update."""
+    in_4bit, seen, _ = read_trained(adapter)
+    weights = Merged(base, updates, in_4bit, seen, torch.float32, device)
+    total = 0.0
+    for name, shape in weights.shapes.items():
+        in_nf4 = in_4bit and ".layers." in name and len(shape) == 2
+        total += _count(shape) * (0.5 + 1 / 64 + 4 / 64 / 256 if in_nf4 else 2)
+    total += sum(4 * (update.lora_A.numel() + update.lora_B.numel()) for update in updates.values())
+    return Form(TRAINED if in_4bit else "adapter on base", weights, round(total))
+
+
+def all_forms(merged: Merged, written: Weights, adapter: Path, types: list[str], num_bytes: int) -> list[Form]:
+    """The trained model first; then what was written, what `--base` could have been instead, and the GGUF types.
+
+    Args:
+        merged: what was written, as it was made; `written`: as it is read back; `num_bytes`: of its files.
+        types: keys of FILE_TYPES.
+    """
+    base, updates, device = merged.base, merged.updates, merged.device
+    in_4bit, seen, _ = read_trained(adapter)
+    trained = trained_form(base, updates, adapter, device)
+    without = Merged(base, {}, in_4bit, seen, torch.float32, device)
+    forms = [trained, Form("base without adapter", without, trained.num_bytes)]
+    for name, on_nf4 in ((ON_NF4, True), (ON_ORIGINAL, False)):
+        if on_nf4 == merged.in_4bit:
+            forms.append(Form(name, written, num_bytes))
+        elif in_4bit:
+            other = Merged(base, updates, on_nf4, seen if on_nf4 else torch.float32, merged.dtype, device)
+            forms.append(Form(name, other, num_bytes))
+    rounded = [(name.lower(), Rounded(written, name, device)) for name in types]
+    return forms + [Form(GGUF + name, form, form.num_bytes) for name, form in rounded]
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Of the weights in a Hugging Face folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

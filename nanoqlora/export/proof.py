@@ -1,0 +1,466 @@
+"""Is what stands in a .gguf file the model that was trained? Asked of the file itself, just written.
+
+Of the file, by our own reader:
+
+    tensors     is each of them the merged weight, rounded once to the type of the table, bit by bit, and the
+                configuration the same? Is each merged weight that of base and adapter, rounded once to its dtype?
+    words       do texts get the ids that they had in training, from the vocabulary in the file? Are tokens, end tokens
+                and prompts those of the run that the user named?
+
+Of real llama.cpp (export/llama_cpp.py), where the package xllamacpp is installed:
+
+    words       the same texts
+    prompts     conversations, with tools and without, and those of the run's own data: does the template in the file,
+                run by llama.cpp's own engine, give the text and the ids of training?
+    end         does it stop at the token at which an answer ends in training?
+    answers     does it compute on held-out texts what we compute from the file?
+
+And how far the answers of each form are from the trained model's (certificate.py). A proof ends in one verdict line,
+which names what is wrong, or what was not asked.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config.errors import UserError, visible
+from ..config.files import read_json, write_text
+from ..config.schema import Config
+from ..data.messages import say
+from ..data.prompts import PromptFormat
+from ..data.rows import read_rows
+from ..model import rope_frequencies
+from ..run.inputs import data_files, prompt_format_of
+from ..tokenizer.chat_template import Messages
+from ..tokenizer.tokenizer import Tokenizer, load_tokenizer
+from ..weights.adapter import read_updates
+from ..weights.adapter_files import adapter_hash, read_trained
+from ..weights.checkpoint import GGUFWeights, Weights, fingerprint, model_config, open_weights
+from ..weights.generation import end_ids, read_generation
+from .certificate import GGUF, MAX_KL, TRAINED, Form, Texts, compare, hidden_states, score_forms
+from .forms import Merged, Rounded, bytes_on_disk, trained_form
+from .llama_cpp import NotAsked, Refused, Server
+from .tokenizer_metadata import tokenizer_metadata
+
+WORDS = [
+    *(
+        "",
+        " ",
+        "  \n\n\t ",
+        "Hello world",
+        "a  b   c",
+        "line\r\nbreak\n\n\nend ",
+        "it's they'll we'VE",
+        "x = 12345 + 6.78e9;",
+    ),
+    *(
+        "\u00fc\u00df\u0153 na\u00efve",
+        "\u4f60\u597d\uff0c\u4e16\u754c",
+        "\u0645\u0631\u062d\u0628\u0627",
+        "\U0001f642\U0001f468\u200d\U0001f469",
+    ),
+    *(
+        "def f(x):\n    return x\n",
+        "<|im_start|>user</s>[INST]",
+        "https://a.b/c?d=e&f",
+        "\u00a0\u2003\u3000",
+        "!?...---___",
+    ),
+]
+TOOL = {
+    "name": "read_tide",
+    "description": 'The height of the "tide", caf\u00e9 <b>included</b>.',
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "harbour": {"type": "string", "description": "Where"},
+            "hours": {"type": "integer", "enum": [1, 2]},
+        },
+        "required": ["harbour"],
+    },
+}
+TOOLS = [{"type": "function", "function": TOOL}]
+CALL = {"id": "tidecall1", "type": "function", "function": {"name": "read_tide", "arguments": {"harbour": "Brest"}}}
+ASKED = [
+    *say("system", "Be brief.\n\nBe kind.", "user", "How high is the tide?"),
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "tidecall1", "name": "read_tide", "content": '{"metres": 4.2}'},
+]
+Chat = tuple[str, Messages, list[Any] | None]  # what it is called, its messages, its tools
+CHATS: list[Chat] = [
+    ("a question", say("user", "Who are you? \u00fc \u4f60 \U0001f642"), None),
+    ("a system message", say("system", "Be brief.\n\nBe kind.", "user", "one\n\ntwo"), None),
+    (
+        "several turns",
+        say("user", "{{ .Content }} {% if %}", "assistant", "'quoted' \"text\" \\n", "user", "<b>bold</b> &amp;"),
+        None,
+    ),
+    (
+        "several turns behind a system message",
+        say("system", "Rhyme!", "user", "first", "assistant", "second", "user", "third", "assistant", "fourth")
+        + say("user", "fifth"),
+        None,
+    ),
+    (
+        "an answer with its thoughts",
+        say("user", "Is it so?", "assistant", "<think>hm</think> It is so.", "user", "And now?"),
+        None,
+    ),
+    ("tools", ASKED[:2], TOOLS),
+    ("a tool's result", ASKED, TOOLS),
+    ("a complete tool turn", [*ASKED, *say("assistant", "It is 4.2 m high.", "user", "Thank you.")], TOOLS),
+]
+AGAIN = "merge and export again, and if that does not help, report this line"
+ALIKE = (
+    "train with a chat template and rows that llama.cpp writes alike, or serve with a program that runs Jinja itself"
+)
+IN_LLAMA_CPP = "the same in llama.cpp"
+NUM_ROWS = 8  # of the run's data, whose conversations are asked
+NEAR = 1e-6  # of a number that is rounded to float32 in a file
+NOISE = 2.0**-16  # of the largest weight of a tensor: two float32 sums in another order, with room to spare
+OTHER_CODES = 1e-3  # of the weights of a layer that went through NF4: another device may round a tie the other way
+ONE_CODE = 0.31  # of the largest weight: how far apart two NF4 codes can be
+
+
+@dataclass
+class Proof:
+    """What is compared, and what was found: `facts` for the record, what is wrong, and what was not asked."""
+
+    file: Path
+    file_type: str
+    model: Path  # that was exported
+    tok: Tokenizer  # of the run, and the format of its prompts; without a run, of the model
+    fmt: PromptFormat
+    config: Config | None  # of the run that the user named
+    facts: dict[str, Any] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+    not_asked: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        merge = self.model / "merge.json"
+        self.record = read_json(merge) if merge.exists() else {}
+        self.record_path = merge if self.record else self.file.with_suffix(".proof.json")
+        self.is_on_original = self.record.get("base") == "original"
+        self.is_on_other = False  # base than the adapter was trained on
+        with open(self.file, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self.facts |= {"type": self.file_type.lower(), "file_sha256": digest}
+        self.trained: Form | None = None
+
+    def fail(self, what: str, advice: str = AGAIN) -> None:
+        """Something is wrong."""
+        self.wrong.append(f"{what}. Do not serve it; {advice}.")
+
+    def verdict(self) -> str:
+        """The line that everything comes down to."""
+        gaps = f"; not asked: {'; '.join(self.not_asked)}" if self.not_asked else ""
+        if self.wrong:
+            more = f" ({len(self.wrong) - 1} more in {self.record_path})" if len(self.wrong) > 1 else ""
+            line = f"verdict: NOT what was trained: {self.file}: {self.wrong[0]}{more}"
+        elif self.trained is None:
+            line = f"verdict: not proven: {self.file.name} is the model in {self.model}, as {self.facts['type']}{gaps}"
+        else:
+            what = "what was trained"
+            if self.is_on_other or (self.is_on_original and self.trained.name == TRAINED):
+                option = "--other_base" if self.is_on_other else "--base original"
+                what = f"what {option} merged, which is not the model that was trained"
+            found = next((form for form in self.facts.get("forms", ()) if form["form"].startswith(GGUF)), None)
+            far = f", {found['mean_kl']:.2g} nats a token from the trained model" if found else ""
+            line = f"verdict: {self.file.name} is {what}: base and adapter, merged, as {self.facts['type']}{far}{gaps}"
+        return visible(" ".join(line.split()))
+
+
+def prove_file(proof: Proof, texts: tuple[str, Texts] | None) -> None:
+    """Compare the file with what was trained; print what was found and a verdict, and keep both.
+
+    The trained model is base and adapter of the run that the user named; without one the exported folder is the truth.
+    The paths in its merge.json are not followed: the folder may come from anybody. The record stands in merge.json, or
+    beside the file where the folder has none.
+
+    Args:
+        texts: `held_out_texts`.
+    Raises:
+        UserError: base or adapter cannot be read; SystemExit: with 1, when the file is not what was trained.
+    """
+    source = open_weights(proof.model)
+    proof.trained = trained_model(proof)
+    try:
+        compare_all(proof, source, texts)
+        if proof.trained:
+            compare_run(proof, GGUFWeights(proof.file), proof.trained.weights.base)
+    except UserError as error:
+        proof.fail(str(error).rstrip("."))
+    line = proof.verdict()
+    proof.facts |= {"wrong": proof.wrong, "not_asked": proof.not_asked, "verdict": line}
+    earlier = proof.record.get("gguf")
+    gguf = (earlier if isinstance(earlier, dict) else {}) | {proof.file.name: proof.facts}
+    record = proof.record | {"gguf": gguf} if proof.record else proof.facts
+    write_text(proof.record_path, json.dumps(record, indent=2) + "\n")
+    print(f"{proof.record_path}: has the proof of {proof.file.name}\n{line}", flush=True)
+    if proof.wrong:
+        raise SystemExit(1)
+
+
+def compare_all(proof: Proof, source: Weights, texts: tuple[str, Texts] | None) -> None:
+    """Ask everything, and fill in what was found.
+
+    Raises:
+        UserError: the file, or a weight that it is compared with, is damaged.
+    """
+    stored = GGUFWeights(proof.file)
+    compare_tensors(proof, stored, source)
+    compare_words(proof, load_tokenizer(proof.file).encode)
+    if proof.trained:
+        compare_merged(proof, source, proof.trained.weights)
+    if texts is None:
+        proof.not_asked.append("answers on held-out texts (--data names a file)")
+        ask_llama_cpp(proof, None, None)
+        return
+    own = hidden_states(stored, texts[1], proof.device)
+    theirs = ask_llama_cpp(proof, texts[1], own)
+    num_bytes = proof.file.stat().st_size
+    forms = [Form(f"{GGUF}{proof.file.name}"[:26], stored, num_bytes, own)]
+    if proof.model.is_dir():
+        forms.insert(0, Form("merged" if proof.record else "exported", source, bytes_on_disk(proof.model)))
+    if proof.trained:
+        forms.insert(0, proof.trained)
+    if theirs:
+        forms.append(Form(IN_LLAMA_CPP, stored, num_bytes, theirs))
+    scores = score_forms(forms, texts[1], proof.device)
+    proof.facts |= {"held_out": texts[0], "forms": [vars(score) for score in scores if score.form != IN_LLAMA_CPP]}
+    if theirs:
+        proof.facts["llama_cpp"] |= vars(scores[-1])
+    if proof.trained and not proof.is_on_original and not scores[1].mean_kl <= MAX_KL:
+        proof.fail(f"what was merged is {scores[1].mean_kl:.3g} nats a token from the trained model")
+
+
+# ------------------------------------------------------------------------------------------------ by our own reader
+
+
+def compare_tensors(proof: Proof, stored: GGUFWeights, source: Weights) -> None:
+    """Tensors and configuration of the file against the folder's."""
+    if not compare_configs(proof, stored, source, "the model"):
+        return
+    rounded, worst = Rounded(source, proof.file_type, proof.device), 0.0
+    names = stored.names()
+    if missing := set(source.names()) & set(rounded.names()) - set(names):
+        proof.fail(f"tensor {min(missing)} is missing")
+    for name in names:
+        w, ours = stored.load(name).to(proof.device), source.load(name).to(proof.device, torch.float32)
+        if not torch.equal(w, rounded.load(name)):
+            proof.fail(f"tensor {name} is not the merged model's, rounded to {rounded.types[name]}")
+            return
+        worst = max(worst, ((w - ours).norm() / ours.norm().clamp(min=1e-30)).item())
+    proof.facts |= {"tensors": len(names), "largest_relative_error": worst}
+    print(f"tensors   {len(names)} equal those of {proof.model}, rounded once (at most {worst:.2%} off)")
+
+
+def compare_configs(proof: Proof, stored: GGUFWeights, source: Weights, whose: str) -> bool:
+    """The numbers that a model computes with. Returns whether the tensors can be compared."""
+    config, written = (model_config(weights.config, weights.where) for weights in (source, stored))
+    for name in (f.name for f in fields(config) if f.type in (int, float) and f.name != "rope_theta"):
+        if not math.isclose(getattr(config, name), getattr(written, name), rel_tol=NEAR):
+            proof.fail(f"{name} is {getattr(written, name)} in it and {getattr(config, name)} in {whose}")
+            return False
+    if not torch.allclose(rope_frequencies(config), rope_frequencies(written), rtol=10 * NEAR):
+        proof.fail(f"its rotary embeddings turn by other angles than those of {whose}")
+    return True
+
+
+def trained_model(proof: Proof) -> Form | None:
+    """Base and adapter of the run that the user named, as training computed with them."""
+    if proof.config is None:
+        proof.not_asked.append("the trained model (give the YAML file of its run first)")
+        return None
+    adapter, base = Path(proof.config.output_dir), proof.config.base_model
+    digest = adapter_hash(adapter)
+    if digest is None:
+        proof.not_asked.append(f"the trained model ({adapter} has no adapter)")
+        return None
+    weights = open_weights(base)
+    proof.facts |= {"adapter_sha256": digest, "base_fingerprint": fingerprint(weights)}
+    if proof.record.get("adapter_sha256", digest) != digest:
+        proof.fail(f"{proof.model} was merged from another adapter than the one in {adapter}")
+    if proof.record.get("base_fingerprint", proof.facts["base_fingerprint"]) != proof.facts["base_fingerprint"]:
+        proof.fail(f"{proof.model} was merged onto other weights than those of {base}")
+    trained_on = read_trained(adapter).base
+    proof.is_on_other = trained_on not in (None, proof.facts["base_fingerprint"])
+    if trained_on is None:
+        proof.not_asked.append(f"whether {adapter} was trained on these weights of {base} (it has no fingerprint)")
+    return trained_form(weights, read_updates(adapter)[1], adapter, proof.device)
+
+
+def compare_merged(proof: Proof, source: Weights, trained: Merged) -> None:
+    """Every tensor of the exported model against base and adapter: it may be off by one rounding to its dtype."""
+    if proof.is_on_original:
+        trained = Merged(trained.base, trained.updates, False, torch.float32, torch.float32, proof.device)
+    names = set(source.names())
+    for name in trained.names():
+        if name not in names:
+            proof.fail(f"{proof.model} has no tensor {name}, and the trained model has")
+            return
+        w, exact = source.load(name), trained.load(name)
+        bound = torch.finfo(w.dtype).eps / 2 * exact.abs() + NOISE * exact.abs().max()
+        distance, in_nf4 = (w.to(proof.device, torch.float32) - exact).abs(), trained.in_4bit and ".layers." in name
+        off = (distance > bound).float().mean()
+        if off > (OTHER_CODES if in_nf4 else 0) or off and distance.max() > ONE_CODE * exact.abs().max():
+            proof.fail(f"tensor {name} of {proof.model} is not that of base and adapter ({off:.2%} are others)")
+            return
+    print(f"merged    {len(trained.names())} tensors of {proof.model} are those of base and adapter, rounded once")
+
+
+def compare_words(proof: Proof, encode: Callable[[str], list[int]], by: str = "its vocabulary") -> None:
+    """Texts, none of which may become special tokens, against training's ids; with the file's rule of where spaces go,
+    which is chosen so that prompts have the same ids."""
+    read = load_tokenizer(proof.file)
+    if read.pre != proof.tok.pre:
+        proof.fail(f"its vocabulary splits text by the rule {read.pre!r}, in training it was {proof.tok.pre!r}")
+        return
+    tok = replace(proof.tok, space_before=read.space_before, space_before_space=read.space_before_space)
+    for text in WORDS:
+        if encode(text) != tok.encode(text):
+            proof.fail(f"{by} gives {text!r} other token ids than in training")
+            return
+    proof.facts["texts"] = len(WORDS)
+    print(f"words     {len(WORDS)} hard texts have the ids of training, by {by}")
+
+
+def compare_run(proof: Proof, stored: GGUFWeights, base: Weights) -> None:
+    """What the file has besides tensors, against the run: the base's configuration, the run's tokenizer and prompts."""
+    if not compare_configs(proof, stored, base, "the trained model"):
+        return
+    tok, fmt, written = proof.tok, proof.fmt, stored.file.metadata
+    ends = end_ids(read_generation(base), first=(fmt.end_id(tok), tok.eos_id))
+    trained = tokenizer_metadata(tok, fmt, base.config["vocab_size"], proof.model, ends)
+    for key in dict.fromkeys([*trained, *(key for key in written if key.startswith("tokenizer."))]):
+        found, value = written.get(key), trained.get(key, ("", None))[1]
+        if found != value and not (key == "tokenizer.chat_template" and str(found).endswith(value)):
+            proof.fail(f"its {key} is not that of the run in {proof.config.output_dir}")
+            return
+
+
+# ------------------------------------------------------------------------------------------------ real llama.cpp
+
+
+def ask_llama_cpp(proof: Proof, texts: Texts | None, own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    """Words, prompts and the end token; and `hidden_states` of held-out texts, where `own` are ours of the file."""
+    documents = []  # (ids, places of what is supervised)
+    for row in texts.rows if texts else []:
+        for _, start, end in row.segments.documents:
+            places = [i - start for i in row.supervised.tolist() if start <= i < end]
+            documents.append((row.tokens.flatten()[start:end].tolist(), places))
+    longest = max((len(ids) for ids, _ in documents), default=0)
+    if longest >= model_config(open_weights(proof.file).config, proof.file).max_position_embeddings:
+        proof.not_asked.append(f"answers in llama.cpp (a held-out text of {longest} tokens is longer than its context)")
+        documents = []
+    before = len(proof.wrong)
+    try:
+        with Server(proof.file, n_ctx=longest + 8, hidden=True, threads=torch.get_num_threads()) as llama:
+            compare_words(proof, llama.tokenize, "llama.cpp")
+            count = compare_prompts(proof, llama)
+            states = [torch.tensor(llama.hidden_states(ids))[places] for ids, places in documents]
+    except NotAsked as error:
+        proof.not_asked.append(f"llama.cpp ({error})")
+        print(f"llama.cpp was not asked: {error}")
+        return None
+    except Refused as error:
+        proof.fail(f"llama.cpp refuses it ({error})", ALIKE if "template" in str(error) else AGAIN)
+        return None
+    proof.facts["llama_cpp"] = {"texts": len(WORDS), "conversations": count}
+    if len(proof.wrong) == before:
+        print(f"prompts   {count} conversations have the ids of training in llama.cpp, and it stops where they end")
+    if not states:
+        return None
+    theirs = torch.cat(states).to(own[0]), own[1]
+    kl = max(0.0, compare(own, theirs, texts.targets)[0])
+    proof.facts["llama_cpp"] |= {"tokens": len(texts.targets), "kl_of_file": kl}
+    if not kl <= MAX_KL:
+        proof.fail(f"llama.cpp computes other answers from it than we do, {kl:.3g} nats a token away")
+    return theirs
+
+
+def compare_prompts(proof: Proof, llama: Server) -> int:
+    """Conversations through the template in the file, by llama.cpp's engine, and its end token. Returns how many."""
+    tok, fmt, count = proof.tok, proof.fmt, 0
+    for name, messages, tools in conversations(proof):
+        try:
+            prompt = llama.prompt(as_sent(messages), tools)
+            ids = llama.tokenize(prompt, add_special=True, parse_special=True)
+        except Refused as error:
+            proof.fail(f"llama.cpp refuses {name} with the chat template in it ({error})", ALIKE)
+            continue
+        if ids != fmt.encode_prompt(tok, messages, tools):
+            text = fmt.render(tok, messages, True, tools)
+            text = text.removeprefix(tok.vocab[tok.bos_id]) if fmt.add_bos(tok) else text
+            at = len(os.path.commonprefix([prompt, text]))
+            theirs, ours = (repr(x[max(0, at - 20) : at + 20]) for x in (prompt, text))
+            what = "other token ids" if prompt == text else f"{theirs} where training has {ours}"
+            proof.fail(f"llama.cpp makes {what} of {name}", ALIKE)
+        count += 1
+    end = fmt.end_id(tok)
+    end = tok.eos_id if end is None else end
+    if llama.complete([end], 2, logit_bias=[[end, 1e4]])["stop_type"] != "eos":
+        proof.fail(f"llama.cpp does not stop at {tok.vocab[end]!r}, which ends an answer in training")
+    return count
+
+
+def conversations(proof: Proof) -> list[Chat]:
+    """Those that are to be asked: all of which training's own prompt holds every part."""
+    skipped: dict[str, list[str]] = {}
+    asked = []
+    for name, messages, tools in [*CHATS, *chats_of_run(proof)]:
+        try:
+            text = proof.fmt.render(proof.tok, messages, True, tools)
+        except UserError:
+            skipped.setdefault("training's own template refuses it", []).append(name)
+            continue
+        parts = [message["content"].split("</think>")[-1].strip() for message in messages if message.get("content")]
+        calls = [call for message in messages for call in message.get("tool_calls") or ()]
+        parts += [each["function"]["name"] for each in [*calls, *(tools or [])] if "function" in each]
+        if not all(part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text for part in parts):
+            skipped.setdefault("training's prompt leaves a part of it out", []).append(name)
+        elif any(token in part for part in parts for token in proof.tok.special_tokens):
+            skipped.setdefault("its text holds special tokens, which llama.cpp reads as such", []).append(name)
+        else:
+            asked.append((name, messages, tools))
+    proof.not_asked += [f"{', '.join(names)} ({why})" for why, names in skipped.items()]
+    return asked
+
+
+def chats_of_run(proof: Proof) -> Iterator[Chat]:
+    """The first conversations of the run's held-out data, or of what it trained on, up to their last answer."""
+    config, tok = proof.config, proof.tok
+    if config is None or proof.fmt.type != "chat_template":
+        return
+    dataset = (config.test_datasets or config.datasets)[0]
+    try:
+        fmt = prompt_format_of(config, dataset, tok)
+        if fmt.jinja(tok) != proof.fmt.jinja(tok):
+            raise UserError("it has a chat template of its own")
+        for where, row in islice(read_rows(data_files(dataset)), NUM_ROWS):
+            yield where, *fmt.last_question(row)
+    except UserError as error:
+        proof.not_asked.append(f"conversations of {dataset.path} ({error})")
+
+
+def as_sent(messages: Messages) -> Messages:
+    """Messages as programs send them to a server: the arguments of a call are a JSON text."""
+    sent = []
+    for message in messages:
+        calls = []
+        for call in message.get("tool_calls") or ():
+            function = call.get("function", call)
+            text = json.dumps(function.get("arguments", {}), ensure_ascii=False)
+            calls.append({"type": "function", **call, "function": {**function, "arguments": text}})
+        sent.append({**message, "tool_calls": calls} if calls else message)
+    return sent

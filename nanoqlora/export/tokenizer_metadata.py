@@ -1,0 +1,180 @@
+"""The vocabulary and the chat template of a model, as the metadata of a GGUF file.
+
+llama.cpp runs the Jinja that stands there. Ollama prefers a template in the language of Go's text/template, from the
+Modelfile: `go_template.py`.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from ..config.errors import UserError
+from ..data.messages import say
+from ..data.prompts import PromptFormat
+from ..gguf.container import Metadata
+from ..tokenizer.byte_pairs import merges_of
+from ..tokenizer.chat_template import Messages
+from ..tokenizer.sentencepieces import UNREACHED
+from ..tokenizer.tokenizer import Tokenizer
+from ..tokenizer.vocabulary import UNUSED
+
+STOPS_BY_NAME = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "</s>")
+
+
+# llama.cpp gives templates these, with today's date; training does not, and Llama-3.1's then writes a date of its own.
+GIVEN_BY_SERVERS = ("date_string", "datetime")
+
+
+def tokenizer_metadata(
+    tok: Tokenizer, fmt: PromptFormat, num_rows: int, model: Path, ends: Sequence[int] = ()
+) -> Metadata:
+    """The vocabulary, the end tokens, and the template of the training format, as a GGUF file spells them.
+
+    Args:
+        num_rows: of the embedding. llama.cpp wants exactly as many tokens.
+        ends: tokens that end an answer besides the one that training ended answers with.
+    Raises:
+        UserError: the file could not say how the model was trained.
+    """
+    pieces, kinds = tok.pieces(), tok.token_types()
+    if len(pieces) > num_rows:
+        raise UserError(
+            f"{model}: the tokenizer has {len(pieces)} tokens and the embedding {num_rows} rows, so some tokens would "
+            f"have no vector. Take both from one model."
+        )
+    pieces += [f"[PAD{id}]" for id in range(len(pieces), num_rows)]
+    kinds += [UNUSED] * (num_rows - len(kinds))
+    end = fmt.end_id(tok)
+    end = tok.eos_id if end is None else end
+    if end is None:
+        raise UserError(f"{model}: nothing says which token ends an answer. Set eos_token in tokenizer_config.json.")
+    puts_spaces, lead = _spaces(tok, fmt)
+    # As an expression, because Jinja drops spaces in front of a block.
+    jinja = (lead and f"{{{{ {lead!r} }}}}") + (fmt.jinja(tok) or jinja_of_words(fmt, tok))
+    for name in GIVEN_BY_SERVERS:
+        if name in jinja:
+            jinja = f"{{% set {name} = not_given %}}{jinja}"
+    if tok.is_sentencepiece:
+        scores = tok.scores + [UNREACHED] * (num_rows - len(tok.scores))
+        words = {"scores": ("f32[]", scores)}
+    else:
+        words = {"merges": ("string[]", merges_of(tok))}
+    for text in (jinja, *(fmt.render(tok, chat) for chat in PROBES if _takes(partial(fmt.render, tok), chat))):
+        if half := re.search("[\ud800-\udfff]", text):
+            raise UserError(
+                f"{model}: the chat template writes {half[0]!a}, half of a surrogate pair, which is no character and "
+                f"has no UTF-8 bytes, so no file can hold it. Correct chat_template in tokenizer_config.json."
+            )
+    others = unnamed_ends(tok, [id for id in ends if id != end])
+    bos = end if tok.bos_id is None else tok.bos_id  # no token cannot be said: llama.cpp would take token 11
+    jinja = _set_names(tok, {"bos_token": tok.vocab[bos], "eos_token": tok.vocab[end]}, jinja) + jinja
+    metadata: Metadata = {
+        "tokenizer.ggml.model": ("string", "llama" if tok.is_sentencepiece else "gpt2"),
+        "tokenizer.ggml.pre": ("string", tok.pre),
+        "tokenizer.ggml.tokens": ("string[]", pieces),
+        "tokenizer.ggml.token_type": ("i32[]", kinds),
+        **{f"tokenizer.ggml.{name}": value for name, value in words.items()},
+        # Without these llama.cpp takes token 11 for both, or the first marker that it happens to find.
+        "tokenizer.ggml.bos_token_id": ("u32", bos),
+        "tokenizer.ggml.eos_token_id": ("u32", end),
+        "tokenizer.ggml.eot_token_id": ("u32", others[1] if len(others) > 1 else end),
+        **({"tokenizer.ggml.eom_token_id": ("u32", others[0])} if others else {}),
+        "tokenizer.ggml.add_bos_token": ("bool", fmt.add_bos(tok)),
+        "tokenizer.ggml.add_eos_token": ("bool", False),
+        "tokenizer.ggml.add_space_prefix": ("bool", puts_spaces),
+        "tokenizer.chat_template": ("string", jinja),
+    }
+    for name, id in {"padding": tok.pad_id, "unknown": tok.unk_id}.items():
+        if id is not None:
+            metadata[f"tokenizer.ggml.{name}_token_id"] = ("u32", id)
+    return metadata
+
+
+def _set_names(tok: Tokenizer, served: dict[str, str], jinja: str) -> str:
+    """Jinja in front of a template that gives named tokens the texts that they had in training.
+
+    Args:
+        served: what llama.cpp gives to a template; other names are empty there.
+    """
+    trained = {name: tok.named_texts.get(name, "") for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return "".join(
+        f"{{% set {name} = {json.dumps(text, ensure_ascii=False)} %}}\n"  # Jinja drops a line break behind a block
+        for name, text in trained.items()
+        if name in jinja and text != served.get(name, "")
+    )
+
+
+def unnamed_ends(tok: Tokenizer, ends: Sequence[int]) -> list[int]:
+    """Those tokens that end an answer in llama.cpp only if a file names them: besides eos it can name two, eom and eot.
+
+    At tokens with the usual names it ends in any case.
+    """
+    return [id for id in ends if id < len(tok.vocab) and tok.vocab[id] not in STOPS_BY_NAME]
+
+
+def _spaces(tok: Tokenizer, fmt: PromptFormat) -> tuple[bool, str]:
+    """What gives prompts the ids in llama.cpp that they had in training, as to sentencepiece's space in front of text.
+
+    llama.cpp puts one in front of every stretch of text between special tokens, or of none. A tokenizer that does so
+    only at the beginning has the same ids either way, as most chats begin with a special token and other prompts hold
+    none. If a chat begins with text, its template can write that one space.
+
+    Returns:
+        Whether llama.cpp shall put spaces, and the text that goes in front of the template.
+    Raises:
+        UserError: nothing of this does.
+    """
+    if not tok.is_sentencepiece:
+        return False, ""
+    chats = [chat for chat in PROBES if _takes(partial(fmt.render, tok), chat)]
+    for is_wanted, lead in ((True, ""), (False, ""), (False, " ")):
+        served = replace(tok, space_before="every" if is_wanted else "never", space_before_space=True)
+        if all(served_ids(served, fmt, chat, lead) == fmt.encode_prompt(tok, chat) for chat in chats):
+            return is_wanted, lead
+    raise UserError(
+        "llama.cpp puts a space in front of every stretch of text, or of none. Neither gives the token ids that "
+        "prompts had in training, so the model would answer badly. Use a chat template that begins with the BOS token "
+        "and has no space behind special tokens."
+    )
+
+
+def _takes(render: Callable[[Messages], str], messages: Messages) -> bool:
+    """Whether a template writes such a conversation: some allow no system message."""
+    try:
+        return bool(render(messages))
+    except UserError:
+        return False
+
+
+def served_ids(tok: Tokenizer, fmt: PromptFormat, messages: Messages, lead: str = "") -> list[int]:
+    """The ids of a prompt as llama.cpp makes them: it takes the template's BOS away if the tokenizer adds one.
+
+    Args:
+        lead: goes in front of the template.
+    """
+    text = lead + fmt.render(tok, messages, add_generation_prompt=True)
+    if not fmt.add_bos(tok):
+        return tok.encode(text, special=True)
+    return tok.encode(text.removeprefix(tok.vocab[tok.bos_id]), bos=True, special=True)
+
+
+def jinja_of_words(fmt: PromptFormat, tok: Tokenizer) -> str:
+    """Jinja for a format that has none: its words before and behind the last message, alpaca's for example."""
+    words = [json.dumps(text, ensure_ascii=False) for text in fmt.render(tok, say("user", "\0")).split("\0")]
+    # As an expression, because Jinja drops a line break at the very end of a template, where alpaca has one.
+    return "{{ " + " + messages[-1]['content'] + ".join(words) + " }}"
+
+
+PROBES = [
+    say("user", "question?"),
+    say("system", "Be brief.", "user", "one\n\ntwo"),
+    say("user", "{{ .Content }} {% if %}", "assistant", "'quoted' \"text\" \\n", "user", "<b>&amp;</b>"),
+    say(
+        "system", "s", "user", "u", "assistant", "a", "user", "\u00fc \u4f60 \U0001f642", "assistant", "b", "user", "v"
+    ),
+    say("user", "u", "assistant", "an answer to go on with"),
+    say("user", "u", "assistant", "<think>hm</think> so", "user", "v", "assistant", "w", "user", "x" * 500),
+]

@@ -1,0 +1,9 @@
+"""GGUF, the one-file format of llama.cpp and Ollama: the file itself, and the formats of the numbers in it.
+
+    container.py      what a file consists of            reader.py, writer.py    in and out
+    names.py          tensor names and row order         config.py               config.json <-> metadata
+    ggml_blocks.py    4 to 8 bits a weight               k_quants.py             the scales of Q4_K, Q5_K, Q6_K
+    file_types.py     which tensor gets which format     modelfile.py            Ollama's Modelfile
+
+Not here: how a model, an adapter or a tokenizer becomes such a file (`export/`). Read first: `container.py`.
+"""

@@ -1,0 +1,455 @@
+"""The block formats of GGUF files: how llama.cpp stores a matrix in 4 to 8 bits per weight.
+
+A row is cut into blocks of 32 (or 256) weights. A block holds a few numbers in half precision and one small integer q
+per weight, its code. Reading is one line per family:
+
+    Q8_0              w = d * q           q in -127 .. 127
+    Q4_0, Q5_0        w = d * (q - 8)     or q - 16: unsigned codes around a middle
+    Q4_1, Q5_1        w = d * q + m       m is the smallest weight of the block
+    Q4_K, Q5_K        w = d1 * q - m1     8 groups of 32; the d1 and m1 are themselves 6-bit codes times d and dmin
+    Q6_K              w = d1 * (q - 32)   16 groups of 16; the d1 are 8-bit codes times d
+
+The quantizers below choose d and q exactly as llama.cpp does, bit for bit. That asks for float32 throughout, for the
+reciprocal of d *before* d is rounded to half, for each format's own way of rounding, and for the first of equals when
+the largest weight is looked for. So the bytes of a file can be compared, not just its perplexity.
+
+All functions work on many blocks at once, as (num_blocks, block_bytes) uint8 <-> (num_blocks, block_size) float32, on
+any device. Multi-byte numbers are little-endian, as on every machine that PyTorch runs on today.
+Left out: importance matrices (weights measured on a text), and the 2- and 3-bit types.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..config.errors import UserError
+from .k_quants import TINY, first_extreme, nearest, search_lines, search_scales
+from .threads import in_threads
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """How one GGUF tensor type cuts up a row."""
+
+    type_id: int  # the number that stands for the type in a file
+    block_size: int  # weights in a block
+    block_bytes: int  # bytes that a block takes
+
+    def num_bytes(self, num_weights: int) -> int:
+        return num_weights // self.block_size * self.block_bytes
+
+
+FORMATS = {
+    "F32": BlockFormat(0, 1, 4),
+    "F16": BlockFormat(1, 1, 2),
+    "BF16": BlockFormat(30, 1, 2),
+    "Q4_0": BlockFormat(2, 32, 2 + 16),  # d, codes
+    "Q4_1": BlockFormat(3, 32, 2 + 2 + 16),  # d, m, codes
+    "Q5_0": BlockFormat(6, 32, 2 + 4 + 16),  # d, fifth bits, low four bits
+    "Q5_1": BlockFormat(7, 32, 2 + 2 + 4 + 16),  # d, m, fifth bits, low four bits
+    "Q8_0": BlockFormat(8, 32, 2 + 32),  # d, codes
+    "Q4_K": BlockFormat(12, 256, 2 + 2 + 12 + 128),  # d, dmin, 8 pairs of 6 bits, codes
+    "Q5_K": BlockFormat(13, 256, 2 + 2 + 12 + 32 + 128),  # d, dmin, 8 pairs of 6 bits, fifth bits, low four bits
+    "Q6_K": BlockFormat(14, 256, 128 + 64 + 16 + 2),  # low four bits, upper two bits, 16 scales, d
+}
+
+CHUNK_WEIGHTS = 1 << 18  # worked on at a time: 1 MB of float32 and its temporaries stay near the processor
+GPU_CHUNK_WEIGHTS = 1 << 24  # there the start of each operation is what costs
+
+
+def quantize(w: Tensor, ggml_type: str) -> Tensor:
+    """Store a tensor in one of GGUF's formats.
+
+    Args:
+        w: (..., n_in), any float dtype and device. Its values must be finite.
+        ggml_type: a key of `FORMATS` that has a quantizer here: see `QUANTIZABLE`.
+    Returns:
+        (..., row_bytes) uint8 on the same device, the bytes that llama.cpp would write.
+    Raises:
+        ValueError: there is no quantizer for this type, or its blocks do not divide n_in.
+    """
+    if ggml_type not in _QUANTIZE:
+        raise ValueError(
+            f"GGUF type {ggml_type}: no quantizer for it is written here, so weights cannot be stored in it. "
+            f"Choose one of {', '.join(QUANTIZABLE)}."
+        )
+    fmt = FORMATS[ggml_type]
+    if w.shape[-1] % fmt.block_size:
+        raise ValueError(
+            f"GGUF type {ggml_type}: rows of {w.shape[-1]} weights do not split into blocks of {fmt.block_size}, "
+            f"and a block never spans two rows. Store this tensor as F16."
+        )
+    blocks = w.reshape(-1, fmt.block_size)
+    raw = torch.empty(len(blocks), fmt.block_bytes, dtype=torch.uint8, device=w.device)
+    step = (CHUNK_WEIGHTS if w.device.type == "cpu" else GPU_CHUNK_WEIGHTS) // fmt.block_size
+
+    @torch.inference_mode()  # thousands of small operations, which nobody will differentiate
+    def store(i: int) -> None:
+        raw[i : i + step] = _QUANTIZE[ggml_type](blocks[i : i + step].float())
+
+    pieces = [partial(store, i) for i in range(0, len(blocks), step)]
+    for _ in in_threads(pieces) if w.device.type == "cpu" else (piece() for piece in pieces):
+        pass
+    return raw.reshape(*w.shape[:-1], -1)
+
+
+def quantize_checked(w: Tensor, ggml_type: str, name: str) -> Tensor:
+    """The same, of the tensor that messages call `name`.
+
+    Raises:
+        UserError: a value is NaN or infinite, or would be read back so: scales are stored in half precision.
+    """
+    ends = torch.stack(w.aminmax())  # NaN if there is one
+    largest = ends.abs().max().item()
+    is_finite = math.isfinite(largest)
+    if is_finite and (ggml_type in PLAIN or largest < 2**30):  # far above what any scale can hold
+        raw = quantize(w, ggml_type)
+        if ggml_type == "F32" or torch.isfinite(_halves(raw, ggml_type)).all():
+            return raw
+    if not is_finite:
+        raise UserError(f"{name} holds NaN or infinity, which would be in every answer. Train with a lower rate.")
+    raise UserError(
+        f"{name} holds values up to {largest:.4g}, which are infinite in {ggml_type}: its scales, and F16, reach to "
+        f"65504. So would be every answer. Train with a lower rate, or export as bf16 or f32."
+    )
+
+
+PLAIN = ("F32", "F16", "BF16")
+
+
+def _halves(raw: Tensor, ggml_type: str) -> Tensor:
+    """The numbers of 16 bits in the bytes of a tensor: its values, or the scales and minima of its blocks."""
+    blocks = raw.reshape(-1, FORMATS[ggml_type].block_bytes)
+    ends = {"Q4_1": 4, "Q5_1": 4, "Q4_K": 4, "Q5_K": 4}.get(ggml_type, 2)
+    numbers = blocks[:, 208:] if ggml_type == "Q6_K" else blocks[:, :ends]
+    return numbers.contiguous().view(torch.bfloat16 if ggml_type == "BF16" else torch.float16)
+
+
+def dequantize(raw: Tensor, ggml_type: str, shape: tuple[int, ...]) -> Tensor:
+    """Read the bytes of a GGUF tensor back into float32.
+
+    Args:
+        raw: uint8, (rows, row_bytes) or flat.
+        ggml_type: a key of `FORMATS`.
+        shape: of the result, in PyTorch's order: the last dimension is the one that blocks run along.
+    Raises:
+        ValueError: the type is unknown, or the bytes are not those of such a tensor.
+    """
+    if ggml_type not in FORMATS:
+        raise ValueError(
+            f"GGUF type {ggml_type}: unknown here, so its bytes cannot be read. Use one of {', '.join(FORMATS)}."
+        )
+    fmt = FORMATS[ggml_type]
+    num_weights = math.prod(shape)
+    if shape[-1] % fmt.block_size or raw.numel() != fmt.num_bytes(num_weights):
+        raise ValueError(
+            f"GGUF type {ggml_type}: {raw.numel()} bytes cannot hold a tensor of shape {tuple(shape)}, which takes "
+            f"{fmt.num_bytes(num_weights)} bytes in whole blocks of {fmt.block_size}. Check the type and the shape."
+        )
+    blocks = raw.reshape(-1, fmt.block_bytes)
+    w = torch.empty(len(blocks), fmt.block_size, dtype=torch.float32, device=raw.device)
+    step = CHUNK_WEIGHTS // fmt.block_size
+    for i in range(0, len(blocks), step):
+        w[i : i + step] = _DEQUANTIZE[ggml_type](blocks[i : i + step])
+    return w.reshape(shape)
+
+
+# ------------------------------------------------------------------------------------------------ bits and bytes
+
+
+def _from_half(raw: Tensor) -> Tensor:
+    """(n, 2k) bytes -> the k half-precision numbers in them, as (n, k) float32."""
+    return raw.contiguous().view(torch.float16).float()
+
+
+def _to_half(x: Tensor) -> Tensor:
+    """(n, k) float32 -> (n, 2k) bytes, rounded to the nearest half, ties to even."""
+    return x.to(torch.float16).view(torch.uint8)
+
+
+def _unpack_nibbles(packed: Tensor) -> Tensor:
+    """(..., k) bytes -> (..., 2k) codes. The low halves come first: byte j holds elements j and j + k."""
+    return torch.cat([packed & 15, packed >> 4], dim=-1)
+
+
+def _pack_nibbles(codes: Tensor) -> Tensor:
+    """(..., 2k) codes, of which the low four bits count -> (..., k) bytes."""
+    low, high = (codes & 15).chunk(2, dim=-1)
+    return low | high << 4
+
+
+def _unpack_bits(packed: Tensor) -> Tensor:
+    """(n, 4) bytes -> (n, 32) zeros and ones, lowest bit first."""
+    return (packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1).flatten(1)
+
+
+def _pack_bits(bits: Tensor) -> Tensor:
+    """(n, 32) zeros and ones -> (n, 4) bytes, lowest bit first."""
+    # As numbers of 64 bits: the product moves bit i of the result, which is the lowest of byte i, to place 56 + i.
+    return (bits.contiguous().view(torch.int64) * 0x0102040810204080 >> 56).to(torch.uint8)
+
+
+# ------------------------------------------------------------------------------------------------ plain numbers
+
+
+def _quantize_f32(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def _dequantize_f32(raw: Tensor) -> Tensor:
+    return raw.contiguous().view(torch.float32)
+
+
+def _quantize_f16(x: Tensor) -> Tensor:
+    return _to_half(x)
+
+
+def _dequantize_f16(raw: Tensor) -> Tensor:
+    return _from_half(raw)
+
+
+def _quantize_bf16(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).view(torch.uint8)
+
+
+def _dequantize_bf16(raw: Tensor) -> Tensor:
+    return raw.contiguous().view(torch.bfloat16).float()
+
+
+# ------------------------------------------------------------------------------------------------ blocks of 32
+
+
+def _divide(x: Tensor, divisor: int) -> Tensor:
+    """x / divisor. For a plain number CUDA would multiply by its rounded reciprocal, which can be an ulp off."""
+    return x / x.new_tensor(divisor)
+
+
+def _reciprocal(d: Tensor) -> Tensor:
+    """1 / d, and 0 where d is 0. Of a d below 3e-39 it is infinite; `_to_codes` then takes care of the products."""
+    return torch.where(d == 0, 0, 1 / d)
+
+
+def _to_codes(y: Tensor, highest: int) -> Tensor:
+    """Cut non-negative numbers down to whole codes.
+
+    Blocks whose weights are all below about 1e-37 arrive as infinities and NaN. Their scale is 0 in half precision, so
+    any code reads as 0; 0 is also what C's conversion gives on x86.
+    """
+    return y.nan_to_num(nan=0, posinf=0, neginf=0).clamp(max=highest).to(torch.uint8)
+
+
+def _codes_around_middle(x: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
+    """Q4_0 and Q5_0: the weight of largest magnitude, with its sign, lands exactly on code 0.
+
+    Returns d (n, 1) and the codes (n, 32).
+    """
+    middle = num_levels // 2
+    extreme = first_extreme(x, dim=1)
+    extreme = torch.where(extreme == 0, 0, extreme)  # never -0.0: the sign of d would flip with it
+    d = _divide(extreme, -middle)
+    return d, _to_codes(x * _reciprocal(d) + (middle + 0.5), num_levels - 1)
+
+
+def _codes_above_minimum(x: Tensor, num_levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Q4_1 and Q5_1: the smallest weight is code 0, the largest the highest code.
+
+    Returns d and m, both (n, 1), and the codes (n, 32).
+    """
+    m = x.amin(dim=-1, keepdim=True)
+    if (m == 0).any():  # amin may pick either of 0.0 and -0.0, and C takes the first of the block
+        m = torch.where(m == 0, x.min(dim=-1, keepdim=True).values, m)
+    d = _divide((x.amax(dim=-1, keepdim=True) - m).abs(), num_levels - 1)  # abs: -0.0 - 0.0 would be -0.0
+    return d, m, _to_codes((x - m) * _reciprocal(d) + 0.5, num_levels - 1)
+
+
+def _quantize_q8_0(x: Tensor) -> Tensor:
+    d = _divide(x.abs().amax(dim=-1, keepdim=True), 127)
+    y = (x * _reciprocal(d)).nan_to_num(nan=0, posinf=0, neginf=0)
+    # Halves go away from zero: add almost a half and cut. torch.round would send them to the even neighbour, and adding
+    # a whole half would send 0.49999997 to 1, because that sum rounds up to 1.
+    codes = y + torch.copysign(y.new_tensor(0.49999997), y)
+    return torch.cat([_to_half(d), codes.to(torch.int8).view(torch.uint8)], dim=-1)
+
+
+def _dequantize_q8_0(raw: Tensor) -> Tensor:
+    return _from_half(raw[:, :2]) * raw[:, 2:].view(torch.int8)
+
+
+def _quantize_q4_0(x: Tensor) -> Tensor:
+    d, codes = _codes_around_middle(x, num_levels=16)
+    return torch.cat([_to_half(d), _pack_nibbles(codes)], dim=-1)
+
+
+def _dequantize_q4_0(raw: Tensor) -> Tensor:
+    return _from_half(raw[:, :2]) * (_unpack_nibbles(raw[:, 2:]).float() - 8)
+
+
+def _quantize_q4_1(x: Tensor) -> Tensor:
+    d, m, codes = _codes_above_minimum(x, num_levels=16)
+    return torch.cat([_to_half(d), _to_half(m), _pack_nibbles(codes)], dim=-1)
+
+
+def _dequantize_q4_1(raw: Tensor) -> Tensor:
+    return _from_half(raw[:, :2]) * _unpack_nibbles(raw[:, 4:]) + _from_half(raw[:, 2:4])
+
+
+def _quantize_q5_0(x: Tensor) -> Tensor:
+    d, codes = _codes_around_middle(x, num_levels=32)
+    return torch.cat([_to_half(d), _pack_bits(codes >> 4), _pack_nibbles(codes)], dim=-1)
+
+
+def _dequantize_q5_0(raw: Tensor) -> Tensor:
+    codes = _unpack_nibbles(raw[:, 6:]) | _unpack_bits(raw[:, 2:6]) << 4
+    return _from_half(raw[:, :2]) * (codes.float() - 16)
+
+
+def _quantize_q5_1(x: Tensor) -> Tensor:
+    d, m, codes = _codes_above_minimum(x, num_levels=32)
+    return torch.cat([_to_half(d), _to_half(m), _pack_bits(codes >> 4), _pack_nibbles(codes)], dim=-1)
+
+
+def _dequantize_q5_1(raw: Tensor) -> Tensor:
+    codes = _unpack_nibbles(raw[:, 8:]) | _unpack_bits(raw[:, 4:8]) << 4
+    return _from_half(raw[:, :2]) * codes + _from_half(raw[:, 2:4])
+
+
+# ------------------------------------------------------------------------------------------------ blocks of 256
+
+
+def _group_scales(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """The first 16 bytes of a Q4_K or Q5_K block -> scale and minimum of its 8 groups, (n, 8, 1) float32 each.
+
+    d and dmin in half precision, then 8 pairs of 6-bit numbers in 12 bytes. The low four groups have a byte each,
+    whose two spare bits keep the top of the high four groups' numbers:
+
+        bytes 0-3    scale of group g, and above it the top 2 bits of the scale of group g + 4
+        bytes 4-7    the same for the minimum
+        bytes 8-11   group g + 4: low 4 bits of the scale, then low 4 bits of the minimum
+    """
+    scale, minimum, rest = raw[:, 4:8], raw[:, 8:12], raw[:, 12:16]
+    scales = torch.cat([scale & 63, rest & 15 | scale >> 6 << 4], dim=-1)
+    minima = torch.cat([minimum & 63, rest >> 4 | minimum >> 6 << 4], dim=-1)
+    return (_from_half(raw[:, 0:2]) * scales)[:, :, None], (_from_half(raw[:, 2:4]) * minima)[:, :, None]
+
+
+def _pack_group_scales(scales: Tensor, minima: Tensor) -> Tensor:
+    """The way back: 8 scales and minima of 6 bits, (n, 8) uint8 each -> (n, 12) bytes."""
+    tops = torch.cat([scales[:, :4] | scales[:, 4:] >> 4 << 6, minima[:, :4] | minima[:, 4:] >> 4 << 6], dim=-1)
+    return torch.cat([tops, scales[:, 4:] & 15 | minima[:, 4:] << 4], dim=-1)
+
+
+def _six_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, 8) float32 -> d, (n, 1), the largest over 63, and the codes of all, (n, 8) uint8, for which d is 1."""
+    largest = x.amax(dim=-1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 0)  # never -0.0
+    codes = nearest(torch.where(largest > 0, x.new_tensor(63) / largest, 0) * x)
+    return _divide(largest, 63), (codes.to(torch.int32) & 255).clamp_(max=63).to(torch.uint8)
+
+
+def _codes_of_groups(x: Tensor, highest: int, first: float, num_trials: int) -> tuple[Tensor, Tensor]:
+    """Q4_K and Q5_K: the search of each group's scale and minimum, then codes for those as six bits tell them.
+
+    Returns:
+        The first 16 bytes of each block, and the codes, (n, 8, 32) uint8.
+    """
+    groups = x.view(-1, 32).T.contiguous()  # (32, n * 8)
+    scale, minimum, inverse, its_minimum = search_lines(groups, highest, first, num_trials)
+    d, scales = _six_bits(scale.view(-1, 8))
+    dmin, minima = _six_bits(-minimum.view(-1, 8))
+    d, dmin = _to_half(d), _to_half(dmin)
+    rough_scale = (_from_half(d) * scales).flatten()  # what a reader will see
+    rough_minimum = (_from_half(dmin) * minima).flatten()
+    codes = nearest((groups + rough_minimum).div_(rough_scale))
+    if (is_zero := rough_scale == 0).any():  # read as 0 times code, and C leaves the codes of the search there
+        codes = torch.where(is_zero, nearest((groups - its_minimum).mul_(inverse)), codes)
+    codes = codes.clamp_(0, highest).to(torch.uint8).T.contiguous().view(-1, 8, 32)
+    return torch.cat([d, dmin, _pack_group_scales(scales, minima)], dim=-1), codes
+
+
+def _quantize_q4_k(x: Tensor) -> Tensor:
+    head, codes = _codes_of_groups(x, highest=15, first=-1.0, num_trials=21)
+    return torch.cat([head, _pack_nibbles(codes.view(-1, 4, 64)).flatten(1)], dim=-1)
+
+
+def _dequantize_q4_k(raw: Tensor) -> Tensor:
+    d, m = _group_scales(raw)
+    codes = _unpack_nibbles(raw[:, 16:].reshape(-1, 4, 32)).view(-1, 8, 32)  # 32 bytes hold two groups of 32
+    return (d * codes - m).flatten(1)
+
+
+def _quantize_q5_k(x: Tensor) -> Tensor:
+    head, codes = _codes_of_groups(x, highest=31, first=-0.5, num_trials=16)
+    groups = torch.arange(8, dtype=torch.uint8, device=x.device)[:, None]
+    fifth = (codes >> 4 << groups).sum(dim=1, dtype=torch.uint8)  # (n, 32): byte j holds element j of all 8 groups
+    return torch.cat([head, fifth, _pack_nibbles(codes.view(-1, 4, 64)).flatten(1)], dim=-1)
+
+
+def _dequantize_q5_k(raw: Tensor) -> Tensor:
+    d, m = _group_scales(raw)
+    groups = torch.arange(8, dtype=torch.uint8, device=raw.device)[:, None]
+    fifth = raw[:, None, 16:48] >> groups & 1  # (n, 8, 32): byte j holds element j of all 8 groups
+    codes = _unpack_nibbles(raw[:, 48:].reshape(-1, 4, 32)).view(-1, 8, 32) | fifth << 4
+    return (d * codes - m).flatten(1)
+
+
+def _quantize_q6_k(x: Tensor) -> Tensor:
+    groups = x.view(-1, 16).T.contiguous()  # (16, n * 16)
+    scale, inverse = search_scales(groups, middle=32)
+    scale = scale.view(-1, 16)
+    largest = first_extreme(scale, dim=1)
+    is_zero = largest.abs() < TINY
+    inverse_d = x.new_tensor(-128) / largest.masked_fill_(is_zero, 1)
+    d = _to_half(1 / inverse_d)
+    scales = nearest(inverse_d * scale).clamp_(max=127)
+    rough_scale = (_from_half(d) * scales).flatten()  # what a reader will see
+    codes = nearest(groups / rough_scale)
+    if (is_lost := rough_scale == 0).any():  # read as 0 times code, and C leaves the codes of the search there
+        codes = torch.where(is_lost, nearest(groups * inverse), codes).masked_fill_(is_lost & (inverse == 0), -32)
+    codes = (codes.clamp_(-32, 31) + 32).to(torch.uint8).T.contiguous().view(-1, 2, 128)
+    places = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=x.device)[:, None]
+    high = (codes.view(-1, 2, 4, 32) >> 4 << places).sum(dim=2, dtype=torch.uint8)  # (n, 2, 32)
+    scales = scales.to(torch.int8).view(torch.uint8)
+    return torch.cat([_pack_nibbles(codes).flatten(1), high.flatten(1), scales, d], dim=-1).masked_fill_(is_zero, 0)
+
+
+def _dequantize_q6_k(raw: Tensor) -> Tensor:
+    low = _unpack_nibbles(raw[:, :128].reshape(-1, 2, 64))  # (n, 2, 128): each half of the block on its own
+    places = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=raw.device)[:, None]
+    high = raw[:, 128:192].reshape(-1, 2, 1, 32) >> places & 3  # (n, 2, 4, 32)
+    codes = (low | high.flatten(2) << 4).view(-1, 16, 16).float() - 32
+    scales = _from_half(raw[:, 208:]) * raw[:, 192:208].view(torch.int8)  # (n, 16)
+    return (scales[:, :, None] * codes).flatten(1)
+
+
+_DEQUANTIZE: dict[str, Callable[[Tensor], Tensor]] = {
+    "F32": _dequantize_f32,
+    "F16": _dequantize_f16,
+    "BF16": _dequantize_bf16,
+    "Q8_0": _dequantize_q8_0,
+    "Q4_0": _dequantize_q4_0,
+    "Q4_1": _dequantize_q4_1,
+    "Q5_0": _dequantize_q5_0,
+    "Q5_1": _dequantize_q5_1,
+    "Q4_K": _dequantize_q4_k,
+    "Q5_K": _dequantize_q5_k,
+    "Q6_K": _dequantize_q6_k,
+}
+
+_QUANTIZE: dict[str, Callable[[Tensor], Tensor]] = {
+    "F32": _quantize_f32,
+    "F16": _quantize_f16,
+    "BF16": _quantize_bf16,
+    "Q8_0": _quantize_q8_0,
+    "Q4_0": _quantize_q4_0,
+    "Q4_1": _quantize_q4_1,
+    "Q5_0": _quantize_q5_0,
+    "Q5_1": _quantize_q5_1,
+    "Q4_K": _quantize_q4_k,
+    "Q5_K": _quantize_q5_k,
+    "Q6_K": _quantize_q6_k,
+}
+QUANTIZABLE = tuple(_QUANTIZE)

@@ -1,0 +1,142 @@
+"""The scales of Q4_K, Q5_K and Q6_K: llama.cpp's search, for many groups of weights at once.
+
+The older formats take a group's scale from its largest weight. These try: for about twenty scales near that one, round
+the weights to codes, fit the best line through (code, weight) by weighted least squares, and keep the line with the
+smallest error. Large weights count more, since they move more of a layer's output.
+
+    Q4_K, Q5_K   w = scale * q + minimum   a line with an offset; weight of an error: rms of the group + |w|
+    Q6_K         w = scale * q             a line through 0;      weight of an error: w ** 2
+
+A group is a column here: x is (P, n), P the 32 or 16 weights of a group. Every step is then a few operations on whole
+rows, however many groups there are. For the bytes to be llama.cpp's, three things have to be as in C: float32
+throughout, sums that add one weight after the other (`sum_in_order`), and no fused multiply-add, which would skip a
+rounding: so a product and the sum it goes into are always two operations.
+
+`gguf/ggml_blocks.py` packs what is found here into bytes.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TINY = 1e-15  # groups of Q6_K whose weights are all below it become zeros
+
+
+def sum_in_order(terms: Tensor) -> Tensor:
+    """((t0 + t1) + t2) + ... along the first dimension. `torch.sum` adds in an order of its own, and rounds otherwise.
+
+    Args:
+        terms: (P, ..., n) float32, contiguous, n > 1.
+    """
+    if terms.device.type == "cpu":
+        return torch.from_numpy(np.add.reduce(terms.numpy(), axis=0))  # in order along any axis but the last; one call
+    first, *rest = terms.unbind(0)
+    total = first.clone()
+    for row in rest:
+        total += row
+    return total
+
+
+def nearest(y: Tensor) -> Tensor:
+    """Round to whole numbers, halves to even. Infinite and NaN, of groups with next to no weight, become 0 as in C."""
+    return y.nan_to_num(nan=0, posinf=0, neginf=0).round_()
+
+
+def first_extreme(x: Tensor, dim: int) -> Tensor:
+    """The number of largest magnitude along a dimension of a matrix, with its sign; of equals the first. Keeps dim."""
+    high, low = x.amax(dim, keepdim=True), x.amin(dim, keepdim=True)
+    extreme = torch.where(high > -low, high, low)
+    where = (high == -low).flatten().nonzero()[:, 0]
+    if len(where):  # only there it matters which stands first
+        tied = x.index_select(1 - dim, where)
+        extreme.index_copy_(1 - dim, where, tied.gather(dim, tied.abs().max(dim, keepdim=True).indices))
+    return extreme
+
+
+def search_lines(x: Tensor, highest: int, first: float, num_trials: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For each group the line scale * q + minimum, minimum <= 0, that is nearest to its weights.
+
+    Args:
+        x: (P, n) float32, a group in each column.
+        highest: largest code; the smallest is 0.
+        first: the trials' scales put `highest + first`, `highest + first + 0.1`, ... codes between minimum and maximum.
+    Returns:
+        scale and minimum, (n,) each; then what made the codes of the best trial: their inverse scale and minimum.
+    """
+    squares = sum_in_order(x * x)
+    # Through float64, because torch's float32 square root on a CPU may be off in the last bit, and this one may not.
+    w = (squares / squares.new_tensor(len(x))).double().sqrt_().float() + x.abs()
+    sum_w, sum_x = sum_in_order(w), sum_in_order(w * x)
+    minimum, maximum = x.amin(0).clamp_(max=0), x.amax(0)
+    q, error, w_q = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+
+    def round_with(inverse: Tensor) -> None:
+        """q = the codes of x for this inverse scale and the current minimum."""
+        torch.sub(x, minimum, out=q)
+        q.mul_(inverse).round_().clamp_(0, highest)
+
+    def error_of(scale: Tensor, minimum: Tensor) -> Tensor:
+        torch.mul(q, scale, out=error)
+        error.add_(minimum).sub_(x)
+        return sum_in_order(error.mul_(error).mul_(w))
+
+    inverse = x.new_tensor(highest) / (maximum - minimum)
+    scale = 1 / inverse
+    inverse = inverse.nan_to_num_(nan=0, posinf=0)  # of constant and of tiny groups: then every code is 0, as in C
+    round_with(inverse)
+    best, best_inverse, best_minimum = error_of(scale, minimum), inverse, minimum
+    for trial in range(num_trials):
+        spread = np.float32(first) + np.float32(0.1) * np.float32(trial) + np.float32(highest)
+        inverse = (x.new_tensor(spread) / (maximum - minimum)).nan_to_num_(nan=0, posinf=0, neginf=0)
+        round_with(inverse)
+        sum_q = sum_in_order(torch.mul(w, q, out=w_q))
+        sum_qq = sum_in_order(torch.mul(w_q, q, out=error))
+        sum_qx = sum_in_order(w_q.mul_(x))
+        determinant = sum_w * sum_qq - sum_q * sum_q
+        new_scale = (sum_w * sum_qx - sum_x * sum_q) / determinant
+        new_minimum = (sum_qq * sum_x - sum_q * sum_qx) / determinant
+        is_above = new_minimum > 0  # then the best line through 0
+        new_scale, new_minimum = torch.where(is_above, sum_qx / sum_qq, new_scale), new_minimum.clamp_(max=0)
+        new_error = error_of(new_scale, new_minimum)
+        is_better = (determinant > 0) & (new_error < best)
+        best = torch.where(is_better, new_error, best)
+        best_inverse = torch.where(is_better, inverse, best_inverse)
+        best_minimum = torch.where(is_better, minimum, best_minimum)
+        scale = torch.where(is_better, new_scale, scale)
+        minimum = torch.where(is_better, new_minimum, minimum)  # the next trial starts from it
+    return scale, minimum, best_inverse, best_minimum
+
+
+def search_scales(x: Tensor, middle: int) -> tuple[Tensor, Tensor]:
+    """For each group the scale for which scale * q is nearest to its weights, q from -middle to middle - 1.
+
+    Returns:
+        scale, (n,), and the inverse scale that made the codes of the best trial.
+    """
+    extreme = first_extreme(x, dim=0)[0]
+    is_zero = extreme.abs() < TINY
+    extreme.masked_fill_(is_zero, 1)
+    w = x * x
+    w_x = w * x
+    q, product = torch.empty_like(x), torch.empty_like(x)
+
+    def fit(spread: np.float32) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes with `spread` of them for the largest weight -> their inverse scale, sum of w x q, sum of w q q."""
+        inverse = x.new_tensor(-spread) / extreme
+        torch.mul(x, inverse, out=q)
+        q.round_().clamp_(-middle, middle - 1)
+        sum_xq = sum_in_order(torch.mul(w_x, q, out=product))
+        return inverse, sum_xq, sum_in_order(torch.mul(w, q, out=product).mul_(q))
+
+    best_inverse, sum_xq, sum_qq = fit(np.float32(middle))
+    scale = torch.where(sum_qq == 0, 0, sum_xq / sum_qq)
+    best = scale * sum_xq
+    for trial in range(-9, 10):
+        if trial == 0:
+            continue
+        inverse, sum_xq, sum_qq = fit(np.float32(middle) + np.float32(0.1) * np.float32(trial))
+        is_better = (sum_qq > 0) & (sum_xq * sum_xq > best * sum_qq)
+        scale = torch.where(is_better, sum_xq / sum_qq, scale)
+        best = torch.where(is_better, scale * sum_xq, best)
+        best_inverse = torch.where(is_better, inverse, best_inverse)
+    return scale.masked_fill_(is_zero, 0), best_inverse.masked_fill_(is_zero, 0)

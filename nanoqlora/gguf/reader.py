@@ -1,0 +1,235 @@
+"""A GGUF file in: header, metadata, table of tensors, all checked; the data is mapped, not read."""
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config.errors import UserError
+from .container import ALIGNMENT, MAGIC, STRUCT_CODES, TYPE_NAMES, VERSION, _align
+from .ggml_blocks import FORMATS, dequantize
+from .names import gguf_name, heads_to_permute, unpermute_rows
+
+
+class TensorInfo(NamedTuple):
+    """One line of the tensor table."""
+
+    shape: tuple[int, ...]  # in PyTorch's order
+    ggml_type: str  # a key of ggml_blocks.FORMATS
+    offset: int  # of its first byte, from the start of the file
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """An open GGUF file. The weights stay on disk until `load` asks for one of them."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    data: mmap.mmap
+
+    def load(self, name: str) -> Tensor:
+        """One tensor by its GGUF name, as float32, with its rows as they lie in the file."""
+        info = self.tensors[name]
+        return dequantize(self.raw(name).flatten(), info.ggml_type, info.shape)  # a copy, whatever the type
+
+    def raw(self, name: str) -> Tensor:
+        """The bytes of a tensor, mapped, row by row: (n_out, bytes of a row) uint8; of a vector one row."""
+        info = self.tensors[name]
+        raw = torch.frombuffer(self.data, dtype=torch.uint8, count=info.num_bytes, offset=info.offset)
+        return raw.view(math.prod(info.shape[:-1]), -1)
+
+    def load_hf(self, hf_name: str) -> Tensor:
+        """One tensor by its Hugging Face name, as float32, with its rows in Hugging Face's order."""
+        name = gguf_name(hf_name)
+        if name not in self.tensors:
+            raise UserError(f"{self.path}: has no tensor {name}, which is {hf_name} of the model. Get a whole file.")
+        w = self.load(name)
+        num_heads = self.number("llama.attention.head_count", int)
+        heads = heads_to_permute(name, num_heads, self.number("llama.attention.head_count_kv", int, num_heads))
+        return unpermute_rows(w, heads) if heads else w
+
+    def number(self, key: str, kind: type[int] | type[float], default: float | None = None) -> Any:
+        """A number of the metadata that has to be there, unless there is a default, and has to be above zero."""
+        value = self.metadata.get(key, default)
+        if type(value) is not kind or not value > 0:
+            raise UserError(
+                f"{self.path}: metadata {key} is {_short(value)}, and a Llama cannot be built without a number of type "
+                f"{kind.__name__} above zero there. Convert the model again with a current converter."
+            )
+        # 1e-5 comes back from float32 as 9.99999974e-06: take the shortest number that is the same in float32.
+        return float(str(np.float32(value))) if kind is float else value
+
+
+def _short(value: Any) -> str:
+    text = "missing" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class _Header:
+    """Reads the part before the data, and never believes a number that the file is too short for."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path, self.data, self.position = path, data, 0
+
+    def wrong(self, found: str) -> UserError:
+        return UserError(
+            f"{self.path}: {found}, so this is not an intact GGUF file. Download or export it again, and compare "
+            f"its size or checksum with the source."
+        )
+
+    def take(self, count: int, what: str) -> bytes:
+        start, self.position = self.position, self.position + count
+        if self.position > len(self.data):
+            raise self.wrong(
+                f"truncated: it ends after {len(self.data)} bytes, {self.position - len(self.data)} bytes short of "
+                f"the end of {what} at byte {start}"
+            )
+        return self.data[start : self.position]
+
+    def scalars(self, kind: str, count: int, what: str) -> list[Any]:
+        code = f"<{count}{STRUCT_CODES[kind]}"
+        return list(struct.unpack(code, self.take(struct.calcsize(code), what)))
+
+    def u32(self, what: str) -> int:
+        return self.scalars("u32", 1, what)[0]
+
+    def u64(self, what: str) -> int:
+        return self.scalars("u64", 1, what)[0]
+
+    def count(self, what: str, bytes_each: int) -> int:
+        """A u64 that says how many things follow, which take at least so many bytes each."""
+        count, left = self.u64(what), len(self.data) - self.position
+        if count * bytes_each > left:
+            raise self.wrong(f"truncated or damaged: {what} is {count}, and only {left} bytes follow")
+        return count
+
+    def string(self, what: str) -> str:
+        data = self.take(self.count(f"the length of {what}", bytes_each=1), what)
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.wrong(f"{what} is not UTF-8 text ({_short(data)})") from error
+
+    def strings(self, count: int, what: str) -> list[str]:
+        """Many of them: `string` without its checks wherever nothing is wrong, since a vocabulary has 100,000."""
+        found, data, read_length = [], self.data, struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            try:
+                start = self.position + 8
+                end = start + read_length(data, self.position)[0]
+                found.append(data[start:end].decode("utf-8"))
+            except (struct.error, UnicodeDecodeError, OverflowError, IndexError):
+                end = math.inf
+            if end > len(data):
+                self.string(what)  # says what is wrong
+            self.position = end
+        return found
+
+    def value(self, what: str) -> Any:
+        """A metadata value with its type in front; arrays as lists."""
+        kind = TYPE_NAMES.get(self.u32(f"the type of {what}"))
+        if kind != "array":
+            return self.items(kind, 1, what)[0]
+        kind = TYPE_NAMES.get(self.u32(f"the element type of {what}"))
+        return self.items(kind, self.count(f"the length of {what}", bytes_each=1), what)
+
+    def items(self, kind: str | None, count: int, what: str) -> list[Any]:
+        if kind == "string":
+            return self.strings(count, what)
+        if kind not in STRUCT_CODES:
+            raise self.wrong(f"{what} has a type that does not exist or may not stand there")
+        return self.scalars(kind, count, what)
+
+
+def read_gguf(path: str | Path) -> GGUFFile:
+    """Open a GGUF file: read its metadata and its tensor table, and check that all of the data is there.
+
+    Cost: no weights are read. The token lists of a big vocabulary take about half a second.
+    Raises:
+        UserError: the file is missing, damaged, cut short, or has a tensor type that cannot be read here.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch asks for a map it could write to
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        raise UserError(f"{path}: cannot be opened as a GGUF file ({error}). Give the path of a .gguf file.") from error
+    header = _Header(path, data)
+    if data[:4] != MAGIC:
+        raise header.wrong(f"it starts with {data[:4]!r} and not with {MAGIC!r}")
+    header.take(len(MAGIC), "the magic")
+    version = header.u32("the version")
+    if version not in (2, VERSION):
+        raise UserError(
+            f"{path}: GGUF version {version}; only 2 and {VERSION} can be read here (a version with many digits is a "
+            f"file for big-endian machines). Convert the model again with a current, little-endian converter."
+        )
+    num_tensors = header.count("the number of tensors", bytes_each=8 + 4 + 8 + 4 + 8)
+    num_entries = header.count("the number of metadata entries", bytes_each=8 + 4 + 1)
+
+    metadata: dict[str, Any] = {}
+    for i in range(num_entries):
+        key = header.string(f"metadata key {i}")
+        if key in metadata:
+            raise header.wrong(f"metadata {key} appears twice")
+        metadata[key] = header.value(f"metadata {key}")
+    alignment = metadata.get("general.alignment", ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise header.wrong(f"metadata general.alignment is {_short(alignment)} and not a power of two")
+
+    tensors: dict[str, TensorInfo] = {}
+    for i in range(num_tensors):
+        name = header.string(f"the name of tensor {i}")
+        if name in tensors:
+            raise header.wrong(f"tensor {name} appears twice")
+        tensors[name] = _read_tensor_info(header, name, alignment)
+
+    start = _align(header.position, alignment)
+    tensors = {name: info._replace(offset=start + info.offset) for name, info in tensors.items()}
+    _check_data(header, tensors)
+    return GGUFFile(path, metadata, tensors, data)
+
+
+def _read_tensor_info(header: _Header, name: str, alignment: int) -> TensorInfo:
+    """One line of the tensor table, its offset still counted from the start of the data."""
+    num_dims = header.u32(f"the dimensions of tensor {name}")
+    if not 1 <= num_dims <= 4:
+        raise header.wrong(f"tensor {name} has {num_dims} dimensions, where 1 to 4 are possible")
+    shape = tuple(header.u64(f"the shape of tensor {name}") for _ in range(num_dims))[::-1]
+    type_id = header.u32(f"the type of tensor {name}")
+    offset = header.u64(f"the offset of tensor {name}")
+    ggml_type = next((name for name, fmt in FORMATS.items() if fmt.type_id == type_id), None)
+    if ggml_type is None:
+        raise UserError(
+            f"{header.path}: tensor {name} is of type {type_id}, which cannot be read here. "
+            f"Use a file whose tensors are {', '.join(FORMATS)}."
+        )
+    fmt = FORMATS[ggml_type]
+    if 0 in shape or shape[-1] % fmt.block_size:
+        raise header.wrong(f"tensor {name} has shape {shape}, impossible for {ggml_type} blocks of {fmt.block_size}")
+    if offset % alignment:
+        raise header.wrong(f"tensor {name} starts at offset {offset}, which is not a multiple of {alignment}")
+    return TensorInfo(shape, ggml_type, offset, fmt.num_bytes(math.prod(shape)))
+
+
+def _check_data(header: _Header, tensors: dict[str, TensorInfo]) -> None:
+    """Every tensor has to lie inside the file and after the one before it."""
+    end, before = header.position, "the header"
+    for name, info in sorted(tensors.items(), key=lambda item: item[1].offset):
+        if info.offset < end:
+            raise header.wrong(f"tensor {name} starts inside {before}")
+        end, before = info.offset + info.num_bytes, f"tensor {name}"
+    if end > len(header.data):
+        broken = [name for name, info in tensors.items() if info.offset + info.num_bytes > len(header.data)]
+        raise header.wrong(
+            f"truncated: it has {len(header.data)} bytes and its tensors need {end}, so {end - len(header.data)} "
+            f"bytes are missing and {len(broken)} of {len(tensors)} tensors are incomplete, {broken[0]} first"
+        )

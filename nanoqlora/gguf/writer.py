@@ -1,0 +1,82 @@
+"""A GGUF file out: a few tensors in memory at a time, under a temporary name until it is complete."""
+
+import math
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config.files import whole_file
+from .container import ALIGNMENT, MAGIC, STRUCT_CODES, VALUE_TYPES, VERSION, Metadata, _align
+from .ggml_blocks import FORMATS
+from .threads import in_threads
+
+
+class NewTensor(NamedTuple):
+    """A tensor to be written. Its bytes are made when their turn comes."""
+
+    name: str  # GGUF's
+    shape: tuple[int, ...]  # in PyTorch's order
+    ggml_type: str  # a key of ggml_blocks.FORMATS
+    produce: Callable[[], Tensor]  # -> uint8, the bytes of `ggml_blocks.quantize`
+
+
+def write_gguf(path: str | Path, metadata: Metadata, tensors: list[NewTensor]) -> None:
+    """Write a GGUF file, whole or not at all.
+
+    The table of tensors comes first, from the shapes and types alone. Then each tensor is produced, written and
+    forgotten, so the peak memory is one tensor, or on a CPU one for each thread, however large the model.
+
+    Args:
+        metadata: values with their types spelled out, because readers are strict: llama.cpp refuses a u64 where it
+            expects a u32.
+        tensors: written in this order.
+    """
+    table, offset = b"", 0
+    for tensor in tensors:
+        fmt, num_dims = FORMATS[tensor.ggml_type], len(tensor.shape)
+        table += _encode_string(tensor.name)
+        table += struct.pack(f"<I{num_dims}Q", num_dims, *reversed(tensor.shape))
+        table += struct.pack("<IQ", fmt.type_id, offset)
+        offset = _align(offset + fmt.num_bytes(math.prod(tensor.shape)), ALIGNMENT)
+
+    header = MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata))
+    header += b"".join(_encode_string(key) + _encode_value(*value) for key, value in metadata.items())
+
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(header + table)
+        _pad(file)
+        pieces = [tensor.produce for tensor in tensors]
+        made = (piece() for piece in pieces) if torch.cuda.is_available() else in_threads(pieces)
+        for tensor, raw in zip(tensors, made, strict=True):
+            num_bytes = FORMATS[tensor.ggml_type].num_bytes(math.prod(tensor.shape))
+            assert raw.numel() == num_bytes, f"{tensor.name}: {raw.numel()} bytes, but the table says {num_bytes}"
+            file.write(raw.cpu().contiguous().numpy())
+            _pad(file)  # the last one too: older readers insist
+
+
+def _pad(file: BinaryIO) -> None:
+    """Zeros up to the next multiple of the alignment."""
+    file.write(bytes(-file.tell() % ALIGNMENT))
+
+
+def _encode_string(text: str) -> bytes:
+    data = text.encode("utf-8")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _encode_value(kind: str, value: Any) -> bytes:
+    """A metadata value with its type in front. Of an array: that it is one, its elements' type, their count."""
+    if not kind.endswith("[]"):
+        return struct.pack("<I", VALUE_TYPES[kind]) + _encode_items(kind, [value])
+    kind = kind.removesuffix("[]")
+    return struct.pack("<IIQ", VALUE_TYPES["array"], VALUE_TYPES[kind], len(value)) + _encode_items(kind, value)
+
+
+def _encode_items(kind: str, items: list[Any]) -> bytes:
+    if kind == "string":
+        return b"".join(_encode_string(item) for item in items)
+    return struct.pack(f"<{len(items)}{STRUCT_CODES[kind]}", *items)

@@ -1,0 +1,203 @@
+"""The frozen base over several ranks: who holds what, how it is read, and when it travels.
+
+    replicate     every rank holds the whole base; nothing of it travels after loading
+    full_shard    every rank holds 1/N of each block's bytes; a block is gathered just before it is used
+
+The unit is a block. All that its seven linear layers never change (four-bit codes and their scales, or 16-bit
+weights) lies in one flat buffer of bytes, laid out the same for every block, and a rank keeps the rank-th of N equal
+parts of it. Two slots take gathered blocks in turn, block i in slot i % 2; the layers' tensors are views of the slot:
+
+    forward    block i is computed from one slot while block i + 1 is gathered into the other
+    backward   the same with block i - 1; the two blocks at the turn are still there, so two gathers are saved
+
+A matrix is quantised whole, by one rank, and cut after: its scales, and so the loss, do not depend on how many ranks
+there are. Loading goes in rounds: each rank reads and quantises one block, then all exchange, so that N ranks read a
+checkpoint together, each tensor once. LoRA's values and their gradients are no part of this: every rank holds them
+all and they are summed once a step (`parallel/distributed.py`).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from tqdm import tqdm
+
+from ..model import Llama
+from . import collectives
+from .host_memory import embedding_to_host
+
+Sharding = Literal["replicate", "full_shard"]
+FROZEN = ("packed", "absmax", "nested_absmax", "nested_offset", "weight")
+ALIGNMENT = 256  # bytes: where tensors begin in the buffer, for the kernels that read them
+
+
+def frozen_tensors(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
+    """(layer, name, tensor, where it begins in the block's bytes) of all that its linear layers never change."""
+    start = 0
+    for name, layer in block.named_modules():
+        if name.endswith("_proj"):
+            for kind in FROZEN:
+                if getattr(layer, kind, None) is not None:
+                    tensor = getattr(layer, kind)
+                    yield layer, kind, tensor, start
+                    start += math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
+
+
+def block_bytes(block: nn.Module, ranks: int) -> int:
+    """Length of the flat buffer of a block, which `ranks` divides."""
+    _, _, last, start = list(frozen_tensors(block))[-1]
+    return math.ceil((start + last.nbytes) / (ranks * ALIGNMENT)) * ranks * ALIGNMENT
+
+
+def to_bytes(block: nn.Module, flat: Tensor) -> Tensor:
+    """Copy the frozen tensors of a block into `flat`, uint8."""
+    for _, _, tensor, start in frozen_tensors(block):
+        flat[start : start + tensor.nbytes] = tensor.detach().reshape(-1).view(torch.uint8)
+    return flat
+
+
+def point_at(block: nn.Module, flat: Tensor, resident: bool) -> None:
+    """Make the frozen tensors of a block views of `flat`, uint8, whatever they were before."""
+    for layer, name, tensor, start in list(frozen_tensors(block)):
+        view = flat[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        setattr(layer, name, nn.Parameter(view, requires_grad=False) if name == "weight" else view)
+        layer.resident = resident
+
+
+class BlockStore(nn.Module):
+    """This rank's part of every block, and the two slots that whole blocks are gathered into."""
+
+    def __init__(
+        self, rank: int, ranks: int, num_blocks: int, num_bytes: int, offload: int, device: torch.device
+    ) -> None:
+        """num_bytes: of a whole block. offload: so many blocks, the first ones, have their part in host memory."""
+        super().__init__()
+        self.rank, self.ranks, self.num_blocks = rank, ranks, num_blocks
+        offload = offload if device.type == "cuda" else 0
+        with collectives.memory_to_gather(device):
+            slots = torch.zeros(2, num_bytes, dtype=torch.uint8, device=device)
+            parts = torch.empty(num_blocks - offload, num_bytes // ranks, dtype=torch.uint8, device=device)
+        in_host = [torch.empty(num_bytes // ranks, dtype=torch.uint8, pin_memory=True) for _ in range(offload)]
+        self.register_buffer("slots", slots, persistent=False)
+        for i, part in enumerate([*in_host, *parts]):
+            self.register_buffer(f"part{i}", part, persistent=False)
+        self.inside: list[int | None] = [None, None]  # the block in each slot
+        self.waits: list[Callable[[], None] | None] = [None, None]  # for the gather that fills it
+        self.last = -1  # the block that was brought last
+        self.copies = torch.cuda.Stream(device) if offload else None
+
+    def part(self, i: int) -> Tensor:
+        """What this rank keeps of block i, (bytes / ranks,)."""
+        return self.get_buffer(f"part{i}")
+
+    def attach(self, model: Llama) -> None:
+        """Have the blocks, as they will train, ask for their weights."""
+        for i, block in enumerate(model.model.layers):
+            if hasattr(block, "bring_weights"):
+                block.bring_weights = partial(self.bring, i)
+            else:
+                block.register_forward_pre_hook(lambda *_, i=i: self.bring(i))
+                block.register_full_backward_pre_hook(lambda *_, i=i: self.bring(i))
+
+    def bring(self, i: int) -> None:
+        """Return when block i stands in its slot, for the current stream; begin to gather the one that follows.
+
+        Every rank has to come here for the same blocks in the same order. A backward pass asks for blocks in falling
+        order, for some of them twice: a block that is computed again asks as in a forward pass.
+        """
+        backward, self.last = 0 < i <= self.last, i
+        if self.inside[i % 2] != i:
+            self._gather(i)
+        self._wait(i % 2)
+        following = i - 1 if backward else i + 1
+        if 0 <= following < self.num_blocks and self.inside[following % 2] != following:
+            self._gather(following)
+
+    def _wait(self, slot: int) -> None:
+        wait, self.waits[slot] = self.waits[slot], None
+        if wait:
+            wait()
+
+    def _gather(self, i: int) -> None:
+        """Begin to fill the slot of block i. The current stream is done with what it holds: NCCL waits for that."""
+        slot, part = i % 2, self.part(i)
+        self._wait(slot)
+        whole, self.inside[slot] = self.slots.data[slot], i  # .data: autograd need not know
+        if part.device == whole.device:
+            self.waits[slot] = collectives.all_gather(whole, part)
+            return
+        self.copies.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.copies):
+            mine = whole.view(self.ranks, -1)[self.rank]
+            mine.copy_(part, non_blocking=True)
+            self.waits[slot] = collectives.all_gather(whole, mine)
+
+
+def share_outside_blocks(model: Llama, device: torch.device) -> None:
+    """Give embedding, head and norms of the first rank, which has read them, to every rank."""
+    for name, parameter in list(model.named_parameters()):
+        path, _, attribute = name.rpartition(".")
+        if not path.endswith("_proj"):
+            w = torch.empty_like(parameter, device=device) if parameter.is_meta else parameter.data
+            setattr(
+                model.get_submodule(path), attribute, nn.Parameter(collectives.of_first_rank(w), requires_grad=False)
+            )
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def fill_over_ranks(
+    model: Llama,
+    fill: Callable[[int | None], None],
+    *,
+    sharding: Sharding,
+    rank: int,
+    ranks: int,
+    device: torch.device,
+    offload: int = 0,
+    host_embedding: bool = False,
+) -> BlockStore | None:
+    """Fill an empty model, the ranks reading its blocks in turn and exchanging them.
+
+    Args:
+        model, fill: of `checkpoint.open_model`.
+        offload: for full_shard, so many blocks have this rank's part in pinned host memory.
+        host_embedding: the embedding stays there too, unless the head is the same tensor.
+    Returns:
+        For full_shard the store, to be attached when the blocks are as they will train.
+    Raises:
+        UserError: on all ranks, if any of them cannot read its tensors; naming that rank.
+    """
+    layers = model.model.layers
+    with collectives.together():
+        if rank == 0:
+            fill(None)
+    share_outside_blocks(model, device)
+    if host_embedding:
+        embedding_to_host(model)
+    num_bytes, store = block_bytes(layers[0], ranks), None
+    if sharding == "full_shard":
+        store = model.store = BlockStore(rank, ranks, len(layers), num_bytes, offload, device)  # its memory counts
+    rounds = range(0, len(layers), ranks)
+    for first in tqdm(rounds, "loading", disable=None if rank == 0 else True, leave=False):  # None: on a terminal
+        mine = min(first + rank, len(layers) - 1)  # in the last round some read the last block along with its reader
+        with collectives.together():
+            fill(mine)
+        if ranks == 1 and store is None:
+            continue
+        flat = to_bytes(layers[mine], torch.zeros(num_bytes, dtype=torch.uint8, device=device))
+        blocks = range(first, min(first + ranks, len(layers)))
+        if store is None:
+            for i, whole in zip(blocks, collectives.everyones(flat), strict=False):
+                point_at(layers[i], whole, resident=True)
+            continue
+        for i, part in zip(blocks, collectives.exchange(flat), strict=False):
+            store.part(i).copy_(part)
+            point_at(layers[i], store.slots[i % 2], resident=False)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the 16-bit tensors left holes of every size
+    return store

@@ -1,0 +1,171 @@
+"""checkpoint-STEP: what a run needs to go on bit for bit, written, checked, and taken up again."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ..config.errors import Failed, UserError
+from ..config.files import read_json, remove, whole_folder, write_text
+from ..config.schema import Config
+from ..data.batches import Samples
+from ..data.packing import Plan
+from ..parallel import collectives
+from ..weights.adapter import fill_adapter, save_adapter
+from ..weights.adapter_files import read_adapter
+from ..weights.checkpoint import fingerprint, open_weights
+from .early_stopping import Progress
+from .optimizer_state import load_state, state_kind, state_problem
+from .output_dir import STATE, cannot_write, checkpoint_to_resume, checkpoints, is_disk_error
+from .state import Run, plan_fingerprint
+
+# What a run cannot change on its way: size and scale of what it has learnt, base below, groups of the optimizer.
+FIXED = ("lora_r", "lora_alpha", "peft_use_rslora", "load_in_4bit", "loraplus_lr_ratio")
+
+
+def save_checkpoint(run: Run, step: int) -> None:
+    """Write checkpoint-STEP whole: adapter, optimizer state and step; then drop the oldest ones.
+
+    The data order, the schedule and the dropout masks are functions of the seed and the step, so nothing else is
+    needed to go on bit for bit.
+    """
+    optimizer_state = run.optimizer.state_dict()  # to which every rank may have to add its part
+    if run.rank == 0:
+        folder = Path(run.config.output_dir)
+        try:
+            with whole_folder(folder / f"checkpoint-{step}") as temporary:
+                save_adapter(run.model, temporary, run.config.base_model, run.trained)
+                torch.save(optimizer_state, temporary / "optimizer.pt")
+                state = {"step": step, "plan": plan_fingerprint(run.samples, run.plan), "ranks": run.ranks}
+                state |= {"before": run.before, "optimizer": run.config.optimizer, "base_fingerprint": run.base}
+                state |= {"steps": len(run.plan), "progress": asdict(run.progress)}
+                state["fixed"] = {key: getattr(run.config, key) for key in FIXED}
+                write_text(temporary / "trainer_state.json", json.dumps(state) + "\n")
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not is_disk_error(error):
+                raise
+            state = [x for values in run.optimizer.state.values() for x in values.values() if torch.is_tensor(x)]
+            needed = run.flat.nbytes + sum(x.nbytes for x in state)
+            raise Failed(cannot_write(folder, f"checkpoint-{step}", error, needed)) from error
+        best = run.progress.best_step if run.config.load_best_model_at_end else None
+        for old in checkpoints(folder)[: -run.config.save_total_limit]:
+            if old.name != f"checkpoint-{best}":
+                remove(old)
+    collectives.wait_for_all()
+
+
+# What trainer_state.json holds, those of older versions in parts.
+STATE_TYPES = {"step": int, "plan": str, "steps": int, "base": str, "optimizer": str}
+STATE_TYPES |= {"fixed": dict, "before": dict, "progress": dict}
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """trainer_state.json of a checkpoint.
+
+    Raises:
+        UserError: it does not have the shape that `save_checkpoint` gives it.
+    """
+    state = read_json(path / STATE)
+    wrong = [key for key, kind in STATE_TYPES.items() if key in state and type(state[key]) is not kind]
+    wrong += [key for key in ("step", "plan") if key not in state]
+    before, progress = state.get("before"), state.get("progress")
+    if before and not wrong:
+        numbers = all(type(before.get(key)) is float for key in ("loss", "plain_loss"))
+        answers = before.get("answers")
+        is_right = numbers and isinstance(answers, list) and all(isinstance(text, str) for text in answers)
+        wrong += [] if is_right else ["before"]
+    if progress and not wrong:
+        kinds = {name: type(value) for name, value in asdict(Progress()).items()}
+        wrong += [] if {name: type(value) for name, value in progress.items()} == kinds else ["progress"]
+    if wrong or state["step"] < 1:
+        key = (wrong or ["step"])[0]
+        raise UserError(
+            f"{path / STATE}: {key} is {state.get(key)!r}, which is not what a checkpoint has there, so it is damaged. "
+            f"Resume from another checkpoint."
+        )
+    return state
+
+
+def find_checkpoint(config: Config, samples: Samples, plan: Plan) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that the configuration names, if any, and its trainer_state.json.
+
+    Raises:
+        UserError: it is none, or of another run.
+    """
+    path = checkpoint_to_resume(config)
+    if path is None:
+        return None
+    state = read_state(path)
+    if state.get("steps", len(plan)) != len(plan):
+        raise UserError(
+            f"{path}: its run has {state['steps']} steps, this one {len(plan)}, so the learning rate would not be the "
+            f"one it has come with. Resume with the same max_steps and num_epochs, or start anew with "
+            f"lora_model_dir: {path}."
+        )
+    if state.get("plan") != plan_fingerprint(samples, plan):
+        raise UserError(
+            f"{path}: its run had other data, another seed or other batches, so going on would train on the wrong "
+            f"samples. Resume with the same configuration, or start anew with lora_model_dir: {path}."
+        )
+    if state.get("base_fingerprint") not in (None, fingerprint(open_weights(config.base_model))):
+        raise UserError(
+            f"{path}: its run trained over other weights than those in base_model {config.base_model} now, and what it "
+            f"has learnt belongs to them. Give the same base_model, or start anew with lora_model_dir: {path}."
+        )
+    saved = state.get("optimizer", config.optimizer)
+    if state_kind(saved) != state_kind(config.optimizer):
+        raise UserError(
+            f"{path}: its optimizer was {saved}, whose state ({state_kind(saved)}) {config.optimizer} cannot take up. "
+            f"Resume with optimizer: {saved}, or start anew with lora_model_dir: {path}."
+        )
+    for key, value in state.get("fixed", {}).items():
+        if value != getattr(config, key):
+            raise UserError(
+                f"{path}: its run had {key}: {value}, this one has {getattr(config, key)}: what was learnt would mean "
+                f"something else. Resume with {key}: {value}, or start anew."
+            )
+    return path, state
+
+
+def load_checkpoint(run: Run) -> int:
+    """Go on from the checkpoint that the configuration names, if any. Returns the number of steps already taken."""
+    found = find_checkpoint(run.config, run.samples, run.plan)
+    if found is None:
+        return 0
+    path, state = found
+    _, adapter = read_adapter(path)
+    file = path / "optimizer.pt"
+    try:
+        where = "cpu" if run.config.shard_optimizer_state else run.device  # of the whole state, before it is cut
+        optimizer_state = torch.load(file, map_location=where, weights_only=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # reading another file, torch's unpickler fails in any way
+        raise UserError(f"{file}: cannot be read ({error}). Resume from another checkpoint.") from error
+    if problem := state_problem(run.optimizer, optimizer_state):
+        raise UserError(
+            f"{file}: {problem}, so other layers were trained, or it is damaged. Resume with the same configuration."
+        )
+    fill_adapter(run.model, adapter, path)
+    load_state(run.optimizer, optimizer_state)
+    run.before.update(state.get("before", {}))
+    if "progress" in state:
+        run.progress = Progress(**state["progress"])
+    return state["step"]
+
+
+def load_best(run: Run, last: int) -> int:
+    """Put the adapter of the best evaluation back, where the run asks for it. Returns the step that the model is of."""
+    best = run.progress.best_step if run.config.load_best_model_at_end else 0
+    path = Path(run.config.output_dir) / f"checkpoint-{best}"
+    if best and not run.rank and not path.is_dir():
+        print(f"load_best_model_at_end: the best step, {best}, has no {path}; the adapter of step {last} is kept")
+    if not best or run.rank or not path.is_dir():
+        best = last
+    if best != last:
+        fill_adapter(run.model, read_adapter(path)[1], path)
+    collectives.of_first_rank(run.flat.data)  # which alone has written checkpoints
+    return int(collectives.of_first_rank(torch.tensor(best, device=run.device)))

@@ -1,0 +1,277 @@
+"""`Fine-Tuning.png`: loss, gradient norm, learning rate and memory over the steps of a run.
+
+Made from the rows of `metrics.jsonl`. It may be made at any moment of a run, so a row or a key may be missing, and then
+its point or line is left out.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config.files import whole_file
+
+WIDTH_IN, HEIGHT_IN, DPI = 12, 7.6, 150  # 1800 x 1140 pixels; text stays readable when shown 1200 wide
+
+INK, MUTED, GRID = "#24292f", "#6e7781", "#e7eaee"
+BLUE, ORANGE, GREEN, PURPLE = "#2563a6", "#d9702e", "#3a8a5f", "#7a5aa6"
+
+NOTE = {"size": 9.5, "color": MUTED}
+
+MEMORY_LINES = {  # key of metrics.jsonl -> what the legend calls it, its line; allocated often lies under active
+    "memory/device_mem_reserved_gib": ("reserved", {"color": MUTED, "linewidth": 2}),
+    "memory/max_mem_allocated_gib": ("allocated", {"color": GREEN, "linewidth": 5, "alpha": 0.45}),
+    "memory/max_mem_active_gib": ("active", {"color": BLUE, "linewidth": 2}),
+    "memory/max_rss_gib": ("process", {"color": GREEN, "linewidth": 2}),
+}
+
+
+def series(rows: list[dict], name: str) -> tuple[list[float], list[float]]:
+    """(steps, values) of one key over the rows that have it as a finite number."""
+    found = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float) and "step" in row]
+    found = sorted((step, value) for step, value in found if math.isfinite(value))
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def smooth(values: list[float]) -> list[float]:
+    """A straight line fitted around every point, over about a fifteenth of the curve, and read at that point.
+
+    A running mean would lag behind a falling curve, and end where the curve was; a line does neither. Running sums
+    of y and k * y make each fit a handful of operations.
+    """
+    n = len(values)
+    half = max(4, n // 30)
+    sum_y, sum_ky = [0.0], [0.0]
+    for k, y in enumerate(values):
+        sum_y.append(sum_y[-1] + y)
+        sum_ky.append(sum_ky[-1] + k * y)
+    fitted = []
+    for i in range(n):
+        first, last = max(0, i - half), min(n - 1, i + half)
+        count, centre = last - first + 1, (first + last) / 2
+        mean = (sum_y[last + 1] - sum_y[first]) / count
+        covariance = (sum_ky[last + 1] - sum_ky[first]) - centre * mean * count
+        spread = count * (count * count - 1) / 12  # sum of (k - centre)^2 over a run of whole numbers
+        fitted.append(mean + (i - centre) * covariance / spread if spread else mean)
+    return fitted
+
+
+def limits(values: list[float], low: float | None = None, always: Sequence[float] = ()) -> tuple[float, float]:
+    """Axis limits that show the curve: all of it, except spikes that would flatten the rest.
+
+    A spike lies further from the middle 96 % of the values than twice their spread.
+
+    Args:
+        low: lower limit, where one has a meaning (0 for a norm). Unset: found like the upper one.
+        always: values that must be inside, spikes or not.
+    """
+    ordered = sorted(values) or sorted(always)
+    tail = max(1, len(ordered) // 50) if len(ordered) >= 8 else 0
+    bottom, top = (ordered[tail] if low is None else low), ordered[-1 - tail]
+    reach = 2 * (top - bottom)
+    shown = [value for value in ordered if bottom - reach <= value <= top + reach] + list(always)
+    bottom, top = (min(shown) if low is None else low), max(shown)
+    air = 0.08 * (top - bottom) or 0.1 * abs(top) or 1.0
+    return (bottom - air if low is None else low), top + air
+
+
+def plot_metrics(rows: list[dict], path: str | Path, name: str | None = None) -> None:
+    """Draw Fine-Tuning.png: loss with evaluations, gradient norm, learning rate, memory, all over steps.
+
+    Args:
+        rows: the objects of metrics.jsonl, in any order; none at all gives empty panels.
+        path: the PNG, written whole. 1800 x 1140 pixels.
+        name: of the run, for the subtitle; unset: the folder of `path`.
+    """
+    # Here, because training needs no plotting library until it ends; the Agg canvas needs no screen.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    name = Path(path).resolve().parent.name if name is None else name
+    figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(
+        2, 3, height_ratios=(1.45, 1), left=0.06, right=0.975, top=0.83, bottom=0.085, hspace=0.44, wspace=0.22
+    )
+    figure.text(0.06, 0.945, "Fine-tuning", size=18, weight="bold", color=INK)
+    figure.text(0.06, 0.91, _subtitle(rows, name), size=11, color=MUTED)
+
+    _plot_loss(_panel(figure, grid[0, :], "Loss", "nats per supervised token", rows), rows)
+    _plot_norm(_panel(figure, grid[1, 0], "Gradient norm", "before clipping", rows), rows)
+    _plot_rate(_panel(figure, grid[1, 1], "Learning rate", "", rows), rows)
+    _plot_memory(_panel(figure, grid[1, 2], "Peak memory", "GiB", rows), rows)
+
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
+def _subtitle(rows: list[dict], name: str) -> str:
+    steps, _ = series(rows, "loss")
+    _, epochs = series(rows, "epoch")
+    _, perplexities = series(rows, "eval_perplexity")
+    parts = [name.replace("$", r"\$"), f"{len(steps)} steps" if len(steps) != 1 else "1 step"]
+    if epochs:
+        parts.append(f"{max(epochs):.3g} epochs" if round(max(epochs), 2) != 1 else "1 epoch")
+    if len(perplexities) > 1:
+        parts.append(f"held-out perplexity {perplexities[0]:.2f} to {perplexities[-1]:.2f}")
+    return "   |   ".join(part for part in parts if part)
+
+
+def _panel(figure: Any, place: Any, title: str, unit: str, rows: list[dict]) -> Any:
+    """An empty panel: title and unit on the left, horizontal grid lines, whole steps below."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes = figure.add_subplot(place)
+    axes.set_title(title, loc="left", size=12, weight="bold", color=INK, pad=10)
+    axes.set_ylabel(unit, size=10, color=MUTED, labelpad=7)
+    axes.set_xlabel("step", size=10, color=MUTED)
+    axes.tick_params(length=0, labelsize=10, labelcolor=INK, pad=5)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#c3c9d0")
+    axes.grid(axis="y", color=GRID, linewidth=0.9)
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    steps = [row["step"] for row in rows if "step" in row] or [0]
+    room = max(0.012 * (max(steps) - min(steps)), 0.5)
+    axes.set_xlim(min(steps) - room, max(steps) + room)
+    return axes
+
+
+def _empty(axes: Any) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_ylabel("")
+    axes.text(0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center", va="center", size=10, color=MUTED)
+
+
+def _line(axes: Any, steps: list[float], values: list[float], **style: Any) -> None:
+    """A curve; a single point gets a marker, since a line of one point is invisible."""
+    axes.plot(steps, values, marker="o" if len(steps) == 1 else None, markersize=5, solid_capstyle="round", **style)
+
+
+def _mark_spikes(axes: Any, steps: list[float], values: list[float], colour: str) -> None:
+    """Triangles at the upper edge for values above it, and the largest in words: cut off, but not hidden."""
+    top = axes.get_ylim()[1]
+    above = [(value, step) for step, value in zip(steps, values, strict=True) if value > top]
+    if above:
+        axes.plot([step for _, step in above], [top] * len(above), "^", color=colour, markersize=5, clip_on=False)
+        value, step = max(above)
+        axes.text(1, 0.97, f"peak {value:.3g} at step {step:g}", transform=axes.transAxes, ha="right", va="top", **NOTE)
+
+
+def _plot_loss(axes: Any, rows: list[dict]) -> None:
+    """Every step thin, the smoothed curve over it, evaluations as points with their values, ends of epochs."""
+    from matplotlib.patheffects import withStroke
+
+    steps, losses = series(rows, "loss")
+    eval_steps, eval_losses = series(rows, "eval_loss")
+    if not losses and not eval_losses:
+        return _empty(axes)
+    is_long = len(losses) >= 8
+    _line(
+        axes,
+        steps,
+        losses,
+        color=BLUE,
+        linewidth=1.0 if is_long else 1.8,
+        alpha=0.35 if is_long else 1,
+        label="each step",
+    )
+    if is_long:
+        _line(axes, steps, smooth(losses), color=BLUE, linewidth=2.2, label="smoothed")
+    axes.set_ylim(limits(losses, always=eval_losses))
+    _mark_spikes(axes, steps, losses, BLUE)
+    if eval_losses:
+        axes.plot(eval_steps, eval_losses, color=ORANGE, linewidth=1, linestyle=(0, (4, 3)), alpha=0.6)
+        axes.plot(
+            eval_steps,
+            eval_losses,
+            "o",
+            color=ORANGE,
+            markersize=7,
+            markeredgecolor="white",
+            label="held-out data",
+            zorder=5,
+        )
+        stride = max(1, math.ceil(len(eval_steps) / 12))  # more labels than this would touch each other
+        for i in range(len(eval_steps) - 1, -1, -stride):
+            axes.annotate(
+                f"{eval_losses[i]:.3f}",
+                (eval_steps[i], eval_losses[i]),
+                (0, 9),
+                textcoords="offset points",
+                ha="center",
+                size=9.5,
+                color=ORANGE,
+                path_effects=[withStroke(linewidth=3, foreground="white")],
+                zorder=6,
+            )
+    _mark_epochs(axes, rows)
+    above = {"loc": "lower right", "bbox_to_anchor": (1, 1.0), "ncols": 3}  # where no curve can run through it
+    axes.legend(frameon=False, fontsize=10, labelcolor=INK, borderaxespad=0.2, **above)
+
+
+def _mark_epochs(axes: Any, rows: list[dict]) -> None:
+    """A thin line after every whole epoch but the last, if there are few enough to help."""
+    steps, epochs = series(rows, "epoch")
+    ends: dict[int, float] = {}
+    for step, epoch in zip(steps, epochs, strict=True):
+        if epoch >= 1:
+            ends.setdefault(math.floor(epoch + 1e-9), step)
+    for epoch, step in ends.items():
+        if len(ends) <= 12 and step < max(steps):
+            axes.axvline(step, color="#d0d5db", linewidth=0.9, zorder=0)
+            axes.text(
+                step, 0.025, f" epoch {epoch}", transform=axes.get_xaxis_transform(), size=9, color=MUTED, va="bottom"
+            )
+
+
+def _plot_norm(axes: Any, rows: list[dict]) -> None:
+    steps, norms = series(rows, "grad_norm")
+    if not norms:
+        return _empty(axes)
+    is_long = len(norms) >= 8
+    axes.set_ylim(limits(norms, low=0.0))
+    top = axes.get_ylim()[1]
+    _line(axes, steps, norms, color=PURPLE, linewidth=0.9 if is_long else 1.8, alpha=0.4 if is_long else 1)
+    if is_long:  # a spike is marked, and must not bend the curve around it
+        _line(axes, steps, smooth([min(norm, top) for norm in norms]), color=PURPLE, linewidth=2)
+    _mark_spikes(axes, steps, norms, PURPLE)
+
+
+def _plot_rate(axes: Any, rows: list[dict]) -> None:
+    """The schedule in units of its peak's power of ten, which keeps the tick labels short."""
+    steps, rates = series(rows, "learning_rate")
+    if not rates:
+        return _empty(axes)
+    highest = max(rates)
+    power = math.floor(math.log10(highest) + 1e-9) if highest > 0 else 0
+    scaled = [rate / 10.0**power for rate in rates]
+    _line(axes, steps, scaled, color=INK, linewidth=2)
+    axes.set_ylim(0, 1.15 * max(scaled) or 1)
+    axes.set_ylabel(rf"$\times\,10^{{{power}}}$")
+    peak = rates.index(highest)
+    is_early = peak < len(rates) / 2
+    axes.annotate(
+        f"peak {highest:.3g}",
+        (steps[peak], scaled[peak]),
+        (6 if is_early else -6, 6),
+        textcoords="offset points",
+        ha="left" if is_early else "right",
+        **NOTE,
+    )
+
+
+def _plot_memory(axes: Any, rows: list[dict]) -> None:
+    """Each figure that was logged, from zero, with its largest value in the legend."""
+    largest = 0.0
+    for key, (label, style) in MEMORY_LINES.items():
+        steps, gib = series(rows, key)
+        if gib:
+            largest = max(largest, *gib)
+            _line(axes, steps, gib, label=f"{label} {max(gib):.2f} GiB", **style)
+    if not largest:
+        return _empty(axes)
+    axes.set_ylim(0, 1.15 * largest)
+    axes.legend(loc="lower right", frameon=False, fontsize=10, labelcolor=INK, handlelength=1.4)

@@ -1,0 +1,199 @@
+"""The data of a run: its tokenizer, its prompt formats, its samples and the plan of its steps."""
+
+import json
+import platform
+import random
+from array import array
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ..config.errors import UserError
+from ..config.rules import template_in_force
+from ..config.schema import Config, DatasetConfig
+from ..config.splits import split_and_part
+from ..data.batches import Samples, join
+from ..data.files import DataFile, find_files
+from ..data.packing import Plan, plan_steps
+from ..data.prepare import Encoding, InvalidRows, Reading, prepare_samples
+from ..data.prompts import CHAT_TEMPLATES, PromptFormat
+from ..data.row_format import Frame
+from ..parallel import collectives
+from ..tokenizer.tokenizer import Tokenizer, load_tokenizer
+from ..weights.checkpoint import fingerprint, open_weights
+from .state import plan_fingerprint
+
+
+@dataclass(frozen=True)
+class Data:
+    """The run's samples, its plan, and how rows became tokens. `readings` has an entry for every file."""
+
+    prompt_format: PromptFormat  # of the first data set: what the adapter is talked to with
+    samples: Samples
+    held_out: Samples
+    plan: Plan
+    readings: dict[str, Reading]
+
+
+def prepare_data(config: Config, tokenizer: Tokenizer, ranks: int) -> Data:
+    """Read and tokenise all data of a run, set evaluation rows aside, and plan every step."""
+    readings: dict[str, Reading] = {}
+    invalid: list[InvalidRows] = []
+    for dataset in (*config.datasets, *config.test_datasets):
+        name = f"{dataset.path}{f', split {dataset.split}' if dataset.split else ''}"
+        encoding = encoding_of(config, dataset, tokenizer)
+        name += f" ({len(readings) + 1})" * (name in readings)
+        try:
+            readings[name] = prepare_samples(data_files(dataset), encoding, Path(config.dataset_prepared_path))
+        except InvalidRows as error:
+            invalid.append(error)
+    if invalid:
+        advice = " To go on without such rows, write skip_invalid_rows: true."
+        raise UserError(" ".join(map(str, invalid)) + advice * (not any(error.are_all for error in invalid)))
+    parts = [reading.samples for reading in readings.values()]
+    samples, held_out = join(parts[: len(config.datasets)]), join(parts[len(config.datasets) :])
+    if config.val_set_size:
+        size = config.val_set_size
+        count = round(size * len(samples)) if size < 1 else int(size)
+        if not 0 < count < len(samples):
+            raise UserError(
+                f"val_set_size is {size}, which takes {count} of {len(samples)} samples; both sides need at least one. "
+                f"Set a share between 0 and 1, or a smaller count."
+            )
+        order = array("I", range(len(samples)))
+        random.Random(f"{config.seed} validation").shuffle(order)
+        chosen = np.zeros(len(samples), bool)
+        chosen[np.array(order[:count])] = True
+        samples, held_out = samples.take(np.flatnonzero(~chosen)), samples.take(np.flatnonzero(chosen))
+    plan = plan_steps(
+        samples.lengths,
+        rows_per_step=config.micro_batch_size * config.gradient_accumulation_steps * ranks,
+        capacity=config.sequence_len,
+        packing=config.sample_packing,
+        num_epochs=config.num_epochs,
+        max_steps=config.max_steps,
+        seed=config.seed,
+        shuffle=config.shuffle_merged_datasets,
+    )
+    return Data(prompt_format_of(config, config.datasets[0], tokenizer), samples, held_out, plan, readings)
+
+
+def encoding_of(config: Config, dataset: DatasetConfig, tokenizer: Tokenizer) -> Encoding:
+    """How the rows of a data set of a run become samples."""
+    _, part = split_and_part(dataset.split)
+    return Encoding(
+        prompt_format_of(config, dataset, tokenizer),
+        tokenizer,
+        config.sequence_len,
+        config.excess_length_strategy,
+        part,
+        config.skip_invalid_rows,
+    )
+
+
+def tokenizer_of(config: Config) -> Tokenizer:
+    """The tokenizer of the base model, with the run's special tokens in place of its own."""
+    tokenizer = load_tokenizer(config.base_model).with_special_tokens(
+        bos_token=config.special_tokens.bos_token,
+        eos_token=config.special_tokens.eos_token,
+        pad_token=config.special_tokens.pad_token,
+        unk_token=config.special_tokens.unk_token,
+        additional_special_tokens=config.special_tokens.additional_special_tokens,
+    )
+    for key in ("tokens", "eot_tokens"):
+        for text in getattr(config, key):
+            tokenizer.id_of_special(text, key)
+    return tokenizer.with_special_tokens(config.tokens)
+
+
+def data_files(dataset: DatasetConfig) -> list[DataFile]:
+    names = ("ds_type", "data_files", "name", "revision")
+    split, _ = split_and_part(dataset.split)
+    return find_files(dataset.path, split=split, **{name: getattr(dataset, name) for name in names})
+
+
+def prompt_format_of(config: Config, dataset: DatasetConfig, tokenizer: Tokenizer) -> PromptFormat:
+    """The prompt format of a data set, with its chat template written out."""
+    part, name = template_in_force(config, dataset)
+    jinja = None
+    if name == "jinja":
+        jinja = _template_text(part.chat_template_jinja)
+    elif name != "tokenizer_default":
+        spare = name.removeprefix("tokenizer_default_fallback_")  # for a tokenizer without a template of its own
+        if spare not in CHAT_TEMPLATES:
+            raise UserError(
+                f"chat_template is {name}; known are {', '.join(['tokenizer_default', *CHAT_TEMPLATES])}. Most models "
+                "bring their own, which is tokenizer_default. For any other write chat_template: jinja, and its text "
+                "or the path of a file with it as chat_template_jinja."
+            )
+        jinja = CHAT_TEMPLATES[spare] if spare == name else tokenizer.chat_template or CHAT_TEMPLATES[spare]
+    prompt_format = replace(row_format(dataset), chat_template=jinja, train_on_inputs=config.train_on_inputs)
+    if dataset.type != "chat_template":
+        return prompt_format
+    if not prompt_format.jinja(tokenizer):
+        raise UserError(
+            f"data {dataset.path}: type is chat_template and the model brings no chat template, so a conversation "
+            f"cannot be written as text. Set chat_template to one of {', '.join(CHAT_TEMPLATES)}."
+        )
+    prompt_format = prompt_format.for_tokenizer(tokenizer)
+    if config.default_system_message:  # as a part of the template, whoever talks to the model has it too
+        system = json.dumps([{"role": "system", "content": config.default_system_message}], ensure_ascii=False)
+        start = f"{{% set messages = {system} + messages %}}"
+        start = f"{{% if not messages or messages[0]['role'] != 'system' %}}{start}{{% endif %}}"
+        prompt_format = replace(prompt_format, chat_template=start + prompt_format.chat_template)
+    return prompt_format
+
+
+def _template_text(given: str) -> str:
+    """The text of a template that is given as such, in braces or lines, or as the path of a file."""
+    if "{" in given or "\n" in given.strip():
+        return given
+    path = Path(given.strip()).expanduser()
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"chat_template_jinja: no such file {path}. It is one line without braces, so it is taken for a path: "
+            "without the template no conversation can be written. Correct it, or write the template's text."
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat_template_jinja: {path} cannot be read ({error}). Name a text file in UTF-8.") from error
+
+
+def row_format(dataset: DatasetConfig) -> PromptFormat:
+    """What a data set's own keys say of its rows."""
+    is_custom = not isinstance(dataset.type, str)
+    return PromptFormat(
+        type="custom" if is_custom else dataset.type,
+        frame=Frame(**asdict(dataset.type)) if is_custom else None,
+        roles_to_train=dataset.roles_to_train,
+        train_on_eos=dataset.train_on_eos,
+        field=dataset.field,
+        field_messages=dataset.field_messages,
+        field_tools=dataset.field_tools,
+        field_system=dataset.field_system,
+        field_instruction=dataset.field_instruction or "",
+        field_output=dataset.field_output or "",
+        message_field_training=dataset.message_field_training or "",
+        message_property_mappings=dataset.message_property_mappings,
+        roles=dataset.roles,
+    )
+
+
+def same_on_all_ranks(config: Config, data: Data, ranks: int) -> None:
+    """Stop before anything is loaded if a rank has another configuration, other data or another model than rank 0."""
+    if ranks > 1:
+        mine = {"configuration": config.to_yaml(), "data": plan_fingerprint(data.samples, data.plan)}
+        weights = open_weights(config.base_model)
+        files = json.dumps([fingerprint(weights), weights.config], sort_keys=True)
+        mine |= {"model files": files, "host": platform.node()}
+        everyone = collectives.everyones_object(mine)
+        for rank, theirs in enumerate(everyone):
+            different = [kind for kind in mine if kind != "host" and theirs[kind] != everyone[0][kind]]
+            if different:
+                raise UserError(
+                    f"rank {rank} on host {theirs['host']} has other {' and other '.join(different)} than rank 0 on "
+                    f"host {everyone[0]['host']}, so the ranks would train on different things. Give every rank the "
+                    f"same files and options."
+                )

@@ -1,0 +1,47 @@
+"""NEFTune: uniform noise on the embeddings of training tokens, so that answers are learnt less to the letter.
+
+Each number of an embedding gets noise from [-s, s), s = alpha / sqrt(L * D): for L tokens of a document of width D the
+whole noise has a length of about alpha / sqrt(3), however long the document is. L is the document's own length, so
+packing it with others or padding it changes nothing. Evaluation has no noise.
+Source: NEFTune (arXiv:2310.05914), section 2.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..model import Llama
+from ..ops import Segments
+from ..ops.lora import fold, mix
+
+SALT = 0x4E45465475  # other bits than those that decide dropout
+
+
+class Noise:
+    """Added to what `embed_tokens` gives. It is a hash of the row's seed: the same on any rank and after a resume."""
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+        self.row_seeds: Tensor | None = None  # (B,) int64
+        self.segments: Segments | None = None  # of the batch to come
+
+    def __call__(self, embedding: nn.Module, tokens: tuple[Tensor], x: Tensor) -> Tensor:
+        """x (B, T, D) with noise while training; the arguments are those of a forward hook."""
+        if not embedding.training:
+            return x
+        B, T, D = x.shape
+        index = torch.arange(T * D, device=x.device, dtype=torch.int32).view(1, T, D)
+        uniform = mix(mix(index) ^ fold(self.row_seeds ^ SALT).view(B, 1, 1)).float() / 2**31  # [-1, 1)
+        lengths = torch.tensor([[n for n in row for _ in range(n)] for row in self.segments.lengths], device=x.device)
+        return (x + self.alpha * (lengths * D).rsqrt().unsqueeze(-1) * uniform).to(x.dtype)
+
+
+def add_noise(model: Llama, alpha: float) -> None:
+    """Have the embedding's result carry noise in training."""
+    model.model.noise = Noise(alpha)
+    model.model.embed_tokens.register_forward_hook(model.model.noise)
+
+
+def set_noise_rows(model: Llama, row_seeds: Tensor, segments: Segments) -> None:
+    """Tell the noise which rows the next batch holds; where there is none nothing happens."""
+    if noise := getattr(model.model, "noise", None):
+        noise.row_seeds, noise.segments = row_seeds, segments

@@ -1,0 +1,116 @@
+"""The state of AdamW: each rank's part of it (ZeRO, stage 1), and whether a saved state fits."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..parallel import collectives
+from .optim import clip_gradient, gradient_norm, make_optimizer
+
+BLOCK = 256  # values that share a scale in bitsandbytes' 8-bit state
+WHOLE, PER_BLOCK = ("exp_avg", "exp_avg_sq", "state1", "state2"), ("absmax1", "absmax2")
+
+
+class PartOptimizer:
+    """AdamW for this rank's part of the flat buffer, so that a rank keeps 1 / ranks of its state (ZeRO, stage 1).
+
+    Each rank gets the sum of its part of the gradient (`sum_and_clip`), and all parts are put together after a step.
+    """
+
+    def __init__(self, name: str, flat: nn.Parameter, num_trained: int, rank: int, ranks: int, **options: Any) -> None:
+        """flat: (n,) with n a multiple of ranks * BLOCK, of which the first `num_trained` are in use."""
+        self.flat, self.num_trained, self.rank, self.ranks = flat, num_trained, rank, ranks
+        self.part = nn.Parameter(flat.data.view(ranks, -1)[rank])
+        self.part.grad = flat.grad.view(ranks, -1)[rank]
+        self.inner = make_optimizer(name, self.part, **options)
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+
+    def step(self) -> None:
+        self.inner.step()
+        wait = collectives.all_gather(self.flat.data, self.part.data)
+        if wait:
+            wait()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state, as one rank would have it. Every rank has to ask for it."""
+        state = dict(self.state[self.part])
+        for key in (*WHOLE, *PER_BLOCK):
+            if key in state:
+                size = self.num_trained if key in WHOLE else math.ceil(self.num_trained / BLOCK)
+                state[key] = torch.cat(collectives.everyones(state[key].flatten()))[:size].cpu()
+        return {"state": {0: state}, "param_groups": self.inner.state_dict()["param_groups"]}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take this rank's part of it; another number of ranks may have saved it."""
+        state = dict(saved["state"][0])
+        state |= state.pop("__bnb_optimizer_quant_state__", {})  # where bitsandbytes has it, if saved whole
+        for key in (*WHOLE, *PER_BLOCK):
+            if key in state:
+                size = len(self.flat) if key in WHOLE else len(self.flat) // BLOCK
+                whole = F.pad(state[key], (0, size - len(state[key])))
+                state[key] = whole.view(self.ranks, -1)[self.rank].to(self.flat.device, copy=True)
+        self.state[self.part] = state
+
+
+def state_kind(name: str) -> str:
+    """Optimizers of one kind can take up each other's state."""
+    return "8 bits" if "8bit" in name else "32 bits of bitsandbytes" if "32bit" in name else "32 bits of PyTorch"
+
+
+def state_problem(optimizer: torch.optim.Optimizer | PartOptimizer, saved: Any) -> str:
+    """How a saved state differs from what this optimizer keeps, in words; empty: in nothing.
+
+    Kernels take sizes and types for granted: a moment that is too short would be read, and written, beyond its end.
+    """
+    is_part = isinstance(optimizer, PartOptimizer)
+    params = [] if is_part else [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = [(optimizer.num_trained,)] if is_part else [tuple(p.shape) for p in params]
+    states = saved.get("state") if isinstance(saved, dict) else None
+    if not isinstance(states, dict) or (states and set(states) != set(range(len(shapes)))):
+        return f"it does not hold the state of {len(shapes)} parameters"
+    for i, state in states.items():
+        nested = state.get("__bnb_optimizer_quant_state__", {}) if isinstance(state, dict) else None
+        if not isinstance(nested, dict):
+            return f"the state of parameter {i} is no map"
+        found = {key: _kind(value) for key, value in (state | nested).items() if key != "__bnb_optimizer_quant_state__"}
+        n, moments = math.prod(shapes[i]), (shapes[i], torch.float32)
+        if isinstance(optimizer.inner if is_part else optimizer, torch.optim.AdamW):
+            wanted = {"step": ((), torch.float32), "exp_avg": moments, "exp_avg_sq": moments}
+        elif found.get("state1") == (shapes[i], torch.uint8):  # which few values do not get
+            moments, scales = (shapes[i], torch.uint8), ((math.ceil(n / BLOCK),), torch.float32)
+            wanted = {"step": int, "state1": moments, "state2": moments, "absmax1": scales, "absmax2": scales}
+            wanted |= dict.fromkeys(("qmap1", "qmap2"), ((256,), torch.float32))
+        else:
+            wanted = {"step": int, "state1": moments, "state2": moments}
+        for key in sorted(found.keys() | wanted.keys() if found else ()):
+            if found.get(key) != wanted.get(key):
+                return f"{key} of parameter {i} is {found.get(key)} where {wanted.get(key)} is needed"
+    return ""
+
+
+def _kind(value: Any) -> Any:
+    """Shape and dtype of a tensor, the type of anything else."""
+    return (tuple(value.shape), value.dtype) if torch.is_tensor(value) else type(value)
+
+
+def load_state(optimizer: torch.optim.Optimizer | PartOptimizer, saved: dict[str, Any]) -> None:
+    """Take up a state that `state_problem` finds right. Betas, weight decay and the rest stay as they are now."""
+    if not isinstance(optimizer, PartOptimizer):
+        saved = {"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]}
+    optimizer.load_state_dict(saved)
+
+
+def sum_and_clip(flat: nn.Parameter, optimizer: torch.optim.Optimizer | PartOptimizer, max_norm: float) -> Tensor:
+    """Sum the flat gradient over the ranks, or this rank's part of it where each rank has a part; then clip it.
+
+    Returns:
+        The norm of the whole gradient before, ().
+    """
+    if not isinstance(optimizer, PartOptimizer):
+        return clip_gradient(collectives.sum_over_ranks(flat.grad), max_norm)
+    part = collectives.sum_to_parts(flat.grad)
+    norm = collectives.sum_over_ranks(gradient_norm(part).square()).sqrt()
+    return clip_gradient(part, max_norm, norm)

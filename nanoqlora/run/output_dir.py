@@ -1,0 +1,250 @@
+"""The folder that a run writes to. No run ends another, and one at a time writes there.
+
+    refuse_other_runs    before anything is loaded: the folder holds a run that this one does not go on with
+    claim                after all checks: lock it; with overwrite_output_dir remove the earlier run's files
+
+Only files that this program writes are removed; a user's own stay. W&B's folder stays too: it may not be synced yet.
+Read next: `run/inputs.py`, how a run goes on from a checkpoint.
+"""
+
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from ..config.errors import UserError
+from ..config.files import remove, sweep
+from ..config.parser import keys_of
+from ..config.schema import Config
+from ..gguf.file_types import FILE_TYPES
+from ..gguf.modelfile import is_ours
+from ..parallel import collectives
+
+
+def is_disk_error(error: Exception) -> bool:
+    """Whether a file could not be written, as each of the three writers says it. Whatever else is a fault of ours."""
+    signs = {SafetensorError: ("I/O error",), RuntimeError: ("inline_container", "PytorchStreamWriter", "iostream")}
+    return isinstance(error, OSError) or any(sign in str(error) for sign in signs.get(type(error), ()))
+
+
+def cannot_write(folder: Path, what: str, error: Exception, needed: int = 0) -> str:
+    """What to say, and to do, when something in output_dir cannot be written. needed: its bytes, where known."""
+    last = (checkpoints(folder) or [None])[-1]
+    takes = f"it takes {needed / 1e6:.0f} MB and " if needed else ""
+    return (
+        f"{folder / what} cannot be written ({error}): {takes}its disk has {shutil.disk_usage(folder).free / 1e6:.0f} "
+        f"MB free. {f'{last} is whole' if last else 'There is no checkpoint yet'}. Make room, then go on with "
+        f"--auto_resume_from_checkpoints true."
+    )
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first."""
+    return [path for path in checkpoint_folders(folder).values() if (path / STATE).is_file()]
+
+
+LOG, STATE = "metrics.jsonl", "trainer_state.json"
+ADAPTER = "adapter_model.safetensors"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+FILES = (ADAPTER, "adapter_config.json", LOG, "Fine-Tuning.png", "report.md", "train.yml", "prompt.json", *TOKENIZER)
+MADE_FROM_IT = [f"{what}-{name.lower()}.gguf" for what in ("model", "adapter") for name in FILE_TYPES]
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, up to the first line that is not one: it was being written when the run was killed."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            break
+        rows.append(row)
+    return rows
+
+
+def checkpoint_folders(folder: Path) -> dict[int, Path]:
+    """The folders checkpoint-STEP, by step in rising order; also those that are cut off."""
+    found = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()}
+    return dict(sorted(found.items()))
+
+
+def files_of_run(folder: Path) -> list[Path]:
+    """What is there that a run writes. An empty log is nothing: no step was taken."""
+    files = [folder / name for name in FILES if (folder / name).is_file()]
+    if LOG in {path.name for path in files} and not (folder / LOG).stat().st_size:
+        files.remove(folder / LOG)
+    return [*files, *checkpoint_folders(folder).values()]
+
+
+def files_made_from_it(folder: Path) -> list[Path]:
+    """What merge.py, export_gguf.py and TensorBoard have added: of a run whose adapter is removed they say nothing."""
+    merged = [folder / "merged"] if (folder / "merged" / "merge.json").is_file() else []
+    events = [folder / "tensorboard"] if [*folder.glob("tensorboard/events.out.tfevents.*")] else []
+    modelfiles = [path for path in sorted(folder.glob("Modelfile*")) if path.is_file() and is_ours(path)]
+    return [*merged, *events, *(folder / name for name in MADE_FROM_IT if (folder / name).is_file()), *modelfiles]
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has come to its end there: the report is written last."""
+    return (folder / ADAPTER).exists() and (folder / "report.md").exists()
+
+
+def describe(folder: Path) -> str:
+    """What run is there: its steps, whether it has ended, and when it last wrote."""
+    files = files_of_run(folder)
+    written = time.strftime("%Y-%m-%d %H:%M", time.localtime(max(path.stat().st_mtime for path in files)))
+    steps = [row["step"] for row in read_log(folder / LOG)] + list(checkpoint_folders(folder))
+    if not steps:
+        return f"{', '.join(path.name for path in files)} (written {written})"
+    kind = "a finished run" if is_finished(folder) else "a run that has not ended"
+    return f"{kind}, {max(steps)} steps of it (last written {written})"
+
+
+def checkpoint_to_resume(config: Config) -> Path | None:
+    """The folder of the checkpoint that the configuration asks to go on from; None: begin with the first step.
+
+    Raises:
+        UserError: the folder that is named is no checkpoint.
+    """
+    folders = checkpoint_folders(Path(config.resume_from_checkpoint or config.output_dir)).values()
+    whole = [path for path in folders if (path / STATE).is_file()]
+    if not config.resume_from_checkpoint:
+        return whole[-1] if whole and config.auto_resume_from_checkpoints else None
+    path = Path(config.resume_from_checkpoint)
+    if not path.is_dir():
+        raise UserError(
+            f"resume_from_checkpoint: {path} is no folder. Name a checkpoint-STEP folder of a run, or set "
+            f"auto_resume_from_checkpoints: true."
+        )
+    if not (path / STATE).is_file():
+        there = f"It has {', '.join(p.name for p in whole)}: name one of them" if whole else ""
+        raise UserError(
+            f"resume_from_checkpoint {path}: {f'holds no {STATE}' if any(path.iterdir()) else 'is empty'}, so it is no "
+            f"whole checkpoint. {there or 'Name a checkpoint-STEP folder of a run'}."
+        )
+    return path
+
+
+def refuse_other_runs(config: Config) -> None:
+    """Refuse an output_dir whose run this one does not go on with, or in which another run is writing.
+
+    Raises:
+        UserError: with the ways to go on. Nothing has been touched.
+    """
+    folder = Path(config.output_dir)
+    for key in ("base_model", "lora_model_dir"):
+        if getattr(config, key) and folder.is_dir() and Path(getattr(config, key)).resolve() == folder.resolve():
+            raise UserError(f"output_dir {folder}: is {key} too, and this run would replace its files. Name another.")
+    if folder.is_dir():
+        with lock(folder):
+            if config.auto_resume_from_checkpoints:
+                sweep(folder)  # a checkpoint that was being replaced gets its name again
+            _check(config)
+
+
+def _check(config: Config) -> None:
+    """`refuse_other_runs`, with the folder locked."""
+    folder = Path(config.output_dir)
+    own = folder / "train.yml"
+    if own.is_file() and own.read_text("utf-8", "replace").count("\n") < len(keys_of(Config)) / 2:  # not a resolved one
+        raise UserError(
+            f"output_dir {folder}: holds a train.yml that no run has written, and a run writes its resolved "
+            f"configuration under that name. Move the file, or name another output_dir."
+        )
+    files = files_of_run(folder)
+    log_alone = {path.name for path in files} <= {LOG}  # killed before its first checkpoint: nothing can go on from it
+    if not files or _goes_on(config) or (config.auto_resume_from_checkpoints and log_alone):
+        return
+    if config.overwrite_output_dir:
+        gone = {path.resolve() for path in (*files, *files_made_from_it(folder))}
+        for path in inputs_of(config):
+            if gone & {path.resolve(), *path.resolve().parents}:
+                raise UserError(
+                    f"overwrite_output_dir would remove {path}, which this run reads. Name another output_dir."
+                )
+        return
+    whole = [path for path in checkpoint_folders(folder).values() if (path / STATE).is_file()]
+    resume = "go on with it by --auto_resume_from_checkpoints true or --resume_from_checkpoint "
+    ways = [f"{resume}{shlex.quote(str(whole[-1]))}"] if whole else []
+    ways += [
+        "name another --output_dir",
+        "give --overwrite_output_dir true, which first removes what that run has written",
+    ]
+    raise UserError(
+        f"output_dir {folder}: holds {describe(folder)}, which this run would write over. Choose: {'; or '.join(ways)}."
+    )
+
+
+def _goes_on(config: Config) -> bool:
+    """Whether the run resumes from a checkpoint in its own folder."""
+    path = checkpoint_to_resume(config)
+    return path is not None and path.resolve().parent == Path(config.output_dir).resolve()
+
+
+def inputs_of(config: Config) -> list[Path]:
+    """The files and folders that a run reads, as far as they are on this machine."""
+    named = [config.base_model, config.lora_model_dir, config.resume_from_checkpoint, config.chat_template_jinja]
+    for dataset in (*config.datasets, *config.test_datasets):
+        named += [dataset.path, dataset.chat_template_jinja, *(str(Path(dataset.path) / f) for f in dataset.data_files)]
+    return [Path(name) for name in named if name and "\n" not in name and len(name) < 1000]
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a folder: it is free again when this process ends, however it ends. Nothing is written for it.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"output_dir {folder}: another run is writing there now, and both would mix their files. Wait for "
+                f"its end, or name another --output_dir."
+            ) from None
+        except OSError:
+            pass  # a network's file system without locks
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def claim(config: Config, rank: int, step: int, say: Callable[..., None]) -> Iterator[None]:
+    """Hold output_dir until the run ends, and remove what does not belong to it. Rank 0 does, for all.
+
+    Args:
+        step: up to which a run in this folder is gone on with; its later checkpoints are of another course.
+    """
+    folder = Path(config.output_dir)
+    with ExitStack() as held:
+        with collectives.together():
+            if rank == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(lock(folder))
+                _check(config)  # again: another run may have ended there in the meantime
+                sweep(folder)
+                if _goes_on(config):
+                    removed = [path for number, path in checkpoint_folders(folder).items() if number > step]
+                    removed += [folder / ADAPTER] if (folder / ADAPTER).exists() else []
+                else:
+                    removed = [*files_of_run(folder), *files_made_from_it(folder)]
+                for path in removed:
+                    remove(path)
+                if removed:
+                    what = f"of what came after step {step}" if step else "of an earlier run"
+                    say(f"{folder}: removed {', '.join(path.name for path in removed)}, {what}")
+        yield

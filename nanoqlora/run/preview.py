@@ -1,0 +1,96 @@
+"""What `train.py --plan` says: the steps, the data as the model will see it, and what the run needs, as text."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..config.errors import visible
+from ..data.batches import Sample
+from ..fast.stats import GIB
+from ..tokenizer.tokenizer import Tokenizer
+from .forecast import Forecast
+from .state import Run
+
+GREEN, DIM, INVERSE, END = "\033[1;32m", "\033[2m", "\033[7m", "\033[0m"
+PREVIEWED = 3  # samples
+SHOWN = 1200  # characters of each
+
+
+def plan_text(run: Run, tokenizer: Tokenizer, forecast: Forecast, warmup: int) -> str:
+    """The whole plan, several lines for a terminal; what learns stands in green."""
+    config, plan = run.config, run.plan
+    lengths, targets = run.samples.lengths, run.samples.num_targets.sum()
+    rows = [row for step in plan for row in step.rows]
+    tokens = np.array([lengths[[i for row in step.rows for i in row]].sum() for step in plan])
+    slots = sum(_slots([lengths[row].sum() for row in step.rows], run) for step in plan)
+    held_out = int(run.held_out.lengths.sum()) if run.held_out else 0
+    warmup = 0 if config.lr_scheduler == "constant" else min(warmup, len(plan))
+    lines = [
+        f"steps      {len(plan)} in {plan[-1].epoch:.4g} epochs, {warmup} of them warm-up; a step has "
+        f"{config.micro_batch_size} x {config.gradient_accumulation_steps} x {run.ranks} rows (micro-batch, "
+        f"accumulation, ranks) and {tokens.mean():.0f} tokens ({tokens.min()} to {tokens.max()})",
+        f"tokens     {tokens.sum():,} in {len(rows):,} rows, which are {tokens.sum() / slots:.1%} full; "
+        f"{targets / lengths.sum():.1%} of the data's tokens are supervised",
+        f"held out   {len(run.held_out)} samples, {held_out:,} tokens",
+        f"lengths    tokens in a sample: median {np.median(lengths):.0f}, 95 % up to "
+        f"{np.quantile(lengths, 0.95, method='higher')}, longest {lengths.max()}; sequence_len {config.sequence_len}",
+        *histogram(lengths),
+        *(f"memory     {name.removeprefix('memory/')} {gib:.2f}" for name, gib in forecast.memory.items()),
+        f"time       {duration(forecast.seconds)}",
+        f"disk       {forecast.disk_bytes / GIB:.2f} GiB in {config.output_dir}",
+        f"           {forecast.basis}",
+    ]
+    for number in range(min(PREVIEWED, len(run.samples))):
+        legend = (
+            f"{GREEN}what the model learns to write{END}, {DIM}what it only reads{END}, {INVERSE}special tokens{END}"
+        )
+        lines += ["", f"sample {number + 1}: {legend}"]
+        lines.append(coloured(run.samples[number], tokenizer))
+    return "\n".join(lines)
+
+
+def _slots(row_tokens: list[int], run: Run) -> int:
+    """Token slots of a step, padding included."""
+    size, width = run.config.micro_batch_size, run.config.row_width
+    parts = [row_tokens[i : i + size] for i in range(0, len(row_tokens), size)]
+    return sum(len(part) * (width or max(part)) for part in parts)
+
+
+def histogram(lengths: Sequence[int] | np.ndarray, bins: int = 8, width: int = 40) -> list[str]:
+    """A line for each of up to `bins` ranges of equal width, with a bar as long as its share."""
+    size = max(1, -(-int(max(lengths)) // bins))
+    counts = np.bincount((np.asarray(lengths) - 1) // size)
+    bars = ["#" * round(width * count / counts.max()) for count in counts]
+    ranges = [f"{i * size + 1:>7} - {(i + 1) * size:<7}" for i in range(len(counts))]
+    return [f"{'':11}{span} {bar:{width}} {n}" for span, bar, n in zip(ranges, bars, counts, strict=True)]
+
+
+def coloured(sample: Sample, tokenizer: Tokenizer, shown: int = SHOWN) -> str:
+    """The text of a sample, supervised tokens in green and the others dim; cut after `shown` characters.
+
+    Special tokens are in inverse video: a marker that is only text, which steers nothing, looks like other text.
+    """
+    parts, start, room = [], 0, shown
+    special = set(tokenizer.special_tokens.values())
+    kinds = [(bool(s), int(id) in special) for s, id in zip(sample.supervised, sample.tokens, strict=True)]
+    for end in range(1, len(sample) + 1):
+        if end < len(sample) and kinds[end] == kinds[start]:
+            continue
+        text = b"".join(map(tokenizer.token_bytes, sample.tokens[start:end])).decode(errors="replace")
+        text = visible(text)
+        if len(text) > room:
+            text = text[:room] + f" ... ({len(sample)} tokens in all)"
+        is_supervised, is_special = kinds[start]
+        parts.append(f"{GREEN if is_supervised else DIM}{INVERSE * is_special}{text}{END}")
+        start, room = end, room - len(text)
+        if room <= 0:
+            break
+    return "".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: "45 s", "12 min 5 s", "3 h 20 min"."""
+    minutes, hours = divmod(round(seconds), 60), round(seconds) // 3600
+    if hours:
+        return f"{hours} h {round(seconds) % 3600 // 60} min"
+    return f"{minutes[0]} min {minutes[1]} s" if minutes[0] else f"{minutes[1]} s"

@@ -1,0 +1,113 @@
+"""`train.py --rehearse`: all that a run does after its first step, once, before it, so that nothing fails at its end.
+
+    longest micro-batch, optimizer, a row of evaluation    done by run/forecast.py before we come here
+    answer, save, resume                                   as the run will; what is read back must be what was saved
+    merge.py, export_gguf.py                               the commands themselves, on a model of one block of the base
+
+Everything goes into a folder beside output_dir, which is removed again; nothing that was there is touched.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..config.errors import UserError
+from ..config.files import write_text
+from ..config.scripts import PROGRAMS
+from ..parallel import collectives
+from ..tokenizer.tokenizer import Tokenizer, save_tokenizer
+from ..weights.checkpoint import ShardWriter, open_weights
+from .checkpoints import load_checkpoint, save_checkpoint
+from .figure import plot_metrics
+from .inputs import Data
+from .log import Metrics
+from .results import sample_answers, save_trained
+from .state import Run
+
+
+def rehearse(run: Run, data: Data, tokenizer: Tokenizer, say: Callable[..., None]) -> None:
+    """Go through the end of the run. Raises what the run would have ended with."""
+    output = Path(run.config.output_dir)
+    folder = output.with_name(f".{output.name}.rehearsal.tmp")
+    started = time.perf_counter()
+
+    def done(what: str) -> None:
+        say(f"rehearsed after {time.perf_counter() - started:4.0f} s: {what}")
+
+    done("the longest micro-batch, the optimizer's step" + (", an evaluation" if run.held_out else ""))
+    try:
+        run.model.eval()
+        sample_answers(run, tokenizer, data.prompt_format, count=1)
+        run.model.train()
+        done("an answer")
+        save_and_resume(run, folder)
+        done("a checkpoint, and going on from it")
+        if run.rank == 0:
+            save_trained(run, data, tokenizer, folder / "adapter")
+            plot_metrics(run.metrics.rows, folder / "Fine-Tuning.png")
+            keep_first_block(run, tokenizer, folder)
+            command("merge.py", folder / "base", folder / "merged", "--adapter", folder / "adapter", "--max_tokens", 0)
+            done("merge.py with one block")
+            command("export_gguf.py", folder / "merged", folder / "model.gguf", "--type", "q8_0")
+            done(f"export_gguf.py with one block, and its {(folder / 'Modelfile').name}")
+    finally:
+        collectives.wait_for_all()
+        if run.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    say(f"rehearsed to the end in {time.perf_counter() - started:.0f} s; nothing is left of it")
+
+
+def save_and_resume(run: Run, folder: Path) -> None:
+    """Write a checkpoint and go on from it: the same values and the same optimizer state, to the bit."""
+    config = replace(run.config, output_dir=str(folder), resume_from_checkpoint=str(folder / "checkpoint-1"))
+    mine = replace(run, config=config, metrics=Metrics(folder / "metrics.jsonl", writes=run.rank == 0))
+    run.optimizer.step()  # with a rate of 0, as run/forecast.py left it: only to have a state
+    values, before = run.flat.detach().clone(), state_tensors(run.optimizer)
+    save_checkpoint(mine, 1)
+    run.flat.data.zero_()
+    with collectives.together():
+        load_checkpoint(mine)
+    same = all(torch.equal(old, new) for old, new in zip(before, state_tensors(run.optimizer), strict=True))
+    if not (same and torch.equal(run.flat, values)):
+        raise RuntimeError("the checkpoint that was just written is read back with other values")
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Copies of everything that an optimizer keeps, on the CPU."""
+    states = optimizer.state_dict()["state"].values()
+    return [x.detach().to("cpu", copy=True) for state in states for x in state.values() if torch.is_tensor(x)]
+
+
+def keep_first_block(run: Run, tokenizer: Tokenizer, folder: Path) -> None:
+    """The base as a folder with its first block alone, and the adapter cut to that block."""
+    weights, base = open_weights(run.config.base_model), folder / "base"
+    base.mkdir()
+    names = [name for name in weights.names() if ".layers." not in name or ".layers.0." in name]
+    kinds = {name: ((w := weights.load(name)).shape, w.dtype) for name in names}
+    writer = ShardWriter(base, kinds, int(5e9))
+    for name in names:
+        writer.add(name, weights.load(name))
+    writer.close()
+    write_text(base / "config.json", json.dumps(weights.config | {"num_hidden_layers": 1}))
+    save_tokenizer(tokenizer, base, tokenizer.chat_template)
+    file = folder / "adapter" / "adapter_model.safetensors"
+    state = {name: tensor for name, tensor in load_file(file).items() if ".layers.0." in name}
+    save_file(state, file, metadata={"format": "pt"})
+
+
+def command(script: str, model: Path, out: Path, *words: object) -> None:
+    """Run one of our commands in a process of its own. Its error becomes ours."""
+    line = [sys.executable, PROGRAMS / script, "--model", model, "--out", out, *words]
+    ended = subprocess.run([str(word) for word in line], capture_output=True, text=True)
+    if ended.returncode == 2:
+        raise UserError(f"{script} would end with: {ended.stderr.strip().removeprefix('error: ')}")
+    if ended.returncode:
+        raise RuntimeError(f"{script} would fail:\n{ended.stderr}")

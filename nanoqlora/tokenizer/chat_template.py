@@ -1,0 +1,157 @@
+"""Chat templates: programs in Jinja that write messages, and the special tokens between them, into one string.
+
+A template comes with the model, from the internet, so it runs in Jinja's sandbox, with what transformers offers it.
+Which part of its text came from which message is known in the end (traced.py): no text of a message may become a
+special token, and data/masks.py asks where the answers are.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
+from functools import lru_cache, partial, wraps
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.compiler
+import jinja2.ext
+import jinja2.runtime
+import jinja2.sandbox
+
+from ..config.errors import UserError
+from . import traced
+
+Messages = list[dict[str, Any]]
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's words in some templates. For the text it means nothing."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def render(
+    template: str,
+    messages: Messages,
+    add_generation_prompt: bool,
+    named_tokens: dict[str, str],
+    tools: list[Any] | None = None,
+) -> str:
+    """The text of a conversation; traced, if it is a guarded one.
+
+    Args:
+        named_tokens: what the template may write by name, such as "bos_token" -> "<s>".
+        tools: descriptions of the functions that the assistant may call.
+    """
+    try:
+        return _compile(template, any(map(traced.spans_of, messages[0])) if messages else False).render(
+            messages=[{key: item for key, item in message.items() if item is not None} for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            documents=None,
+            **named_tokens,
+        )
+    except Exception as error:  # the template is the user's program: whatever it raises is about it or its messages
+        raise UserError(
+            f"the chat template stopped with {type(error).__name__}: {error}. Without it the messages cannot be "
+            "written as text. Check the roles and their order, or give another template with chat_template_jinja."
+        ) from error
+
+
+class _CodeGenerator(jinja2.compiler.CodeGenerator):
+    """`a ~ b` goes through functions that know of spans."""
+
+    def visit_Concat(self, node: jinja2.nodes.Concat, frame: jinja2.compiler.Frame) -> None:
+        self.write("environment.concat((")
+        for child in node.nodes:
+            self.write("environment.finalize(")
+            self.visit(child, frame)
+            self.write("), ")
+        self.write("))")
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """A sandbox in which every operation that makes a string of strings keeps their spans."""
+
+    code_generator_class = _CodeGenerator
+    concat = staticmethod(traced.join)
+    intercepted_binops = frozenset("%")
+
+    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        call = partial(super().call, context)
+        if isinstance(function, jinja2.runtime.Macro | jinja2.runtime.LoopContext) or traced.is_own(function):
+            return call(function, *args, **kwargs)  # of the first two, the result went through `concat`
+        return traced.run(call, function, *map(_listed, args), **kwargs)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        return traced.run(partial(super().call_binop, context, operator), left, right)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        written = super().wrap_str_format(value)
+        if written and traced.spans_of(value.__self__):  # a row's text as a layout: what it writes is anybody's
+            return lambda *args, **kwargs: traced.of_anybody(written(*args, **kwargs))
+        return written
+
+
+OWN = ("trim", "replace", "reverse", "first", "last", "string")  # filters that only call methods of a string
+
+
+def _listed(value: Any) -> Any:
+    """What can be read only once, as a list."""
+    return list(value) if isinstance(value, Iterator) and not isinstance(value, jinja2.runtime.LoopContext) else value
+
+
+def _keeping_spans(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same filter, whose result has the spans of what it was given."""
+
+    @wraps(function)
+    def filtered(*args: Any, **kwargs: Any) -> Any:
+        return traced.run(function, *map(_listed, args), **kwargs)
+
+    return filtered
+
+
+@lru_cache
+def _compile(template: str, is_traced: bool) -> jinja2.Template:
+    """In a sandbox; settings as in transformers. To keep spans takes longer, up to twice with many tools."""
+
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:  # Jinja's own would escape HTML
+        return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
+
+    extensions = [_GenerationTag, "jinja2.ext.loopcontrols"]
+    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": extensions}
+    if is_traced:
+        sandbox = _Environment(**options, finalize=lambda x: x if isinstance(x, str) else traced.run(str, x))
+        filters = sandbox.filters | {"tojson": tojson}
+        sandbox.filters = {name: f if name in OWN else _keeping_spans(f) for name, f in filters.items()}
+    else:
+        sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(**options)
+        sandbox.filters["tojson"] = tojson
+    sandbox.globals["raise_exception"] = raise_exception
+    sandbox.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+    return sandbox.from_string(template)
+
+
+# Roles that templates know. They are not the row's text: "<|{{ role }}|>" writes a special token.
+ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "ipython", "function", "model"))
+
+
+def guard(messages: Messages, tools: list[Any] | None = None, roles: Iterable[str] = ()) -> tuple[Messages, Any]:
+    """Messages and tools whose text cannot turn into special tokens; the source of message i is i, that of tools -1.
+
+    Args:
+        roles: names of roles that the configuration gives, beside the usual ones.
+    """
+    known = {*ROLES, *roles}
+    guarded = []
+    for i, message in enumerate(messages):
+        role = message.get("role")
+        is_known = isinstance(role, str) and role in known
+        guarded.append(traced.trace(message, i) | ({"role": role} if is_known else {}))
+    return guarded, traced.trace(tools, -1)

@@ -1,0 +1,405 @@
+"""Where vocabularies come from and go to: a Hugging Face folder, Meta's tokenizer.model, the metadata of a GGUF file.
+
+    tokenizer.json    Hugging Face's: vocabulary, merges, added tokens, and in what steps text is taken apart
+    tokenizer.model   one name for two files: sentencepiece's (Llama-1/2, Mistral), and Meta's list of Llama-3's tokens
+    tokenizer_config.json, chat_template.jinja    the named tokens, and how a chat is written
+
+Where both tokenizer.json and sentencepiece's tokenizer.model are there, pieces and scores are the model's. Whatever
+would change ids and is not supported is refused. Readers give the fields of a `Vocabulary`.
+"""
+
+import base64
+import binascii
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ..config.errors import UserError, expect, note
+from ..config.files import read_json, whole_file, write_text
+from .byte_pairs import LETTERS, SPLIT_RULES
+from .sentencepieces import BYTE_PIECES, UNREACHED, read_model, write_model
+from .tokenizer_json import (
+    added_token,
+    check_merges,
+    check_normalized,
+    read_tokenizer_json,
+    token_in_front,
+    write_tokenizer_json,
+)
+from .vocabulary import (
+    BYTE,
+    CONTROL,
+    MARKER,
+    NAMED_TOKENS,
+    NORMAL,
+    SENTENCEPIECE,
+    UNKNOWN,
+    USER_DEFINED,
+    Fields,
+    Vocabulary,
+)
+
+LLAMA3_RANKS = 128_000
+LLAMA3_SPECIAL = (
+    *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id"),
+    *("reserved_special_token_2", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"),
+    *(f"reserved_special_token_{i}" for i in range(3, 248)),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a folder
+
+
+def read_folder(folder: Path) -> Fields:
+    """The vocabulary of a folder in Hugging Face's or in Meta's format."""
+    path, model_path, config_path = (folder / f"tokenizer{end}" for end in (".json", ".model", "_config.json"))
+    if path.is_file() or not model_path.is_file():
+        data, config = (_read(path) for path in (path, config_path))
+        fields = read_tokenizer_json(path, data)
+        if fields["pre"] == SENTENCEPIECE and model_path.is_file():
+            _take_scores(fields, model_path)
+    else:
+        path, data, config = model_path, {}, read_json(config_path) if config_path.is_file() else {}
+        model = model_path.read_bytes()
+        is_ranks = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", model)
+        fields = _from_ranks(model_path, model) if is_ranks else _from_model(model_path, model, config_path, config)
+
+    config, added = _tokens_in_other_files(folder, config)
+    for token in added:
+        _add(path, fields, token)
+        check_normalized(path, data, token)
+    ids = {piece: id for id, piece in enumerate(fields["vocab"])}
+    for name in NAMED_TOKENS:
+        key, own = f"{name}_id", f"{name}_token"
+        if own in config and (config[own] is not None or name != "unk"):
+            fields[key] = ids.get(config[own])
+        elif key not in fields and str(config.get("tokenizer_class")) not in PLAIN_CLASSES:
+            fields[key] = ids.get(LLAMAS_NAMES.get(name, "")) if fields["pre"] == SENTENCEPIECE else None
+        fields.setdefault(key, None)
+    said = expect(f"{config_path}: add_bos_token", config.get("add_bos_token"), bool, None)
+    bos, first = fields["bos_id"], token_in_front(path, data)
+    if data and said not in (None, first is not None) or first is not None and ids.get(first) != bos:
+        named = "null" if bos is None else repr(fields["vocab"][bos])
+        if first is not None and bos is not None and ids.get(first) != bos:
+            raise UserError(
+                f"{path}: post_processor puts {first!r} in front of a text, and bos_token is {named}. Only one of them "
+                "can begin it. Correct the one that is not meant."
+            )
+        puts, result = "nothing" if first is None else repr(first), "no BOS" if None in (bos, first) else "BOS"
+        note(
+            f"{folder}: add_bos_token is {json.dumps(said)}, bos_token {named}, and tokenizer.json puts {puts} in "
+            f"front of a text: {result} is put there, as tokenizer.json and bos_token decide."
+        )
+    fields["add_bos"] = bos is not None and (first is not None if data else said is not False)
+    fields["chat_template"] = _chat_template(folder, config)
+    return _checked(path, fields)
+
+
+LLAMAS_NAMES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}  # of transformers' LlamaTokenizer, where no file names any
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
+NAMED_KEYS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]  # transformers' order
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file. In Hugging Face's format a tokenizer is tokenizer.json and tokenizer_config.json. "
+            "Copy the missing one from the model's page."
+        )
+    return read_json(path)
+
+
+def _tokens_in_other_files(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What tokenizer_config.json, special_tokens_map.json and added_tokens.json say of tokens, to transformers.
+
+    Returns:
+        tokenizer_config.json, with special_tokens_map.json in it and named tokens as text; and all tokens, in the order
+        in which those that are not in the vocabulary get their ids. A token whose id was named has it as "id".
+    """
+    where, path, config = folder / "tokenizer_config.json", folder / "special_tokens_map.json", dict(config)
+    extra, older = "extra_special_tokens", "additional_special_tokens"
+    decoder = expect(f"{where}: added_tokens_decoder", config.get("added_tokens_decoder"), dict, None, each=(dict,))
+    if not config.get(extra) and older in config:
+        config[extra] = config.pop(older)
+    maps = [config.pop(extra)] if isinstance(config.get(extra), dict) else []
+    named = read_json(path) if path.is_file() else {}
+    for key, value in named.items() if "added_tokens_decoder" not in config else ():
+        if key in (extra, older):
+            expect(f"{path}: {key}", value, list, dict, None, each=(str, dict))
+        if key == extra and isinstance(value, list) and isinstance(config.get(extra), list):
+            value = config[extra] + [token for token in value if _text(token) not in map(_text, config[extra])]
+        config[key] = value
+    maps += [config.pop(extra)] if isinstance(config.get(extra), dict) else []
+    if extra not in config and older in config:
+        config[extra] = config.pop(older)
+
+    specials = {}
+    for key in [*NAMED_KEYS, *config]:
+        if key in NAMED_KEYS or key.endswith("_token") and isinstance(config[key], str | dict):
+            if expect(f"{where}: {key}", config.get(key), str, dict, None) is not None:
+                specials[key] = added_token(f"{where}: {key}", config[key], special=True)
+                config[key] = specials[key]["content"]
+    for tokens in maps:
+        specials |= {key: added_token(f"{where}: {extra}", token, special=True) for key, token in tokens.items()}
+    several = expect(f"{where}: {extra}", config.get(extra), list, None, each=(str, dict)) or []
+    last = [*specials.values(), *(added_token(f"{where}: {extra}", token, special=True) for token in several)]
+    unread = {key: _text(named[key]) for key in NAMED_KEYS if key in named and _text(named[key]) != config.get(key)}
+    unread |= {older: config[older]} if config.get(older) else {}
+    for key, value in unread.items():
+        note(f"{folder}: of two files that name {key}, the one with {value!r} is not read, as in transformers.")
+
+    first = []
+    if decoder is not None:
+        for id, token in decoder.items():
+            if not id.isascii() or not id.isdigit():
+                raise UserError(
+                    f"{where}: added_tokens_decoder has the key {id!r}, where the id of a token is expected."
+                )
+            first.append(added_token(f"{where}: added_tokens_decoder", token) | {"id": int(id)})
+    elif (path := folder / "added_tokens.json").is_file():
+        for text, id in expect(str(path), read_json(path), dict, each=(int,)).items():
+            is_special = text in [token["content"] for token in last]
+            first.append({"content": text, "special": is_special, "normalized": not is_special, "id": id})
+    return config, sorted(first, key=lambda token: token["id"]) + last
+
+
+def _text(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _add(path: Path, fields: Fields, token: dict[str, Any]) -> None:
+    """Add a token to a vocabulary, with the id that the tokenizers package gives to it; or make a word of it one."""
+    vocab, kinds, text = fields["vocab"], fields["kinds"], token["content"]
+    known = fields.setdefault("ids", {piece: id for id, piece in enumerate(vocab)})
+    id = known.get(text, len(vocab))
+    if token.get("id", id) != id:
+        raise UserError(
+            f"{path}: the added token {text!r} cannot have the id {token['id']} that a file beside it names: its id is "
+            f"{id} of {len(vocab)}. The files are of different models. Take all from one."
+        )
+    kind = CONTROL if token["special"] else USER_DEFINED
+    if id == len(vocab):
+        if "id" not in token:
+            note(f"{path}: {text!r}, which a file beside it names, is new to the vocabulary: it gets the id {id}.")
+        known[text] = id
+        vocab.append(text)
+        kinds.append(kind)
+        fields.get("scores", []).append(UNREACHED)
+    elif kinds[id] == NORMAL or "id" in token and kinds[id] in (CONTROL, USER_DEFINED) and kinds[id] != kind:
+        kinds[id] = kind
+    else:
+        return
+    fields["original_files"].pop("tokenizer.json", None)  # it does not know of the token
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template of a folder that need not have a vocabulary."""
+    path = folder / "tokenizer_config.json"
+    template = _chat_template(folder, read_json(path) if path.is_file() else {})
+    return template if isinstance(template, str) else None
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """chat_template.jinja, else the entry of the config: a text, or a list of named ones."""
+    path, where = folder / "chat_template.jinja", f"{folder / 'tokenizer_config.json'}: chat_template"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text ({error}). Chats are written with it. Copy it again.") from error
+    template = expect(where, config.get("chat_template"), str, list, None)
+    if isinstance(template, list):
+        named = {str(entry.get("name")): entry.get("template") for entry in expect(where, template, list, each=(dict,))}
+        template = expect(where, named.get("default"), str, None)
+    return template
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizer.model
+
+
+def _from_model(path: Path, data: bytes, config_path: Path, config: dict[str, Any]) -> Fields:
+    """A sentencepiece model alone."""
+    for key in ("add_prefix_space", "legacy"):
+        expect(f"{config_path}: {key}", config.get(key), bool, None)
+    fields = {"pre": SENTENCEPIECE, "merges": [], "original_files": {path.name: data}} | read_model(data, path)
+    in_front = fields.pop("space_in_front") and config.get("add_prefix_space") is not False
+    fields["space_before"] = ("every" if config.get("legacy") else "first") if in_front else "never"
+    return fields
+
+
+def _take_scores(fields: Fields, path: Path) -> None:
+    """Put the scores of a sentencepiece model in the place of those that were read off tokenizer.json."""
+    data = path.read_bytes()
+    model = read_model(data, path)
+    for id, (piece, kind, score) in enumerate(zip(model["vocab"], model["kinds"], model["scores"], strict=True)):
+        if fields["vocab"][id : id + 1] != [piece]:
+            found = fields["vocab"][id] if id < len(fields["vocab"]) else "nothing"
+            raise UserError(
+                f"{path}: piece {id} is {piece!r}, and in tokenizer.json beside it {found!r}. So one text would get "
+                "two lists of ids. Take both files from one model, or remove one."
+            )
+        fields["scores"][id] = score
+        if fields["kinds"][id] == NORMAL:
+            fields["kinds"][id] = kind
+    fields["space_before_space"] = True  # as sentencepiece does it
+    fields["original_files"][path.name] = data
+
+
+def _from_ranks(path: Path, data: bytes) -> Fields:
+    """Llama-3's tokens as Meta lists them: one a line, its bytes in base64 and its rank. The special ones come last."""
+    try:
+        lines = [line.split() for line in data.splitlines()]
+        tokens = {int(rank): base64.b64decode(token, validate=True) for token, rank in lines}
+    except (ValueError, binascii.Error) as error:
+        raise UserError(
+            f"{path}: a line is not a token in base64 and a number ({error}). Copy the file again."
+        ) from error
+    if sorted(tokens) != list(range(LLAMA3_RANKS)) or len(set(tokens.values())) != LLAMA3_RANKS:
+        raise UserError(
+            f"{path}: {len(set(tokens.values()))} different tokens, and Llama-3 has {LLAMA3_RANKS}. Another number "
+            "means another split rule and other special tokens. Use a model with a tokenizer.json."
+        )
+    vocab = ["".join(LETTERS[byte] for byte in tokens[rank]) for rank in range(LLAMA3_RANKS)]
+    special = [f"<|{name}|>" for name in LLAMA3_SPECIAL]
+    return {
+        "pre": "llama-bpe",
+        "vocab": vocab + special,
+        "kinds": [NORMAL] * len(vocab) + [CONTROL] * len(special),
+        "merges": [],
+        "original_files": {},
+        "bos_id": len(vocab),
+        "eos_id": len(vocab) + 1,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading GGUF
+
+
+def read_gguf_metadata(metadata: dict[str, Any], path: Path) -> Fields:
+    """The vocabulary that the metadata of a GGUF file describes."""
+
+    def get(name: str, *kinds: type, each: tuple[type, ...] = ()) -> Any:
+        key = f"tokenizer.ggml.{name}"
+        return expect(f"{path}: {key}", metadata.get(key), *kinds, None, each=each) if kinds else metadata.get(key)
+
+    is_sentencepiece = get("model") == "llama"
+    pre = SENTENCEPIECE if is_sentencepiece else get("pre")
+    if not is_sentencepiece and (get("model") != "gpt2" or pre not in SPLIT_RULES):
+        raise UserError(
+            f"{path}: the tokenizer's model is {get('model')!r} and its split rule {get('pre')!r}. They decide which "
+            "ids a text gets. Use a file with the model 'llama' (sentencepiece), or with 'gpt2' (byte-level BPE) and "
+            f"one of {', '.join(SPLIT_RULES)}."
+        )
+    for needed in ("tokens", "token_type", "scores" if is_sentencepiece else "merges"):
+        if not get(needed):
+            raise UserError(
+                f"{path}: there is no tokenizer.ggml.{needed}. Without it text gets other ids, or special tokens are "
+                "taken for words. Use the file of a whole model, written by a llama.cpp of 2024 or later."
+            )
+    # What llama.cpp takes for the named tokens of a sentencepiece vocabulary where the file does not say.
+    unsaid = {"bos": 1, "eos": 2, "unk": 0} if is_sentencepiece else {}
+    named = zip(NAMED_TOKENS, ("bos", "eos", "padding", "unknown"), strict=True)
+    said = {ours: get(f"{theirs}_token_id", int) for ours, theirs in named}
+    ids = {f"{name}_id": unsaid.get(name) if id is None else id for name, id in said.items()}
+    fields = {
+        "pre": pre,
+        "vocab": get("tokens", list, each=(str,)),
+        "kinds": get("token_type", list, each=(int,)),
+        "merges": [] if is_sentencepiece else get("merges", list, each=(str,)),
+        **ids,
+        "chat_template": expect(f"{path}: chat_template", metadata.get("tokenizer.chat_template"), str, None),
+    }
+    add_bos = get("add_bos_token", bool)
+    if is_sentencepiece:
+        fields["scores"] = get("scores", list, each=(float, int))
+        fields["space_before"] = "never" if get("add_space_prefix") is False else "every"
+        fields["add_bos"] = add_bos is not False
+    else:
+        fields["add_bos"] = SPLIT_RULES[pre].add_bos if add_bos is None else add_bos
+    return _checked(path, fields)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must hold, wherever it comes from
+
+
+def _checked(path: Path, fields: Fields) -> Fields:
+    """The fields, unless the parts do not fit together."""
+    fields.pop("ids", None)
+    vocab, kinds, known = fields["vocab"], fields["kinds"], set(fields["vocab"])
+    if len(kinds) != len(vocab) or len(known) != len(vocab):
+        raise UserError(
+            f"{path}: {len(vocab)} tokens, {len(known)} different ones, {len(kinds)} token types. The three must be "
+            "equal, or a token has two ids. The file is damaged: copy it again."
+        )
+    for name in NAMED_TOKENS:
+        id = fields[f"{name}_id"]
+        if id is not None and not 0 <= id < len(vocab):
+            raise UserError(f"{path}: the {name} token has id {id} of {len(vocab)} tokens. Correct the id.")
+    # Some files call their markers words. But then a user's text could end its own turn.
+    named = {fields[f"{name}_id"] for name in NAMED_TOKENS}
+    for id, kind in enumerate(kinds):
+        if kind == USER_DEFINED and (id in named or MARKER.fullmatch(vocab[id])):
+            kinds[id] = CONTROL
+    if fields["pre"] != SENTENCEPIECE:
+        check_merges(path, fields)
+        return fields
+    if len(fields["scores"]) != len(vocab):
+        raise UserError(f"{path}: {len(vocab)} tokens and {len(fields['scores'])} scores. Copy the file again.")
+    byte_tokens = {vocab[id] for id, kind in enumerate(kinds) if kind == BYTE}
+    if byte_tokens != set(BYTE_PIECES) or kinds.count(UNKNOWN) > 1 or not {UNKNOWN, CONTROL} & set(kinds):
+        raise UserError(
+            f"{path}: {len(byte_tokens)} tokens of single bytes, {kinds.count(UNKNOWN)} unknown tokens. A "
+            "sentencepiece vocabulary of a Llama has 256, <0x00> to <0xFF>, and one. Without them characters would be "
+            "lost. Use another model."
+        )
+    return fields
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_folder(vocabulary: Vocabulary, folder: Path, chat_template: str | None) -> None:
+    """The files that transformers' AutoTokenizer, llama.cpp and `read_folder` read.
+
+    A file that was read is written again byte by byte. The chat template stands in two places, because some readers
+    know only the one and some only the other.
+    """
+    ids = {f"{name}_token": getattr(vocabulary, f"{name}_id") for name in NAMED_TOKENS}
+    named = {name: vocabulary.vocab[id] for name, id in ids.items() if id is not None}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": vocabulary.add_bos,
+        "clean_up_tokenization_spaces": False,
+        **named,
+    }
+    if chat_template is None:
+        (folder / "chat_template.jinja").unlink(missing_ok=True)  # one from an earlier save would be taken for ours
+    else:
+        config["chat_template"] = chat_template
+        write_text(folder / "chat_template.jinja", chat_template)
+    # tokenizer.json cannot say all that tokenizer.model says, and llama.cpp's own converter wants the latter. It says
+    # that texts which begin with a space get one more, so it must not stand beside a tokenizer.json that does not.
+    files = dict(vocabulary.original_files)
+    if vocabulary.is_sentencepiece:
+        config["legacy"] = vocabulary.space_before == "every"
+        if vocabulary.space_before_space and UNKNOWN in vocabulary.kinds:
+            in_front = vocabulary.space_before != "never"
+            files.setdefault("tokenizer.model", write_model(vocabulary, vocabulary.kinds, in_front))
+    if "tokenizer.json" not in files:
+        files["tokenizer.json"] = _dump(write_tokenizer_json(vocabulary)).encode()
+    (folder / "tokenizer.model").unlink(missing_ok=True)
+    for name, data in files.items():
+        with whole_file(folder / name) as temporary:
+            temporary.write_bytes(data)
+    write_text(folder / "tokenizer_config.json", _dump(config))
+    write_text(folder / "special_tokens_map.json", _dump(named))
+
+
+def _dump(data: dict[str, Any]) -> str:
+    return json.dumps(data, ensure_ascii=False, indent=2) + "\n"

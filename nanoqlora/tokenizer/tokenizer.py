@@ -1,0 +1,349 @@
+"""Text to token ids and back.
+
+Encoding takes two steps. Special tokens such as <|im_end|> are set apart, but only where the caller asks for it. The
+stretches of text between them go to the engine of the vocabulary's family: byte_pairs.py or sentencepieces.py.
+
+A chat is text too: a Jinja template writes the messages and the special tokens between them into one string, and no
+message can put special tokens of its own there (tokenizer/chat_template.py).
+
+Read next: files.py, where vocabularies come from; data/prompts.py, which turns rows of data into tokens and masks.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any
+
+from ..config.errors import UserError
+from ..weights.hub import ADAPTER_FILES, TOKENIZER_FILES, local_path
+from .byte_pairs import BytePairs, piece_to_bytes
+from .chat_template import Messages, guard, render
+from .files import read_chat_template, read_folder, read_gguf_metadata, write_folder
+from .sentencepieces import SentencePieces, width
+from .traced import Span, plain, spans_of
+from .vocabulary import BYTE, CONTROL, NAMED_TOKENS, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, Vocabulary, any_of
+
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>")  # asked only when no chat template tells how an assistant's turn ends
+
+
+@dataclass
+class Tokenizer(Vocabulary):
+    """A vocabulary that encodes and decodes. Two that are equal encode alike."""
+
+    def __post_init__(self) -> None:
+        self._engine = SentencePieces(self) if self.is_sentencepiece else BytePairs(self)
+        self._ids = {piece: id for id, piece in enumerate(self.vocab)}
+        self._bytes = [self._spelled_out(piece, kind) for piece, kind in zip(self.vocab, self.kinds, strict=True)]
+        # Control tokens steer the model, and text must not become one by accident. User-defined tokens are only words
+        # that somebody added: like transformers and llama.cpp we find them in any text.
+        self.special_tokens = {p: id for p, id in self._ids.items() if self.kinds[id] in (CONTROL, UNKNOWN)}
+        added = [piece for piece, id in self._ids.items() if self.kinds[id] == USER_DEFINED]
+        self._special = any_of(self.special_tokens)
+        self._headers: dict[tuple[str | None, bool], tuple[str, ...]] = {}  # see `answer_headers`
+        self._cut_added, self._cut_all = any_of(added), any_of([*added, *self.special_tokens])
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids. The embedding of a model may have more rows, never fewer."""
+        return len(self.vocab)
+
+    def pieces(self) -> list[str]:
+        """The piece of every id: as the family spells it, or the plain text of a special token."""
+        return list(self.vocab)
+
+    def token_types(self) -> list[int]:
+        """The kind of every id, as GGUF counts: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte."""
+        return list(self.kinds)
+
+    def with_special_tokens(
+        self, additional_special_tokens: Sequence[str] = (), **named_tokens: str | None
+    ) -> "Tokenizer":
+        """The same with other named tokens, and more that no text becomes by accident.
+
+        Args:
+            additional_special_tokens: texts of tokens that are words so far.
+            named_tokens: eos_token="<|im_end|>", and so on; None leaves one as it is.
+        Raises:
+            UserError: the vocabulary has no such token, or it is an ordinary one.
+        """
+        ids = {
+            name.replace("_token", "_id"): self.id_of_special(text, f"special_tokens.{name}")
+            for name, text in named_tokens.items()
+            if text is not None
+        }
+        key = "special_tokens.additional_special_tokens"
+        more = {self.id_of_special(text, key) for text in additional_special_tokens}
+        changed = {id for id in more | set(ids.values()) if self.kinds[id] == USER_DEFINED}
+        kinds = [CONTROL if id in changed else kind for id, kind in enumerate(self.kinds)]
+        files = self.original_files
+        if changed or ids.get("bos_id", self.bos_id) != self.bos_id:  # tokenizer.json speaks of both
+            files = {name: data for name, data in files.items() if name != "tokenizer.json"}
+        return replace(self, kinds=kinds, original_files=files, **ids)
+
+    def id_of_special(self, text: str, key: str) -> int:
+        """The id of a token that `key` of a run asks to be a special one."""
+        id = self._ids.get(text)
+        if id is None or self.kinds[id] in (NORMAL, BYTE):
+            why = "not in the vocabulary, so it has no row of the embedding"
+            raise UserError(
+                f"{key} is {text!r}, which is {why if id is None else 'an ordinary token, which texts are made of'}. "
+                f"Take a special token that the model has, such as {', '.join(list(self.special_tokens)[:12])}."
+            )
+        return id
+
+    # Text to ids and back
+
+    def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
+        """The ids of a text.
+
+        Args:
+            bos: put BOS in front. Whether a model wants it with plain text is `add_bos`.
+            special: read "<|im_end|>" and the like as the special token, not as ordinary text.
+        """
+        if bos and self.bos_id is None:
+            raise UserError("the tokenizer has no BOS token, so none can be put in front. Encode without bos=True.")
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half of a pair becomes U+FFFD
+        ids, _ = self._tokens((self._cut_all if special else self._cut_added).split(text))
+        return [self.bos_id, *ids] if bos else ids
+
+    def encode_guarded(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of a text that may be traced, and where each token starts, in `width`.
+
+        What is the author's, of a template, a frame or a configuration, becomes special tokens; what a row has given
+        never does. Training, chats and prompts of every format go through here; programs that serve the model read
+        special tokens in all of a prompt, which is the same where the row's text holds none.
+        """
+        spans = [span for span in spans_of(text) if span.start < span.stop]
+        return self._tokens(self._parts(plain(text), spans) if spans else self._cut_all.split(text))
+
+    def _parts(self, text: str, spans: list[Span]) -> list[str]:
+        """The text, cut at special tokens that no span touches, and at added words: every second part is one."""
+        parts, start, at = [], 0, 0
+        ends = [span.stop for span in spans]
+        while found := self._cut_all.search(text, at):
+            begin, end = found.span()
+            span = spans[min(bisect_right(ends, begin), len(spans) - 1)]  # the first that ends behind the beginning
+            if found[0] in self.special_tokens and begin < span.stop and span.start < end:
+                if span.source is None:
+                    raise UserError(
+                        f"the chat template changes the texts of a row so that nobody can tell whether the {found[0]} "
+                        "in its text is the template's own, which ends a turn, or the row's, which must not. Give a "
+                        "plainer template with chat_template_jinja, or take this out of the row."
+                    )
+                end = self._shorter(text, begin, max(begin, span.start))
+                if end is None:
+                    at = begin + 1
+                    continue
+            parts += [text[start:begin], text[begin:end]]
+            start = at = end
+        return [*parts, text[start:]]
+
+    def _shorter(self, text: str, begin: int, limit: int) -> int | None:
+        """The end of the longest added word at `begin`, or special token that ends before `limit`, if there is one."""
+        added = self._cut_added.match(text, begin)
+        special = self._special.match(text, begin, limit)
+        return max((found.end() for found in (added, special) if found), default=None)
+
+    def _tokens(self, parts: list[str]) -> tuple[list[int], list[int]]:
+        """The ids, and where each token starts, in `width`, of a text in parts, of which every second is one token.
+
+        Whole lists at a time: one by one in Python, the tokens would take longer than the engine does.
+        """
+        ids: list[int] = []
+        starts: list[int] = []
+        position = 0
+        for i, part in enumerate(parts):
+            if i % 2:
+                ids.append(self._ids[part])
+                starts.append(position)
+                position += self.width(part)
+            elif part:
+                wanted = self.space_before == "every" or self.space_before == "first" and i == 0
+                space = " " if wanted and (self.space_before_space or part[0] not in (" ", SPACE)) else ""
+                found, widths = self._engine.tokens(space + part)
+                begins = list(accumulate(widths, initial=position - len(space)))
+                begins[0] = position  # the space is no part of the text, so the token that has it starts with the text
+                position = begins.pop()
+                if None in found:  # bytes that no token has
+                    begins = [begin for begin, id in zip(begins, found, strict=True) if id is not None]
+                    found = [id for id in found if id is not None]
+                ids += found
+                starts += begins
+        return ids, starts
+
+    def width(self, text: str) -> int:
+        """How long a text is, where tokens start and end: in bytes, with one for sentencepiece's U+2581."""
+        return width(text) if self.is_sentencepiece else len(text.encode())
+
+    def _spelled_out(self, piece: str, kind: int) -> bytes:
+        """The bytes of a token: special tokens are written as they look, the rest as the family spells it."""
+        if kind == UNUSED:
+            return b""
+        if kind == BYTE:
+            return bytes([int(piece[3:5], 16)])
+        if kind == NORMAL and self.is_sentencepiece:
+            return piece.replace(SPACE, " ").encode()
+        spelled = piece_to_bytes(piece) if kind == NORMAL else None
+        return piece.encode() if spelled is None else spelled
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes of one token; none for an id without a token, which a padded embedding can produce."""
+        return self._bytes[id] if 0 <= id < len(self._bytes) else b""
+
+    def decode(self, ids: list[int], skip_special: bool = False) -> str:
+        """The text of some ids, without the space that sentencepiece puts in front of a text.
+
+        Bytes that are not UTF-8, such as half of a character, become U+FFFD.
+        """
+        hidden = set(self.special_tokens.values()) if skip_special else ()
+        text = b"".join(self.token_bytes(id) for id in ids if id not in hidden).decode("utf-8", errors="replace")
+        return text if self.space_before == "never" else text.removeprefix(" ")
+
+    # Chats
+
+    def encode_chat(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = False,
+        chat_template: str | None = None,
+        tools: list[Any] | None = None,
+    ) -> list[int]:
+        """The ids of a conversation, as the chat template writes it; special tokens come from the template alone.
+
+        Args:
+            messages: each with "role" and "content".
+            add_generation_prompt: end with the header of an assistant's turn, for the model to go on.
+            chat_template: Jinja to use in place of the tokenizer's own.
+            tools: descriptions of the functions that the assistant may call.
+        """
+        if not messages:
+            raise UserError("a chat has no messages, so there is nothing to encode. Give at least one.")
+        guarded, tools = guard(messages, tools)
+        return self.encode_guarded(self.render_chat(guarded, add_generation_prompt, chat_template, tools))[0]
+
+    def render_chat(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = False,
+        chat_template: str | None = None,
+        tools: list[Any] | None = None,
+    ) -> str:
+        """The text of a conversation, and of the tools that it may use."""
+        template = chat_template or self.chat_template
+        if template is None:
+            raise UserError(
+                "the tokenizer has no chat template. It says how the model wants messages to be written. Name one with "
+                "chat_template or chat_template_jinja, or use data of type alpaca or completion."
+            )
+        return render(template, messages, add_generation_prompt, self.named_texts, tools)
+
+    @cached_property
+    def named_texts(self) -> dict[str, str]:
+        """What the named tokens look like: "bos_token" -> "<s>"."""
+        ids = {f"{name}_token": getattr(self, f"{name}_id") for name in NAMED_TOKENS}
+        return {name: self.vocab[id] for name, id in ids.items() if id is not None}
+
+    @cached_property
+    def eot_id(self) -> int | None:
+        """The token that ends an assistant's turn, None if nothing tells."""
+        if self.chat_template is not None:
+            return self.turn_end_id(self.chat_template)
+        return next((self.special_tokens[text] for text in TURN_ENDS if text in self.special_tokens), None)
+
+    def turn_end_id(self, chat_template: str) -> int | None:
+        """The special token that a template puts behind an assistant's words, found by letting it write some."""
+        answer = "the words of the answer"
+        try:
+            text = self.render_chat(
+                [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}],
+                chat_template=chat_template,
+            )
+        except UserError:
+            return None
+        end = self._special.search(text, text.rfind(answer))
+        return self.special_tokens[end[0]] if end else None
+
+    def find_special(self, text: str) -> int | None:
+        """Where the first special token in a template's text ends."""
+        found = self._special.search(text)
+        return found and found.end()
+
+    def answer_headers(self, chat_template: str | None = None, tools: list[Any] | None = None) -> tuple[str, ...]:
+        """The generation prompt of a template, and what it shares with the headers of written answers, longest first.
+
+        They differ where the prompt already begins the answer, with "<think>" for example. Empty: there is no header.
+        """
+        template = chat_template or self.chat_template
+        key = template, tools is None  # some templates refuse to write anything without tools
+        if key not in self._headers:
+            self._headers[key] = tuple(self._find_headers(template, tools))
+        return self._headers[key]
+
+    def _find_headers(self, template: str | None, tools: list[Any] | None) -> list[str]:
+        def render(turns: Messages, header: bool = False) -> str | None:
+            try:
+                return self.render_chat(turns, header, template, tools)
+            except UserError:
+                return None
+
+        asked = "a question"
+        question, answer = {"role": "user", "content": asked}, {"role": "assistant", "content": "\0"}
+        chats = [question], [{"role": "system", "content": "."}, question], [question, answer, question]
+        for turns, is_lenient in [(turns, is_lenient) for is_lenient in (False, True) for turns in chats]:
+            before, prompt = render(turns), render(turns, True)
+            if prompt is not None and is_lenient:  # no question may be last: the header has the last special token
+                start = prompt.rfind(asked)
+                last = [found.start() for found in self._special.finditer(prompt, start)][-1:]
+                before = prompt[: last[0] if last else start + len(asked)]
+            if before is not None and prompt is not None and prompt.startswith(before):
+                header = prompt.removeprefix(before)
+                texts = [render([*turns, answer]), render([*turns, answer, question])]
+                shared = {commonprefix([prompt, text])[len(before) :] for text in texts if text is not None}
+                shared = {re.sub(r"<[^<>]*$", "", text) for text in shared}  # no half of a tag
+                return sorted({header, *shared} - {""}, key=len, reverse=True)
+        return []
+
+
+def brings_tokenizer(adapter: Path) -> bool:
+    """Whether there is a tokenizer in an adapter's folder."""
+    vocabularies = ("prompt.json", "tokenizer.json", "tokenizer.model")  # with the first, ours: then it must be there
+    return (adapter / "tokenizer_config.json").is_file() and any((adapter / name).is_file() for name in vocabularies)
+
+
+def load_tokenizer(path: str | Path, adapter: str | Path | None = None) -> Tokenizer:
+    """The tokenizer of a folder in Hugging Face's or Meta's format, of a .gguf file, or of a model by its hub name.
+
+    Args:
+        adapter: an adapter for that model, folder or hub name. Training may have given the tokenizer other tokens or
+            another chat template, and saved them there, as users of PEFT do; then those are taken.
+    """
+    if adapter:
+        folder = local_path(adapter, ADAPTER_FILES)
+        if brings_tokenizer(folder):
+            path = folder
+        elif template := read_chat_template(folder):
+            return replace(load_tokenizer(path), chat_template=template)
+    path = local_path(path, TOKENIZER_FILES)
+    if not path.is_dir() and not (path.is_file() and path.suffix == ".gguf"):
+        raise UserError(
+            f"{path}: neither a folder nor a .gguf file. The tokenizer is read from one or the other. Check the path."
+        )
+    if path.is_dir():
+        return Tokenizer(**read_folder(path))
+    from ..gguf.reader import read_gguf  # here, because most runs open no GGUF file
+
+    return Tokenizer(**read_gguf_metadata(read_gguf(path).metadata, path))
+
+
+def save_tokenizer(tok: Tokenizer, folder: str | Path, chat_template: str | None = None) -> None:
+    """Write the files that transformers' AutoTokenizer, llama.cpp and `load_tokenizer` read.
+
+    Args:
+        chat_template: Jinja to write in place of the tokenizer's own: the one that a model was trained with.
+    """
+    write_folder(tok, Path(folder), chat_template or tok.chat_template)

@@ -1,0 +1,272 @@
+"""tokenizer.json: what Hugging Face's tokenizers package does to a text, step by step. Two families of it are read.
+
+    byte-level      pre_tokenizer splits by a rule and spells bytes as characters; BPE with merges
+    sentencepiece   normalizer or pre_tokenizer writes spaces as U+2581 and puts one in front; BPE with byte_fallback
+
+Whatever would change ids and is not supported is refused.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..config.errors import UserError, expect
+from .byte_pairs import SPLIT_RULES, byte_level, has_unreached, merges_of, piece_to_bytes
+from .sentencepieces import BYTE_PIECES, UNREACHED, merges_of_scores
+from .vocabulary import BYTE, CONTROL, NORMAL, SENTENCEPIECE, SPACE, UNKNOWN, UNUSED, USER_DEFINED, Fields, Vocabulary
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_tokenizer_json(path: Path, data: dict[str, Any]) -> Fields:
+    where, model = f"{path}: model", expect(f"{path}: model", data.get("model"), dict, None) or {}
+    if model.get("type") != "BPE":
+        raise UserError(
+            f"{path}: the model is {model.get('type')!r}, and only BPE can be read. Read in another way it would give "
+            "other ids. Use a model with a BPE tokenizer, as all Llamas have."
+        )
+    expect(f"{where}.vocab", model.get("vocab"), dict, None, each=(int,))
+    expect(f"{where}.merges", model.get("merges"), list, None, each=(str, list))
+    if not model.get("vocab") or model.get("merges") is None:
+        raise UserError(f"{path}: the model has no vocab or no merges. BPE needs both. Copy the file again.")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise UserError(f"{path}: {name} is {model[name]!r}. It changes ids and is not supported. Set it to null.")
+    for name in ("byte_fallback", "ignore_merges"):
+        expect(f"{where}.{name}", model.get(name), bool, None)
+    unk = expect(f"{where}.unk_token", model.get("unk_token"), str, None)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in map(_pair, model["merges"])]
+    added = [added_token(f"{path}: added_tokens", token) for token in _list(path, data, "added_tokens")]
+    next_id = len(model["vocab"])
+    for token in added:
+        where, text = f"{path}: added_tokens, the id of {token['content']!r},", token["content"]
+        given, id = expect(where, token.get("id"), int), model["vocab"].get(text, next_id)
+        if given != id:  # the tokenizers package counts for itself
+            raise UserError(f"{where} is {given}, and Hugging Face's tokenizers give it {id}. Correct the id.")
+        next_id = max(next_id, id + 1)
+
+    by_id = {id: piece for piece, id in model["vocab"].items()}
+    ids = [*by_id, *(token["id"] for token in added)]
+    if len(by_id) < len(model["vocab"]) or min(ids) < 0 or max(ids) >= 2 * len(by_id) + 10_000:
+        raise UserError(f"{path}: ids from {min(ids)} to {max(ids)} for {len(by_id)} tokens. Copy the file again.")
+    vocab = [by_id.get(id, f"[PAD{id}]") for id in range(max(ids) + 1)]
+    kinds = [UNUSED if piece == f"[PAD{id}]" else NORMAL for id, piece in enumerate(vocab)]
+    for token in added:
+        vocab[token["id"]] = token["content"]
+        kinds[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+    fields = {"vocab": vocab, "kinds": kinds, "merges": merges, "original_files": {path.name: path.read_bytes()}}
+    if not model.get("byte_fallback"):
+        return fields | {"pre": _split_rule(path, data, fields, bool(model.get("ignore_merges")))}
+
+    check_merges(path, fields)
+    for id, piece in enumerate(vocab):
+        if piece in BYTE_PIECES:
+            kinds[id] = BYTE
+        elif piece == unk:
+            fields["unk_id"], kinds[id] = id, UNKNOWN
+    space_rule = _space_rule(path, data, vocab)
+    for token in added:
+        check_normalized(path, data, token)
+    # All merges that make one piece stand together, so the order of the pieces says as much as that of the merges.
+    ranks = {piece: rank for rank, piece in enumerate(dict.fromkeys(merge.replace(" ", "") for merge in merges))}
+    scores = [float(-ranks[piece]) if piece in ranks else UNREACHED for piece in vocab]
+    return fields | {"pre": SENTENCEPIECE, "merges": [], "scores": scores, **space_rule}
+
+
+def _pair(merge: Any) -> Any:
+    """A merge, if it is text or two texts; else what `check_merges` refuses."""
+    return merge if isinstance(merge, str) or [type(part) for part in merge] == [str, str] else str(merge)
+
+
+def _list(path: Path, data: dict[str, Any], key: str) -> list[Any]:
+    return expect(f"{path}: {key}", data.get(key), list, None) or []
+
+
+def added_token(where: str, token: Any, special: bool = False) -> dict[str, Any]:
+    """An added token as files write it, text or a map, with `special` filled in."""
+    token = {"content": token} if isinstance(token, str) else expect(where, token, dict)
+    content = expect(f"{where}, content,", token.get("content"), str)
+    flags = {name: token.get(name) for name in ("lstrip", "rstrip", "single_word", "normalized", "special")}
+    for name, value in flags.items():
+        expect(f"{where}, {name} of {content!r},", value, bool, None)
+    if flags["lstrip"] or flags["rstrip"] or flags["single_word"]:
+        raise UserError(
+            f"{where}: the added token {content!r} has lstrip, rstrip or single_word. They change what is found around "
+            "it, and are not supported. Set the three to false."
+        )
+    return token | {"special": special if flags["special"] is None else flags["special"]}
+
+
+def check_normalized(path: Path, data: dict[str, Any], token: dict[str, Any]) -> None:
+    """Raises UserError for an added token that is found in the rewritten text only."""
+    if token.get("normalized") and not token["special"] and steps_of(path, data, "normalizer"):
+        raise UserError(
+            f"{path}: the added token {token['content']!r} has normalized: true, so it is found only where a space "
+            "stands before it. llama.cpp finds it anywhere. Set normalized to false."
+        )
+
+
+def steps_of(where: Path, data: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """A normalizer, pre_tokenizer or post_processor as the list of its steps; sequences may be nested or empty."""
+    step = expect(f"{where}: {key}", data.get(key), dict, None)
+    if not step or step.get("type") != "Sequence":
+        return [step] if step else []
+    inner = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors"}[key]
+    parts = expect(f"{where}: {key}.{inner}", step.get(inner), list, each=(dict,))
+    return [found for part in parts for found in steps_of(where, {key: part}, key)]
+
+
+def _split_rule(path: Path, data: dict[str, Any], fields: Fields, whole_words: bool) -> str:
+    """The split rule of a byte-level BPE.
+
+    `ignore_merges` is part of it, as in GGUF files. It changes nothing where merges lead to every token.
+    """
+    if steps_of(path, data, "normalizer"):
+        raise UserError(
+            f"{path}: a normalizer, {json.dumps(data['normalizer'])[:200]}. It rewrites text before it is split, which "
+            "byte-level BPE has no use for. Only tokenizers without one can be read."
+        )
+    found = [_essence(step) for step in steps_of(path, data, "pre_tokenizer")]
+    for name, rule in SPLIT_RULES.items():
+        steps = steps_of(path, {"pre_tokenizer": rule.pre_tokenizer}, "pre_tokenizer")
+        if found == [_essence(step) for step in steps]:
+            if rule.whole_words == whole_words or whole_words and not has_unreached(fields):
+                return name
+    raise UserError(
+        f"{path}: unknown pre_tokenizer {json.dumps(data.get('pre_tokenizer'))[:400]} with ignore_merges "
+        f"{json.dumps(whole_words)}. They decide where words begin and how they are split, so a wrong guess gives "
+        f"wrong ids. Use a model with one of the rules {', '.join(SPLIT_RULES)}."
+    )
+
+
+def _essence(pre_tokenizer: Any) -> Any:
+    """A pre_tokenizer without what changes no ids, and with what older files leave unsaid."""
+    if isinstance(pre_tokenizer, list):
+        return [_essence(step) for step in pre_tokenizer]
+    if not isinstance(pre_tokenizer, dict):
+        return pre_tokenizer
+    unsaid = {"use_regex": True} if pre_tokenizer.get("type") == "ByteLevel" else {}
+    return unsaid | {key: _essence(item) for key, item in pre_tokenizer.items() if key != "trim_offsets"}
+
+
+REPLACE_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+PREPEND_SPACE = {"type": "Prepend", "prepend": SPACE}
+SCHEMES = {"always": "every", "first": "first", "never": "never"}  # Metaspace's prepend_scheme -> space_before
+
+
+def _space_rule(path: Path, data: dict[str, Any], vocab: list[str]) -> Fields:
+    """Where a sentencepiece-style tokenizer.json puts a space in front of text. There are two ways to write it."""
+    steps, words = steps_of(path, data, "normalizer"), steps_of(path, data, "pre_tokenizer")
+    if not words and REPLACE_SPACES in steps:
+        rest = [step for step in steps if step != REPLACE_SPACES]
+        if rest in ([], [PREPEND_SPACE]):
+            return {"space_before": "every" if rest else "never"}
+    if not steps and len(words) == 1 and words[0].get("type") == "Metaspace":
+        metaspace = words[0]
+        unsaid = "always" if metaspace.get("add_prefix_space", True) else "never"
+        scheme = SCHEMES.get(str(metaspace.get("prepend_scheme", unsaid)))
+        # Where words begin with each space, no piece may reach over one; so nothing changes if none could.
+        splits = metaspace.get("split", True) and any(SPACE in piece[1:] for piece in vocab)
+        if scheme and metaspace.get("replacement") == SPACE and not splits:
+            return {"space_before": scheme, "space_before_space": scheme == "never"}
+    normalizer, words = (json.dumps(data.get(key))[:200] for key in ("normalizer", "pre_tokenizer"))
+    raise UserError(
+        f"{path}: the steps before BPE are normalizer {normalizer} and pre_tokenizer {words}. They decide the ids, and "
+        "are not those of Llama-2 or Mistral. Use a model whose tokenizer writes spaces as U+2581 and does no more."
+    )
+
+
+def token_in_front(path: Path, data: dict[str, Any]) -> str | None:
+    """The special token that the template at the end of tokenizer.json puts in front of a text."""
+    for step in steps_of(path, data, "post_processor"):
+        single = expect(f"{path}: post_processor.single", step.get("single"), list, None, each=(dict,)) or [{}]
+        token = expect(f"{path}: post_processor.single", single[0].get("SpecialToken"), dict, None)
+        if token:
+            return expect(f"{path}: post_processor.single", token.get("id"), str)
+    return None
+
+
+def check_merges(path: Path, fields: Fields) -> None:
+    """Every merge joins two tokens to a third."""
+    known, is_bytes = set(fields["vocab"]), "pre" in fields
+    for merge in fields["merges"]:
+        left, _, right = merge.partition(" ")
+        made = left + right
+        if not (left in known and right in known and made in known and (piece_to_bytes(made) or not is_bytes)):
+            raise UserError(
+                f"{path}: the merge {merge!r} joins or makes something that is no token. So these merges do not belong "
+                "to this vocabulary. Take both from one model."
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
+    """The tokenizer as Hugging Face's `tokenizers` describes it.
+
+    Added tokens are in the vocabulary too: the library gives ids of its own choice to those that are not.
+    """
+    vocab, kinds, bos = vocabulary.vocab, vocabulary.kinds, vocabulary.bos_id
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [id for id, kind in enumerate(kinds) if kind in (CONTROL, UNKNOWN, USER_DEFINED)]
+    unset = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+    family = _sentencepiece_steps if vocabulary.is_sentencepiece else _byte_level_steps
+    steps, model = family(vocabulary)
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": id, "content": vocab[id], **plain, "special": kinds[id] != USER_DEFINED} for id in added
+        ],
+        **steps,
+        "post_processor": _bos_first(vocab[bos], bos) if vocabulary.add_bos else None,
+        "model": {
+            "type": "BPE",
+            **dict.fromkeys(unset),
+            **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
+            "vocab": {piece: id for id, piece in enumerate(vocab)},
+            **model,
+        },
+    }
+
+
+def _byte_level_steps(vocabulary: Vocabulary) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a byte-level tokenizer.json does before and after BPE, and its BPE."""
+    rule = SPLIT_RULES[vocabulary.pre]
+    steps = {"normalizer": None, "pre_tokenizer": rule.pre_tokenizer, "decoder": byte_level(use_regex=True)}
+    return steps, {"ignore_merges": rule.whole_words, "merges": merges_of(vocabulary)}
+
+
+def _sentencepiece_steps(vocabulary: Vocabulary) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same of a sentencepiece-style tokenizer.json."""
+    scheme = {ours: theirs for theirs, ours in SCHEMES.items()}[vocabulary.space_before]
+    before_all = scheme == "always" and vocabulary.space_before_space
+    back = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}]
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if scheme != "never" else []
+    steps = {
+        "normalizer": {"type": "Sequence", "normalizers": [PREPEND_SPACE, REPLACE_SPACES]} if before_all else None,
+        "pre_tokenizer": None
+        if before_all
+        else {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False},
+        "decoder": {"type": "Sequence", "decoders": [*back, {"type": "Fuse"}, *strip]},
+    }
+    unk = None if vocabulary.unk_id is None else vocabulary.vocab[vocabulary.unk_id]
+    merges = merges_of_scores(vocabulary)
+    return steps, {"fuse_unk": True, "byte_fallback": True, "unk_token": unk, "merges": merges}
+
+
+def _bos_first(text: str, id: int) -> dict[str, Any]:
+    """The rule that puts BOS in front of a text, and of each text of a pair."""
+
+    def one(name: str, sequence: int) -> list[dict[str, Any]]:
+        bos = {"SpecialToken": {"id": text, "type_id": sequence}}
+        return [bos, {"Sequence": {"id": name, "type_id": sequence}}]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": one("A", 0),
+        "pair": one("A", 0) + one("B", 1),
+        "special_tokens": {text: {"id": text, "ids": [id], "tokens": [text]}},
+    }

@@ -1,0 +1,9 @@
+"""Weights in files, in and out, one tensor at a time.
+
+    checkpoint.py    Hugging Face folders and GGUF files    meta.py           Meta's own folder
+    pretrained.py    a Llama filled from one of them        hub.py            models by their name on the hub
+    adapter.py       LoRA in PEFT's layout                  adapter_files.py  what an adapter's folder holds
+    generation.py    generation_config.json
+
+Not here: the GGUF format itself (`gguf/`), and writing it (`export/`). Read first: `checkpoint.py`.
+"""

@@ -1,0 +1,133 @@
+"""A Llama from a checkpoint, tensor by tensor; its blocks quantised on the way if asked.
+
+load_model(path)       the model: nothing is ever held in 16 bits but the tensor at hand
+open_model(path)       the same in two steps, for ranks that share the work (`parallel/fsdp.py`)
+Llama                  the model of `model.py` with `from_pretrained`: what `import nanoqlora` gives
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .. import model as plain
+from ..config.errors import UserError
+from ..model import ModelConfig, rope_frequencies
+from ..qlora import QLoRALinear, quantize_model
+from .checkpoint import Weights, model_config, open_weights
+
+
+class Llama(plain.Llama):
+    """The Llama of `model.py`, which knows nothing of files, and the way to load one."""
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> "Llama":
+        """Load a folder, a GGUF file or a hub name. Options and errors: those of `open_model`."""
+        return load_model(path, **options)
+
+
+Fill = Callable[[int | None], None]  # fills one block's linear layers; None: everything else
+
+
+def load_model(path: str | Path, **options: Any) -> Llama:
+    """Build a Llama from a checkpoint, tensor by tensor. Arguments and errors: as `open_model`.
+
+    Returns:
+        The model in evaluation mode, nothing of it trainable.
+
+    Cost: host memory of about one tensor above what the model takes.
+    """
+    model, fill = open_model(path, **options)
+    for block in (None, *range(model.config.num_hidden_layers)):
+        fill(block)
+    return model
+
+
+def open_model(
+    path: str | Path,
+    *,
+    load_in_4bit: bool = False,
+    double_quant: bool = True,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    weights: Weights | None = None,
+) -> tuple[Llama, Fill]:
+    """A Llama that takes no memory yet, its tensors on the meta device, and the function that fills it.
+
+    Args:
+        path: Hugging Face folder, Meta's folder, .gguf file or hub name.
+        load_in_4bit: quantise the linear layers of the blocks to NF4 from the values in the file.
+        double_quant: and their scales to 8 bits.
+        dtype: of everything else. Default: float32 on a CPU, bfloat16 on a GPU.
+        device: where the model lives; each tensor is moved there, then quantised.
+        weights: the opened checkpoint, if there is one.
+    Raises:
+        UserError: here or while it is filled: a missing or damaged file, a tensor that is missing, has another shape,
+            or holds NaN or infinity.
+    """
+    weights = weights or open_weights(path)
+    device = torch.device(device)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+    def load(name: str, shape: torch.Size) -> Tensor:
+        w = weights.load(name)
+        if w.shape != shape:
+            raise UserError(
+                f"{path}: tensor {name} has shape {tuple(w.shape)} where {weights.where.name} says {tuple(shape)}, "
+                f"so the weights and {weights.where.name} are of different models."
+            )
+        w = w.to(device)
+        if not torch.isfinite(w).all():
+            raise UserError(f"{path}: tensor {name} holds NaN or infinite values; training on it would give NaN.")
+        return w if load_in_4bit and block_of(name) is not None else w.to(dtype)
+
+    config = model_config(weights.config, weights.where)
+    options = {"load_in_4bit": load_in_4bit, "double_quant": double_quant, "dtype": dtype, "device": device}
+    try:
+        return empty_model(config, load, **options)
+    except UserError as error:  # a width that four bits cannot split
+        raise UserError(f"{path}: {error}") from error
+
+
+def empty_model(
+    config: ModelConfig,
+    load: Callable[[str, torch.Size], Tensor],
+    *,
+    load_in_4bit: bool,
+    double_quant: bool = True,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Llama, Fill]:
+    """As `open_model`, from any source of tensors: `load(name, shape)` gives one on `device`."""
+    with torch.device("meta"):
+        model = Llama(config).to(dtype)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    if load_in_4bit:
+        quantize_model(model, double_quant)
+    model.model.rope_frequencies = rope_frequencies(config).to(device)
+
+    def fill(block: int | None) -> None:
+        for name, shape in shapes.items():
+            if block_of(name) != block:
+                continue
+            w = load(name, shape)
+            module_name, _, attribute = name.rpartition(".")
+            if load_in_4bit and block is not None:
+                layer = QLoRALinear(w)
+                layer.quantize(double_quant)
+                model.set_submodule(module_name, layer.eval())
+            else:
+                setattr(model.get_submodule(module_name), attribute, nn.Parameter(w, requires_grad=False))
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+
+    return model.requires_grad_(False).eval(), fill
+
+
+def block_of(name: str) -> int | None:
+    """The block whose linear layer a weight of this name is, None for embedding, head and norms."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[-2].endswith("_proj") else None

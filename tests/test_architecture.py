@@ -1,0 +1,72 @@
+"""The packages and who may import whom, read from the import statements; docs/architecture.md is the picture."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# A package imports what stands before it, never what stands behind it.
+ORDER = (
+    *("config", "ops", "model", "qlora", "gguf", "parallel", "weights", "fast", "tokenizer", "data"),
+    *("run", "evaluate", "chat", "export", "train", "merge", "export_gguf", "bench"),
+)
+FILES = sorted([*ROOT.glob("nanoqlora/**/*.py"), *(ROOT / f"{name}.py" for name in ORDER[-4:])])
+
+
+def module_of(path: Path) -> str:
+    """nanoqlora/run/log.py -> nanoqlora.run.log; a package by its folder."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imports_of(module: str) -> set[str]:
+    """The modules of ours that a module imports, anywhere in it."""
+    path, found = MODULES[module], set()
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {name if (name := f"{base}.{alias.name}") in MODULES else base for alias in node.names}
+    return {name for name in found if name in MODULES and name != module}
+
+
+def place_of(module: str) -> str:
+    """Its package, or the module itself where it stands alone."""
+    return module.split(".")[1] if module.startswith("nanoqlora.") else module
+
+
+ARROWS = {module: imports_of(module) for module in MODULES if module != "nanoqlora"}
+
+
+def test_no_file_imports_itself_through_others():
+    try:
+        TopologicalSorter(ARROWS).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("module", ARROWS)
+def test_imports_point_down(module: str):
+    place = ORDER.index(place_of(module))
+    upward = [name for name in ARROWS[module] if name == "nanoqlora" or ORDER.index(place_of(name)) > place]
+    assert not upward
+
+
+def test_few_places_and_few_levels():
+    places: dict[str, set[str]] = {}
+    for module, found in ARROWS.items():
+        own = places.setdefault(place_of(module), set())
+        own |= {place_of(name) for name in found} - {place_of(module)}
+    level: dict[str, int] = {}
+    for place in TopologicalSorter(places).static_order():
+        level[place] = 1 + max((level[below] for below in places[place]), default=0)
+    assert len(places) <= 40 and max(level.values()) <= 10
+    entries = [path for path in (ROOT / "nanoqlora").iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= 15

@@ -6,8 +6,8 @@ The blocks come back in order, so the samples stand in the order of the files, h
 memory are some blocks and a few bytes for each sample: the tokens go to a file, and are mapped from it.
 
 Prepared data is kept under a key: a hash of the contents of the files, the tokenizer, the prompt format, the lengths,
-and the source text of this package. Data that would come out differently has another key, so what is found under the
-key is right. Read next: data/packing.py, which makes the plan of a run from the lengths.
+`FORMAT`, and the versions of the libraries that tokenise. Data that would come out differently has another key, so what
+is found under the key is right. Read next: data/packing.py, which makes the plan of a run from the lengths.
 """
 
 import ctypes

@@ -4,7 +4,7 @@ The model of the peak, in bytes, for N tokens in a micro-batch:
 
     base        what the model holds now: packed weights, scales, embedding, head, norms
     trained     16 a value with AdamW in float32: value, gradient, two moments
-    kept        what the blocks keep from forward to backward, by `fused.Keep`
+    kept        what the blocks keep from forward to backward, by `block.Keep`
     scratch     the buffer for the rebuilt weights of one product, and for a chunk of logits
     passing     the largest of what exists only for a moment: the loss's hidden states and their gradient, or the
                 gradients inside one block

@@ -164,7 +164,7 @@ def fill_over_ranks(
     """Fill an empty model, the ranks reading its blocks in turn and exchanging them.
 
     Args:
-        model, fill: of `checkpoint.open_model`.
+        model, fill: of `pretrained.open_model`.
         offload: for full_shard, so many blocks have this rank's part in pinned host memory.
         host_embedding: the embedding stays there too, unless the head is the same tensor.
     Returns:

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 from transformers import AutoTokenizer
 
 from nanoqlora.data.prompts import CHAT_TEMPLATES
 from nanoqlora.tokenizer.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from paths import ROOT
 
 # A package imports what stands before it, never what stands behind it.
 ORDER = (

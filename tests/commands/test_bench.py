@@ -4,17 +4,15 @@ import dataclasses
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 from tiny import save_random_llama
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from nanoqlora.fast import stats
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_useful_operations_of_8b_are_those_of_its_shapes():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from paths import ROOT
 from ranks import end_of_run_with_fault, on_ranks
 from small_runs import ENVIRONMENT, alpaca_rows, run_here, save_tiny_model, steps_of, write_rows, write_run
 

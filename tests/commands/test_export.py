@@ -15,6 +15,7 @@ import torch
 import transformers
 from go_text import go_write, needs_go
 from modelfiles import parse
+from paths import ROOT
 from safetensors.torch import load_file, save_file
 from tiny import save_random_llama
 
@@ -546,7 +547,7 @@ def test_command_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert read_gguf(tmp_path / "some/where/x.gguf").metadata["general.file_type"] == 32
     assert (tmp_path / "some/where/Modelfile").exists()
 
-    source = Path(__file__).parent.parent / "train.yml"
+    source = ROOT / "train.yml"
     shutil.copytree(folder, tmp_path / "run" / "merged")
     capsys.readouterr()
     assert run(monkeypatch, str(source), "--output_dir", "run", "--type", "f16") == 0

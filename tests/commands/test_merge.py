@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
+from paths import ROOT
 from peft_witness import dequantised_transformers, peft_on_dequantised, save_random_adapter
 from safetensors.torch import load_file, save_file
 from small_runs import Ended, alpaca_rows, run_here, run_process, save_tiny_model, snapshot, write_rows, write_run
@@ -220,7 +221,7 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path):
     about = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": sorted({x.split(".")[-1] for x in layers})}
     (adapter / "adapter_config.json").write_text(json.dumps(about))
     line = [sys.executable, "-m", "tests.memory_of_merge", model, adapter, tmp_path / "out", "original"]
-    ended = subprocess.run(line, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert int(ended.stdout) < 1.5 * 17e6 + 80e6 < 0.7 * writer.total_bytes, ended.stderr
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == shapes.keys()
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from paths import ROOT
 from small_runs import ENVIRONMENT, Ended, run_here
 
 from nanoqlora.config import scripts

@@ -18,7 +18,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import ROOT
+from paths import ROOT
 from peft_witness import (
     dequantised_transformers,
     encoded_by_tokenizers,

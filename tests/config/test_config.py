@@ -9,6 +9,7 @@ from typing import Literal, get_args, get_type_hints
 
 import pytest
 import yaml
+from paths import ROOT
 
 from nanoqlora.config import parser as typed_yaml
 from nanoqlora.config.errors import UserError
@@ -17,7 +18,6 @@ from nanoqlora.config.parser import Option, fate_of
 from nanoqlora.config.rules import CHECKS, DERIVED, EXCLUSIVE
 from nanoqlora.config.schema import BnbConfig, Config, DatasetConfig, FsdpConfig, SpecialTokens
 
-ROOT = Path(__file__).parent.parent
 LEAST = {
     "base_model": "m",
     "adapter": "qlora",

@@ -9,7 +9,7 @@ from itertools import combinations, product
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from paths import ROOT
 
 from nanoqlora.data.batches import IGNORED, Sample, Samples, collate, join, micro_batches
 

@@ -67,7 +67,7 @@ def test_what_is_never_quantized():
         assert tensor_type("token_embd.weight", (64, 24), file_type, True, 32, True) == expected
 
 
-@pytest.mark.skipif(not LIBRARIES.exists(), reason="llama.cpp's tool is not installed: see tests/llama_quantize.py")
+@pytest.mark.skipif(not LIBRARIES.exists(), reason="llama.cpp's tool is not installed: helpers/llama_quantize.py")
 @pytest.mark.parametrize("file_type", ["Q4_K_M", "Q5_K_S"])
 def test_real_model_is_quantized_as_by_llama_cpp(file_type: str, smollm2_path: Path, tmp_path_factory):
     """Of SmolLM2 as a file of float32, both make the same tensors: types and bytes."""

@@ -4,7 +4,7 @@ The library in xllamacpp leaves this function out; the one in an npm package has
 tests that ask it are skipped. To have it, in the project's folder:
 
     npm install --no-save --prefix node @node-llama-cpp/linux-x64@3.22.1
-    python tests/llama_quantize.py MODEL-F32.gguf OUT.gguf TYPE [THREADS]
+    python tests/helpers/llama_quantize.py MODEL-F32.gguf OUT.gguf TYPE [THREADS]
 
 It runs as a process of its own, because this library and xllamacpp's have the same names inside.
 """
@@ -16,9 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-LIBRARIES = (
-    Path(__file__).parent.parent / "node" / "node_modules" / "@node-llama-cpp" / "linux-x64" / "bins" / "linux-x64"
-)
+LIBRARIES = Path(__file__).parents[2] / "node" / "node_modules" / "@node-llama-cpp" / "linux-x64" / "bins" / "linux-x64"
 FILE_TYPES = {  # include/llama.h
     **{"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9},
     **{"Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18},

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import tokenizers
 import torch
 import yaml
-from conftest import ROOT
+from paths import ROOT
 from tiny import save_random_llama
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch.distributed as dist
-from conftest import ROOT
+from paths import ROOT
 
 from nanoqlora.parallel import heartbeat
 from nanoqlora.parallel.heartbeat import Heartbeat

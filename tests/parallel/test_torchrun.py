@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from paths import ROOT
 from ranks import end_of_run, on_ranks
 from small_runs import ENVIRONMENT, alpaca_rows, save_tiny_model, steps_of, write_rows, write_run
 

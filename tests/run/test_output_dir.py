@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from paths import ROOT
 from ranks import end_of_run, on_ranks
 from small_runs import (
     ENVIRONMENT,

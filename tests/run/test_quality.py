@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from paths import ROOT
 from peft_witness import dequantised_transformers
 from safetensors.torch import load_file
 from small_runs import alpaca_rows, metrics_of, run_here, save_tiny_model, write_rows, write_run

@@ -13,8 +13,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import ROOT
 from huggingface_hub import constants
+from paths import ROOT
 from peft_witness import save_random_adapter
 from safetensors.torch import load_file
 from small_runs import run_here, save_tiny_model

@@ -1,7 +1,11 @@
 """Every fast twin against its reference: error against float64 at most twice the reference's own, both ways."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from paths import ROOT
 
 from nanoqlora import ops
 from nanoqlora.ops import Dropout, Segments, attention_reference, elementwise, lora, loss
@@ -169,3 +173,10 @@ def test_elementwise_twins(dtype, T):
     check_twins(fast_norm, lambda x: elementwise.rms_norm(x, weight, 1e-5), [x])
     check_twins(elementwise_fast.swiglu, elementwise.swiglu, [x, up])
     check_twins(lambda x: elementwise_fast.apply_rope(x, *rope), lambda x: elementwise.apply_rope(x, *rope), [x])
+
+
+def test_import_loads_no_compiler():
+    """bitsandbytes and variable-length attention load torch._dynamo; they are imported at their first use."""
+    code = "import sys, nanoqlora; print([m for m in ('torch._dynamo', 'bitsandbytes') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "[]\n"

@@ -6,6 +6,8 @@ variable-length FlashAttention-2 kernel, which takes the documents end to end (6
 """
 
 import inspect
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -13,20 +15,27 @@ from torch import Tensor
 
 from ..attention import Segments
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # older than 2.10
-    varlen_attn = None
-else:
-    _arguments = inspect.signature(varlen_attn).parameters
-    _CAUSAL = {"window_size": (-1, 0)} if "window_size" in _arguments else {"is_causal": True}
-    if "enable_gqa" in _arguments:  # newer versions want to be told, 2.11 just takes fewer key/value heads
-        _CAUSAL["enable_gqa"] = True
+
+@cache
+def variable_length() -> Callable[..., Tensor] | None:
+    """PyTorch's variable-length attention, causal; None before PyTorch 2.10.
+
+    Imported at the first use: the import loads all of torch._dynamo.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    arguments = inspect.signature(varlen_attn).parameters
+    options = {"window_size": (-1, 0)} if "window_size" in arguments else {"is_causal": True}
+    if "enable_gqa" in arguments:  # newer versions have this switch; 2.11 takes fewer key/value heads without it
+        options["enable_gqa"] = True
+    return partial(varlen_attn, **options)
 
 
 def can_run(q: Tensor, segments: Segments) -> bool:
     """Whether there is a kernel for these dtypes and documents."""
-    return segments.one_each or (varlen_attn is not None and q.dtype in (torch.bfloat16, torch.float16))
+    return segments.one_each or (q.dtype in (torch.bfloat16, torch.float16) and variable_length() is not None)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -36,4 +45,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
     ends, longest = segments.ends(q.device), segments.longest
     flat = (x.flatten(0, 1) for x in (q, k, v))
-    return varlen_attn(*flat, ends, ends, longest, longest, **_CAUSAL).view(q.shape)
+    kernel = variable_length()
+    assert kernel is not None, "can_run decides"
+    return kernel(*flat, ends, ends, longest, longest).view(q.shape)

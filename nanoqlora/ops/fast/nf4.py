@@ -5,23 +5,29 @@ thousand, because bitsandbytes looks the nearest level up in a coarser way; read
 """
 
 import logging
+from functools import cache
+from types import ModuleType
 
-import bitsandbytes  # noqa: E402, F401  (registers torch.ops.bitsandbytes)
 import torch
 from torch import Tensor
 
 from .. import nf4
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports optional parts that we do not use
 
-_ops = torch.ops.bitsandbytes
+@cache
+def kernels() -> ModuleType:
+    """bitsandbytes' operations. Imported at the first use: the import takes longer than that of PyTorch."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports optional parts that are not used here
+    import bitsandbytes  # noqa: F401  (the import registers the operations)
+
+    return torch.ops.bitsandbytes
 
 
 def quantize_nf4(w: Tensor, blocksize: int = nf4.BLOCKSIZE) -> tuple[Tensor, Tensor]:
     """As `nf4.quantize_nf4`."""
     if w.shape[1] % blocksize or w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return nf4.quantize_nf4(w, blocksize)
-    packed, absmax = _ops.quantize_4bit(w.contiguous(), blocksize, "nf4", torch.uint8)
+    packed, absmax = kernels().quantize_4bit(w.contiguous(), blocksize, "nf4", torch.uint8)
     return packed.view(w.shape[0], -1), absmax.view(w.shape[0], -1)
 
 
@@ -31,19 +37,19 @@ def dequantize_nf4(packed: Tensor, absmax: Tensor, dtype: torch.dtype = torch.fl
     blocksize = n_in // absmax.shape[1]
     if dtype == torch.float64:
         return nf4.dequantize_nf4(packed, absmax, dtype)
-    return _ops.dequantize_4bit(packed.view(-1, 1), absmax.view(-1), blocksize, "nf4", [n_out, n_in], dtype)
+    return kernels().dequantize_4bit(packed.view(-1, 1), absmax.view(-1), blocksize, "nf4", [n_out, n_in], dtype)
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `nf4.quantize_absmax`."""
     offset = absmax.mean()
     levels = nf4.dynamic_levels(absmax.device)
-    codes, nested_absmax = _ops.quantize_blockwise(absmax.flatten() - offset, levels, nf4.NESTED_BLOCKSIZE)
+    codes, nested_absmax = kernels().quantize_blockwise(absmax.flatten() - offset, levels, nf4.NESTED_BLOCKSIZE)
     return codes.view_as(absmax), nested_absmax, offset
 
 
 def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
     """As `nf4.dequantize_absmax`."""
     levels = nf4.dynamic_levels(codes.device)
-    scales = _ops.dequantize_blockwise(codes.flatten(), nested_absmax, levels, nf4.NESTED_BLOCKSIZE, torch.float32)
+    scales = kernels().dequantize_blockwise(codes.flatten(), nested_absmax, levels, nf4.NESTED_BLOCKSIZE, torch.float32)
     return (scales + nested_offset).view_as(codes)

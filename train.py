@@ -248,6 +248,11 @@ def prepare_model(
     if ranks > 1 or offload:
         say(why)
     options = {"sharding": sharding, "rank": rank, "ranks": ranks, "device": device, "offload": offload}
+    if config.fsdp_version == 2 and "full_shard" in (sharding, config.sharding):
+        from nanoqlora.parallel.fully_shard import FullyShardStore  # takes long to import
+
+        say("the base is sharded by PyTorch's fully_shard (fsdp_version: 2)")
+        options |= {"sharding": "full_shard", "store_type": FullyShardStore}
     host_embedding = embedding_waits(config.gradient_checkpointing, offload)
     store = fill_over_ranks(model, fill, **options, host_embedding=host_embedding)
     add_lora(model, say)

@@ -94,6 +94,8 @@ CHECKS: dict[str, Callable[[Config], Any]] = {
     "Write fsdp: full_shard, or leave out offload_params.": lambda c: c.offload_params and c.sharding == "replicate",
     "fsdp asks for the whole base on every GPU (replicate, no_shard, shard_grad_op) and for a part on each "
     "(full_shard, hybrid_shard). Write one of the two.": lambda c: c.fsdp_words & WHOLE and c.fsdp_words & IN_PARTS,
+    "fsdp_version: 2 shards the base with PyTorch's fully_shard, and fsdp asks for all of it on every GPU (replicate, "
+    "no_shard). Leave out one of the two.": lambda c: c.fsdp_version == 2 and c.fsdp_words & {"replicate", "no_shard"},
     "eval_strategy contradicts its counts: epoch goes without them, steps needs evals_per_epoch or eval_steps. "
     "Remove it, or correct them.": lambda c: (
         _evaluates(c) and not _fits(c.eval_strategy, c.evals_per_epoch, c.eval_steps)
@@ -128,6 +130,8 @@ DIFFERENCES: dict[str, Callable[[Config], Any]] = {
 
 # Options that do nothing beside the others, and what would make them work.
 WITHOUT_EFFECT: dict[str, Callable[[Config], Any]] = {
+    "fsdp_version: 2 shards nothing where gathered weights are kept: every GPU holds all of the base; write "
+    "reshard_after_forward: true": lambda c: c.fsdp_version == 2 and c.sharding == "replicate",
     "there is no warm-up with lr_scheduler constant; constant_with_warmup has one": lambda c: (
         c.lr_scheduler == "constant" and (c.warmup_steps or c.warmup_ratio)
     ),
@@ -163,9 +167,12 @@ def without_effect(config: Config, ranks: int, on_gpu: bool) -> list[str]:
     if config.optimizer.startswith("paged") and not on_gpu:
         found.append(f"{config.optimizer} pages nothing on a CPU, where its state is in memory anyway")
     if ranks == 1:
-        names = {
-            "fsdp" if config.fsdp else "fsdp_config": config.sharding == "full_shard" and not config.offload_params
-        }
+        shards = config.sharding == "full_shard" and not config.offload_params
+        if shards and config.fsdp_version == 2:
+            found.append(
+                "fsdp_version: 2 shards nothing with one process; it copies each block to use it; leave it out"
+            )
+        names = {"fsdp" if config.fsdp else "fsdp_config": shards and config.fsdp_version != 2}
         names |= {"shard_optimizer_state": config.shard_optimizer_state}
         start = "does nothing with one process; torchrun --nproc_per_node=N train.py starts several"
         found += [f"{name} {start}" for name, wanted in names.items() if wanted]

@@ -230,12 +230,14 @@ class Config:
 
     fsdp: tuple[Fsdp, ...] = key(
         "full_shard: each GPU holds its part of the base; replicate: all of it; auto: what memory allows; "
-        "unset: full_shard with fsdp_config, else auto",
+        "unset: full_shard with fsdp_config or fsdp_version: 2, else auto",
         (),
         group="several GPUs",
     )
     shard_optimizer_state: bool = key("each GPU keeps its part of the moments and updates its part of LoRA", False)
-    fsdp_version: Literal[1, 2] | None = key("accepted: there is one implementation", None)
+    fsdp_version: Literal[1, 2] | None = key(
+        "2: PyTorch's fully_shard shards the base; else this project's own store", None
+    )
     fsdp_config: FsdpConfig | None = key("spread the base over the GPUs", None)
 
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)  # to be said once at start; not a key
@@ -246,7 +248,8 @@ class Config:
         keeps_gathered = self.fsdp_config and not self.fsdp_config.reshard_after_forward
         if keeps_gathered or self.fsdp_words & WHOLE:
             return "replicate"
-        return "auto" if "auto" in self.fsdp or not (self.fsdp or self.fsdp_config) else "full_shard"
+        asks = self.fsdp or self.fsdp_config or self.fsdp_version == 2
+        return "auto" if "auto" in self.fsdp or not asks else "full_shard"
 
     @property
     def fsdp_words(self) -> set[str]:

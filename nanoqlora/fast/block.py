@@ -332,11 +332,6 @@ class FusedBlock(Block):
         ]
         self.head_counts = [width // attn.head_dim for width in self.groups[0].widths]
 
-    @property
-    def is_spread(self) -> bool:
-        """Whether the frozen weights have to be brought from other ranks."""
-        return self.bring_weights is not nothing_to_bring
-
     def norm1(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         norm = self.input_layernorm
         return ops.kernels(x).rms_norm(x, norm.weight, norm.eps, out)

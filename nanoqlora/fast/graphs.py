@@ -31,7 +31,8 @@ def can_record(model: Llama) -> bool:
     return (
         weight.is_cuda
         and weight.itemsize == 2
-        and all(isinstance(b, FusedBlock) and b.keep not in ON_HOST and not b.is_spread for b in blocks)
+        and not hasattr(model, "store")  # the blocks are gathered while they run
+        and all(isinstance(b, FusedBlock) and b.keep not in ON_HOST for b in blocks)
     )
 
 

@@ -71,6 +71,8 @@ def point_at(block: nn.Module, flat: Tensor, resident: bool) -> None:
 class BlockStore(nn.Module):
     """This rank's part of every block, and the two slots that whole blocks are gathered into."""
 
+    memory = staticmethod(collectives.memory_to_gather)  # where both are allocated
+
     def __init__(
         self, rank: int, ranks: int, num_blocks: int, num_bytes: int, offload: int, device: torch.device
     ) -> None:
@@ -78,7 +80,7 @@ class BlockStore(nn.Module):
         super().__init__()
         self.rank, self.ranks, self.num_blocks = rank, ranks, num_blocks
         offload = offload if device.type == "cuda" else 0
-        with collectives.memory_to_gather(device):
+        with self.memory(device):
             slots = torch.zeros(2, num_bytes, dtype=torch.uint8, device=device)
             parts = torch.empty(num_blocks - offload, num_bytes // ranks, dtype=torch.uint8, device=device)
         in_host = [torch.empty(num_bytes // ranks, dtype=torch.uint8, pin_memory=True) for _ in range(offload)]
@@ -160,6 +162,7 @@ def fill_over_ranks(
     device: torch.device,
     offload: int = 0,
     host_embedding: bool = False,
+    store_type: type[BlockStore] = BlockStore,
 ) -> BlockStore | None:
     """Fill an empty model, the ranks reading its blocks in turn and exchanging them.
 
@@ -167,6 +170,7 @@ def fill_over_ranks(
         model, fill: of `pretrained.open_model`.
         offload: for full_shard, so many blocks have this rank's part in pinned host memory.
         host_embedding: the embedding stays there too, unless the head is the same tensor.
+        store_type: or `FullyShardStore`.
     Returns:
         For full_shard the store, to be attached when the blocks are as they will train.
     Raises:
@@ -181,7 +185,7 @@ def fill_over_ranks(
         embedding_to_host(model)
     num_bytes, store = block_bytes(layers[0], ranks), None
     if sharding == "full_shard":
-        store = model.store = BlockStore(rank, ranks, len(layers), num_bytes, offload, device)  # its memory counts
+        store = model.store = store_type(rank, ranks, len(layers), num_bytes, offload, device)  # its memory counts
     rounds = range(0, len(layers), ranks)
     for first in tqdm(rounds, "loading", disable=None if rank == 0 else True, leave=False):  # None: on a terminal
         mine = min(first + rank, len(layers) - 1)  # in the last round some read the last block along with its reader

@@ -30,7 +30,8 @@ from nanoqlora.fast.block import fuse_blocks
 from nanoqlora.fast.memory import held_bytes
 from nanoqlora.ops import Segments
 from nanoqlora.parallel import collectives, distributed
-from nanoqlora.parallel.fsdp import fill_over_ranks, frozen_tensors
+from nanoqlora.parallel.fsdp import BlockStore, fill_over_ranks, frozen_tensors
+from nanoqlora.parallel.fully_shard import FullyShardStore
 from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora
 from nanoqlora.run import scoring
 from nanoqlora.weights.pretrained import load_model, open_model
@@ -39,7 +40,8 @@ LAYERS = 5  # more than the two slots, and no multiple of 2 or 3 ranks
 
 # What has touched a GPU, as imports here do, cannot be forked.
 CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "bitsandbytes", "safetensors.torch", "matplotlib.pyplot"])
+PRELOADED = ["torch", "torch.distributed.fsdp", "bitsandbytes", "safetensors.torch", "matplotlib.pyplot"]
+CONTEXT.set_forkserver_preload(PRELOADED)
 
 
 def _be_rank(rank: int, ranks: int, port: int, pipe: Any, work: Callable, arguments: tuple) -> None:
@@ -77,10 +79,14 @@ def on_ranks(ranks: int, work: Callable, *arguments: Any) -> list[Any]:
 
 
 def load_spread(path: Path, load_in_4bit: bool, offload: int = 0) -> tuple[Any, Any]:
-    rank, ranks, device = distributed.start()
+    return load_on(distributed.start(), path, load_in_4bit, offload=offload)
+
+
+def load_on(place: tuple[int, int, torch.device], path: Path, load_in_4bit: bool, **more: Any) -> tuple[Any, Any]:
+    rank, ranks, device = place
     model, fill = open_model(path, load_in_4bit=load_in_4bit, dtype=torch.float32, device=device)
-    options = {"sharding": "full_shard", "rank": rank, "ranks": ranks, "device": device, "offload": offload}
-    return model, fill_over_ranks(model, fill, **options)
+    options = {"sharding": "full_shard", "rank": rank, "ranks": ranks, "device": device}
+    return model, fill_over_ranks(model, fill, **options, **more)
 
 
 def brought_blocks(path: Path, load_in_4bit: bool, offload: int = 0) -> dict[str, Any]:
@@ -108,21 +114,43 @@ def gradient(model: torch.nn.Module, rank: int, ranks: int) -> torch.Tensor:
         if name.endswith("lora_B"):
             p.data.normal_(0, 0.05, generator=g)
     flat = flatten_trainable(model)
-    for i in range(rank, len(ROWS) + -len(ROWS) % ranks, ranks):
-        unseen, seen = ROWS[i % len(ROWS)]
-        tokens = torch.arange(1, unseen + seen + 2)[None] * 7 % 300
-        hidden = model.model(tokens, Segments.one_per_row(*tokens.shape))[0, unseen:-1]
-        logits = model.lm_head(hidden)
-        loss = torch.nn.functional.cross_entropy(logits, tokens[0, unseen + 1 :], reduction="sum")
-        (loss / (1 if i < len(ROWS) else math.inf)).backward()
+    backward(model, rank, ranks, 1)
     return collectives.sum_over_ranks(flat.grad)
 
 
-def spread_gradient(
-    path: Path, load_in_4bit: bool, targets: tuple[str, ...], keep: str
-) -> tuple[torch.Tensor, int, int]:
-    """And how many blocks this rank has gathered for it, and how many of them only when they were needed."""
-    model, store = load_spread(path, load_in_4bit)
+def loss_of_row(model: torch.nn.Module, i: int) -> torch.Tensor:
+    unseen, seen = ROWS[i % len(ROWS)]
+    tokens = torch.arange(1, unseen + seen + 2)[None] * 7 % 300
+    hidden = model.model(tokens, Segments.one_per_row(*tokens.shape))[0, unseen:-1]
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden), tokens[0, unseen + 1 :], reduction="sum")
+
+
+def backward(model: torch.nn.Module, rank: int, ranks: int, divisor: float) -> torch.Tensor:
+    """The sum of the losses of this rank's rows, whose gradients are divided and added."""
+    total = torch.zeros(())
+    for i in range(rank, len(ROWS) + -len(ROWS) % ranks, ranks):
+        loss = loss_of_row(model, i)
+        (loss / (divisor if i < len(ROWS) else math.inf)).backward()
+        total += loss.detach() * (i < len(ROWS))
+    return total
+
+
+def steps(model: torch.nn.Module, rank: int, ranks: int) -> list[float]:
+    """The losses per token of four steps, and after each of them of one row without gradients."""
+    flat, count, losses = flatten_trainable(model), sum(seen for _, seen in ROWS), []
+    optimizer = torch.optim.SGD([flat], lr=0.1)
+    for _ in range(4):
+        flat.grad.zero_()
+        losses.append(collectives.sum_over_ranks(backward(model, rank, ranks, count)).item() / count)
+        collectives.sum_over_ranks(flat.grad)
+        optimizer.step()
+        with torch.no_grad():
+            losses.append(loss_of_row(model, 1).item())
+    return losses
+
+
+def add_lora(model: torch.nn.Module, targets: tuple[str, ...], keep: str) -> None:
+    """With fused blocks where they can be."""
     torch.manual_seed(0)
     inject_lora(model, 4, 8, target_modules=targets)
     model.train()
@@ -130,6 +158,30 @@ def spread_gradient(
         fuse_blocks(model, [keep] * LAYERS)
     for block in model.model.layers:
         block.recompute = keep == "recompute"
+
+
+def steps_in_both_stores(path: Path, cases: dict[str, tuple]) -> dict[str, Any]:
+    """`steps` for each case of (load_in_4bit, targets, keep); and what `fully_shard` holds of the blocks after them."""
+    place, losses = distributed.start(), {}
+    for case, (load_in_4bit, *rest) in cases.items():
+        for store_type in (BlockStore, FullyShardStore):
+            model, store = load_on(place, path, load_in_4bit, store_type=store_type)
+            add_lora(model, *rest)
+            store.attach(model)
+            losses[f"{case}, {store_type.__name__}"] = steps(model, *place[:2])
+        views = [tensor for block in model.model.layers for _, _, tensor, _ in frozen_tensors(block)]
+        shards = [block.frozen.to_local().untyped_storage() for block in model.model.layers]
+        losses[f"{case}, views"] = sum(view.untyped_storage().size() for view in views)
+        losses[f"{case}, shards"] = sum({shard.data_ptr(): shard.size() for shard in shards}.values())
+    return losses
+
+
+def spread_gradient(
+    path: Path, load_in_4bit: bool, targets: tuple[str, ...], keep: str
+) -> tuple[torch.Tensor, int, int]:
+    """And how many blocks this rank has gathered for it, and how many of them only when they were needed."""
+    model, store = load_spread(path, load_in_4bit)
+    add_lora(model, targets, keep)
     asked, gathered, bring, gather = [], [], store.bring, store._gather
     store.bring = lambda i: asked.append(i) or bring(i)  # None, as a hook has to give
     store._gather = lambda i: (gathered.append(i == asked[-1]), gather(i))

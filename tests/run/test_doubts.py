@@ -49,6 +49,11 @@ DOUBTS = {
     "system": (["--default_system_message", "x"], ["chat_template"]),
     "fsdp": (["--fsdp", "full_shard"], ["fsdp does nothing with one process", "torchrun --nproc_per_node"]),
     "fsdp_config": (["--fsdp_config", "{reshard_after_forward: true}"], ["fsdp_config does nothing with one process"]),
+    "fsdp_version": (["--fsdp_version", "2"], ["fsdp_version: 2 shards nothing with one process"]),
+    "kept gathered": (
+        ["--fsdp_version", "2", "--fsdp", "shard_grad_op"],
+        ["fsdp_version: 2 shards nothing where gathered weights are kept"],
+    ),
     "optimizer parts": (["--shard_optimizer_state", "true"], ["shard_optimizer_state does nothing with one process"]),
     "paged": (["--optimizer", "paged_adamw_8bit"], ["paged_adamw_8bit pages nothing on a CPU"]),
 }

@@ -16,14 +16,13 @@ nanoqlora/gguf/container.py.
 import itertools
 import math
 import os
-import sys
 from pathlib import Path
 
 from nanoqlora.config.commands import run_command
 from nanoqlora.config.errors import UserError
 from nanoqlora.config.files import check_file, check_space, read_json, whole_file
 from nanoqlora.config.load import load_command
-from nanoqlora.config.parser import Option
+from nanoqlora.config.options import ExportOptions
 from nanoqlora.config.schema import Config
 from nanoqlora.config.scripts import script_command
 from nanoqlora.data.prompts import PromptFormat
@@ -57,57 +56,41 @@ from nanoqlora.weights.checkpoint import fingerprint, model_config, open_weights
 from nanoqlora.weights.generation import end_ids, ollama_parameters, read_generation
 from nanoqlora.weights.hub import is_hub_name, local_path
 
-OPTIONS = {
-    "model": Option("the Hugging Face folder to export; default: merged, in the run's output_dir"),
-    "out": Option("the file to write; default: model-TYPE.gguf in output_dir, or in the folder given by --model"),
-    "type": Option(f"how weights are stored: {', '.join(FILE_TYPES).lower()}; default: q8_0, of an adapter f32"),
-    "prove": Option("read the file back and compare it with what was trained; the result goes into merge.json", bool),
-    "data": Option("held-out texts for --prove; default: those of the run in the YAML file"),
-    "max_tokens": Option("held-out tokens for --prove", int, 1024),
-    "other_base": Option("with --adapter: onto other weights than those that it was trained on", bool, False),
-    "adapter": Option(
-        "folder of a trained adapter, to be written alone; its base is --model, that of the YAML, or a hub name in it"
-    ),
-}
-
 
 def main() -> None:
-    given = next(
-        (name for name in ("adapter", "model") if any(w.split("=")[0] == f"--{name}" for w in sys.argv)), "model"
-    )
-    config, options = load_command(None, OPTIONS, "Write a model as .gguf with a Modelfile.", yaml_unless=[given])
-    file_type = (options["type"] or ("f32" if options["adapter"] else "q8_0")).upper()
+    config, options = load_command(ExportOptions)
+    file_type = (options.type or ("f32" if options.adapter else "q8_0")).upper()
     if file_type not in FILE_TYPES:
         raise UserError(
-            f"command line: --type {options['type']} is not a type that can be written here, so there is no file to "
+            f"command line: --type {options.type} is not a type that can be written here, so there is no file to "
             f"make. Choose one of {', '.join(FILE_TYPES).lower()}."
         )
-    unused, how = ("data", "with") if options["adapter"] else ("other_base", "without")
-    if options[unused]:
-        print(f"--{unused} {options[unused]}: without effect {how} --adapter.")
-    if options["adapter"]:
-        if options["prove"]:
+    unused, how = ("data", "with") if options.adapter else ("other_base", "without")
+    if value := getattr(options, unused):
+        print(f"--{unused} {value}: without effect {how} --adapter.")
+    if options.adapter:
+        if options.prove:
             raise UserError(
                 "--prove compares a whole model with what was trained; merge the adapter and prove that file."
             )
-        adapter = options["adapter"]
-        out = Path(options["out"] or own_folder(adapter) / f"adapter-{file_type.lower()}.gguf")
-        base = options["model"] or (config.base_model if config else base_of(adapter))
-        export_adapter(adapter, base, out, file_type, options["other_base"])
+        adapter = options.adapter
+        out = Path(options.out or own_folder(adapter) / f"adapter-{file_type.lower()}.gguf")
+        base = options.model or (config.base_model if config else base_of(adapter))
+        export_adapter(adapter, base, out, file_type, options.other_base)
         return
-    model = options["model"] or Path(config.output_dir) / "merged"
+    model = options.model or Path(config.output_dir) / "merged"
     check_merged(model, config.output_dir if config else None)
-    if not options["model"] and not Path(model).exists() or not local_path(model).exists():  # ours is no hub name
+    if not options.model and not Path(model).exists() or not local_path(model).exists():  # ours is no hub name
         raise UserError(f"{model}: no such folder, so there is no model to export. Run merge.py first, or use --model.")
     folder = Path(config.output_dir) if config else own_folder(model)
-    out = Path(options["out"] or folder / f"model-{file_type.lower()}.gguf")
-    if not options["prove"]:
+    out = Path(options.out or folder / f"model-{file_type.lower()}.gguf")
+    if not options.prove:
         export(model, out, file_type)
-        if options["data"]:
-            print(f"--data {options['data']}: without effect, because nothing is scored without --prove.")
+        if options.data:
+            print(f"--data {options.data}: without effect, because nothing is scored without --prove.")
         return
     tok, fmt = trained_talk(model, config)
-    texts = options["max_tokens"] and held_out_texts(config, tok, fmt, options["data"], options["max_tokens"]) or None
+    texts = options.max_tokens and held_out_texts(config, tok, fmt, options.data, options.max_tokens) or None
     export(model, out, file_type)
     prove_file(Proof(out, file_type, local_path(model), tok, fmt, config), texts)
 

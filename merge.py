@@ -26,7 +26,7 @@ from nanoqlora.config.commands import run_command
 from nanoqlora.config.errors import UserError, visible
 from nanoqlora.config.files import check_space, check_writable, whole_folder, write_text
 from nanoqlora.config.load import load_command
-from nanoqlora.config.parser import Option
+from nanoqlora.config.options import MergeOptions
 from nanoqlora.config.schema import Config
 from nanoqlora.export.certificate import GGUF, MAX_KL, ON_NF4, ON_ORIGINAL, certify, verdict_of_merge
 from nanoqlora.export.forms import Merged, all_forms, bytes_on_disk
@@ -41,19 +41,6 @@ from nanoqlora.weights.checkpoint import ShardWriter, fingerprint, model_config,
 from nanoqlora.weights.generation import end_ids, read_generation
 from nanoqlora.weights.hub import is_hub_name
 
-OPTIONS = {
-    "model": Option("the base: Hugging Face folder or .gguf file"),
-    "adapter": Option("folder of the trained adapter"),
-    "out": Option("folder to write; must not exist, or hold an earlier merge"),
-    "base": Option("nf4: the values that training saw; original: the weights before quantisation"),
-    "dtype": Option("bf16, fp16 or fp32; unset: what training computed in"),
-    "max_shard_size": Option("GB in a file of the output", float, 5.0),
-    "data": Option("held-out texts for the certificate; default: those of the run in the YAML file"),
-    "types": Option("GGUF types to score as well, as q8_0,q4_k_m"),
-    "max_kl": Option("nats a token; above it nothing is written; unset: 0.05 for --base nf4", float),
-    "max_tokens": Option("held-out tokens to score on; 0: no scores", int, 1024),
-    "other_base": Option("merge onto other weights than those that the adapter was trained on", bool, False),
-}
 OURS = (  # files that a merge writes, all of which the next one into the same folder replaces
     r"(merge|config|generation_config|prompt|tokenizer|tokenizer_config|special_tokens_map)\.json|tokenizer\.model|"
     r"chat_template\.jinja|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
@@ -74,19 +61,15 @@ class Plan(NamedTuple):
     types: list[str]  # of GGUF, to score
 
 
-def plan(config: Config | None, options: dict[str, Any]) -> Plan:
-    base = options["model"] or (config and config.base_model)
-    adapter = str(options["adapter"] or config.output_dir)
+def plan(config: Config | None, options: MergeOptions) -> Plan:
+    base = options.model or (config and config.base_model)
+    adapter = str(options.adapter or config.output_dir)
     folder = config.output_dir if config else Path(adapter).name if is_hub_name(adapter) else adapter
-    out = Path(options["out"] or Path(folder) / "merged")
-    if options["base"] not in (None, "nf4", "original"):
-        raise UserError(f"--base {options['base']}: known are nf4 (what training saw) and original.")
+    out = Path(options.out or Path(folder) / "merged")
     trained_in_4bit, computed, _ = read_trained(adapter)
-    in_4bit = (options["base"] or ("nf4" if trained_in_4bit else "original")) == "nf4"
-    seen = torch.float32 if options["base"] == "original" else computed  # who asks for the original gets it unrounded
-    if options["dtype"] and options["dtype"] not in DTYPES:
-        raise UserError(f"--dtype {options['dtype']}: known are {', '.join(DTYPES)}.")
-    types = [name.strip().upper() for name in (options["types"] or "").split(",") if name.strip()]
+    in_4bit = (options.base or ("nf4" if trained_in_4bit else "original")) == "nf4"
+    seen = torch.float32 if options.base == "original" else computed  # who asks for the original gets it unrounded
+    types = [name.strip().upper() for name in (options.types or "").split(",") if name.strip()]
     for name in types:
         if name not in FILE_TYPES:
             raise UserError(f"--types {name.lower()}: known are {', '.join(FILE_TYPES).lower()}.")
@@ -98,7 +81,7 @@ def plan(config: Config | None, options: dict[str, Any]) -> Plan:
             f"{out}: an earlier merge, and beside it {', '.join(map(visible, others[:3]))}, which would be removed "
             f"with it. Move what is to stay, or name another --out."
         )
-    dtype = DTYPES.get(options["dtype"], computed)
+    dtype = DTYPES[options.dtype] if options.dtype else computed
     return Plan(base, adapter, out, in_4bit, seen, dtype, types)
 
 
@@ -119,16 +102,16 @@ def write_merged(merged: Merged, folder: Path, max_shard_bytes: int) -> dict[str
     }
 
 
-def check_unscored(options: dict[str, Any]) -> None:
+def check_unscored(options: MergeOptions) -> None:
     """Where nothing is scored: name what was asked for in vain, or refuse, where it was to stop a bad merge."""
     remedy = "Give held-out texts with --data FILE, or the run's YAML file first" + (
-        "" if options["max_tokens"] else ", and no --max_tokens 0"
+        "" if options.max_tokens else ", and no --max_tokens 0"
     )
-    if options["max_kl"] is not None:
-        raise UserError(f"--max_kl {options['max_kl']:g} cannot be checked, because nothing is scored. {remedy}.")
+    if options.max_kl is not None:
+        raise UserError(f"--max_kl {options.max_kl:g} cannot be checked, because nothing is scored. {remedy}.")
     for name in ("types", "data"):
-        if options[name]:
-            print(f"--{name} {options[name]}: without effect, because nothing is scored. {remedy}.")
+        if value := getattr(options, name):
+            print(f"--{name} {value}: without effect, because nothing is scored. {remedy}.")
 
 
 def hf_config(config: dict, dtype: torch.dtype, ids: dict[str, Any]) -> dict:
@@ -144,7 +127,7 @@ def hf_config(config: dict, dtype: torch.dtype, ids: dict[str, Any]) -> dict:
 
 
 def main() -> None:
-    config, options = load_command(None, OPTIONS, __doc__.splitlines()[0], yaml_unless=("model", "adapter"))
+    config, options = load_command(MergeOptions)
     asked = plan(config, options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights, (_, updates) = open_weights(asked.base), read_updates(asked.adapter)
@@ -152,7 +135,7 @@ def main() -> None:
     tokenizer, prompt_format, about_prompts = talking(asked.base, asked.adapter, num_rows)
     if about_prompts:
         print(about_prompts)
-    if note := check_base(asked.adapter, asked.base, weights, options["other_base"]):
+    if note := check_base(asked.adapter, asked.base, weights, options.other_base):
         print(note)
     if not asked.in_4bit and str(asked.base).endswith(".gguf"):
         print(f"note: `original` means the weights as they are in {asked.base}, which that file may have rounded.")
@@ -168,12 +151,12 @@ def main() -> None:
     check_writable(asked.out.parent, "--out")
     check_space(asked.out, merged.num_bytes)
     texts = None
-    if options["max_tokens"]:
-        texts = held_out_texts(config, tokenizer, prompt_format, options["data"], options["max_tokens"])
+    if options.max_tokens:
+        texts = held_out_texts(config, tokenizer, prompt_format, options.data, options.max_tokens)
     if not texts:
         check_unscored(options)
     with whole_folder(asked.out) as folder:
-        facts = write_merged(merged, folder, int(options["max_shard_size"] * 1e9))
+        facts = write_merged(merged, folder, int(options.max_shard_size * 1e9))
         described = hf_config(weights.config, asked.dtype, ids)
         write_text(folder / "config.json", json.dumps(described, indent=2) + "\n")
         write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
@@ -197,10 +180,10 @@ def main() -> None:
         form = ON_NF4 if asked.in_4bit else ON_ORIGINAL
         if texts:
             forms = all_forms(merged, open_weights(folder), asked.adapter, asked.types, bytes_on_disk(folder))
-            limits = {ON_NF4: MAX_KL} if options["max_kl"] is None and asked.in_4bit else {}
-            if options["max_kl"] is not None:
+            limits = {ON_NF4: MAX_KL} if options.max_kl is None and asked.in_4bit else {}
+            if options.max_kl is not None:
                 names = (form, *(GGUF + name.lower() for name in asked.types))
-                limits = dict.fromkeys(names, options["max_kl"])
+                limits = dict.fromkeys(names, options.max_kl)
             record |= certify(forms, *texts, limits, device)
         record["verdict"] = verdict_of_merge(asked.out, form, record)
         write_text(folder / "merge.json", json.dumps(record, indent=2) + "\n")

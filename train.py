@@ -22,7 +22,6 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -32,7 +31,7 @@ from nanoqlora.config.commands import run_command
 from nanoqlora.config.errors import Failed, Stopped, UserError, visible
 from nanoqlora.config.files import check_writable
 from nanoqlora.config.load import load_command
-from nanoqlora.config.parser import Option, plain
+from nanoqlora.config.options import TrainOptions
 from nanoqlora.config.rules import without_effect
 from nanoqlora.config.schema import Config
 from nanoqlora.data.batches import collate, micro_batches
@@ -207,14 +206,6 @@ def loop(run: Run, start: int, stop: list[bool], bar: tqdm) -> int:
     return step
 
 
-OPTIONS = {
-    "plan": Option("train nothing: say what would happen, what it needs and how long it takes", bool, False),
-    "rehearse": Option(
-        "train nothing: do once, and undo, all that a run does until its GGUF file is there", bool, False
-    ),
-}
-
-
 def prepare_model(
     config: Config, rank: int, ranks: int, device: torch.device, dtype: torch.dtype, say: Callable[..., None]
 ) -> tuple[Llama, BlockStore | None]:
@@ -309,16 +300,16 @@ def read_inputs(config: Config, rank: int, ranks: int) -> tuple[Tokenizer, Data]
     return tokenizer, data
 
 
-def check_surroundings(config: Config, options: dict[str, Any], rank: int, say: Callable[..., None]) -> None:
+def check_surroundings(config: Config, options: TrainOptions, rank: int, say: Callable[..., None]) -> None:
     """What is wrong around the run, before anything is read: trackers that cannot be used, a folder that is taken."""
     with collectives.together():
-        check_trackers(plain(config), rank)
+        check_trackers(config.plain(), rank)
         if rank == 0:  # which writes
             check_writable(config.output_dir, "output_dir")
             try:
                 refuse_other_runs(config)
             except UserError as error:
-                if not options["rehearse"]:  # which writes nothing there
+                if not options.rehearse:  # which writes nothing there
                     raise
                 say(f"note: the run itself would end with: {error}")
 
@@ -327,8 +318,8 @@ def main() -> None:
     rank, ranks, device = distributed.start()
     with collectives.naming_lost_ranks():
         with collectives.together():
-            config, options = load_command(None, OPTIONS, __doc__.splitlines()[0])
-            if options["plan"] and options["rehearse"]:
+            config, options = load_command(TrainOptions)
+            if options.plan and options.rehearse:
                 raise UserError("command line: --plan and --rehearse are two commands. Give one after the other.")
         try:
             train(config, options, rank, ranks, device)
@@ -339,7 +330,7 @@ def main() -> None:
             ) from error
 
 
-def train(config: Config, options: dict[str, Any], rank: int, ranks: int, device: torch.device) -> None:
+def train(config: Config, options: TrainOptions, rank: int, ranks: int, device: torch.device) -> None:
     """A run, from its input to its results; or only what `options` ask for."""
     torch.backends.cuda.matmul.allow_tf32 = config.tf32 is True  # auto: no, for products are in bfloat16 anyway
     say = print if rank == 0 else lambda *_: None
@@ -355,7 +346,7 @@ def train(config: Config, options: dict[str, Any], rank: int, ranks: int, device
     model_config = open_model(config.base_model)[0].config
     for text in (*without_effect(config, ranks, device.type == "cuda"), *doubts(config, data, tokenizer, model_config)):
         say(f"warning: {text}")
-    only_asks = options["plan"] or options["rehearse"]
+    only_asks = options.plan or options.rehearse
     is_over = config.auto_resume_from_checkpoints and is_finished(Path(config.output_dir))
     if collectives.everyones_object(is_over)[0] and not only_asks:
         say(f"{config.output_dir}: its run is finished; nothing is left to do. Another run needs another output_dir.")
@@ -370,10 +361,10 @@ def train(config: Config, options: dict[str, Any], rank: int, ranks: int, device
     run = Run(config, rank, ranks, device, model, *parts)
     num_evals = len(evaluations(config, data.plan)) if data.held_out else 0
     forecast = measure(run, forward_backward, num_evals, len(saves(config, data.plan)))
-    if options["plan"]:
+    if options.plan:
         say(plan_text(run, tokenizer, forecast, warmup_steps(config, data.plan)))
         return distributed.stop()
-    if options["rehearse"]:
+    if options.rehearse:
         rehearse(run, data, tokenizer, say)
         return distributed.stop()
     with collectives.together():
@@ -386,7 +377,7 @@ def train(config: Config, options: dict[str, Any], rank: int, ranks: int, device
             )
     collectives.of_first_rank(flat.data)  # whatever each rank has read, all begin with the same
     with collectives.together():
-        metrics.trackers += make_trackers(plain(config), start) if rank == 0 else []
+        metrics.trackers += make_trackers(config.plain(), start) if rank == 0 else []
     with claim(config, rank, start, say):
         metrics.go_on_after(start)
         if start:

@@ -2,36 +2,25 @@
 
 import os
 import sys
-from collections.abc import Iterable
-from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from .errors import UserError
-from .parser import (
-    Given,
-    Option,
-    build,
-    describe_keys,
-    describe_options,
-    given_in,
-    keys_of,
-    read_words,
-    read_yaml,
-    settle,
-)
-from .rules import CHECKS, DERIVED, DIFFERENCES, EXCLUSIVE, template_notes
+from .keys import Keys, build, describe_keys, keys_of, kinds_of, settle
+from .options import RunOptions
+from .parser import Map, located, read_words, read_yaml
+from .rules import CHECKS, DERIVED, EXCLUSIVE, notes_on
 from .schema import BnbConfig, Config, DatasetConfig, FrameConfig, FsdpConfig, SpecialTokens
 from .scripts import this_command
-from .splits import split_without_effect
 
-DEFAULT_FILE = "train.yml"
+OwnT = TypeVar("OwnT", bound=Keys)
+RunT = TypeVar("RunT", bound=RunOptions)
 
 
 def make_config(values: dict[str, Any], where: str = "configuration") -> Config:
     """A checked Config from a plain dict of YAML keys; for scripts and tests."""
-    return _resolve(given_in(values, where), {}, where)
+    return _resolve(located(values, where), Map(), where)
 
 
 def load_config(argv: list[str] | None = None) -> Config:
@@ -43,112 +32,98 @@ def load_config(argv: list[str] | None = None) -> Config:
         UserError: the file or an override is wrong; nothing has been written.
         SystemExit: after `--help`.
     """
-    config, _ = load_command(argv, {})
+    config, _ = load_command(RunOptions, argv)
     assert config is not None
     return config
 
 
-def load_command(
-    argv: list[str] | None, own: dict[str, Option], about: str = "", yaml_unless: Iterable[str] | None = None
-) -> tuple[Config | None, dict[str, Any]]:
-    """The same for a command with options of its own, which come back apart from the Config.
+def load_options(own: type[OwnT], argv: list[str] | None = None) -> OwnT:
+    """The options of a command that reads no YAML. Raises as `load_config`."""
+    given = _read(own, argv, {})
+    return build(own, settle(own, given, []))
 
-    Args:
-        own: name -> Option. A name that is also a YAML key (`--adapter DIR` of merge.py) means the option.
-        about: what `--help` says first.
-        yaml_unless: when all of these options are given and no YAML file is named, the command has what it
-            needs: no file is read and the Config is None. The default `train.yml` would belong to another run.
-    Returns:
-        The Config, and every option's value by name, with the default where it was not given.
+
+def load_command(own: type[RunT], argv: list[str] | None = None) -> tuple[Config | None, RunT]:
+    """The Config and the options of a command that reads one. Raises as `load_config`.
+
+    The Config is None where the options that stand in `alone` are given and no file is: the command has what it
+    needs, and the `train.yml` that lies here would belong to another run.
     """
+    given, words, over = _read(own, argv, keys_of(Config)), Map("command line: --"), Map()
+    for name, value in given.items():
+        if name in keys_of(own):
+            words.put(name, value, given.at[name])
+        else:
+            over.put(name, None if value in ("null", "~") else value, given.at[name])
+    options = build(own, settle(own, words, []))
+    if "file" not in words and any(all(name in words for name in names.split()) for names in own.alone):
+        for at in over.at.values():
+            raise UserError(f"{at}: no YAML file is read here, so this key has no meaning. Name the file too.")
+        return None, options
+    return _resolve(read_yaml(options.file), over, options.file), options
+
+
+def _read(own: type[Keys], argv: list[str] | None, more: dict[str, Any]) -> Map:
+    """The words of a command line; `more` are keys that it takes beside its own. Ends here after `--help`."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         if os.environ.get("RANK", "0") == "0":
-            print(help_text(own, about))
+            print(help_text(own))
         raise SystemExit(0)
-    path, overrides, options = read_words(argv, Config, own)
-    values = _at_home({name: options.get(name, option.default) for name, option in own.items()})
-    if path is None and yaml_unless is not None and all(name in options for name in yaml_unless):
-        for given in overrides.values():
-            raise UserError(f"{given.at}: no YAML file is read here, so this key has no meaning. Name the file too.")
-        return None, values
-    path = os.path.expanduser(path or DEFAULT_FILE)
-    return _resolve(read_yaml(path), overrides, path), values
+    kinds = {name: kinds_of(field.annotation) for name, field in (more | keys_of(own)).items()}
+    switches = {name for name in keys_of(own) if kinds[name] == {bool}}
+    return read_words(argv, own.positional, switches, lambda name: kinds.get(name, frozenset()))
 
 
-def _resolve(file: dict[str, Given], overrides: dict[str, Given], where: str) -> Config:
+def _resolve(file: Map, overrides: Map, where: str) -> Config:
     """Settle both sources, let the overrides win, convert, fill in what depends on other keys, check."""
     notes: list[str] = []
     given, over = settle(Config, file, notes), settle(Config, overrides, notes)
     for pair in EXCLUSIVE:
         for mine, other in (pair, pair[::-1]):
-            if mine in over and over[mine].value and other not in over and other in given and given[other].value:
-                notes.append(f"{given.pop(other).at} gives way to --{mine}")
-    config = build(Config, given | over, where, notes)
-    config = replace(config, **_at_home({name: getattr(config, name) for name in PATHS if hasattr(config, name)}))
+            if over.get(mine) and other not in over and given.get(other):
+                notes.append(f"{given.at[other]} gives way to --{mine}")
+                given[other] = None
+    used = [name for name, value in given.items() if value is not None and name not in over]
+    for name, value in over.items():
+        given.put(name, value, over.at[name])
+    config = build(Config, given)
     for one, other in EXCLUSIVE:
         if getattr(config, one) and getattr(config, other):
             raise UserError(f"{where}: {one} and {other} are both given, and each would decide alone. Remove one.")
     filled = {name: rule(config) for name, rule in DERIVED.items() if getattr(config, name) is None}
-    config = replace(config, **filled)
+    config = config.model_copy(update=filled)
     for message, is_broken in CHECKS.items():
         if is_broken(config):
             raise UserError(f"{where}: {message}")
-    notes += [text for dataset in (*config.datasets, *config.test_datasets) for text in _unused(dataset)]
-    splits = (
-        split_without_effect(dataset.path, dataset.split) for dataset in (*config.datasets, *config.test_datasets)
-    )
-    notes += [text for text in splits if text]
-    notes += [text for text, matters in DIFFERENCES.items() if matters(config)]
-    notes += template_notes(config)
-    return replace(config, notes=(*_summary(config, given, over, filled, where), *notes))
-
-
-# Keys and options that name a file or a folder; those of data sets and templates are expanded where they are read.
-PATHS = ("base_model", "output_dir", "dataset_prepared_path", "lora_model_dir", "resume_from_checkpoint")
-PATHS += ("model", "adapter", "out", "data")
-
-
-def _at_home(values: dict[str, Any]) -> dict[str, Any]:
-    """The same with ~ in paths as the home folder, as a shell does it for words that it sees."""
-    return {n: os.path.expanduser(v) if n in PATHS and isinstance(v, str) else v for n, v in values.items()}
-
-
-def _unused(dataset: DatasetConfig) -> list[str]:
-    """A line on the keys of a data set that its type does not read."""
-    default = DatasetConfig(path="", type="alpaca")
-    chat = {"field_messages", "field_tools", "field_system", "message_property_mappings", "message_field_training"}
-    chat |= {"roles", "roles_to_train", "train_on_eos", "chat_template", "chat_template_jinja"}
-    unread = {"chat_template": {"field"}, "completion": chat}.get(str(dataset.type), chat | {"field"})
-    given = [
-        f.name for f in fields(dataset) if f.name in unread and getattr(dataset, f.name) != getattr(default, f.name)
-    ]
-    kind = dataset.type if isinstance(dataset.type, str) else "a map"
-    return [f"data {dataset.path}: {', '.join(given)} ignored, which type: {kind} does not read"] if given else []
-
-
-def _summary(config: Config, given: dict, over: dict, filled: dict, where: str) -> list[str]:
-    """What was read, and what the other keys got, so that an imported file holds no surprise."""
-    used = [name for name, (value, _) in given.items() if value is not None and name not in over]
-    unsaid = len(keys_of(Config)) - len(used) - len(over) - len(filled)
-    lines = [f"{where}: {len(used)} keys used: {', '.join(used)}"]
-    lines += [f"command line: {', '.join(over)}"] if over else []
+    # What was read, and what the other keys got, so that an imported file holds no surprise.
     values = ", ".join(
         f"{name} {yaml.safe_dump(value).split()[0]}" for name, value in filled.items() if value is not None
     )
-    lines.append(f"filled in: {values}; {unsaid} others have their defaults, all in {config.output_dir}/train.yml")
-    return lines
+    others = len(keys_of(Config)) - len(used) - len(over) - len(filled)
+    summary = [f"{where}: {len(used)} keys used: {', '.join(used)}"]
+    summary += [f"command line: {', '.join(over)}"] if over else []
+    summary.append(f"filled in: {values}; {others} others have their defaults, all in {config.output_dir}/train.yml")
+    return config.model_copy(update={"notes": (*summary, *notes, *notes_on(config))})
 
 
-def help_text(own: dict[str, Option] | None = None, about: str = "") -> str:
-    """What `--help` prints: the command's own options, then every key with type, default and meaning."""
-    lines = [about] if about else []
-    lines += [f"usage: {this_command()} [{DEFAULT_FILE}] [--key value | --key=value ...]", ""]
+def help_text(own: type[Keys]) -> str:
+    """What `--help` prints: the command's own options, then the keys of the YAML that it reads."""
+    if not issubclass(own, RunOptions):
+        usage = " ".join(["usage:", this_command(), *own.positional, "[--option value | --option=value ...]"])
+        return "\n".join([own.__doc__ or "", usage, "", *describe_keys(own, "--")])
+    usage = f"usage: {this_command()} [train.yml] [--key value | --key=value ...]"
+    lines = [own.__doc__ or "", usage, "", "this command", *describe_keys(own, "--"), ""]
+    if own.reads:
+        lines += ["keys of the YAML file that it reads; all others of a run are accepted, see train.py --help"]
+        return "\n".join([*lines, *describe_keys(Config, "--", own.reads)])
     lines += ["Every key of the YAML file can be overridden, with _ or -; lists and maps as JSON or YAML text."]
-    lines += ["", "this command", *describe_options(own)] if own else []
     lines += describe_keys(Config, "--")
-    maps = {"an entry of datasets": DatasetConfig, "type of such an entry, as a map": FrameConfig}
-    maps |= {"special_tokens": SpecialTokens, "bnb_config_kwargs": BnbConfig}
-    for title, cls in (maps | {"fsdp_config": FsdpConfig}).items():
+    maps: dict[str, type[Keys]] = {
+        "an entry of datasets": DatasetConfig,
+        "type of such an entry, as a map": FrameConfig,
+    }
+    maps |= {"special_tokens": SpecialTokens, "bnb_config_kwargs": BnbConfig, "fsdp_config": FsdpConfig}
+    for title, cls in maps.items():
         lines += ["", title, *describe_keys(cls)]
     return "\n".join(lines)

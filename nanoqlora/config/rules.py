@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .schema import IN_PARTS, WHOLE, Config, DatasetConfig
+from .splits import split_without_effect
 
 # Two ways to say one thing. Both in one file is an error; on the command line the one given there wins.
 EXCLUSIVE = (
@@ -35,16 +36,41 @@ def template_in_force(config: Config, dataset: DatasetConfig) -> tuple[Config | 
     return part, part.chat_template or ("jinja" if part.chat_template_jinja else "tokenizer_default")
 
 
+def _with_templates(config: Config) -> tuple[Config | DatasetConfig, ...]:
+    """The maps that may name a chat template."""
+    return config, *config.all_datasets
+
+
+def notes_on(config: Config) -> list[str]:
+    """What is to be printed once at start: keys that are not used, templates, and differences from Axolotl."""
+    lines = [line for dataset in config.all_datasets for line in _unused(dataset)]
+    lines += filter(None, (split_without_effect(dataset.path, dataset.split) for dataset in config.all_datasets))
+    lines += [text for text, matters in DIFFERENCES.items() if matters(config)]
+    return lines + template_notes(config)
+
+
+CHAT = {"field_messages", "field_tools", "field_system", "message_property_mappings", "message_field_training"}
+CHAT |= {"roles", "roles_to_train", "train_on_eos", "chat_template", "chat_template_jinja"}
+UNREAD = {"chat_template": {"field"}, "completion": CHAT}  # keys of a data set that its type does not read
+
+
+def _unused(dataset: DatasetConfig) -> list[str]:
+    """A line on the keys of a data set that its type does not read."""
+    given = dataset.model_dump(exclude_defaults=True, include=UNREAD.get(str(dataset.type), CHAT | {"field"}))
+    kind = dataset.type if isinstance(dataset.type, str) else "a map"
+    return [f"data {dataset.path}: {', '.join(given)} ignored, which type: {kind} does not read"] if given else []
+
+
 def template_notes(config: Config) -> list[str]:
     """A line for the template of each data set of chats, and for each key that gives one which is not used."""
     notes, used = [], []
-    for dataset in (*config.datasets, *config.test_datasets):
+    for dataset in config.all_datasets:
         if dataset.type == "chat_template":
             part, name = template_in_force(config, dataset)
             used.append((id(part), name))
             notes.append(f"{dataset.path}: chat_template {name}{' (its own)' * (part is dataset)}")
-    for part in (config, *config.datasets, *config.test_datasets):
-        where = "" if part is config else f"{part.path}: "
+    for part in _with_templates(config):
+        where = f"{part.path}: " if isinstance(part, DatasetConfig) else ""
         names = [name for owner, name in used if owner == id(part)]
         if part.chat_template_jinja and "jinja" not in names:
             why = f"chat_template is {part.chat_template}" if names else "no data set takes it"
@@ -81,12 +107,12 @@ CHECKS: dict[str, Callable[[Config], Any]] = {
     "lora_target_linear: true, or name layers.": lambda c: not (c.lora_target_linear or c.lora_target_modules),
     "chat_template is jinja, but no template is given. Write it, or the path of a file with it, as "
     "chat_template_jinja.": lambda c: any(
-        part.chat_template == "jinja" and not part.chat_template_jinja for part in (c, *c.datasets, *c.test_datasets)
+        part.chat_template == "jinja" and not part.chat_template_jinja for part in _with_templates(c)
     ),
     "field_instruction and field_output of a data set are read together, with type: chat_template. Write both beside "
     "it, or within type, as in type: {field_instruction: question, field_output: answer}.": lambda c: any(
         bool(d.field_instruction) != bool(d.field_output) or d.field_instruction and d.type != "chat_template"
-        for d in (*c.datasets, *c.test_datasets)
+        for d in c.all_datasets
     ),
     "shard_optimizer_state cuts LoRA's values into equal parts, and loraplus_lr_ratio gives them rates of their own. "
     "Leave out one of the two.": lambda c: c.shard_optimizer_state and c.loraplus_lr_ratio,
@@ -103,7 +129,7 @@ CHECKS: dict[str, Callable[[Config], Any]] = {
     "save_strategy contradicts its counts: epoch goes without them, steps needs saves_per_epoch or save_steps. "
     "Remove it, or correct them.": lambda c: not _fits(c.save_strategy, c.saves_per_epoch, c.save_steps),
     "eval_steps and save_steps are whole numbers of steps, or a share below 1 of all. Write a whole "
-    "number.": lambda c: any((steps or 0) > 1 and steps != int(steps) for steps in (c.eval_steps, c.save_steps)),
+    "number.": lambda c: any(steps > 1 and steps != int(steps) for steps in (c.eval_steps or 0, c.save_steps or 0)),
     "val_set_size is a whole number of rows, or a share below 1 of all. Write a whole number.": lambda c: (
         c.val_set_size > 1 and c.val_set_size != int(c.val_set_size)
     ),
@@ -153,7 +179,7 @@ WITHOUT_EFFECT: dict[str, Callable[[Config], Any]] = {
         not (c.use_wandb or c.wandb_project) and (c.wandb_entity or c.wandb_name or c.wandb_mode or c.wandb_run_id)
     ),
     "default_system_message is only for data of type chat_template, and there is none": lambda c: (
-        c.default_system_message and all(d.type != "chat_template" for d in (*c.datasets, *c.test_datasets))
+        c.default_system_message and all(d.type != "chat_template" for d in c.all_datasets)
     ),
     "train_on_inputs does nothing for data of type completion, which is learnt from its first word on": lambda c: (
         c.train_on_inputs and all(d.type == "completion" for d in c.datasets)

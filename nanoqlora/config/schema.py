@@ -1,21 +1,24 @@
-"""The configuration of a run: one dataclass, one YAML file, and a fate for every key.
+"""The configuration of a run: one model of its keys, one YAML file.
 
-The field names are Axolotl's keys, so that one file runs in both and there is no second vocabulary. A key has exactly
-one fate: a field of the dataclasses below, or a row of one table of `keys.py` (old spelling, ignored, refused). A key
-in none of them is an error that names the nearest one. `rules.py`: how keys go together. `parser.py`: reading, types.
+The field names are Axolotl's keys, so that one file runs in both and there is no second vocabulary. A key that is no
+field stands in `axolotl_keys.yml` (old spelling, ignored, refused), or is an error that names the nearest one.
+`rules.py` has the rules between keys, `keys.py` reads and checks one map, `options.py` has the options of the commands.
 
-Left out: including other files, environment variables, schema versions. The whole Config is seen by `train.py` and by
-what surrounds its loop (data, checkpoints, forecast, report); the model and all below it get plain values. Read next:
-`train.yml`, then `train.py`.
+Left out: including other files, environment variables, schema versions. The complete Config is seen by `train.py` and
+by what surrounds its loop (data, checkpoints, forecast, report); the model and all below it get plain values. Read
+next: `train.yml`, then `train.py`.
 """
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import yaml
+from pydantic import AfterValidator, Field
 
-from . import keys
-from .parser import Fates, key, plain
+from .keys import FATES, Fates, Keys, Many, PathText, key
+
+Amount = Annotated[int | float, AfterValidator(lambda x: int(x) if x == int(x) else x)]  # 100.0 steps are 100
+# Words of `fsdp`: each GPU holds its part of the base, or all of it.
+IN_PARTS, WHOLE = {"full_shard", "hybrid_shard"}, {"replicate", "no_shard", "shard_grad_op"}
 
 Cadence = Literal["no", "steps", "epoch"]
 Attention = Literal["flash_attention_2", "flash_attention_3", "sdpa", "flex_attention", "eager"]
@@ -24,12 +27,13 @@ Fsdp = Literal["auto", "replicate", "full_shard", "shard_grad_op", "hybrid_shard
 
 ShardingStrategy = Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"]
 
+# A map in a file is laid over the default, so that it needs to say only what differs.
+MAPPINGS = {"role": "role", "content": "content"}
+Mappings = Annotated[dict[str, str], AfterValidator(lambda given: MAPPINGS | given)]
 
-@dataclass(frozen=True, kw_only=True)
-class FrameConfig:
+
+class FrameConfig(Keys):
     """`type` of a data set as a map: which columns a row has, and which words stand around them."""
-
-    fates: ClassVar[Fates] = Fates()
 
     format: str = key("prompt of a row with an input; {instruction}, {input} stand for it", "{instruction} {input} ")
     no_input_format: str | None = key('prompt of a row without one; unset: as format, or "{instruction} "', None)
@@ -41,11 +45,10 @@ class FrameConfig:
     field_output: str = key("column with what is to be written", "output")
 
 
-@dataclass(frozen=True, kw_only=True)
-class DatasetConfig:
+class DatasetConfig(Keys):
     """One entry of `datasets` or `test_datasets`."""
 
-    fates: ClassVar[Fates] = keys.DATASET
+    fates: ClassVar[Fates] = FATES["dataset"]
 
     path: str = key("a file, a folder, or the name of a data set on the hub")
     type: Literal["alpaca", "chat_template", "completion", "prompt_completion"] | FrameConfig = key(
@@ -54,20 +57,17 @@ class DatasetConfig:
     ds_type: Literal["json", "jsonl", "csv", "parquet", "arrow", "text"] | None = key(
         "file format; unset: by the suffix", None
     )
-    data_files: tuple[str, ...] = key("the files of a folder or a hub data set to read", ())
+    data_files: Many[str] = key("the files of a folder or a hub data set to read", ())
     split: str | None = key("split of a folder or hub data set, or a part of one: train[:20%]; unset: train", None)
     name: str | None = key("configuration of a data set whose card lists several", None)
     revision: str | None = key("branch, tag or commit of a hub data set", None)
     field: str = key("completion: the column with the text", "text")
     field_messages: str = key("chat_template: the column with the list of messages", "messages")
-    message_property_mappings: dict[str, str] = key(
-        "chat_template: what the template calls it -> what a message of this file calls it",
-        {"role": "role", "content": "content"},
+    message_property_mappings: Mappings = key(
+        "chat_template: what the template calls it -> what a message of this file calls it", MAPPINGS
     )
-    roles: dict[str, tuple[str, ...]] = key("role of the template -> its names in this file", {})
-    roles_to_train: tuple[str, ...] = key(
-        "roles that are learnt, by the template's names or this file's", ("assistant",)
-    )
+    roles: dict[str, Many[str]] = key("role of the template -> its names in this file", {})
+    roles_to_train: Many[str] = key("roles that are learnt, by the template's names or this file's", ("assistant",))
     message_field_training: str | None = key(
         "chat_template: the key of a message that says whether it is learnt; unset: weight: 0 and train: false do", None
     )
@@ -82,35 +82,32 @@ class DatasetConfig:
     chat_template_jinja: str | None = key("its Jinja text, or the path of a file with it", None)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SpecialTokens:
+class SpecialTokens(Keys):
     """Tokens to use in place of the tokenizer's own; each must be in its vocabulary."""
 
-    fates: ClassVar[Fates] = keys.SPECIAL_TOKENS
+    fates: ClassVar[Fates] = FATES["special_tokens"]
 
     bos_token: str | None = key("begin of text", None)
     eos_token: str | None = key("end of text", None)
     pad_token: str | None = key("padding; may equal the end token: padding is masked by position", None)
     unk_token: str | None = key("unknown", None)
-    additional_special_tokens: tuple[str, ...] = key("more tokens that text never becomes by chance", ())
+    additional_special_tokens: Many[str] = key("more tokens that text never becomes by chance", ())
 
 
-@dataclass(frozen=True, kw_only=True)
-class BnbConfig:
+class BnbConfig(Keys):
     """How bitsandbytes is asked to quantise. There is one way here; other values are errors."""
 
-    fates: ClassVar[Fates] = keys.BNB
+    fates: ClassVar[Fates] = FATES["bnb"]
 
     load_in_4bit: bool = key("accepted: the key of the same name above decides", True)
     bnb_4bit_quant_type: Literal["nf4"] = key("the levels", "nf4")
     bnb_4bit_use_double_quant: Literal[True] = key("quantise the scales too", True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FsdpConfig:
+class FsdpConfig(Keys):
     """How the base model is spread over several GPUs. Keys may carry Axolotl's older prefix `fsdp_`."""
 
-    fates: ClassVar[Fates] = keys.FSDP
+    fates: ClassVar[Fates] = FATES["fsdp"]
 
     offload_params: bool = key("keep the shards of the base in host memory", False)
     reshard_after_forward: bool = key("drop gathered weights after the forward, gather again in backward", True)
@@ -122,77 +119,72 @@ class FsdpConfig:
     activation_checkpointing: bool | None = key("older place of gradient_checkpointing; unset: false", None)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Keys):
     """One run. Field names are Axolotl's YAML keys.
 
     Fields whose default is None and that stand in `DERIVED` are filled in by `make_config` and `load_config`.
     """
 
-    fates: ClassVar[Fates] = keys.RUN
+    fates: ClassVar[Fates] = FATES["run"]
 
-    base_model: str = key("Hugging Face folder, .gguf file, or hub name", group="model")
+    base_model: PathText = key("Hugging Face folder, .gguf file, or hub name", group="model")
     adapter: Literal["qlora", "lora"] = key("qlora: over a 4-bit base; lora: over a 16-bit base")
     load_in_4bit: bool | None = key("quantise the linear layers of the blocks to NF4; unset: true for qlora", None)
     bnb_config_kwargs: BnbConfig = key("accepted: there is one way to quantise", BnbConfig())
-    output_dir: str = key("folder of the adapter, checkpoints, metrics and report", "./model-out")
+    output_dir: PathText = key("folder of the adapter, checkpoints, metrics and report", "./model-out")
     overwrite_output_dir: bool = key("remove the run that output_dir holds; false: refuse to write over it", False)
     special_tokens: SpecialTokens = key("tokens in place of the tokenizer's own", SpecialTokens())
-    tokens: tuple[str, ...] = key(
-        "more special tokens; the vocabulary must have them: the embedding is not trained", ()
-    )
+    tokens: Many[str] = key("more special tokens; the vocabulary must have them: the embedding is not trained", ())
     bf16: bool | Literal["auto"] = key("compute in bfloat16; auto: where the hardware has it, else float32", "auto")
     tf32: bool | Literal["auto"] = key("TensorFloat-32 for float32 products on a GPU", "auto")
     attn_implementation: Attention | None = key("wanted attention kernel; all of them are exact", None)
 
-    lora_r: int | None = key("rank of the update", None, "[1, inf)", group="LoRA")
-    lora_alpha: int | float | None = key("the update is scaled by lora_alpha / lora_r", None, "(0, inf)")
-    lora_dropout: float = key("share of an adapter's inputs that is dropped in training", 0.0, "[0, 1)")
+    lora_r: int | None = key("rank of the update", None, ge=1, group="LoRA")
+    lora_alpha: Amount | None = key("the update is scaled by lora_alpha / lora_r", None, gt=0)
+    lora_dropout: float = key("share of an adapter's inputs that is dropped in training", 0.0, ge=0, lt=1)
     lora_target_linear: bool | None = key("adapt all linear layers of the blocks; unset: if no modules are named", None)
-    lora_target_modules: tuple[str, ...] = key(
+    lora_target_modules: Many[str] = key(
         "the layers to adapt: ends of names such as q_proj, full names, or a regular expression for full names", ()
     )
-    lora_model_dir: str | None = key("start from the adapter in this folder", None)
+    lora_model_dir: PathText | None = key("start from the adapter in this folder", None)
     peft_use_rslora: bool = key("scale by lora_alpha / sqrt(lora_r) instead", False)
     peft_use_dora: bool = key("DoRA: learn the length of every row of a weight apart from its direction", False)
 
-    datasets: tuple[DatasetConfig, ...] = key("training data, a list of maps", group="data")
-    test_datasets: tuple[DatasetConfig, ...] = key("evaluation data, a list of maps", ())
-    val_set_size: int | float = key("evaluation rows taken from datasets: a share below 1, else a count", 0, "[0, inf)")
+    datasets: Many[DatasetConfig] = key("training data, a list of maps", group="data")
+    test_datasets: Many[DatasetConfig] = key("evaluation data, a list of maps", ())
+    val_set_size: Amount = key("evaluation rows taken from datasets: a share below 1, else a count", 0, ge=0)
     chat_template: str | None = key("tokenizer_default, a built-in name, or jinja", None)
     chat_template_jinja: str | None = key("a Jinja template, or the path of a file with one", None)
     default_system_message: str | None = key("system message of conversations that have none", None)
-    eot_tokens: tuple[str, ...] = key(
-        "accepted: the chat template shows how a turn ends; must be in the vocabulary", ()
-    )
+    eot_tokens: Many[str] = key("accepted: the chat template shows how a turn ends; must be in the vocabulary", ())
     train_on_inputs: bool = key("count the prompt in the loss too", False)
-    sequence_len: int = key("tokens in a row, at most", 512, "[2, inf)")
+    sequence_len: int = key("tokens in a row, at most", 512, ge=2)
     excess_length_strategy: Literal["drop", "truncate", "raise"] = key("samples longer than a row; counted", "drop")
     skip_invalid_rows: bool = key("leave out rows that cannot be used, and report how many; false: stop", False)
     sample_packing: bool = key("several samples in a row, which do not see each other", False)
     eval_sample_packing: bool | None = key("accepted: evaluation packs always; packed rows do not see each other", None)
     pad_to_sequence_len: bool | None = key("pad every row to sequence_len; unset: where fixed shapes pay", None)
-    dataset_prepared_path: str = key("folder that keeps tokenised data between runs", "last_run_prepared")
+    dataset_prepared_path: PathText = key("folder that keeps tokenised data between runs", "last_run_prepared")
     shuffle_merged_datasets: bool = key("mix the rows of all datasets, anew in every epoch", True)
-    seed: int = key("of the data order, the adapter's start and dropout", 42, "[0, 4294967295]")
+    seed: int = key("of the data order, the adapter's start and dropout", 42, ge=0, le=4294967295)
 
-    learning_rate: float = key("peak, reached after the warm-up", within="(0, 1]", group="training")
-    micro_batch_size: int = key("rows per GPU in one forward", 1, "[1, inf)")
-    gradient_accumulation_steps: int = key("forwards and backwards per optimizer step", 1, "[1, inf)")
-    num_epochs: float = key("passes over the training data", 1.0, "(0, inf)")
-    max_steps: int | None = key("optimizer steps after which to stop", None, "[1, inf)")
+    learning_rate: float = key("peak, reached after the warm-up", gt=0, le=1, group="training")
+    micro_batch_size: int = key("rows per GPU in one forward", 1, ge=1)
+    gradient_accumulation_steps: int = key("forwards and backwards per optimizer step", 1, ge=1)
+    num_epochs: float = key("passes over the training data", 1.0, gt=0)
+    max_steps: int | None = key("optimizer steps after which to stop", None, ge=1)
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = key("after the warm-up", "cosine")
-    cosine_min_lr_ratio: float | None = key("cosine ends at this share of the peak; unset: 0", None, "[0, 1]")
-    warmup_steps: int = key("optimizer steps of linear warm-up", 0, "[0, inf)")
-    warmup_ratio: float = key("warm-up as a share of all steps, rounded up", 0.0, "[0, 1]")
+    cosine_min_lr_ratio: float | None = key("cosine ends at this share of the peak; unset: 0", None, ge=0, le=1)
+    warmup_steps: int = key("optimizer steps of linear warm-up", 0, ge=0)
+    warmup_ratio: float = key("warm-up as a share of all steps, rounded up", 0.0, ge=0, le=1)
     optimizer: Optimizer = key("AdamW: plain, fused, 8-bit state, state paged to host memory", "adamw_torch_fused")
-    weight_decay: float = key("decoupled, per step times the learning rate", 0.0, "[0, inf)")
-    adam_beta1: float = key("decay of the mean of gradients", 0.9, "[0, 1)")
-    adam_beta2: float = key("decay of the mean of squared gradients", 0.999, "[0, 1)")
-    adam_epsilon: float = key("added to the denominator", 1e-8, "(0, inf)")
-    loraplus_lr_ratio: float | None = key("LoRA+: lora_B learns so many times as fast as lora_A", None, "(0, inf)")
-    neftune_noise_alpha: float | None = key("NEFTune: noise on the embeddings in training", None, "(0, inf)")
-    max_grad_norm: float = key("clip the global gradient norm; 0: do not clip", 1.0, "[0, inf)")
+    weight_decay: float = key("decoupled, per step times the learning rate", 0.0, ge=0)
+    adam_beta1: float = key("decay of the mean of gradients", 0.9, ge=0, lt=1)
+    adam_beta2: float = key("decay of the mean of squared gradients", 0.999, ge=0, lt=1)
+    adam_epsilon: float = key("added to the denominator", 1e-8, gt=0)
+    loraplus_lr_ratio: float | None = key("LoRA+: lora_B learns so many times as fast as lora_A", None, gt=0)
+    neftune_noise_alpha: float | None = key("NEFTune: noise on the embeddings in training", None, gt=0)
+    max_grad_norm: float = key("clip the global gradient norm; 0: do not clip", 1.0, ge=0)
     skip_nonfinite_steps: bool = key("leave out steps whose loss or gradient is NaN or infinite; false: stop", False)
     gradient_checkpointing: bool | Literal["offload", "auto"] | None = key(
         "recompute blocks in backward; offload: keep their inputs in host memory; auto: if memory needs it; "
@@ -200,24 +192,24 @@ class Config:
         None,
     )
 
-    logging_steps: int = key("optimizer steps between log lines", 1, "[1, inf)", group="cadence")
+    logging_steps: int = key("optimizer steps between log lines", 1, ge=1, group="cadence")
     eval_strategy: Cadence | None = key("when to evaluate; unset: by the two keys below, else every epoch", None)
-    eval_steps: int | float | None = key("steps between evaluations; below 1: a share of all", None, "[0, inf)")
-    evals_per_epoch: int | None = key("evaluations in an epoch; 0: none", None, "[0, inf)")
-    eval_batch_size: int | None = key("accepted: evaluation takes one packed row at a time", None, "[1, inf)")
+    eval_steps: Amount | None = key("steps between evaluations; below 1: a share of all", None, ge=0)
+    evals_per_epoch: int | None = key("evaluations in an epoch; 0: none", None, ge=0)
+    eval_batch_size: int | None = key("accepted: evaluation takes one packed row at a time", None, ge=1)
     save_strategy: Cadence | None = key("when to save; unset: by the two keys below, else every epoch", None)
-    save_steps: int | float | None = key("steps between checkpoints; below 1: a share of all", None, "[0, inf)")
-    saves_per_epoch: int | None = key("checkpoints in an epoch; 0: none", None, "[0, inf)")
-    save_total_limit: int = key("checkpoints to keep, the newest ones", 4, "[1, inf)")
+    save_steps: Amount | None = key("steps between checkpoints; below 1: a share of all", None, ge=0)
+    saves_per_epoch: int | None = key("checkpoints in an epoch; 0: none", None, ge=0)
+    save_total_limit: int = key("checkpoints to keep, the newest ones", 4, ge=1)
     save_first_step: bool = key("a checkpoint after the first step too", False)
     load_best_model_at_end: bool | None = key(
         "keep the checkpoint of the best evaluation and end with it; unset: true with early_stopping_patience", None
     )
     metric_for_best_model: Literal["eval_loss", "loss"] = key("what is best: the held-out loss", "eval_loss")
-    early_stopping_patience: int | None = key("stop after so many evaluations without a better one", None, "[1, inf)")
-    loss_watchdog_threshold: float | None = key("stop when the loss stays above this", None, "(0, inf)")
-    loss_watchdog_patience: int = key("so many logged losses in a row", 3, "[1, inf)")
-    resume_from_checkpoint: str | None = key("go on from this checkpoint-STEP folder", None)
+    early_stopping_patience: int | None = key("stop after so many evaluations without a better one", None, ge=1)
+    loss_watchdog_threshold: float | None = key("stop when the loss stays above this", None, gt=0)
+    loss_watchdog_patience: int = key("so many logged losses in a row", 3, ge=1)
+    resume_from_checkpoint: PathText | None = key("go on from this checkpoint-STEP folder", None)
     auto_resume_from_checkpoints: bool = key("go on from the newest checkpoint in output_dir, if any", False)
 
     use_tensorboard: bool = key("write event files to output_dir/tensorboard too", False, group="logs")
@@ -228,7 +220,7 @@ class Config:
     wandb_mode: Literal["online", "offline", "disabled"] | None = key("offline writes to output_dir alone", None)
     wandb_run_id: str | None = key("go on with this run there", None)
 
-    fsdp: tuple[Fsdp, ...] = key(
+    fsdp: Many[Fsdp] = key(
         "full_shard: each GPU holds its part of the base; replicate: all of it; auto: what memory allows; "
         "unset: full_shard with fsdp_config or fsdp_version: 2, else auto",
         (),
@@ -240,7 +232,14 @@ class Config:
     )
     fsdp_config: FsdpConfig | None = key("spread the base over the GPUs", None)
 
-    notes: tuple[str, ...] = field(default=(), compare=False, repr=False)  # to be said once at start; not a key
+    notes: tuple[str, ...] = Field((), exclude=True, repr=False)  # to be printed once at start; not a key
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Config) and self.plain() == other.plain()  # whatever was noted
+
+    @property
+    def all_datasets(self) -> tuple[DatasetConfig, ...]:
+        return *self.datasets, *self.test_datasets
 
     @property
     def sharding(self) -> Literal["auto", "replicate", "full_shard"]:
@@ -272,8 +271,4 @@ class Config:
 
     def to_yaml(self) -> str:
         """The resolved run, every default filled in. Loads again to an equal Config."""
-        return yaml.safe_dump(plain(self), sort_keys=False, allow_unicode=True, width=110)
-
-
-# Words of `fsdp`: each GPU holds its part of the base, or all of it.
-IN_PARTS, WHOLE = {"full_shard", "hybrid_shard"}, {"replicate", "no_shard", "shard_grad_op"}
+        return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True, width=110)

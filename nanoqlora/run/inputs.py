@@ -4,7 +4,7 @@ import json
 import platform
 import random
 from array import array
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +166,7 @@ def row_format(dataset: DatasetConfig) -> PromptFormat:
     is_custom = not isinstance(dataset.type, str)
     return PromptFormat(
         type="custom" if is_custom else dataset.type,
-        frame=Frame(**asdict(dataset.type)) if is_custom else None,
+        frame=Frame(**dataset.type.model_dump()) if is_custom else None,
         roles_to_train=dataset.roles_to_train,
         train_on_eos=dataset.train_on_eos,
         field=dataset.field,

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from ..config.errors import UserError
 from ..config.files import remove, sweep
-from ..config.parser import keys_of
+from ..config.keys import keys_of
 from ..config.schema import Config
 from ..gguf.file_types import FILE_TYPES
 from ..gguf.modelfile import is_ours

@@ -7,7 +7,6 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -118,7 +117,8 @@ def save_trained(run: Run, data: Data, tokenizer: Tokenizer, folder: Path) -> No
     write_text(folder / "prompt.json", data.prompt_format.to_json())
     dtype = run.model.model.embed_tokens.weight.dtype
     write_text(
-        folder / "train.yml", replace(run.config, bf16=dtype == torch.bfloat16, overwrite_output_dir=False).to_yaml()
+        folder / "train.yml",
+        run.config.model_copy(update={"bf16": dtype == torch.bfloat16, "overwrite_output_dir": False}).to_yaml(),
     )
 
 
@@ -157,7 +157,7 @@ def run_facts(run: Run, data: Data, forecast: Forecast, seconds: float) -> dict[
         },
         "hyper_parameters": {
             key: value
-            for key, value in asdict(config).items()
+            for key, value in config.model_dump().items()
             if key.startswith(
                 ("lora_", "learning", "num_", "micro", "gradient_acc", "sequence", "sample_", "lr_", "warm")
             )

@@ -1,22 +1,28 @@
 """Every key, every rule between keys, every table of other keys; and their door: types, ranges, spelling, lines."""
 
-import dataclasses
+import operator
 import re
 import textwrap
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import ClassVar, Literal
 
 import pytest
 import yaml
 from paths import ROOT
 
-from nanoqlora.config import parser as typed_yaml
 from nanoqlora.config.errors import UserError
+from nanoqlora.config.keys import PathText, fate_of, key, keys_of, kinds_of
 from nanoqlora.config.load import load_command, load_config, make_config
-from nanoqlora.config.parser import Option, fate_of
+from nanoqlora.config.options import RunOptions
 from nanoqlora.config.rules import CHECKS, DERIVED, EXCLUSIVE
-from nanoqlora.config.schema import BnbConfig, Config, DatasetConfig, FsdpConfig, SpecialTokens
+from nanoqlora.config.schema import (
+    BnbConfig,
+    Config,
+    DatasetConfig,
+    FsdpConfig,
+    SpecialTokens,
+)
 
 LEAST = {
     "base_model": "m",
@@ -196,6 +202,11 @@ def rows(table: str) -> list[tuple[type, str, str]]:
     return [(cls, name.replace("*", "x"), why) for cls, why, names in tables for name in names.split()]
 
 
+def present_name(new: str | dict) -> str:
+    """The key that an old one stands for."""
+    return new.partition(".")[0] if isinstance(new, str) else next(iter(new))
+
+
 def within_map(cls: type, name: str, value: object) -> dict:
     """The least run, with one more key in the map that `cls` describes."""
     if cls is DatasetConfig:
@@ -263,7 +274,7 @@ def test_resolved_yaml_loads_to_an_equal_config(tmp_path, text):
     second = load_config([written(tmp_path, first.to_yaml())])
     assert second == first
     assert second.to_yaml() == first.to_yaml()
-    assert set(yaml.safe_load(first.to_yaml())) == {f.name for f in dataclasses.fields(Config)} - {"notes"}
+    assert set(yaml.safe_load(first.to_yaml())) == set(keys_of(Config))
 
 
 # ---- the tables ---------------------------------------------------------------------------------------------------
@@ -273,14 +284,14 @@ def test_no_key_has_two_fates():
     """Fields, old spellings and the two lists of patterns are disjoint, also through their wildcards."""
     for cls in MAPS:
         fates = cls.fates
-        fields = [f.name for f in dataclasses.fields(cls) if f.name != "notes"]
+        fields, old = [*keys_of(cls)], [*fates.old]
         patterns = [n for table in (fates.ignored, fates.refused) for names in table.values() for n in names.split()]
-        names = [*fields, *fates.old, *(pattern.replace("*", "x") for pattern in patterns)]
+        names = [*fields, *old, *(pattern.replace("*", "x") for pattern in patterns)]
         assert len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)
         for name in names:
-            claims = (name in fields) + (name in fates.old) + sum(fnmatchcase(name, p) for p in patterns)
+            claims = (name in fields) + (name in old) + sum(fnmatchcase(name, p) for p in patterns)
             assert claims == 1, f"{cls.__name__}.{name} has {claims} fates"
-        assert {field for field, _ in fates.old.values()} <= set(fields)
+        assert {present_name(new) for new in fates.old.values()} <= set(fields)
         assert {*fates.old_values, *fates.refused_values} <= set(fields)
 
 
@@ -293,8 +304,8 @@ def test_every_field_is_read_somewhere():
     words |= {f"{name}_token" for name in ("bos", "eos", "pad", "unk")}  # the names are put together there
     words |= {"ds_type", "data_files", "split", "name", "revision", "tokens", "eot_tokens"}  # handed on together
     only_accepted = ("accepted", "wanted", "what is best")
-    fields = [f for cls in (Config, DatasetConfig, SpecialTokens, FsdpConfig) for f in typed_yaml.keys_of(cls)]
-    unread = [f.name for f in fields if f.name not in words and not f.metadata["meaning"].startswith(only_accepted)]
+    fields = {n: f for cls in (Config, DatasetConfig, SpecialTokens, FsdpConfig) for n, f in keys_of(cls).items()}
+    unread = [n for n, f in fields.items() if n not in words and not f.description.startswith(only_accepted)]
     assert not unread
 
 
@@ -307,7 +318,7 @@ def test_every_key_of_axolotl_has_a_fate(cls):
 
 
 def test_what_is_derived_or_exclusive_is_a_key():
-    names = {f.name for f in dataclasses.fields(Config)}
+    names = set(keys_of(Config))
     assert {*DERIVED, *(name for pair in EXCLUSIVE for name in pair)} <= names
     assert all(fate_of(Config, name)[0] == "refused" for name in HARMLESS)
 
@@ -355,7 +366,7 @@ def test_old_spelling_is_translated(cls, old):
     value, expected = OLD[old]
     c = make_config(within_map(cls, old, value))
     owner = {Config: c, DatasetConfig: c.datasets[0], SpecialTokens: c.special_tokens}[cls]
-    assert getattr(owner, cls.fates.old[old][0]) == expected
+    assert getattr(owner, present_name(cls.fates.old[old])) == expected
 
 
 @pytest.mark.parametrize(
@@ -592,26 +603,34 @@ def test_wrong_type_names_key_value_and_what_fits(name, value):
         make_config(least(**{name: value}))
 
 
-RANGED = [f for f in dataclasses.fields(Config) if f.metadata.get("within")]
+def limits(name: str) -> dict[str, float]:
+    """The limits of a number as it declares them: ge, gt, le, lt."""
+    ends = ("ge", "gt", "le", "lt")
+    return {end: getattr(one, end) for one in keys_of(Config)[name].metadata for end in ends if hasattr(one, end)}
 
 
-@pytest.mark.parametrize("f", RANGED, ids=lambda f: f.name)
-def test_ranges(f):
+RANGED = [name for name in keys_of(Config) if limits(name)]
+
+
+@pytest.mark.parametrize("name", RANGED)
+def test_ranges(name):
     """Just outside either end is refused, NaN and infinity always; the default lies inside."""
-    low, high = (float(end) for end in f.metadata["within"][1:-1].split(","))
-    step = 1 if int in get_args(get_type_hints(Config)[f.name]) or f.type is int else 1e-6
-    outside = [low - step, *([] if high == float("inf") else [high + step]), "nan", "inf", "-inf"]
-    outside += [low] * (f.metadata["within"][0] == "(") + [high] * (f.metadata["within"][-1] == ")")
+    ends, field = limits(name), keys_of(Config)[name]
+    step = 1 if int in kinds_of(field.annotation) else 1e-6
+    outside = ["nan", "inf", "-inf", *(ends[end] for end in ("gt", "lt") if end in ends)]
+    outside += [ends[end] - step for end in ("ge", "gt") if end in ends]
+    outside += [ends[end] + step for end in ("le", "lt") if end in ends]
+    assert len(outside) > 3
     for value in outside:
-        with pytest.raises(UserError, match=f.name):
-            make_config(least(**{f.name: value}))
-    assert f.default in (None, dataclasses.MISSING) or typed_yaml._lies_within(f.metadata["within"], f.default)
+        with pytest.raises(UserError, match=name):
+            make_config(least(**{name: value}))
+    if not field.is_required() and field.default is not None:
+        assert all(getattr(operator, end)(field.default, value) for end, value in ends.items())
 
 
 def test_every_number_has_a_range():
-    hints = get_type_hints(Config)
-    numbers = {n for n, hint in hints.items() if {int, float} & {hint, *get_args(hint)}}
-    assert numbers == {f.name for f in RANGED}
+    numbers = {name for name, field in keys_of(Config).items() if {int, float} & kinds_of(field.annotation)}
+    assert numbers == set(RANGED)
 
 
 @pytest.mark.parametrize(
@@ -705,7 +724,7 @@ def test_paths_may_begin_with_the_home_folder(tmp_path, monkeypatch):
         assert (c.output_dir, c.lora_model_dir) == (f"{tmp_path}/out", f"{tmp_path}/a")
         assert (c.dataset_prepared_path, c.wandb_project) == (f"{tmp_path}/p", "~/w")
     assert (c.resume_from_checkpoint, c.base_model) == (f"{tmp_path}/c", f"{tmp_path}/m")
-    assert load_command([file, "--model", "~/m"], OWN)[1]["model"] == f"{tmp_path}/m"
+    assert load_command(Own, [file, "--model", "~/m"])[1].model == f"{tmp_path}/m"
 
 
 # ---- the command line ---------------------------------------------------------------------------------------------
@@ -740,22 +759,31 @@ def test_wrong_command_line(tmp_path, words, message):
         load_config([least_file(tmp_path), *words])
 
 
-OWN = {
-    "plan": Option("say what would happen", bool, False),
-    "adapter": Option("folder of the adapter"),
-    "base": Option("weights to merge into", Literal["nf4", "original"], "nf4"),
-    "model": Option("folder of the base model"),
-}
+class Own(RunOptions):
+    """Merge an adapter."""
+
+    plan: bool = key("say what would happen", False)
+    adapter: str | None = key("folder of the adapter", None)
+    base: Literal["nf4", "original"] = key("weights to merge into", "nf4")
+    model: PathText | None = key("folder of the base model", None)
+
+
+class Alone(Own):
+    alone: ClassVar = ("model adapter",)
+
+
+class Never(Own):
+    alone: ClassVar = ("",)
 
 
 def test_own_options_come_back_apart(tmp_path):
     path = least_file(tmp_path)
-    c, own = load_command(["--plan", path, "--adapter", "x: y", "--base=original", "--seed", "1"], OWN)
-    assert own == {"plan": True, "adapter": "x: y", "base": "original", "model": None}
+    c, own = load_command(Own, ["--plan", path, "--adapter", "x: y", "--base=original", "--seed", "1"])
+    assert own.plain() == {"file": path, "plan": True, "adapter": "x: y", "base": "original", "model": None}
     assert (c.adapter, c.seed) == ("qlora", 1)  # the option shadows the key of that name, it does not set it
-    assert load_command([path, "--plan", "false"], OWN)[1]["plan"] is False
+    assert load_command(Own, [path, "--plan", "false"])[1].plan is False
     with pytest.raises(UserError, match="--base is .*nf4 | original"):
-        load_command([path, "--base", "nf3"], OWN)
+        load_command(Own, [path, "--base", "nf3"])
 
 
 def test_command_without_a_file(tmp_path, monkeypatch):
@@ -763,30 +791,29 @@ def test_command_without_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.yml").write_text("not: a run")
     enough = ["--model", "m", "--adapter", "a"]
-    assert load_command(enough, OWN, yaml_unless=["model", "adapter"]) == (
-        None,
-        {"plan": False, "adapter": "a", "base": "nf4", "model": "m"},
-    )
+    config, own = load_command(Alone, enough)
+    assert config is None
+    assert own.plain() == {"file": "train.yml", "plan": False, "adapter": "a", "base": "nf4", "model": "m"}
     with pytest.raises(UserError, match="no known key"):
-        load_command(enough[:2], OWN, yaml_unless=["model", "adapter"])
+        load_command(Alone, enough[:2])
     with pytest.raises(UserError, match="--seed: no YAML file is read"):
-        load_command([*enough, "--seed", "1"], OWN, yaml_unless=["model", "adapter"])
-    config, _ = load_command([least_file(tmp_path), *enough], OWN, yaml_unless=["model", "adapter"])
+        load_command(Alone, [*enough, "--seed", "1"])
+    config, _ = load_command(Alone, [least_file(tmp_path), *enough])
     assert config.base_model == "m"
-    assert load_command(["--plan"], OWN, yaml_unless=[])[0] is None
+    assert load_command(Never, ["--plan"])[0] is None
 
 
-def test_help_lists_every_key_and_option(capsys):
+def test_help_lists_every_key_and_option(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["merge.py"])
     with pytest.raises(SystemExit) as done:
-        load_command(["--help"], OWN, about="Merge an adapter.")
+        load_command(Own, ["--help"])
     assert not done.value.code
     text = capsys.readouterr().out
     assert text.startswith("Merge an adapter.")
     for cls in MAPS:
-        for f in dataclasses.fields(cls):
-            if f.name != "notes":
-                assert f"  {'--' if cls is Config else ''}{f.name}  " in text
-                assert " ".join(f.metadata["meaning"].split()) in " ".join(text.split())
-    for name, option in OWN.items():
-        assert f"  --{name}  " in text and option.meaning in text
+        for name, field in keys_of(cls).items():
+            assert f"  {'--' if cls is Config else ''}{name}  " in text
+            assert " ".join(field.description.split()) in " ".join(text.split())
+    for name, field in keys_of(Own).items():
+        assert f"  {'' if name == 'file' else '--'}{name}  " in text and field.description in text
     assert max(len(line) for line in text.splitlines()) <= 120

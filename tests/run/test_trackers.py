@@ -15,7 +15,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from nanoqlora.config.errors import UserError
 from nanoqlora.config.load import make_config
-from nanoqlora.config.parser import plain
 from nanoqlora.run import trackers
 from nanoqlora.run.trackers import make_trackers, named
 
@@ -68,7 +67,7 @@ def test_wandb_offline_keeps_every_value(tmp_path, monkeypatch):
 
     keys = {"wandb_project": "p", "wandb_name": "n", "wandb_mode": "offline", "output_dir": str(tmp_path)}
     monkeypatch.setenv("WANDB_SILENT", "true")
-    (track,) = make_trackers(plain(make_config(LEAST | keys)))
+    (track,) = make_trackers(make_config(LEAST | keys).plain())
     track(ROW)
     track(ROW | {"step": 4, "loss": 2.25})
     sys.modules["wandb"].finish()
@@ -102,8 +101,8 @@ def test_nothing_is_imported_without_the_keys(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     for keys in ({}, {"wandb_project": "p", "use_wandb": False}):
-        assert make_trackers(plain(make_config(LEAST | keys))) == []
-        trackers.check_trackers(plain(make_config(LEAST | keys)))
+        assert make_trackers(make_config(LEAST | keys).plain()) == []
+        trackers.check_trackers(make_config(LEAST | keys).plain())
     for keys, package in (({"use_tensorboard": True}, "tensorboard"), ({"wandb_project": "p"}, "wandb")):
         with pytest.raises(UserError, match=f"pip install {package}"):
-            trackers.check_trackers(plain(make_config(LEAST | keys)))
+            trackers.check_trackers(make_config(LEAST | keys).plain())

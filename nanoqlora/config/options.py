@@ -1,0 +1,147 @@
+"""The options of every command, each with its type, default and meaning, once.
+
+They are here and not in the scripts because `--help` and a wrong option are answered without PyTorch. The docstring
+of a class is what the command's `--help` says first.
+"""
+
+from typing import ClassVar, Literal
+
+from .keys import Keys, Many, PathText, key
+
+
+class RunOptions(Keys):
+    """A command that reads the YAML file of a run, and takes its keys too; an option of the same name wins."""
+
+    positional: ClassVar[tuple[str, ...]] = ("file",)
+    reads: ClassVar[tuple[str, ...]] = ()  # the keys that it makes use of; (): all
+    alone: ClassVar[tuple[str, ...]] = ()  # with such options, and no file named, no YAML is read
+
+    file: PathText = key("the YAML file of the run", "train.yml")
+
+
+HELD_OUT: tuple[str, ...] = ("datasets", "test_datasets", "val_set_size", "sequence_len", "train_on_inputs", "seed")
+HELD_OUT += ("chat_template", "chat_template_jinja", "default_system_message", "dataset_prepared_path")
+
+
+class TrainOptions(RunOptions):
+    """QLoRA fine-tuning: the run that a YAML file describes."""
+
+    plan: bool = key("train nothing: print what would happen, what it needs and how long it takes", False)
+    rehearse: bool = key("train nothing: do once, and undo, all that a run does until its GGUF file is there", False)
+
+
+class MergeOptions(RunOptions):
+    """Fold an adapter into its base: W + s B A, written as a Hugging Face folder that any tool loads."""
+
+    reads: ClassVar = ("base_model", "output_dir", *HELD_OUT)
+    alone: ClassVar = ("model adapter",)
+
+    model: PathText | None = key("the base: Hugging Face folder or .gguf file; unset: base_model", None)
+    adapter: PathText | None = key("folder or hub name of the trained adapter; unset: output_dir", None)
+    out: PathText | None = key(
+        "folder to write; must not exist, or hold an earlier merge; unset: merged, in output_dir", None
+    )
+    base: Literal["nf4", "original"] | None = key(
+        "nf4: the values that training saw; original: the weights before quantisation; unset: as in training", None
+    )
+    dtype: Literal["bf16", "fp16", "fp32", "bfloat16", "float16", "float32"] | None = key(
+        "of the merged weights; unset: what training computed in", None
+    )
+    max_shard_size: float = key("GB in a file of the output", 5.0, gt=0)
+    data: PathText | None = key("held-out texts for the certificate; unset: those of the run in the YAML file", None)
+    types: str | None = key("GGUF types to score as well, as q8_0,q4_k_m", None)
+    max_kl: float | None = key("nats a token; above it nothing is written; unset: 0.05 for --base nf4", None)
+    max_tokens: int = key("held-out tokens to score on; 0: no scores", 1024, ge=0)
+    other_base: bool = key("merge onto other weights than those that the adapter was trained on", False)
+
+
+class ExportOptions(RunOptions):
+    """Write a model, or an adapter alone, as a .gguf file for llama.cpp and Ollama, with a Modelfile."""
+
+    reads: ClassVar = ("base_model", "output_dir", *HELD_OUT)
+    alone: ClassVar = ("model", "adapter")
+
+    model: PathText | None = key(
+        "the Hugging Face folder to export, with --adapter its base; unset: merged, in output_dir", None
+    )
+    adapter: PathText | None = key(
+        "folder or hub name of a trained adapter, to be written alone; its base is --model, that of the YAML, or the "
+        "hub name in it",
+        None,
+    )
+    out: PathText | None = key(
+        "the file to write; unset: model-TYPE.gguf in output_dir, or in the --model folder", None
+    )
+    type: str | None = key(
+        "how weights are stored: f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k_s, q4_k_m, q5_k_s, q5_k_m, q6_k; "
+        "unset: q8_0, of an adapter f32",
+        None,
+    )
+    prove: bool = key("read the file back and compare it with what was trained; the result is in merge.json", False)
+    data: PathText | None = key("held-out texts for --prove; unset: those of the run in the YAML file", None)
+    max_tokens: int = key("held-out tokens for --prove", 1024, ge=0)
+    other_base: bool = key("with --adapter: onto other weights than those that it was trained on", False)
+
+
+class ModelOptions(Keys):
+    """A model to use, as `load_for_use` takes it."""
+
+    model: PathText = key("Hugging Face folder, .gguf file, or hub name")
+    adapter: PathText | None = key("folder or hub name of a trained adapter", None)
+    other_base: bool = key("use an adapter on other weights than those that it was trained on", False)
+    load_in_4bit: bool = key("quantise the linear layers to NF4, as training did", False)
+    bf16: bool | Literal["auto"] = key("compute in bfloat16; auto: where the hardware has it", "auto")
+
+
+class EvaluateOptions(ModelOptions):
+    """Loss and perplexity on a data file."""
+
+    data: PathText = key("a file, folder or glob of JSON, CSV, Parquet or text")
+    split: str | None = key("split of a folder, or a part of one, as test[:20%]; unset: train", None)
+    out: PathText | None = key("write a row per sample there: nll in nats, number of supervised tokens", None)
+
+
+class ChatOptions(ModelOptions):
+    """Talk to a model in the terminal."""
+
+    prompt: str | None = key("answer this once and leave", None)
+    system: str | None = key("system message", None)
+    temperature: float = key("0 takes the most likely token always", 0.7, ge=0)
+    max_new_tokens: int = key("tokens of an answer, at most", 256, ge=1)
+    seed: int = key("of the tokens that are drawn", 0)
+
+
+class AskOptions(Keys):
+    """Ask a GGUF file one question in llama.cpp; greedy."""
+
+    positional: ClassVar = ("model", "question")
+
+    model: PathText = key("the .gguf file")
+    question: str = key("a message of the user")
+    max_tokens: int = key("tokens of the answer, at most", 80, ge=1)
+
+
+class BenchOptions(Keys):
+    """How fast a training step is, and how far from the fastest that this machine could do it."""
+
+    model: PathText = key(
+        "llama3-1b, -3b, -8b, -70b or -405b with random weights, a folder or a .gguf file", "llama3-8b"
+    )
+    micro_batch_size: int = key("rows per GPU in one forward", 4, ge=1)
+    sequence_len: int = key("tokens in a row", 2048, ge=2)
+    lora_r: int = key("rank of the update", 64, ge=1)
+    lora_alpha: float = key("the update is scaled by lora_alpha / lora_r", 32.0, gt=0)
+    lora_dropout: float = key("share of an adapter's inputs that is dropped", 0.0, ge=0, lt=1)
+    gradient_checkpointing: bool | Literal["auto", "offload"] = key("as in train.py", "auto")
+    fsdp: Literal["auto", "replicate", "full_shard"] = key("as in train.py", "auto")
+    memory_gib: float = key("of a GPU that may be used; 0: all", 0.0, ge=0)
+    shard_optimizer_state: bool = key("each rank keeps its part of AdamW's state", False)
+    optimizer: str = key("as in train.py", "adamw_torch_fused")
+    fold: bool | Literal["auto"] = key("add the update to the weight before the matmul", "auto")
+    graphs: bool | Literal["auto"] = key("CUDA graphs of the blocks", "auto")
+    packed: bool = key("rows of several documents of uneven length", False)
+    bf16: bool | Literal["auto"] = key("compute in bfloat16; auto: where the hardware has it", "auto")
+    steps: int = key("steps to measure", 10, ge=1)
+    peer: Many[str] = key("a command to measure first, whose last line is JSON", ())
+    deploy: PathText | None = key("instead: how fast the results in this output_dir answer", None)
+    json_file: PathText | None = key("write the figures to this file", None, alias="json")

@@ -1,14 +1,13 @@
 """How fast is a training step, and how far from the fastest that this machine could do it?
 
-    python bench.py [--model llama3-8b | FOLDER | FILE.gguf] [--micro_batch_size 4] [--sequence_len 2048] ... python
-    bench.py --deploy OUTPUT_DIR         prefill and decode of what a run left behind (nanoqlora/export/answer_speed.py)
+    python bench.py [--model llama3-8b | FOLDER | FILE.gguf] [--micro_batch_size 4] [--sequence_len 2048] ...
+    python bench.py --deploy OUTPUT_DIR         prefill and decode of what a run left behind (export/answer_speed.py)
 
 One step is forward, backward and AdamW on random tokens, every position supervised, without clipping. The floor is
 what no QLoRA step in this dtype can beat: the base's and the head's matrix products, forward and input gradient, and
 attention, alone, measured in the same run. Prints a table and one JSON line; every speed we publish comes from here.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -28,9 +27,11 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from nanoqlora import ops
-from nanoqlora.config.commands import Parser, run_command
+from nanoqlora.config.commands import run_command
 from nanoqlora.config.errors import UserError
 from nanoqlora.config.files import check_file, write_text
+from nanoqlora.config.load import load_options
+from nanoqlora.config.options import BenchOptions
 from nanoqlora.export.answer_speed import bench_deploy
 from nanoqlora.fast.block import fuse_blocks, keep_dense_weights
 from nanoqlora.fast.graphs import GraphedBody, can_record
@@ -213,37 +214,6 @@ def useful_flops(config: ModelConfig, num_lora: int, B: int, T: int) -> float:
     return B * T * (4 * weights + 6 * num_lora + attention)
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = Parser(prog="bench.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="llama3-8b", help=f"{', '.join(GEOMETRIES)}, a folder or a .gguf file")
-    parser.add_argument("--micro_batch_size", type=int, default=4)
-    parser.add_argument("--sequence_len", type=int, default=2048)
-    parser.add_argument("--lora_r", type=int, default=64)
-    parser.add_argument("--lora_alpha", type=float, default=32)
-    parser.add_argument("--lora_dropout", type=float, default=0.0)
-    parser.add_argument("--gradient_checkpointing", default="auto", choices=["auto", "false", "true", "offload"])
-    parser.add_argument("--fsdp", default="auto", choices=["auto", "replicate", "full_shard"], help="see train.py")
-    parser.add_argument("--memory_gib", type=float, default=0, help="of a GPU that may be used; 0: all")
-    parser.add_argument(
-        "--shard_optimizer_state", action="store_true", help="each rank keeps its part of AdamW's state"
-    )
-    parser.add_argument("--optimizer", default="adamw_torch_fused", help="as in train.py")
-    parser.add_argument(
-        "--fold", default="auto", choices=["auto", "true", "false"], help="the update added to the weight"
-    )
-    parser.add_argument("--graphs", default="auto", choices=["auto", "true", "false"], help="CUDA graphs of the blocks")
-    parser.add_argument("--packed", action="store_true", help="rows of several documents of uneven length")
-    parser.add_argument("--bf16", default="auto", type=lambda text: {"true": True, "false": False}.get(text, text))
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument(
-        "--peer", action="append", default=[], help="a command to measure first, whose last line is JSON"
-    )
-    parser.add_argument("--deploy", type=Path, metavar="FOLDER", help="instead: how fast a run's results answer")
-    parser.add_argument("--json", help="write the figures to this file")
-    return parser.parse_args()
-
-
 class Work(NamedTuple):
     """A model that is ready to train, and the step that is measured."""
 
@@ -255,7 +225,7 @@ class Work(NamedTuple):
 
 
 def load(
-    args: argparse.Namespace, rank: int, ranks: int, device: torch.device, dtype: torch.dtype
+    args: BenchOptions, rank: int, ranks: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Llama, dict[str, Any]]:
     """Load or make the model as `train.py` would, with LoRA; and what was decided on the way."""
     N = args.micro_batch_size * args.sequence_len
@@ -284,7 +254,7 @@ def load(
     model.train()
     load_s = time.perf_counter() - started
     keeps = keeps_for(model, args.gradient_checkpointing, N, optimizer_bytes=state)
-    fuse_blocks(model, keeps, fold=args.fold == "true" or (args.fold == "auto" and device.type == "cuda"))
+    fuse_blocks(model, keeps, fold=args.fold is True or (args.fold == "auto" and device.type == "cuda"))
     if store:
         store.attach(model)
     elif dense_fits(model):
@@ -299,7 +269,7 @@ def load(
     }
 
 
-def prepare(args: argparse.Namespace, rank: int, ranks: int, device: torch.device, dtype: torch.dtype) -> Work:
+def prepare(args: BenchOptions, rank: int, ranks: int, device: torch.device, dtype: torch.dtype) -> Work:
     """The model with AdamW on this rank, and random tokens."""
     B, T = args.micro_batch_size, args.sequence_len
     model, facts = load(args, rank, ranks, device, dtype)
@@ -311,7 +281,7 @@ def prepare(args: argparse.Namespace, rank: int, ranks: int, device: torch.devic
         optimizer = make_optimizer(args.optimizer, flat, **adamw)
     optimizer.param_groups[0]["lr"] = 1e-4
     sum_gradient = collectives.sum_to_parts if sharded else collectives.sum_over_ranks
-    body = GraphedBody(model) if args.graphs != "false" and can_record(model) else model.model
+    body = GraphedBody(model) if args.graphs is not False and can_record(model) else model.model
 
     tokens = torch.randint(model.config.vocab_size, (4, B, T), device=device)
     lengths = (T // 2, T // 3, T - T // 2 - T // 3) if args.packed else (T,)
@@ -333,7 +303,7 @@ def prepare(args: argparse.Namespace, rank: int, ranks: int, device: torch.devic
     return Work(model, flat.numel(), facts, step, losses)
 
 
-def measure(work: Work, args: argparse.Namespace, ranks: int, device: torch.device, dtype: torch.dtype) -> dict:
+def measure(work: Work, args: BenchOptions, ranks: int, device: torch.device, dtype: torch.dtype) -> dict:
     """Time, memory and floor of the step; the JSON line of the contract with users' scripts."""
     B, T, step, config = args.micro_batch_size, args.sequence_len, work.step, work.model.config
     first = timed(step, 1, 0, device)[0] / 1e3
@@ -383,11 +353,11 @@ def report(figures: dict, peers: list[dict]) -> None:
 
 
 def main() -> None:
-    args = arguments()
-    if args.json:
-        check_file(args.json, "--json")
+    args = load_options(BenchOptions)
+    if args.json_file:
+        check_file(args.json_file, "--json")
     if args.deploy:
-        figures = bench_deploy(args.deploy, prompt_tokens=256, new_tokens=32)
+        figures = bench_deploy(Path(args.deploy), prompt_tokens=256, new_tokens=32)
     else:
         if args.peer and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError(
@@ -401,8 +371,8 @@ def main() -> None:
         if rank == 0:
             report(figures, peers)
         assert math.isfinite(figures["loss"])
-    if args.json and (args.deploy or rank == 0):
-        write_text(args.json, json.dumps(figures) + "\n")
+    if args.json_file and (args.deploy or rank == 0):
+        write_text(args.json_file, json.dumps(figures) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 import sys
 
-from .config.commands import Parser, run_command
-from .config.errors import UserError
-from .config.scripts import script_command
+from .config.commands import run_command
+from .config.load import load_options
+from .config.options import ChatOptions
 from .parallel import distributed
 from .run.generate import answer
 from .run.usable import load_for_use
@@ -13,16 +13,7 @@ from .weights.generation import end_ids, read_generation
 
 
 def main() -> None:
-    parser = Parser(prog=script_command("nanoqlora.chat"), description=__doc__)
-    parser.add_model_options()
-    parser.add_argument("--prompt", help="answer this once and leave")
-    parser.add_argument("--system", help="system message")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
-    parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if args.temperature < 0 or args.max_new_tokens < 1:
-        raise UserError("--temperature must be 0 or more and --max_new_tokens at least 1.")
+    args = load_options(ChatOptions)
     distributed.start()
     ends = end_ids(read_generation(open_weights(args.model)))
     used = load_for_use(args)

@@ -6,13 +6,13 @@ its exponential: between how many equally likely tokens the model hesitates.
 
 import json
 import math
-import os
 import sys
 
-from .config.commands import Parser, run_command
+from .config.commands import run_command
 from .config.errors import UserError
 from .config.files import check_file, write_text
-from .config.scripts import script_command
+from .config.load import load_options
+from .config.options import EvaluateOptions
 from .config.splits import split_and_part, split_without_effect
 from .data.files import find_files
 from .data.prepare import Encoding, InvalidRows, read_samples
@@ -22,13 +22,7 @@ from .run.usable import load_for_use
 
 
 def main() -> None:
-    parser = Parser(prog=script_command("nanoqlora.evaluate"), description=__doc__.splitlines()[0])
-    parser.add_model_options()
-    parser.add_argument("--data", required=True, help="a file, folder or glob of JSON, CSV, Parquet or text")
-    parser.add_argument("--split", help="split of a folder, or a part of one, as test[:20%%]; default: train")
-    meaning = "write a row per sample there: nll in nats, number of supervised tokens"
-    parser.add_argument("--out", type=os.path.expanduser, help=meaning)
-    args = parser.parse_args()
+    args = load_options(EvaluateOptions)
     if args.out:
         check_file(args.out, "--out")
     distributed.start()

@@ -1,10 +1,9 @@
-"""What every command shares: one way to end, and options that are wrong in one line.
+"""What every command shares: one way to end.
 
 Exit codes: 0 done; 2 the user's input is wrong (one line, nothing changed); 130 stopped by Ctrl-C or SIGTERM; 1 for the
 rest: one line for what can happen to a long run, a traceback for a fault of ours.
 """
 
-import argparse
 import errno
 import os
 import signal
@@ -98,28 +97,3 @@ def _leave(code: int, message: str) -> NoReturn:
     if message:
         print(message, file=sys.stderr, flush=True)
     sys.exit(code)
-
-
-class Parser(argparse.ArgumentParser):
-    """Options of the commands that need no YAML file; a wrong one ends like every other wrong input."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}. See --help.")
-
-    def add_model_options(self) -> None:
-        """The options that say which model: --model, --adapter, --other_base, --load_in_4bit, --bf16."""
-        path = os.path.expanduser
-        self.add_argument("--model", required=True, type=path, help="Hugging Face folder, .gguf file, or hub name")
-        self.add_argument("--adapter", type=path, help="folder or hub name of a trained adapter")
-        other = "use an adapter on other weights than those that it was trained on"
-        self.add_argument(
-            "--other_base", "--other-base", type=_to_bool, nargs="?", const=True, default=False, help=other
-        )
-        self.add_argument("--load_in_4bit", "--load-in-4bit", type=_to_bool, nargs="?", const=True, default=False)
-        self.add_argument("--bf16", type=lambda text: "auto" if text == "auto" else _to_bool(text), default="auto")
-
-
-def _to_bool(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"

@@ -9,6 +9,7 @@ import difflib
 import json
 import os
 import textwrap
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from types import NoneType, UnionType
@@ -119,8 +120,12 @@ def fate_of(cls: type[Keys], name: str) -> tuple[str, Any]:
     return "unknown", None
 
 
-def settle(cls: type[Keys], given: Map, notes: list[str]) -> Map:
-    """Give every written key its fate, in inner maps too. What is left are fields; an emptied one keeps None."""
+def settle(cls: type[Keys], given: Map, notes: list[str], options: Iterable[str] = ()) -> Map:
+    """Give every written key its fate, in inner maps too. What is left are fields; an emptied one keeps None.
+
+    Args:
+        notes: gets a line for each key that is ignored. options: names that may be meant by a misspelt one too.
+    """
     settled = Map(given.where)
     for written, value in given.items():
         at, name = given.at[written], written.removeprefix(cls.fates.prefix)
@@ -128,7 +133,7 @@ def settle(cls: type[Keys], given: Map, notes: list[str]) -> Map:
         if value in ("", {}) or value == [] and not (fate == "field" and keys_of(cls)[name].default):
             value = None  # an empty list stays where the default is another one
         if fate == "unknown":
-            raise UserError(f"{at} {_what_instead(cls, name)}")
+            raise UserError(f"{at} {what_instead(cls, name, options)}")
         if fate == "refused" and not _is_off(value, cls.fates.harmless.get(name, [])):
             raise UserError(f"{at} is {_show(value)}, which would not be honoured. {row[0].upper() + row[1:]}.")
         if fate == "ignored" and value is not None:
@@ -182,11 +187,11 @@ def _is_off(value: Any, harmless: list[Any]) -> bool:
     return all(item in (None, False, 0, *harmless) and item is not True for item in as_list(value))
 
 
-def _what_instead(cls: type[Keys], name: str) -> str:
+def what_instead(cls: type[Keys], name: str, options: Iterable[str] = ()) -> str:
     """What to do about an unknown key."""
     if homes := [key for key, field in keys_of(cls).items() if name in _keys_inside(field.annotation)]:
         return f"belongs inside {' or '.join(homes)}, and here it would do nothing. Write it there."
-    known = [*keys_of(cls), *cls.fates.old]
+    known = [*keys_of(cls), *cls.fates.old, *options]
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
     return f"is no known key, so it would do nothing. The nearest one is {nearest}; see --help."
 

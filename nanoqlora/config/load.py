@@ -2,12 +2,13 @@
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import yaml
 
 from .errors import UserError
-from .keys import Keys, build, describe_keys, keys_of, kinds_of, settle
+from .keys import Keys, build, describe_keys, keys_of, kinds_of, settle, what_instead
 from .options import RunOptions
 from .parser import Map, located, read_words, read_yaml
 from .rules import CHECKS, DERIVED, EXCLUSIVE, notes_on
@@ -40,7 +41,9 @@ def load_config(argv: list[str] | None = None) -> Config:
 def load_options(own: type[OwnT], argv: list[str] | None = None) -> OwnT:
     """The options of a command that reads no YAML. Raises as `load_config`."""
     given = _read(own, argv, {})
-    return build(own, settle(own, given, []))
+    for name in given.keys() - keys_of(own).keys():
+        raise UserError(f"{given.at[name]} {what_instead(own, name)}")
+    return build(own, given)
 
 
 def load_command(own: type[RunT], argv: list[str] | None = None) -> tuple[Config | None, RunT]:
@@ -55,12 +58,12 @@ def load_command(own: type[RunT], argv: list[str] | None = None) -> tuple[Config
             words.put(name, value, given.at[name])
         else:
             over.put(name, None if value in ("null", "~") else value, given.at[name])
-    options = build(own, settle(own, words, []))
+    options = build(own, words)
     if "file" not in words and any(all(name in words for name in names.split()) for names in own.alone):
         for at in over.at.values():
             raise UserError(f"{at}: no YAML file is read here, so this key has no meaning. Name the file too.")
         return None, options
-    return _resolve(read_yaml(options.file), over, options.file), options
+    return _resolve(read_yaml(options.file), over, options.file, keys_of(own)), options
 
 
 def _read(own: type[Keys], argv: list[str] | None, more: dict[str, Any]) -> Map:
@@ -70,15 +73,14 @@ def _read(own: type[Keys], argv: list[str] | None, more: dict[str, Any]) -> Map:
         if os.environ.get("RANK", "0") == "0":
             print(help_text(own))
         raise SystemExit(0)
-    kinds = {name: kinds_of(field.annotation) for name, field in (more | keys_of(own)).items()}
-    switches = {name for name in keys_of(own) if kinds[name] == {bool}}
-    return read_words(argv, own.positional, switches, lambda name: kinds.get(name, frozenset()))
+    kinds = [{name: kinds_of(field.annotation) for name, field in keys.items()} for keys in (keys_of(own), more)]
+    return read_words(argv, own.positional, *kinds)
 
 
-def _resolve(file: Map, overrides: Map, where: str) -> Config:
+def _resolve(file: Map, overrides: Map, where: str, options: Iterable[str] = ()) -> Config:
     """Settle both sources, let the overrides win, convert, fill in what depends on other keys, check."""
     notes: list[str] = []
-    given, over = settle(Config, file, notes), settle(Config, overrides, notes)
+    given, over = settle(Config, file, notes), settle(Config, overrides, notes, options)
     for pair in EXCLUSIVE:
         for mine, other in (pair, pair[::-1]):
             if over.get(mine) and other not in over and given.get(other):

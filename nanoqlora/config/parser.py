@@ -2,7 +2,7 @@
 "train.yml, line 12: lora_r is ...". What the values mean is the matter of `keys.py`.
 """
 
-from collections.abc import Callable, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -79,28 +79,37 @@ def read_yaml(path: str) -> Map:
 
 
 def read_words(
-    words: list[str], positional: tuple[str, ...], switches: Set[str], kinds_of: Callable[[str], Set[Any]]
+    words: list[str], positional: tuple[str, ...], own: Mapping[str, Set[Any]], keys: Mapping[str, Set[Any]]
 ) -> Map:
     """The words of a command line as a map: `--name value`, `--name=value`, `--switch`, or by their position.
 
     Args:
         positional: names of the values that stand without one, in their order.
-        switches: names that need no value. kinds_of: name -> the types that its value may have.
+        own: name of an option -> the types that its value may have. A bool needs no value, and a list of texts is
+            given one by one.
+        keys: the same of keys of the YAML, which are written as there.
     """
     result, words, places = Map("command line: --"), list(words), list(positional)
     while words:
         word = words.pop(0)
         if not word.startswith("-"):
+            if not places and positional == ("file",):
+                raise UserError(
+                    f"command line: {result['file']} and {word} are both files, but a run has one. Remove one."
+                )
             if not places:
-                both = f"{result[positional[-1]]} and {word} are both files, but a run has one" if positional else word
-                raise UserError(f"command line: {both}. Remove one.")
+                raise UserError(f"command line: {word} follows no --option, so it would do nothing. See --help.")
             result.put(name := places.pop(0), word, f"command line: {name}")
             continue
         name, equals, text = word.lstrip("-").partition("=")
         name, at = name.replace("-", "_"), f"command line: --{name.replace('-', '_')}"
-        kinds = kinds_of(name)
-        has_value = words and (words[0].lower() in ("true", "false") if name in switches else words[0][:2] != "--")
+        kinds = own.get(name) or keys.get(name, frozenset())
+        is_switch = own.get(name) == {bool}
+        has_value = words and (words[0].lower() in ("true", "false") if is_switch else words[0][:2] != "--")
         text = text if equals else words.pop(0) if has_value else "true"
+        if ... in own.get(name, ()):
+            result.put(name, [*result.get(name, ()), text], at)
+            continue
         try:  # text stays text, whatever YAML would make of it
             value = text if str in kinds and kinds <= {str, NoneType} else yaml.load(text, _Loader)
         except yaml.YAMLError as error:

@@ -6,7 +6,6 @@ the merged model, and every .gguf file in llama.cpp, if the package xllamacpp is
 threads as PyTorch has, as a process of its own.
 """
 
-import argparse
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 import yaml
 
 from ..config.errors import UserError
+from ..config.options import ModelOptions
 from ..gguf.reader import read_gguf
 from ..model import Llama
 from ..qlora import dense_weights
@@ -84,14 +84,10 @@ def bench_deploy(folder: Path, prompt_tokens: int, new_tokens: int) -> list[dict
         print(f"{name:34}  {speeds['prefill']:9.1f}  {speeds['decode']:9.1f}", flush=True)
 
     for name, model, adapter, load_in_4bit in forms:
-        args = argparse.Namespace(
-            model=model,
-            adapter=adapter,
-            other_base=False,
-            load_in_4bit=load_in_4bit,
-            bf16=trained.get("bf16", "auto"),
+        used = load_for_use(
+            ModelOptions(model=model, adapter=adapter, load_in_4bit=load_in_4bit, bf16=trained.get("bf16", "auto"))
         )
-        add(name, speed_of(load_for_use(args).model, prompt_tokens, new_tokens))
+        add(name, speed_of(used.model, prompt_tokens, new_tokens))
     for file in sorted(folder.glob("model-*.gguf")):
         try:
             add(f"{file.name} in llama.cpp", speed_in_llama_cpp(file, prompt_tokens, new_tokens))

@@ -223,14 +223,11 @@ def serve(file: str, n_ctx: int, exact: bool, hidden: bool, threads: int) -> Non
 
 
 def main() -> None:
-    from ..config.commands import Parser
     from ..config.errors import Failed, UserError
+    from ..config.load import load_options
+    from ..config.options import AskOptions
 
-    parser = Parser(prog="python -m nanoqlora.export.llama_cpp", description="Ask a GGUF file one question; greedy.")
-    parser.add_argument("model")
-    parser.add_argument("question")
-    parser.add_argument("--max_tokens", type=int, default=80)
-    args = parser.parse_args()
+    args = load_options(AskOptions)
     if not Path(args.model).is_file():
         raise UserError(f"{args.model}: no such file, so there is no model to ask. Write it with export_gguf.py.")
     try:

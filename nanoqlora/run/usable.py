@@ -1,12 +1,12 @@
 """A model with all that is needed to use it: weights, adapter, tokenizer and the prompt format it was trained with."""
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..config.errors import UserError
+from ..config.options import ModelOptions
 from ..data.prompts import PromptFormat
 from ..model import Llama
 from ..parallel import devices
@@ -31,8 +31,8 @@ class Usable:
     notes: tuple[str, ...] = ()  # what the user should know, to be printed when nothing can be wrong any more
 
 
-def load_for_use(args: argparse.Namespace) -> Usable:
-    """Load what `--model`, `--adapter`, `--load_in_4bit` and `--bf16` name, ready to score and to chat."""
+def load_for_use(args: ModelOptions) -> Usable:
+    """Load the model that the options name, ready to score and to chat."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = devices.compute_dtype(args.bf16, device)
     check_merged(args.model)

@@ -60,8 +60,8 @@ def test_the_command_lists_its_programs(site, tmp_path):
 
 
 def test_a_program_of_the_command_is_ours_and_says_how_it_is_started(site, tmp_path):
-    """Not the train.py of the folder; usage and errors name `nanoqlora train`, which has no script to call by path."""
+    """Not the train.py of the folder; usage names `nanoqlora train`, which has no script to call by path."""
     ended = run_installed(site, tmp_path, "train", "--help")
     assert ended.code == 0 and "usage: nanoqlora train " in ended.out and ended.err == ""
     ended = run_installed(site, tmp_path, "evaluate")
-    assert ended.code == 2 and ended.err.startswith("error: nanoqlora evaluate: the following arguments are required")
+    assert ended.code == 2 and ended.err.startswith("error: command line: --model is missing: ")

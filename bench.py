@@ -22,6 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nanoqlora.config.load import answer_early, load_options
+from nanoqlora.config.options import BenchOptions
+
+if __name__ == "__main__":
+    answer_early(BenchOptions)  # --help and wrong settings, before PyTorch is imported
+
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -30,8 +36,6 @@ from nanoqlora import ops
 from nanoqlora.config.commands import run_command
 from nanoqlora.config.errors import UserError
 from nanoqlora.config.files import check_file, write_text
-from nanoqlora.config.load import load_options
-from nanoqlora.config.options import BenchOptions
 from nanoqlora.export.answer_speed import bench_deploy
 from nanoqlora.fast.block import fuse_blocks, keep_dense_weights
 from nanoqlora.fast.graphs import GraphedBody, can_record

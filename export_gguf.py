@@ -18,11 +18,15 @@ import math
 import os
 from pathlib import Path
 
+from nanoqlora.config.load import answer_early, load_command
+from nanoqlora.config.options import ExportOptions
+
+if __name__ == "__main__":
+    answer_early(ExportOptions)  # --help and wrong settings, before PyTorch is imported
+
 from nanoqlora.config.commands import run_command
 from nanoqlora.config.errors import UserError
 from nanoqlora.config.files import check_file, check_space, read_json, whole_file
-from nanoqlora.config.load import load_command
-from nanoqlora.config.options import ExportOptions
 from nanoqlora.config.schema import Config
 from nanoqlora.config.scripts import script_command
 from nanoqlora.data.prompts import PromptFormat

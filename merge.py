@@ -20,13 +20,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nanoqlora.config.load import answer_early, load_command
+from nanoqlora.config.options import MergeOptions
+
+if __name__ == "__main__":
+    answer_early(MergeOptions)  # --help and wrong settings, before PyTorch is imported
+
 import torch
 
 from nanoqlora.config.commands import run_command
 from nanoqlora.config.errors import UserError, visible
 from nanoqlora.config.files import check_space, check_writable, whole_folder, write_text
-from nanoqlora.config.load import load_command
-from nanoqlora.config.options import MergeOptions
 from nanoqlora.config.schema import Config
 from nanoqlora.export.certificate import GGUF, MAX_KL, ON_NF4, ON_ORIGINAL, certify, verdict_of_merge
 from nanoqlora.export.forms import Merged, all_forms, bytes_on_disk

@@ -23,6 +23,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from nanoqlora.config.load import answer_early, load_command
+from nanoqlora.config.options import TrainOptions
+
+if __name__ == "__main__":
+    answer_early(TrainOptions)  # --help and wrong settings, before PyTorch is imported
+
 import torch
 from tqdm import tqdm
 
@@ -30,8 +36,6 @@ from nanoqlora import ops
 from nanoqlora.config.commands import run_command
 from nanoqlora.config.errors import Failed, Stopped, UserError, visible
 from nanoqlora.config.files import check_writable
-from nanoqlora.config.load import load_command
-from nanoqlora.config.options import TrainOptions
 from nanoqlora.config.rules import without_effect
 from nanoqlora.config.schema import Config
 from nanoqlora.data.batches import collate, micro_batches

@@ -1,21 +1,41 @@
-"""nanoqlora: QLoRA fine-tuning of Llama models, from scratch. Start with model.py, ops/nf4.py, qlora.py, train.py."""
+"""nanoqlora: QLoRA fine-tuning of Llama models, from scratch. Start with model.py, ops/nf4.py, qlora.py, train.py.
 
-from .config.errors import UserError
-from .model import ModelConfig
-from .ops import dequantize_nf4, quantize_nf4
-from .qlora import inject_lora
-from .tokenizer.tokenizer import load_tokenizer
-from .weights.adapter import load_adapter, save_adapter
-from .weights.pretrained import Llama
+A public name is imported when it is first asked for, because PyTorch comes with it and takes two seconds.
+"""
 
-__all__ = [
-    "Llama",
-    "ModelConfig",
-    "UserError",
-    "dequantize_nf4",
-    "inject_lora",
-    "load_adapter",
-    "load_tokenizer",
-    "quantize_nf4",
-    "save_adapter",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config.errors import UserError as UserError
+    from .model import ModelConfig as ModelConfig
+    from .ops import dequantize_nf4 as dequantize_nf4
+    from .ops import quantize_nf4 as quantize_nf4
+    from .qlora import inject_lora as inject_lora
+    from .tokenizer.tokenizer import load_tokenizer as load_tokenizer
+    from .weights.adapter import load_adapter as load_adapter
+    from .weights.adapter import save_adapter as save_adapter
+    from .weights.pretrained import Llama as Llama
+
+PUBLIC = {  # name -> the module that has it
+    "Llama": "weights.pretrained",
+    "ModelConfig": "model",
+    "UserError": "config.errors",
+    "dequantize_nf4": "ops",
+    "inject_lora": "qlora",
+    "load_adapter": "weights.adapter",
+    "load_tokenizer": "tokenizer.tokenizer",
+    "quantize_nf4": "ops",
+    "save_adapter": "weights.adapter",
+}
+__all__ = [*PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{PUBLIC[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *PUBLIC]

@@ -2,9 +2,13 @@
 
 import sys
 
-from .config.commands import run_command
-from .config.load import load_options
+from .config.load import answer_early, load_options
 from .config.options import ChatOptions
+
+if __name__ == "__main__":
+    answer_early(ChatOptions)  # --help and wrong settings, before PyTorch is imported
+
+from .config.commands import run_command
 from .parallel import distributed
 from .run.generate import answer
 from .run.usable import load_for_use

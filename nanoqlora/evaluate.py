@@ -8,11 +8,15 @@ import json
 import math
 import sys
 
+from .config.load import answer_early, load_options
+from .config.options import EvaluateOptions
+
+if __name__ == "__main__":
+    answer_early(EvaluateOptions)  # --help and wrong settings, before PyTorch is imported
+
 from .config.commands import run_command
 from .config.errors import UserError
 from .config.files import check_file, write_text
-from .config.load import load_options
-from .config.options import EvaluateOptions
 from .config.splits import split_and_part, split_without_effect
 from .data.files import find_files
 from .data.prepare import Encoding, InvalidRows, read_samples

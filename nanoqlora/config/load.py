@@ -2,11 +2,12 @@
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import yaml
 
+from .commands import run_command
 from .errors import UserError
 from .keys import Keys, build, describe_keys, keys_of, kinds_of, settle, what_instead
 from .options import RunOptions
@@ -17,6 +18,18 @@ from .scripts import this_command
 
 OwnT = TypeVar("OwnT", bound=Keys)
 RunT = TypeVar("RunT", bound=RunOptions)
+_answered: dict[type[Keys], Any] = {}  # what `answer_early` has read
+
+
+def answer_early(own: type[Keys]) -> None:
+    """Answer `--help`, and refuse what is wrong on the command line and in its YAML, before PyTorch is imported.
+
+    A program calls it above its other imports; `load_command` then has the values already. Of several ranks nobody
+    answers here: they do it together, when they have met.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        read: Callable[..., Any] = load_command if issubclass(own, RunOptions) else load_options
+        run_command(lambda: _answered.update({own: read(own)}))
 
 
 def make_config(values: dict[str, Any], where: str = "configuration") -> Config:
@@ -40,6 +53,8 @@ def load_config(argv: list[str] | None = None) -> Config:
 
 def load_options(own: type[OwnT], argv: list[str] | None = None) -> OwnT:
     """The options of a command that reads no YAML. Raises as `load_config`."""
+    if argv is None and own in _answered:
+        return _answered.pop(own)
     given = _read(own, argv, {})
     for name in given.keys() - keys_of(own).keys():
         raise UserError(f"{given.at[name]} {what_instead(own, name)}")
@@ -52,6 +67,8 @@ def load_command(own: type[RunT], argv: list[str] | None = None) -> tuple[Config
     The Config is None where the options that stand in `alone` are given and no file is: the command has what it
     needs, and the `train.yml` that lies here would belong to another run.
     """
+    if argv is None and own in _answered:
+        return _answered.pop(own)
     given, words, over = _read(own, argv, keys_of(Config)), Map("command line: --"), Map()
     for name, value in given.items():
         if name in keys_of(own):

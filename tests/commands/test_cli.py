@@ -1,5 +1,6 @@
 """How a command ends: a reader that leaves, a terminal without a letter, variables of torchrun, and faults of ours."""
 
+import json
 import os
 import shlex
 import signal
@@ -50,6 +51,37 @@ def end_with_closed_pipe(words: list[str], which: str) -> tuple[int, str]:
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words[-1])
 def test_help_into_a_reader_that_leaves_is_quiet(words):
     assert end_with_closed_pipe([*words, "--help"], "stdout") == (0, "")
+
+
+WRONG = (["train.yml", "--lora_rr", "4"], ["absent.yml"], ["--seed", "x"], ["--lora_target_linear", "false"])
+
+
+def test_help_and_wrong_settings_need_no_pytorch():
+    """All in one process, which must not have imported it at the end."""
+    cases = [(words, "--help") for words in COMMANDS] + [(words, "--modle") for words in COMMANDS]
+    cases += [(["train.py"], *words) for words in WRONG]
+    code = """
+import json, runpy, sys
+for words, *arguments in json.loads(sys.argv[1]):
+    sys.argv = [words[-1], *arguments]
+    try:
+        run = runpy.run_module if words[0] == "-m" else runpy.run_path
+        run(words[-1], run_name="__main__")
+    except SystemExit as end:
+        print("code", end.code)
+print("torch" in sys.modules)
+"""
+    words = [sys.executable, "-c", code, json.dumps(cases)]
+    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    codes = [line for line in done.stdout.splitlines() if line.startswith("code ")]
+    assert codes == ["code 0"] * len(COMMANDS) + ["code 2"] * (len(cases) - len(COMMANDS)), done.stderr
+    assert done.stdout.splitlines()[-1] == "False" and done.stderr.count("error: ") == done.stderr.count("\n")
+
+
+def test_the_package_alone_is_no_pytorch():
+    code = "import sys, nanoqlora as nq; assert 'torch' not in sys.modules and 'Llama' in dir(nq); print(nq.UserError)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "UserError" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("which", ["stdout", "stderr"])

@@ -54,18 +54,17 @@ class QLoRALinear(nn.Module):
         self.dense: Tensor | None = None  # W as rebuilt, within `dense_weights`
         self.row_seeds: Tensor | None = None  # (B,) int64, set for each batch by `set_dropout_rows`
 
-    def quantize(self, double_quant: bool = True) -> None:
-        """Put W into four bits, for good."""
+    def quantize(self) -> None:
+        """Put W into four bits and its scales into eight, for good."""
         w = self.weight.data
         step = max(1, ROWS_AT_A_TIME // w.shape[1])  # all rows at once would take several float32 copies of W
         parts = [ops.quantize_nf4(w[i : i + step]) for i in range(0, len(w), step)]
         packed, absmax = (torch.cat(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
         del self.weight
+        absmax, nested_absmax, nested_offset = ops.quantize_absmax(absmax)
         self.register_buffer("packed", packed)
-        if double_quant:
-            absmax, nested_absmax, nested_offset = ops.quantize_absmax(absmax)
-            self.register_buffer("nested_absmax", nested_absmax)
-            self.register_buffer("nested_offset", nested_offset)
+        self.register_buffer("nested_absmax", nested_absmax)
+        self.register_buffer("nested_offset", nested_offset)
         self.register_buffer("absmax", absmax)
 
     def rebuild(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
@@ -74,9 +73,7 @@ class QLoRALinear(nn.Module):
             return self.weight[rows].to(dtype)
         if self.dense is not None:
             return self.dense[rows].to(dtype)
-        absmax = self.absmax
-        if self.is_double_quantised:
-            absmax = ops.dequantize_absmax(absmax, self.nested_absmax, self.nested_offset)
+        absmax = ops.dequantize_absmax(self.absmax, self.nested_absmax, self.nested_offset)
         return ops.dequantize_nf4(self.packed[rows], absmax[rows], dtype)
 
     def rebuild_into(self, out: Tensor, fold: tuple[Tensor, Tensor] | None = None) -> None:
@@ -86,17 +83,13 @@ class QLoRALinear(nn.Module):
             fold: A (r, n_in) and s B (n_out, r) in that dtype; W + s B A is written then, summed in float32 and
                 rounded once.
         """
-        if self.is_double_quantised:
+        if not hasattr(self, "weight"):
             statistics = self.packed, self.absmax, self.nested_absmax, self.nested_offset
             ops.dequantize_into(*statistics, out, fold and (*fold, 1.0))
         elif fold is None:
             out.copy_(self.rebuild(out.dtype))
         else:
             out.copy_(self.rebuild(torch.float32).addmm_(fold[1].float(), fold[0].float()))
-
-    @property
-    def is_double_quantised(self) -> bool:
-        return hasattr(self, "nested_absmax")
 
     def add_lora(
         self, r: int, alpha: float, dropout: float, use_rslora: bool, layer_seed: int, use_dora: bool = False
@@ -144,12 +137,12 @@ class QLoRALinear(nn.Module):
         return y.to(x.dtype) if dropout is None else (y + ops.frozen_linear(x - dropped, self.rebuild)).to(x.dtype)
 
 
-def quantize_model(model: Llama, double_quant: bool = True) -> None:
+def quantize_model(model: Llama) -> None:
     """Replace every linear layer of the blocks by its 4-bit form, one at a time. Embedding, head and norms stay."""
     for name, linear in list(block_linears(model)):
         check_width(f"tensor {name}.weight", linear.weight)
         layer = QLoRALinear(linear.weight.data)
-        layer.quantize(double_quant)
+        layer.quantize()
         model.set_submodule(name, layer)
 
 

@@ -100,7 +100,7 @@ def save_results(
         plot_metrics(run.metrics.rows, folder / "Fine-Tuning.png", folder.name)
         facts = run_facts(run, data, forecast, seconds)
         if run.before:
-            facts |= before_and_after(run, data, tokenizer, after)
+            facts |= before_and_after(run, tokenizer, after)
             say("Held-out perplexity: {before:.3f} before, {after:.3f} after".format(**facts["perplexity"]))
         write_report(folder / "report.md", facts)
     except (OSError, SafetensorError) as error:
@@ -181,7 +181,7 @@ def run_facts(run: Run, data: Data, forecast: Forecast, seconds: float) -> dict[
     }
 
 
-def before_and_after(run: Run, data: Data, tokenizer: Tokenizer, after: dict[str, Any]) -> dict[str, Any]:
+def before_and_after(run: Run, tokenizer: Tokenizer, after: dict[str, Any]) -> dict[str, Any]:
     """What `judge` found before training and now, side by side, as facts of the report."""
     texts = supervised_texts(run.samples, tokenizer)
     marks, when = domain_words(texts, plain_text()), {"before": run.before, "after": after}

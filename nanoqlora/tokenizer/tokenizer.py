@@ -28,8 +28,6 @@ from .sentencepieces import SentencePieces, width
 from .traced import Span, plain, spans_of
 from .vocabulary import BYTE, CONTROL, NAMED_TOKENS, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, Vocabulary, any_of
 
-TURN_ENDS = ("<|eot_id|>", "<|im_end|>")  # asked only when no chat template tells how an assistant's turn ends
-
 
 @dataclass
 class Tokenizer(Vocabulary):
@@ -247,13 +245,6 @@ class Tokenizer(Vocabulary):
         """What the named tokens look like: "bos_token" -> "<s>"."""
         ids = {f"{name}_token": getattr(self, f"{name}_id") for name in NAMED_TOKENS}
         return {name: self.vocab[id] for name, id in ids.items() if id is not None}
-
-    @cached_property
-    def eot_id(self) -> int | None:
-        """The token that ends an assistant's turn, None if nothing tells."""
-        if self.chat_template is not None:
-            return self.turn_end_id(self.chat_template)
-        return next((self.special_tokens[text] for text in TURN_ENDS if text in self.special_tokens), None)
 
     def turn_end_id(self, chat_template: str) -> int | None:
         """The special token that a template puts behind an assistant's words, found by letting it write some."""

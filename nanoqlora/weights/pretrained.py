@@ -50,7 +50,6 @@ def open_model(
     path: str | Path,
     *,
     load_in_4bit: bool = False,
-    double_quant: bool = True,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     weights: Weights | None = None,
@@ -59,8 +58,8 @@ def open_model(
 
     Args:
         path: Hugging Face folder, Meta's folder, .gguf file or hub name.
-        load_in_4bit: quantise the linear layers of the blocks to NF4 from the values in the file.
-        double_quant: and their scales to 8 bits.
+        load_in_4bit: quantise the linear layers of the blocks to NF4 from the values in the file, and the scales to
+            8 bits.
         dtype: of everything else. Default: float32 on a CPU, bfloat16 on a GPU.
         device: where the model lives; each tensor is moved there, then quantised.
         weights: the opened checkpoint, if there is one.
@@ -85,9 +84,8 @@ def open_model(
         return w if load_in_4bit and block_of(name) is not None else w.to(dtype)
 
     config = model_config(weights.config, weights.where)
-    options = {"load_in_4bit": load_in_4bit, "double_quant": double_quant, "dtype": dtype, "device": device}
     try:
-        return empty_model(config, load, **options)
+        return empty_model(config, load, load_in_4bit=load_in_4bit, dtype=dtype, device=device)
     except UserError as error:  # a width that four bits cannot split
         raise UserError(f"{path}: {error}") from error
 
@@ -97,7 +95,6 @@ def empty_model(
     load: Callable[[str, torch.Size], Tensor],
     *,
     load_in_4bit: bool,
-    double_quant: bool = True,
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Llama, Fill]:
@@ -106,7 +103,7 @@ def empty_model(
         model = Llama(config).to(dtype)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     if load_in_4bit:
-        quantize_model(model, double_quant)
+        quantize_model(model)
     model.model.rope_frequencies = rope_frequencies(config).to(device)
 
     def fill(block: int | None) -> None:
@@ -117,7 +114,7 @@ def empty_model(
             module_name, _, attribute = name.rpartition(".")
             if load_in_4bit and block is not None:
                 layer = QLoRALinear(w)
-                layer.quantize(double_quant)
+                layer.quantize()
                 model.set_submodule(module_name, layer.eval())
             else:
                 setattr(model.get_submodule(module_name), attribute, nn.Parameter(w, requires_grad=False))

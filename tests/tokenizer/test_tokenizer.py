@@ -104,7 +104,8 @@ def test_bytes_without_a_token_are_dropped_after_merging(tok, hf, llama_cpp):
 
 
 def test_what_the_tokenizer_says_of_itself(tok, llama_cpp, smollm2_path):
-    assert (tok.vocab_size, tok.bos_id, tok.eos_id, tok.pad_id, tok.unk_id, tok.eot_id) == (49152, 1, 2, 2, 0, 2)
+    assert (tok.vocab_size, tok.bos_id, tok.eos_id, tok.pad_id, tok.unk_id) == (49152, 1, 2, 2, 0)
+    assert tok.turn_end_id(tok.chat_template) == 2
     assert (tok.pre, tok.add_bos, len(tok.special_tokens), len(tok.merges)) == ("smollm", False, 17, 48900)
     assert llama_cpp.vocab_size == tok.vocab_size
     assert tok.encode("hi", bos=True) == [1, *tok.encode("hi")]
@@ -175,7 +176,7 @@ def test_a_template_that_fails_is_a_user_error(tok, template, said):
 
 def test_saved_and_loaded_it_is_equal(tok, hf, hf_folder, tmp_path):
     again = load_tokenizer(hf_folder)
-    assert again == tok and again.eot_id == tok.eot_id
+    assert again == tok and again.chat_template == tok.chat_template
     assert again != replace(tok, add_bos=True)
     assert hf.chat_template == tok.chat_template
     assert json.loads((hf_folder / "tokenizer_config.json").read_text())["chat_template"] == tok.chat_template
@@ -249,7 +250,7 @@ def llama3(llama3_folder) -> Tokenizer:
 def test_llama3_rule_gets_the_ids_of_tokenizers(llama3, llama3_folder):
     assert llama3.pre == "llama-bpe" and llama3.add_bos and llama3.merges
     assert llama3.special_tokens == {text: llama3.pieces().index(text) for text in LLAMA3_SPECIAL}
-    assert llama3.pieces()[llama3.eot_id] == "<|eot_id|>" and llama3.pad_id is None
+    assert llama3.pieces()[llama3.turn_end_id(LLAMA3_CHAT)] == "<|eot_id|>" and llama3.pad_id is None
     witness = tokenizers.Tokenizer.from_file(str(llama3_folder / "tokenizer.json"))
     assert [llama3.encode(text) for text in TEXTS] == as_text(witness, TEXTS)
     added = ["a[note]b", "[note]s", "[note]s[note]"]  # words are found in any text, the longest that fits
@@ -328,15 +329,14 @@ def test_whole_words_need_no_merges(llama3_folder, tmp_path):
 
 
 def test_the_token_that_ends_a_turn(llama3):
-    def end(template: str | None) -> str | None:
-        id = replace(llama3, chat_template=template).eot_id
+    def end(template: str) -> str | None:
+        id = llama3.turn_end_id(template)
         return None if id is None else llama3.pieces()[id]
 
     assert end(LLAMA3_CHAT) == "<|eot_id|>"
     assert end("{{ messages[-1].content }}<|end_of_text|> <|eot_id|>") == "<|end_of_text|>"
     assert end("<|eot_id|>{{ messages[-1].content }}</end>") is None
     assert end("{{ raise_exception('no') }}") is None
-    assert end(None) == "<|eot_id|>"
 
 
 def test_other_special_tokens(llama3, llama3_folder, tmp_path):
@@ -404,14 +404,11 @@ def test_metas_list_gets_the_ids_of_tiktoken(meta, llama3_ranks_folder):
         assert meta.encode(text) == witness.encode(text, disallowed_special=()), text
         if "<|im_end|>" not in text:
             assert meta.encode(text, special=True) == witness.encode(text, allowed_special="all"), text
-    assert (meta.vocab_size, meta.bos_id, meta.eos_id, meta.eot_id, meta.add_bos) == (
-        128256,
-        128000,
-        128001,
-        128009,
-        True,
-    )
-    assert meta.vocab[128006:128008] == ["<|start_header_id|>", "<|end_header_id|>"]
+    assert (meta.vocab_size, meta.bos_id, meta.eos_id, meta.add_bos) == (128256, 128000, 128001, True)
+    assert meta.vocab[128009] == "<|eot_id|>" and meta.vocab[128006:128008] == [
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+    ]
 
 
 def test_the_merges_of_metas_list_give_the_same_ids(meta, tmp_path):

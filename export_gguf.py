@@ -38,7 +38,6 @@ from nanoqlora.export.proof import Proof, prove_file
 from nanoqlora.export.tokenizer_metadata import jinja_of_words, tokenizer_metadata, unnamed_ends
 from nanoqlora.gguf.config import model_metadata
 from nanoqlora.gguf.container import Metadata
-from nanoqlora.gguf.file_types import FILE_TYPES
 from nanoqlora.gguf.ggml_blocks import FORMATS
 from nanoqlora.gguf.modelfile import (
     Recipe,
@@ -64,11 +63,6 @@ from nanoqlora.weights.hub import is_hub_name, local_path
 def main() -> None:
     config, options = load_command(ExportOptions)
     file_type = (options.type or ("f32" if options.adapter else "q8_0")).upper()
-    if file_type not in FILE_TYPES:
-        raise UserError(
-            f"command line: --type {options.type} is not a type that can be written here, so there is no file to "
-            f"make. Choose one of {', '.join(FILE_TYPES).lower()}."
-        )
     unused, how = ("data", "with") if options.adapter else ("other_base", "without")
     if value := getattr(options, unused):
         print(f"--{unused} {value}: without effect {how} --adapter.")

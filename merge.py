@@ -35,7 +35,6 @@ from nanoqlora.config.schema import Config
 from nanoqlora.export.certificate import GGUF, MAX_KL, ON_NF4, ON_ORIGINAL, certify, verdict_of_merge
 from nanoqlora.export.forms import Merged, all_forms, bytes_on_disk
 from nanoqlora.export.held_out import held_out_texts
-from nanoqlora.gguf.file_types import FILE_TYPES
 from nanoqlora.model import ModelConfig
 from nanoqlora.run.usable import talking
 from nanoqlora.tokenizer.tokenizer import save_tokenizer
@@ -73,10 +72,6 @@ def plan(config: Config | None, options: MergeOptions) -> Plan:
     trained_in_4bit, computed, _ = read_trained(adapter)
     in_4bit = (options.base or ("nf4" if trained_in_4bit else "original")) == "nf4"
     seen = torch.float32 if options.base == "original" else computed  # who asks for the original gets it unrounded
-    types = [name.strip().upper() for name in (options.types or "").split(",") if name.strip()]
-    for name in types:
-        if name not in FILE_TYPES:
-            raise UserError(f"--types {name.lower()}: known are {', '.join(FILE_TYPES).lower()}.")
     if out.exists() and not (out / "merge.json").exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is no earlier merge, so nothing is written over it. Name another --out.")
     found = [path.name for path in out.iterdir()] if out.exists() else []
@@ -86,7 +81,7 @@ def plan(config: Config | None, options: MergeOptions) -> Plan:
             f"with it. Move what is to stay, or name another --out."
         )
     dtype = DTYPES[options.dtype] if options.dtype else computed
-    return Plan(base, adapter, out, in_4bit, seen, dtype, types)
+    return Plan(base, adapter, out, in_4bit, seen, dtype, [name.upper() for name in options.types])
 
 
 def write_merged(merged: Merged, folder: Path, max_shard_bytes: int) -> dict[str, Any]:
@@ -113,8 +108,8 @@ def check_unscored(options: MergeOptions) -> None:
     )
     if options.max_kl is not None:
         raise UserError(f"--max_kl {options.max_kl:g} cannot be checked, because nothing is scored. {remedy}.")
-    for name in ("types", "data"):
-        if value := getattr(options, name):
+    for name, value in {"types": ",".join(options.types), "data": options.data}.items():
+        if value:
             print(f"--{name} {value}: without effect, because nothing is scored. {remedy}.")
 
 

@@ -217,7 +217,7 @@ def _explain(cls: type[Keys], values: Map, loc: tuple[int | str, ...]) -> str:
     field, at, value, found = FieldInfo(), "", values, values  # type: FieldInfo, str, Any, Any
     for part in loc:
         if isinstance(part, int):
-            value = value[part] if isinstance(value, list) else value
+            value = value[part] if isinstance(value, list) and part < len(value) else value
         elif isinstance(value, Map) and part in keys_of(cls):
             field, at, where = keys_of(cls)[part], value.at.get(part, ""), value.where
             found = value = value.get(part)

@@ -4,9 +4,11 @@ They are here and not in the scripts because `--help` and a wrong option are ans
 of a class is what the command's `--help` says first.
 """
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from .keys import Keys, Many, PathText, key
+from pydantic import BeforeValidator
+
+from .keys import Keys, Many, PathText, as_list, key
 
 
 class RunOptions(Keys):
@@ -19,6 +21,18 @@ class RunOptions(Keys):
     file: PathText = key("the YAML file of the run", "train.yml")
 
 
+# Of a GGUF file, as `gguf/file_types.py` has them in capitals.
+Types = Literal[
+    "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"
+]
+GgufType = Annotated[Types, BeforeValidator(lambda name: str(name).strip().lower())]
+
+
+def split_at_commas(given: str | list[str]) -> list[str]:
+    return [name for text in as_list(given) for name in str(text).split(",") if name.strip()]
+
+
+# Keys of a run that say which of its texts are held out, and how they are read.
 HELD_OUT: tuple[str, ...] = ("datasets", "test_datasets", "val_set_size", "sequence_len", "train_on_inputs", "seed")
 HELD_OUT += ("chat_template", "chat_template_jinja", "default_system_message", "dataset_prepared_path")
 
@@ -49,7 +63,9 @@ class MergeOptions(RunOptions):
     )
     max_shard_size: float = key("GB in a file of the output", 5.0, gt=0)
     data: PathText | None = key("held-out texts for the certificate; unset: those of the run in the YAML file", None)
-    types: str | None = key("GGUF types to score as well, as q8_0,q4_k_m", None)
+    types: Annotated[Many[GgufType], BeforeValidator(split_at_commas)] = key(
+        "GGUF types to score as well, as q8_0,q4_k_m", ()
+    )
     max_kl: float | None = key("nats a token; above it nothing is written; unset: 0.05 for --base nf4", None)
     max_tokens: int = key("held-out tokens to score on; 0: no scores", 1024, ge=0)
     other_base: bool = key("merge onto other weights than those that the adapter was trained on", False)
@@ -72,11 +88,7 @@ class ExportOptions(RunOptions):
     out: PathText | None = key(
         "the file to write; unset: model-TYPE.gguf in output_dir, or in the --model folder", None
     )
-    type: str | None = key(
-        "how weights are stored: f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k_s, q4_k_m, q5_k_s, q5_k_m, q6_k; "
-        "unset: q8_0, of an adapter f32",
-        None,
-    )
+    type: GgufType | None = key("how weights are stored; unset: q8_0, of an adapter f32", None)
     prove: bool = key("read the file back and compare it with what was trained; the result is in merge.json", False)
     data: PathText | None = key("held-out texts for --prove; unset: those of the run in the YAML file", None)
     max_tokens: int = key("held-out tokens for --prove", 1024, ge=0)

@@ -560,7 +560,7 @@ def test_command_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "model", "--type", "q3_x"], "--type q3_x is not a type.*f32, f16, bf16, q8_0"),
+        (["--model", "model", "--type", "q3_x"], r'--type is "q3_x", but it takes f32 \| f16 \| bf16 \| q8_0'),
         (["--model", "nowhere"], "nowhere: no such folder.*merge.py"),
         (["--model", "."], "config.json: no such file"),
         (["--model", "model", "--typo", "f16"], "typo"),

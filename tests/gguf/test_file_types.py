@@ -1,12 +1,14 @@
 """Which type each tensor gets: what llama.cpp's own tool gave, and, where it is installed, gives now, bytes too."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from llama_quantize import LIBRARIES, quantize_file
 
 import export_gguf
+from nanoqlora.config.options import Types
 from nanoqlora.gguf.file_types import FILE_TYPES, tensor_type
 from nanoqlora.gguf.reader import read_gguf
 
@@ -85,3 +87,8 @@ def test_real_model_is_quantized_as_by_llama_cpp(file_type: str, smollm2_path: P
         assert (info.ggml_type, info.shape) == (other.ggml_type, other.shape), name
         data = a.data[info.offset : info.offset + info.num_bytes]
         assert data == b.data[other.offset : other.offset + other.num_bytes], name
+
+
+def test_the_options_of_the_commands_know_every_type():
+    """They are declared where PyTorch is not imported."""
+    assert [name.upper() for name in get_args(Types)] == [*FILE_TYPES]

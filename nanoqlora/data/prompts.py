@@ -21,6 +21,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
+from importlib import resources
 from typing import Any
 
 from ..config.errors import UserError
@@ -32,31 +33,12 @@ from .masks import encode_chat
 from .messages import Chat, Note, chat_of, missing_column, names_in, note_unread, plain, say, text_of
 from .row_format import FRAMES, Frame, RowFormat
 
-CHAT_TEMPLATES = {  # for models that bring none of their own; the tokenizer must know the special tokens
-    "chatml": (
-        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ),
-    "llama3": (
-        "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
-        "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
-        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-    ),
-    # The answer ends with the tokenizer's end token. A system message stands in front of the first question.
-    "alpaca": (
-        "{{ bos_token }}{% for message in messages %}{{ '\\n\\n' if not loop.first }}"
-        "{% if message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] }}"
-        "{% elif message['role'] == 'assistant' %}{{ '### Response:\\n' + message['content'] + eos_token }}"
-        "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"
-    ),
-    "mistral": (
-        "{{ bos_token }}{% for message in messages %}"
-        "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
-        "{% elif message['role'] == 'system' %}{{ ' [INST] ' + message['content'] + '\\n\\n' }}"
-        "{% else %}{{ '' if loop.previtem is defined and loop.previtem['role'] == 'system' else ' [INST] ' }}"
-        "{{ message['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
-    ),
+# For models that bring none of their own; the tokenizer must know the special tokens. An answer in alpaca and mistral
+# ends with the tokenizer's end token, and a system message stands in front of the first question.
+TEMPLATES = resources.files(__package__) / "templates"
+CHAT_TEMPLATES = {
+    name: (TEMPLATES / f"{name}.jinja").read_text("utf-8").removesuffix("\n")
+    for name in ("chatml", "llama3", "alpaca", "mistral")
 }
 
 

@@ -57,11 +57,7 @@ FRAMES = {
         field_system="",
     ),
     "prompt_completion": Frame(
-        format="{instruction}",
-        field_instruction="prompt",
-        field_output="completion",
-        field_input="",
-        field_system="",
+        format="{instruction}", field_instruction="prompt", field_output="completion", field_input="", field_system=""
     ),
 }
 TYPES = ("chat_template", *FRAMES, "custom", "completion")

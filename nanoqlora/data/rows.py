@@ -3,43 +3,36 @@
     read_blocks    a file -> blocks of about a megabyte, as it streams by; cheap, so that one process can do it
     Block.rows     a block -> rows, each with its place ("a.jsonl, line 7"); the work, which many processes share
 
-A row is a map from column names to values. Whatever is wrong with one is told with its place. Which files there are
-says data/files.py; read next: data/prepare.py, which turns rows into tokens.
+A row is a map from column names to values. What is wrong with one is reported with its place. A JSON list is cut into
+its values by their brackets alone (`_list_values`): ijson would do that too, but gives no line numbers, and each value
+is parsed by json anyway. Which files there are says data/files.py; read next: data/prepare.py, rows to tokens.
 """
 
 import csv
 import gzip
 import io
 import json
-import math
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ..config.errors import UserError
 from ..config.files import unique_keys
 from .files import DataFile
 
 Row = dict[str, Any]
-Placed = tuple[str, Row | UserError]  # where it stands, for messages; and the row, or why it is none
+BinaryFile = io.BufferedReader | gzip.GzipFile
+Placed = tuple[str, Row | UserError]  # where it stands, for messages; and the row, or why there is none
 
-COLUMNS = ("parquet", "arrow")  # kinds of files that keep columns, not lines
 BLOCK_BYTES = 1 << 20
 ARROW_ROWS = 512  # of a block
-UNREADABLE = (
-    ValueError,
-    TypeError,
-    LookupError,
-    OverflowError,
-    NotImplementedError,
-    SystemError,
-)
+UNREADABLE = (ValueError, TypeError, LookupError, OverflowError, NotImplementedError, SystemError)
 LONGEST_CSV_FIELD = 1 << 26  # bytes; a quote that nobody closes would take the rest of the file for one field
-SPACE = re.compile(r"[ \t\r\n]*")
 
 
 # ------------------------------------------------------------------------------------------------ blocks
@@ -47,47 +40,16 @@ SPACE = re.compile(r"[ \t\r\n]*")
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of a file, as they stand there or already parsed; small, and ready to be sent to another process."""
+    """Some rows of a file, not yet parsed; small, and ready to be sent to another process."""
 
-    file: DataFile
-    first: int  # number of the first line, or row of a Parquet file
-    data: list[bytes] | list[Placed] | Any  # lines; rows; or a pyarrow.RecordBatch of rows
+    parse: Callable[[Any], Iterable[Placed]]  # a function of this module, with what is the same for all of the file
+    unparsed: Sequence[Any] | Any  # what it reads, one item for each row; a list or a pyarrow.RecordBatch
     num_bytes: int
     wanted: tuple[int, int | None] = (0, None)  # of its rows, those from the one to the other
 
-    @property
-    def num_rows(self) -> int:
-        """How many there are, wanted or not."""
-        is_lines = self.file.kind not in COLUMNS and isinstance(self.data[0], bytes)
-        return sum(not line.isspace() for line in self.data) if is_lines else len(self.data)
-
     def rows(self) -> Iterator[Placed]:
-        """The wanted rows with their places; in place of a row that cannot be read, why. Blank lines are none."""
-        return islice(self._rows(), *self.wanted)
-
-    def _rows(self) -> Iterator[Placed]:
-        path, kind = self.file.path, self.file.kind
-        if kind in COLUMNS:
-            yield from ((f"{path}, row {self.first + i}", row) for i, row in enumerate(_arrow_rows(self.data)))
-        elif not isinstance(self.data[0], bytes):
-            yield from self.data
-        else:
-            for number, line in enumerate(self.data, self.first):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    yield where, _tried(_row_of_line, line, kind, where)
-
-
-def _tried(read: Callable[..., Row], *args: Any) -> Row | UserError:
-    try:
-        return read(*args)
-    except UserError as error:
-        return error
-
-
-def _row_of_line(line: bytes, kind: str, where: str) -> Row:
-    text = decode(line, where)
-    return {"text": text.rstrip("\r\n")} if kind == "text" else _object(_parse(text, where), where)
+        """The wanted rows with their places; in place of a row that cannot be read, why."""
+        return islice(self.parse(self.unparsed), *self.wanted)
 
 
 def placed_rows(files: list[DataFile], part: str = "") -> Iterator[Placed]:
@@ -113,183 +75,171 @@ def blocks_of(files: list[DataFile], part: str = "") -> Iterator[Block]:
     if not part:
         yield from blocks
         return
-    total = sum(block.num_rows for file in files for block in read_blocks(file)) if re.search("[%-]", part) else 0
+    total = sum(len(b.unparsed) for file in files for b in read_blocks(file)) if re.search("[%-]", part) else 0
 
-    def place(text: str, if_empty: float) -> float:
-        number = round(int(text[:-1]) * total / 100) if text.endswith("%") else int(text) if text else if_empty
+    def place(text: str, if_empty: int | None) -> int | None:
+        if not text:
+            return if_empty
+        number = round(int(text[:-1]) * total / 100) if text.endswith("%") else int(text)
         return number + total if text.startswith("-") else number
 
-    start, stop = (place(text, end) for text, end in zip(part.split(":"), (0, math.inf), strict=True))
+    start, stop = (place(text, end) for text, end in zip(part.split(":"), (0, None), strict=True))
     first = 0
     for block in blocks:
-        wanted = max(0, start - first), min(stop - first, block.num_rows)
+        size = len(block.unparsed)
+        wanted = max(0, (start or 0) - first), size if stop is None else min(stop - first, size)
         if wanted[0] < wanted[1]:
             yield replace(block, wanted=wanted)
-        first += block.num_rows
-        if first >= stop:
+        first += size
+        if stop is not None and first >= stop:
             return
 
 
 def read_blocks(file: DataFile) -> Iterator[Block]:
     """The rows of a file in blocks, in order. Memory: one block."""
+    path = file.path
     try:
-        if file.kind in COLUMNS:
+        if file.kind in ("parquet", "arrow"):
             yield from _arrow_blocks(file)
             return
-        with _open(file.path) as opened:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as opened:
             start = opened.peek(64)[:64].removeprefix(b"\xef\xbb\xbf").lstrip()
             if file.kind == "csv":
-                yield from _in_blocks(file, _csv_rows(file.path, opened))
-            elif file.kind == "json" and start.startswith(b"["):
-                yield from _in_blocks(file, JsonList(file.path, opened).rows())
+                yield from _csv_blocks(path, opened)
             else:
-                first = 1
-                while lines := opened.readlines(BLOCK_BYTES):
-                    yield Block(file, first, lines, sum(map(len, lines)))
-                    first += len(lines)
+                is_list = file.kind == "json" and start.startswith(b"[")
+                lines = ((number, line) for number, line in enumerate(opened, 1) if not line.isspace())
+                texts = _list_values(path, opened) if is_list else lines
+                parse = partial(_rows_of_texts, path, file.kind)
+                yield from _in_blocks(parse, ((text, len(text[1])) for text in texts))
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"data {file.path}: cannot be read ({error}). Check the file, or copy it again.") from error
+        raise UserError(f"data {path}: cannot be read ({error}). Check the file, or copy it again.") from error
 
 
-def _open(path: Path) -> BinaryIO:
-    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
-
-
-def _in_blocks(file: DataFile, rows: Iterator[tuple[str, Row | UserError, int]]) -> Iterator[Block]:
-    """Parsed rows, each with its number of characters, in blocks."""
-    block: list[Placed] = []
+def _in_blocks(parse: Callable[[Any], Iterable[Placed]], items: Iterable[tuple[Any, int]]) -> Iterator[Block]:
+    """Unparsed rows, each with its number of bytes, in blocks."""
+    unparsed: list[Any] = []
     size = 0
-    for where, row, length in rows:
-        block.append((where, row))
+    for item, length in items:
+        unparsed.append(item)
         size += length
         if size >= BLOCK_BYTES:
-            yield Block(file, 0, block, size)
-            block, size = [], 0
-    if block:
-        yield Block(file, 0, block, size)
+            yield Block(parse, unparsed, size)
+            unparsed, size = [], 0
+    if unparsed:
+        yield Block(parse, unparsed, size)
 
 
-def decode(line: bytes, where: str) -> str:
-    """The text of a line; a byte order mark is none of it."""
+# ------------------------------------------------------------------------------------------------ text and JSON
+
+
+def _decode(data: bytes, path: Path, line: int) -> str:
+    """The text of a line, or of several from `line` on; a byte order mark is none of it."""
     try:
-        return line.decode("utf-8").removeprefix("\ufeff")
+        return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
+        before, byte = data[: error.start].split(b"\n"), data[error.start]
         raise UserError(
-            f"{where}: not UTF-8 (byte 0x{line[error.start]:02x} at place {error.start + 1} of the line). Tokens are "
-            "made of UTF-8 text: convert the file, or correct that line."
+            f"{path}, line {line + len(before) - 1}: not UTF-8 (byte 0x{byte:02x} at place {len(before[-1]) + 1} "
+            "of the line). Tokens are made of UTF-8 text: convert the file, or correct that line."
         ) from error
 
 
-def _parse(text: str, where: str) -> Any:
+def _rows_of_texts(path: Path, kind: str, texts: list[tuple[int, bytes] | tuple[int, bytes, int]]) -> Iterator[Placed]:
+    """Rows from lines or from JSON, each with the line that it begins in; values of a list also with their number."""
+    for line, data, *number in texts:
+        where = f"{path}, row {number[0]} (line {line})" if number else f"{path}, line {line}"
+        row: Row | UserError
+        try:
+            text = _decode(data, path, line)
+            row = {"text": text.rstrip("\r\n")} if kind == "text" else _parse(text, path, line, where)
+        except UserError as error:
+            row = error
+        yield where, row
+
+
+def _parse(text: str, path: Path, line: int, where: str) -> Row:
     try:
-        return json.loads(text, object_pairs_hook=unique_keys)
+        row = json.loads(text.rstrip("\r\n"), object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
+        found = "expected ',' or ']'" if "row" in where and error.msg == "Extra data" else error.msg
         raise UserError(
-            f"{where}: not valid JSON ({error.msg} at column {error.colno}). A row is one object on one line, or the "
-            "file is one list of them. Correct that line."
+            f"{path}, line {line + error.lineno - 1}: not valid JSON ({found} at column {error.colno}). A row is one "
+            "object on one line, or the file is one list of them. Correct that line."
         ) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists ...
-        raise UserError(f"{where}: JSON that cannot be read ({error}). Correct that line.") from error
-
-
-def _object(row: Any, where: str) -> Row:
-    if isinstance(row, UserError):
-        raise UserError(f"{where}: JSON that cannot be read ({row}). Correct that row.")
+    except (ValueError, RecursionError) as error:  # a key twice, a number of thousands of digits, lists in lists ...
+        raise UserError(f"{where}: JSON that cannot be read ({error}). Correct that row.") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: holds a {type(row).__name__}, and a row is an object with named fields.")
     return row
 
 
-class JsonList:
-    """A JSON file that is one list of objects, read object by object, so that it need not fit into memory."""
-
-    def __init__(self, path: Path, opened: BinaryIO) -> None:
-        self.path, self.file = path, io.TextIOWrapper(opened, "utf-8-sig", newline="")
-        self.text, self.at, self.line, self.ended = "", 0, 1, False  # what is in memory, and how much of it is done
-
-    def rows(self) -> Iterator[tuple[str, Row | UserError, int]]:
-        self.take("[")
-        number = 0
-        if self.next_char() != "]":
-            while True:
-                number += 1
-                self.next_char()
-                where = f"{self.path}, row {number} (line {self.line})"
-                value, length = self.value(where)
-                yield where, _tried(_object, value, where), length
-                if self.next_char() != ",":
-                    break
-                self.take(",")
-        self.take("]")
-        if self.next_char():
-            raise self.wrong("more text behind the end of the list")
-
-    def next_char(self) -> str:
-        """Skip white space and look at what follows; "" at the end of the file."""
-        while True:
-            self.go_to(SPACE.match(self.text, self.at).end())
-            if self.at < len(self.text) or not self.more():
-                return self.text[self.at : self.at + 1]
-
-    def take(self, char: str) -> None:
-        if self.next_char() != char:
-            raise self.wrong(f"expected {char!r}")
-        self.go_to(self.at + 1)
-
-    def value(self, where: str) -> tuple[Any, int]:
-        """The value that starts here, or why it is not one row, and its number of characters."""
-        decoder, repeated = json.JSONDecoder(object_pairs_hook=unique_keys), None
-        while True:
-            try:
-                value, end = decoder.raw_decode(self.text, self.at)
-            except UserError as error:
-                decoder, repeated = json.JSONDecoder(), error  # which finds where the value ends
-            except json.JSONDecodeError as error:
-                # It may only be cut off: then the error is at the end of what was read, or a string begins there.
-                cut_off = error.pos >= len(self.text) - 16 or error.msg.startswith("Unterminated string")
-                if not (cut_off and self.more()):
-                    self.go_to(error.pos)
-                    raise self.wrong(error.msg) from error
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{where}: JSON that cannot be read ({error}). Correct that row.") from error
-            else:
-                length = end - self.at
-                self.go_to(end)
-                return repeated or value, length
-
-    def more(self) -> bool:
-        """Read on, twice as much as is waiting, so that a long value is not tried too often. False at the end."""
-        waiting = self.text[self.at :]
-        try:
-            read = self.file.read(max(BLOCK_BYTES, 2 * len(waiting)))
-        except UnicodeDecodeError:
-            with _open(self.path) as lines:
-                for number, line in enumerate(lines, 1):
-                    decode(line, f"{self.path}, line {number}")
-            raise
-        self.text, self.at = waiting + read, 0
-        return bool(read)
-
-    def go_to(self, place: int) -> None:
-        self.line += self.text.count("\n", self.at, place)
-        self.at = place
-
-    def wrong(self, what: str) -> UserError:
-        return UserError(f"{self.path}, line {self.line}: not valid JSON ({what}). Correct that line.")
+# The next bracket or comma that is in no string. Inside of a value of a list only brackets matter, which is faster.
+NEXT_MARK, NEXT_BRACKET = (
+    re.compile(rb'(?:[^"%b]++|"(?:[^"\\]++|\\.)*+")*+([%b])' % (marks, marks), re.DOTALL)
+    for marks in (rb"\[\]{},", rb"\[\]{}")
+)
 
 
-def _csv_rows(path: Path, opened: BinaryIO) -> Iterator[tuple[str, Row | UserError, int]]:
+def _cut_at_own_marks(opened: BinaryFile) -> Iterator[tuple[bytes, bytes]]:
+    """A JSON list, cut at its own brackets and commas: what stands in front of each, and it; then the rest, and b""."""
+    text, at, depth = b"", 0, 0
+    while chunk := opened.read(max(BLOCK_BYTES, len(text))):  # ever more of a long value, which is searched again
+        text, start = text + chunk, 0
+        while found := (NEXT_BRACKET if depth > 1 else NEXT_MARK).match(text, at):
+            at, mark = found.end(), found[1]
+            if mark in b"[,]" and depth == (mark != b"["):
+                yield text[start : at - 1], mark
+                start = at
+            depth += (mark in b"[{") - (mark in b"]}")
+        text, at = text[start:], at - start
+    yield text, b""
+
+
+def _list_values(path: Path, opened: BinaryFile) -> Iterator[tuple[int, bytes, int]]:
+    """The values of a JSON list, not parsed, each with the line that it begins in, and its number."""
+    pieces = _cut_at_own_marks(opened)
+    line, number, is_ended = 1 + next(pieces)[0].count(b"\n"), 0, False
+    for piece, mark in pieces:
+        value = piece.lstrip()
+        line += piece.count(b"\n", 0, len(piece) - len(value))
+        if is_ended and (value or mark):
+            raise UserError(f"{path}, line {line}: more text behind the end of the list. Correct that line.")
+        if not mark and not is_ended:
+            _parse(_decode(value, path, line), path, line, "")
+            raise UserError(f"{path}, line {line}: not valid JSON (expected ']'). Correct that line.")
+        if mark == b"," or mark and (value or number):
+            number += 1
+            yield line, value, number
+        line += value.count(b"\n")
+        is_ended = mark == b"]"
+
+
+# ------------------------------------------------------------------------------------------------ CSV
+
+
+def _csv_blocks(path: Path, opened: Iterable[bytes]) -> Iterator[Block]:
     """The rows of a CSV file with a header, commas and double quotes; a row may span lines.
 
     The first column may be without a name, as pandas writes the numbers of rows.
     """
+    lines = _csv_lines(path, opened)
+    where, header = next(lines, ("", []))
+    if len(set(header)) < len(header) or "" in header[1:] or header == [""]:
+        raise UserError(f"{where}: the header is {', '.join(header)}. Give every column a name of its own.")
+    if len(header) == 1 and re.search(r"[;\t|]", header[0]):
+        raise UserError(f"{where}: the header is one column, {header[0]!r}. Separate the columns with commas.")
+    yield from _in_blocks(partial(_csv_rows, header), ((line, sum(map(len, line[1]))) for line in lines))
+
+
+def _csv_lines(path: Path, opened: Iterable[bytes]) -> Iterator[tuple[str, list[str]]]:
     csv.field_size_limit(LONGEST_CSV_FIELD)
-    reader = csv.reader((decode(line, f"{path}, line {i}") for i, line in enumerate(opened, 1)), strict=True)
-    header: list[str] | None = None
+    reader = csv.reader((_decode(line, path, i) for i, line in enumerate(opened, 1)), strict=True)
     while True:
         where = f"{path}, line {reader.line_num + 1}"
         try:
-            fields = next(reader)
+            if fields := next(reader):  # else a blank line
+                yield where, fields
         except StopIteration:
             return
         except csv.Error as error:
@@ -297,22 +247,20 @@ def _csv_rows(path: Path, opened: BinaryIO) -> Iterator[tuple[str, Row | UserErr
                 f"{where}: not valid CSV ({error}). A field with commas, quotes or line breaks stands in double "
                 "quotes, and a quote within it is written twice. Correct the row that begins there."
             ) from error
-        if not fields:
-            continue  # a blank line
-        if header is None:
-            header = fields
-            if len(set(header)) < len(header) or "" in header[1:] or header == [""]:
-                raise UserError(f"{where}: the header is {', '.join(header)}. Give every column a name of its own.")
-            if len(header) == 1 and re.search(r"[;\t|]", header[0]):
-                raise UserError(f"{where}: the header is one column, {header[0]!r}. Separate the columns with commas.")
-        elif len(fields) != len(header):
-            error = UserError(
+
+
+def _csv_rows(header: list[str], lines: list[tuple[str, list[str]]]) -> Iterator[Placed]:
+    for where, fields in lines:
+        row: Row | UserError = dict(zip(header, fields, strict=False))
+        if len(fields) != len(header):
+            row = UserError(
                 f"{where}: {len(fields)} fields, but the header names {len(header)} columns, so nobody can tell which "
                 "is which. Correct the row; a field with commas stands in double quotes."
             )
-            yield where, error, sum(map(len, fields))
-        else:
-            yield where, dict(zip(header, fields, strict=True)), sum(map(len, fields))
+        yield where, row
+
+
+# ------------------------------------------------------------------------------------------------ Parquet and Arrow
 
 
 def _arrow_blocks(file: DataFile) -> Iterator[Block]:
@@ -338,16 +286,17 @@ def _arrow_blocks(file: DataFile) -> Iterator[Block]:
                     )
                 for start in range(0, len(batch), ARROW_ROWS):
                     part = batch.slice(start, ARROW_ROWS)
-                    yield Block(file, first, part, part.nbytes)
+                    yield Block(partial(_arrow_rows, file.path, first), part, part.nbytes)
                     first += len(part)
+    except UserError:
+        raise
     except (pyarrow.ArrowException, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        kind = {"parquet": "Parquet", "arrow": "Arrow"}[file.kind]
-        raise UserError(f"data {file.path}: not a readable {kind} file ({error}). Copy it again.") from error
+        raise UserError(
+            f"data {file.path}: not a readable {file.kind.title()} file ({error}). Copy it again."
+        ) from error
 
 
-def _arrow_rows(batch: Any) -> Iterator[Row]:
+def _arrow_rows(path: Path, first: int, batch: Any) -> Iterator[Placed]:
     """The rows of a batch. A value that Python cannot have, such as text that is no UTF-8, becomes the reason."""
     try:
         batch.validate(full=True)  # lengths and places within the buffers too: nobody else compares them
@@ -355,16 +304,11 @@ def _arrow_rows(batch: Any) -> Iterator[Row]:
     except UNREADABLE:
         if len(batch) > 1:
             for i in range(len(batch)):
-                yield from _arrow_rows(batch.slice(i, 1))
+                yield from _arrow_rows(path, first + i, batch.slice(i, 1))
             return
-        rows = [{}]
-        for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            try:
-                column.validate(full=True)
-                rows[0][name] = column.to_pylist()[0]
-            except UNREADABLE as error:
-                rows[0][name] = Unreadable(str(error))
-    yield from ({key: _as_in_json(value) for key, value in row.items()} for row in rows)
+        rows = [{name: _value_of(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}]
+    for number, row in enumerate(rows, first):
+        yield f"{path}, row {number}", {key: _as_in_json(value) for key, value in row.items()}
 
 
 @dataclass(frozen=True)
@@ -372,6 +316,15 @@ class Unreadable:
     """In place of a value that cannot be read: wrong only where somebody wants it."""
 
     why: str
+
+
+def _value_of(column: Any) -> Any:
+    """The one value of a column, or why it cannot be read."""
+    try:
+        column.validate(full=True)
+        return column.to_pylist()[0]
+    except UNREADABLE as error:
+        return Unreadable(str(error))
 
 
 def _as_in_json(value: Any) -> Any:

@@ -263,6 +263,19 @@ def test_keys_that_stand_twice_make_a_row_invalid(tmp_path, monkeypatch, name):
     assert len(reading.samples) == 1 and sum(map(len, reading.invalid.values())) == 2
 
 
+def test_a_value_of_a_json_list_that_is_not_valid_is_a_row_of_no_use(tmp_path):
+    """As a line of a .jsonl file is; the rows around it are read. A list that does not end is refused as a file."""
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"},\n {"text": },\n{"text": "]"}\n]')
+    with pytest.raises(InvalidRows, match="a.json, row 2 .line 2.: .*line 2: not valid JSON"):
+        read_samples(find_files(path), Encoding(None, BYTES, 20))
+    encoding = Encoding(None, BYTES, 20, skip_invalid=True)
+    assert ids(read_samples(find_files(path), encoding)) == [[*b"a", END], [*b"]", END]]
+    path.write_text('[{"text": "a"},\n{"text": "never closed},\n{"text": "b"}]')
+    with pytest.raises(UserError, match="line 2: not valid JSON .Invalid control character"):
+        read_samples(find_files(path), encoding)
+
+
 def test_lists_in_lists_in_lists_are_told(tmp_path):
     """However deep: too deep for the reader of JSON, or only for what comes after it."""
     for depth in (100, 300, 900, 5_000, 100_000):

@@ -2,9 +2,7 @@
 
 import os
 import re
-from dataclasses import fields, is_dataclass
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 # What a terminal would obey instead of showing: control characters, except tab and line break, and what changes the
 # order or the lines of text.
@@ -69,31 +67,3 @@ def note(text: str) -> None:
     if text not in _noted and os.environ.get("RANK", "0") == "0":
         print(f"note: {text}")
     _noted.add(text)
-
-
-def wrong_type(value: Any, kind: Any, where: str) -> str:
-    """What in a value from JSON is not of the type that it has to be, by its place; nothing: "".
-
-    Args:
-        kind: str, bool, int, float, tuple[x, ...], dict[str, x], a dataclass, or one of several as in `str | None`.
-    """
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        found = [wrong_type(value, one, where) for one in inner if one is not NoneType or value is None]
-        return "" if "" in found else found[0]
-    if is_dataclass(kind) and isinstance(value, dict):
-        kinds = {field.name: field.type for field in fields(kind)}
-        unknown = [key for key in value if key not in kinds]
-        if unknown:
-            return f"{where}{' has ' if where else ''}{unknown[0]!r}, which is not one of {', '.join(kinds)}"
-        found = [wrong_type(one, kinds[key], f"{where}.{key}".strip(".")) for key, one in value.items()]
-    elif origin is tuple and isinstance(value, list):
-        found = [wrong_type(one, inner[0], f"{where}[{i}]") for i, one in enumerate(value)]
-    elif origin is dict and isinstance(value, dict):
-        found = [wrong_type(one, inner[1], f"{where}.{key}") for key, one in value.items()]
-    elif type(value) is kind or value is None and kind is NoneType:
-        found = []
-    else:
-        named = "a list" if origin is tuple else "a map" if origin is dict or is_dataclass(kind) else kind.__name__
-        return f"{where} is {type(value).__name__}, where {named} is expected"
-    return next((one for one in found if one), "")

@@ -8,9 +8,11 @@ import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import ClassVar, Self
 
-from ..config.errors import UserError, wrong_type
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from ..config.errors import UserError
 from ..tokenizer.traced import join, trace
 from .masks import ENDS
 
@@ -25,6 +27,8 @@ WITH_INPUT = "{instruction} {input} "
 @dataclass(frozen=True, kw_only=True)
 class Frame:
     """The words around the columns of a row. The fields are the keys of Axolotl's `type`, where that is a map."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")  # where it is read from JSON
 
     format: str = WITH_INPUT  # of a row with an input
     no_input_format: str | None = None  # of one without; None: the same, or Axolotl's own where format is Axolotl's own
@@ -66,6 +70,8 @@ TYPES = ("chat_template", *FRAMES, "custom", "completion")
 @dataclass(frozen=True, kw_only=True)
 class RowFormat:
     """How a row is read. The fields are named after the YAML keys that set them, and prompt.json holds them."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")  # where it is read from JSON
 
     type: str  # one of TYPES
     chat_template: str | None = None  # Jinja; None: the tokenizer's own
@@ -117,17 +123,12 @@ class RowFormat:
     def from_json(cls, text: str) -> Self:
         """The format that a prompt.json describes."""
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"prompt.json: not valid JSON ({error}). It says how to prompt. Save it again.") from error
-        known = {f.name for f in dataclasses.fields(cls)}
-        if not isinstance(data, dict) or "type" not in data or not data.keys() <= known:
-            found = ", ".join(data) if isinstance(data, dict) else type(data).__name__
+            return TypeAdapter(cls).validate_json(text, strict=True)
+        except ValidationError as error:
+            found = error.errors(include_url=False)[0]
+            what, kind = found["msg"].removeprefix("Value error, "), type(found["input"]).__name__
+            where = ".".join(map(str, found["loc"])) or "its start"
             raise UserError(
-                f"prompt.json: found {found}; it needs type and may have {', '.join(sorted(known - {'type'}))}. "
-                "It says how to prompt the model. Take the file that training wrote."
-            )
-        wrong = wrong_type(data, cls, "")
-        if wrong:
-            raise UserError(f"prompt.json: {wrong}. It says how to prompt the model. Take the file that was saved.")
-        return cls(**data | {"frame": data.get("frame") and Frame(**data["frame"])})
+                f"prompt.json: {what}, found {kind} at {where}; it says how to prompt the model. Take the file that "
+                "training wrote."
+            ) from error

@@ -323,8 +323,6 @@ def main() -> None:
     with collectives.naming_lost_ranks():
         with collectives.together():
             config, options = load_command(TrainOptions)
-            if options.plan and options.rehearse:
-                raise UserError("command line: --plan and --rehearse are two commands. Give one after the other.")
         try:
             train(config, options, rank, ranks, device)
         except torch.OutOfMemoryError as error:

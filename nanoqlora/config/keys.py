@@ -209,7 +209,10 @@ def build(cls: type[K], values: Map) -> K:
     try:
         return cls.model_validate({name: value for name, value in values.items() if value is not None})
     except pydantic.ValidationError as error:
-        raise UserError(_explain(cls, values, max((one["loc"] for one in error.errors()), key=len))) from None
+        found = max(error.errors(), key=lambda one: len(one["loc"]))  # the innermost says most
+        if isinstance(rule := found.get("ctx", {}).get("error"), UserError):
+            raise rule from None
+        raise UserError(_explain(cls, values, found["loc"])) from None
 
 
 def _explain(cls: type[Keys], values: Map, loc: tuple[int | str, ...]) -> str:

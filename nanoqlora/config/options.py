@@ -4,10 +4,11 @@ They are here and not in the scripts because `--help` and a wrong option are ans
 of a class is what the command's `--help` says first.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, model_validator
 
+from .errors import UserError
 from .keys import Keys, Many, PathText, as_list, key
 
 
@@ -42,6 +43,12 @@ class TrainOptions(RunOptions):
 
     plan: bool = key("train nothing: print what would happen, what it needs and how long it takes", False)
     rehearse: bool = key("train nothing: do once, and undo, all that a run does until its GGUF file is there", False)
+
+    @model_validator(mode="after")
+    def _one_of_the_two(self) -> Self:
+        if self.plan and self.rehearse:
+            raise UserError("command line: --plan and --rehearse are two commands. Give one after the other.")
+        return self
 
 
 class MergeOptions(RunOptions):

@@ -53,7 +53,13 @@ def test_help_into_a_reader_that_leaves_is_quiet(words):
     assert end_with_closed_pipe([*words, "--help"], "stdout") == (0, "")
 
 
-WRONG = (["train.yml", "--lora_rr", "4"], ["absent.yml"], ["--seed", "x"], ["--lora_target_linear", "false"])
+WRONG = (
+    ["train.yml", "--lora_rr", "4"],
+    ["--plan", "--rehearse"],
+    ["absent.yml"],
+    ["--seed", "x"],
+    ["--lora_target_linear", "false"],
+)
 
 
 def test_help_and_wrong_settings_need_no_pytorch():

@@ -270,7 +270,7 @@ def prepare_model(
     if store:
         store.attach(model)
         for i, block in enumerate(model.model.layers if config.peft_use_dora and not config.lora_model_dir else ()):
-            store.bring(i)
+            store.unshard(i)
             start_magnitudes(block)
     return model, store
 

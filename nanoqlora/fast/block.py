@@ -223,7 +223,7 @@ class BlockFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         block, kept, fold, (B, T, D) = ctx.block, ctx.kept, ctx.fold, ctx.shape
-        block.bring_weights()
+        block.unshard_weights()
         qkv, o, gate_up, down = block.groups
         drop_qkv, drop_o, drop_gate_up, drop_down = ctx.dropouts
         kernels = ops.kernels(dy)
@@ -308,7 +308,7 @@ def run_forward(ctx, kept: Kept) -> None:
     kept.gate_up, kept.xa_gate_up = gate_up.forward(room, fold, partial(kernels.lora_down, h, dropout=drop_gate_up))
 
 
-def nothing_to_bring() -> None:
+def not_sharded() -> None:
     """The weights are here."""
 
 
@@ -322,7 +322,7 @@ class FusedBlock(Block):
         self.index, self.keep, self.fold = index, keep, fold
         self.host: HostMemory | None = None
         self.tokens: TokenNumbers | None = None
-        self.bring_weights: Callable[[], None] = nothing_to_bring  # where the base is spread over ranks
+        self.unshard_weights: Callable[[], None] = not_sharded  # where the base is sharded
         attn, mlp = block.self_attn, block.mlp
         self.groups = [
             Group(attn.q_proj, attn.k_proj, attn.v_proj),
@@ -352,7 +352,7 @@ class FusedBlock(Block):
         ops.kernels(qkv).rope_(qkv, heads, self.self_attn.head_dim, *rope, False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments, cache: KVCache | None) -> Tensor:
-        self.bring_weights()
+        self.unshard_weights()
         if cache is not None or not torch.is_grad_enabled():
             return super().forward(x, rope, segments, cache)
         wants_dx = x.requires_grad

@@ -1,25 +1,30 @@
-"""The frozen base over several ranks: who holds what, how it is read, and when it travels.
+"""FSDP (ZeRO-3) for weights that never change: the frozen base, sharded over the ranks.
 
-    replicate     every rank holds the whole base; nothing of it travels after loading
-    full_shard    every rank holds 1/N of each block's bytes; a block is gathered just before it is used
+    replicate     every rank holds the complete base; nothing of it is sent after loading
+    full_shard    every rank holds 1/N of each block; an all-gather assembles a block just before it is used
 
-The unit is a block. All that its seven linear layers never change (four-bit codes and their scales, or 16-bit
-weights) lies in one flat buffer of bytes, laid out the same for every block, and a rank keeps the rank-th of N equal
-parts of it. Two slots take gathered blocks in turn, block i in slot i % 2; the layers' tensors are views of the slot:
+The base has no gradients, so this is the smaller half of FSDP: parameters are gathered, nothing is reduced and nothing
+is written back. LoRA's values and gradients are not sharded here: every rank holds them all, and one all-reduce a step
+sums the gradients.
 
-    forward    block i is computed from one slot while block i + 1 is gathered into the other
-    backward   the same with block i - 1; the two blocks at the turn are still there, so two gathers are saved
+The unit is a block. The frozen tensors of its seven linear layers (four-bit codes and their scales, or 16-bit weights)
+are one flat buffer of bytes, with the same layout in every block, and rank r holds the r-th of N equal shards of it.
+Two slots hold gathered blocks in turn, block i in slot i % 2; the layers' tensors are views of the slot. Resharding
+costs nothing: the next all-gather overwrites the slot.
 
-A matrix is quantised whole, by one rank, and cut after: its scales, and so the loss, do not depend on how many ranks
-there are. Loading goes in rounds: each rank reads and quantises one block, then all exchange, so that N ranks read a
-checkpoint together, each tensor once. LoRA's values and their gradients are no part of this: every rank holds them
-all and they are summed once a step (`parallel/distributed.py`).
+    forward    block i is computed from one slot while block i + 1 is prefetched into the other
+    backward   the same with block i - 1; the last two blocks are still in their slots, which saves two all-gathers
+
+A matrix is quantised by one rank, then cut: its scales, and so the loss, do not depend on the number of ranks. Loading
+goes in rounds: each rank reads and quantises one block, then all exchange shards, so that N ranks read a checkpoint
+together, each tensor once. `fully_shard.py` does the same with PyTorch's own FSDP, as a reference.
 """
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -35,7 +40,7 @@ FROZEN = ("packed", "absmax", "nested_absmax", "nested_offset", "weight")
 ALIGNMENT = 256  # bytes: where tensors begin in the buffer, for the kernels that read them
 
 
-def frozen_tensors(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
+def frozen_tensors(block: nn.Module) -> Iterator[tuple[Any, str, Tensor, int]]:
     """(layer, name, tensor, where it begins in the block's bytes) of all that its linear layers never change."""
     start = 0
     for name, layer in block.named_modules():
@@ -69,74 +74,76 @@ def point_at(block: nn.Module, flat: Tensor, resident: bool) -> None:
 
 
 class BlockStore(nn.Module):
-    """This rank's part of every block, and the two slots that whole blocks are gathered into."""
+    """This rank's shard of every block, and the two slots that blocks are gathered into."""
 
-    memory = staticmethod(collectives.memory_to_gather)  # where both are allocated
+    slots: Tensor
+    memory: Callable[[torch.device], AbstractContextManager[None]] = staticmethod(collectives.memory_to_gather)
 
     def __init__(
         self, rank: int, ranks: int, num_blocks: int, num_bytes: int, offload: int, device: torch.device
     ) -> None:
-        """num_bytes: of a whole block. offload: so many blocks, the first ones, have their part in host memory."""
+        """num_bytes: of a complete block. offload: so many blocks, the first ones, have their shard in host memory."""
         super().__init__()
         self.rank, self.ranks, self.num_blocks = rank, ranks, num_blocks
         offload = offload if device.type == "cuda" else 0
         with self.memory(device):
             slots = torch.zeros(2, num_bytes, dtype=torch.uint8, device=device)
-            parts = torch.empty(num_blocks - offload, num_bytes // ranks, dtype=torch.uint8, device=device)
+            shards = torch.empty(num_blocks - offload, num_bytes // ranks, dtype=torch.uint8, device=device)
         in_host = [torch.empty(num_bytes // ranks, dtype=torch.uint8, pin_memory=True) for _ in range(offload)]
         self.register_buffer("slots", slots, persistent=False)
-        for i, part in enumerate([*in_host, *parts]):
-            self.register_buffer(f"part{i}", part, persistent=False)
-        self.inside: list[int | None] = [None, None]  # the block in each slot
-        self.waits: list[Callable[[], None] | None] = [None, None]  # for the gather that fills it
-        self.last = -1  # the block that was brought last
+        for i, shard in enumerate([*in_host, *shards]):
+            self.register_buffer(f"shard{i}", shard, persistent=False)
+        self.gathered: list[int | None] = [None, None]  # the block in each slot
+        self.waits: list[Callable[[], None] | None] = [None, None]  # for the all-gather that fills it
+        self.last = -1  # the block that was unsharded last
         self.copies = torch.cuda.Stream(device) if offload else None
 
-    def part(self, i: int) -> Tensor:
-        """What this rank keeps of block i, (bytes / ranks,)."""
-        return self.get_buffer(f"part{i}")
+    def shard(self, i: int) -> Tensor:
+        """This rank's shard of block i, (bytes / ranks,) uint8."""
+        return self.get_buffer(f"shard{i}")
 
     def attach(self, model: Llama) -> None:
-        """Have the blocks, as they will train, ask for their weights."""
-        for i, block in enumerate(model.model.layers):
-            if hasattr(block, "bring_weights"):
-                block.bring_weights = partial(self.bring, i)
+        """Have the blocks, as they will train, unshard their weights before each forward and backward pass."""
+        blocks: list[Any] = [*model.model.layers]
+        for i, block in enumerate(blocks):
+            if hasattr(block, "unshard_weights"):
+                block.unshard_weights = partial(self.unshard, i)
             else:
-                block.register_forward_pre_hook(lambda *_, i=i: self.bring(i))
-                block.register_full_backward_pre_hook(lambda *_, i=i: self.bring(i))
+                block.register_forward_pre_hook(lambda *_, i=i: self.unshard(i))
+                block.register_full_backward_pre_hook(lambda *_, i=i: self.unshard(i))
 
-    def bring(self, i: int) -> None:
-        """Return when block i stands in its slot, for the current stream; begin to gather the one that follows.
+    def unshard(self, i: int) -> None:
+        """Return when block i is in its slot, for the current stream; prefetch the block that is needed next.
 
         Every rank has to come here for the same blocks in the same order. A backward pass asks for blocks in falling
         order, for some of them twice: a block that is computed again asks as in a forward pass.
         """
         backward, self.last = 0 < i <= self.last, i
-        if self.inside[i % 2] != i:
-            self._gather(i)
+        if self.gathered[i % 2] != i:
+            self._all_gather(i)
         self._wait(i % 2)
-        following = i - 1 if backward else i + 1
-        if 0 <= following < self.num_blocks and self.inside[following % 2] != following:
-            self._gather(following)
+        prefetch = i - 1 if backward else i + 1
+        if 0 <= prefetch < self.num_blocks and self.gathered[prefetch % 2] != prefetch:
+            self._all_gather(prefetch)
 
     def _wait(self, slot: int) -> None:
         wait, self.waits[slot] = self.waits[slot], None
         if wait:
             wait()
 
-    def _gather(self, i: int) -> None:
-        """Begin to fill the slot of block i. The current stream is done with what it holds: NCCL waits for that."""
-        slot, part = i % 2, self.part(i)
+    def _all_gather(self, i: int) -> None:
+        """Begin to fill the slot of block i. NCCL waits until the current stream has used what it holds."""
+        slot, shard = i % 2, self.shard(i)
         self._wait(slot)
-        whole, self.inside[slot] = self.slots.data[slot], i  # .data: autograd need not know
-        if part.device == whole.device:
-            self.waits[slot] = collectives.all_gather(whole, part)
+        block, self.gathered[slot] = self.slots.data[slot], i  # .data: autograd need not know
+        if shard.device == block.device or self.copies is None:
+            self.waits[slot] = collectives.all_gather(block, shard)
             return
         self.copies.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.copies):
-            mine = whole.view(self.ranks, -1)[self.rank]
-            mine.copy_(part, non_blocking=True)
-            self.waits[slot] = collectives.all_gather(whole, mine)
+            own = block.view(self.ranks, -1)[self.rank]
+            own.copy_(shard, non_blocking=True)
+            self.waits[slot] = collectives.all_gather(block, own)
 
 
 def share_outside_blocks(model: Llama, device: torch.device) -> None:
@@ -164,11 +171,11 @@ def fill_over_ranks(
     host_embedding: bool = False,
     store_type: type[BlockStore] = BlockStore,
 ) -> BlockStore | None:
-    """Fill an empty model, the ranks reading its blocks in turn and exchanging them.
+    """Load an empty model: the ranks read its blocks in turn and exchange them, complete or in shards.
 
     Args:
         model, fill: of `pretrained.open_model`.
-        offload: for full_shard, so many blocks have this rank's part in pinned host memory.
+        offload: for full_shard, so many blocks have this rank's shard in pinned host memory.
         host_embedding: the embedding stays there too, unless the head is the same tensor.
         store_type: or `FullyShardStore`.
     Returns:
@@ -196,11 +203,11 @@ def fill_over_ranks(
         flat = to_bytes(layers[mine], torch.zeros(num_bytes, dtype=torch.uint8, device=device))
         blocks = range(first, min(first + ranks, len(layers)))
         if store is None:
-            for i, whole in zip(blocks, collectives.everyones(flat), strict=False):
-                point_at(layers[i], whole, resident=True)
+            for i, gathered in zip(blocks, collectives.everyones(flat), strict=False):
+                point_at(layers[i], gathered, resident=True)
             continue
-        for i, part in zip(blocks, collectives.exchange(flat), strict=False):
-            store.part(i).copy_(part)
+        for i, shard in zip(blocks, collectives.exchange(flat), strict=False):
+            store.shard(i).copy_(shard)
             point_at(layers[i], store.slots[i % 2], resident=False)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the 16-bit tensors left holes of every size

@@ -29,9 +29,9 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a vi
 
 
 class FullyShardStore(BlockStore):
-    """Loads as `BlockStore` does; from `attach` on PyTorch has this rank's parts and gathers them."""
+    """Loads as `BlockStore` does; from `attach` on PyTorch has this rank's shards and gathers them."""
 
-    memory = staticmethod(nullcontext)
+    memory = staticmethod(lambda _: nullcontext())
 
     def __init__(self, rank: int, ranks: int, num_blocks: int, num_bytes: int, offload: int, device: torch.device):
         if not dist.is_initialized():  # one process: PyTorch needs a group for that too
@@ -48,19 +48,19 @@ class FullyShardStore(BlockStore):
         mesh = init_device_mesh(device.type, (self.ranks,))
         self.blocks: list[Any] = [*model.model.layers]
         for i, block in enumerate(self.blocks):
-            part, ignored = self.part(i), set(block.parameters())
+            shard, ignored = self.shard(i), set(block.parameters())
             block.frozen = nn.Parameter(torch.empty(num_bytes // 2, dtype=torch.bfloat16, device="meta"), False)
-            policy = OffloadPolicy() if part.device == device else CPUOffloadPolicy()
+            policy = OffloadPolicy() if shard.device == device else CPUOffloadPolicy()
             fully_shard(block, mesh=mesh, ignored_params=ignored, offload_policy=policy)
-            local = DTensor.from_local(part.view(torch.bfloat16), mesh, [Shard(0)])
-            block.frozen = nn.Parameter(local, requires_grad=False)  # PyTorch takes it up when it first gathers
-            delattr(self, f"part{i}")
-            self.bring(i)
+            sharded = DTensor.from_local(shard.view(torch.bfloat16), mesh, [Shard(0)]).to(shard.device)
+            block.frozen = nn.Parameter(sharded, requires_grad=False)  # PyTorch takes it up when it first gathers
+            delattr(self, f"shard{i}")
+            self.unshard(i)
             point_at(block, block.frozen.data.view(torch.uint8), resident=False)
         del self.slots
         fully_shard(model.model, mesh=mesh, ignored_params=set(model.parameters()))  # orders what is prefetched
 
-    def bring(self, i: int) -> None:
+    def unshard(self, i: int) -> None:
         """Gather block i outside of a step, and reshard the one before it."""
         if i:
             self.blocks[i - 1].reshard()

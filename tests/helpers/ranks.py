@@ -95,11 +95,11 @@ def brought_blocks(path: Path, load_in_4bit: bool, offload: int = 0) -> dict[str
     there_and_back = [*range(LAYERS), *reversed(range(LAYERS))]
     seen = []
     for i in there_and_back * 2 + [3, 0, 4, 1]:
-        store.bring(i)
+        store.unshard(i)
         blocks = frozen_tensors(model.model.layers[i])
         seen.append((i, [tensor.detach().clone() for _, _, tensor, _ in blocks]))
     seen = [(i, [tensor.cpu() for tensor in tensors]) for i, tensors in seen]
-    parts = [store.part(i).nbytes for i in range(LAYERS)]
+    parts = [store.shard(i).nbytes for i in range(LAYERS)]
     rest = {name: p.detach().cpu() for name, p in model.named_parameters() if not name.endswith("_proj.weight")}
     return {"seen": seen, "parts": parts, "held": held_bytes(model), "rest": rest}
 
@@ -182,9 +182,9 @@ def spread_gradient(
     """And how many blocks this rank has gathered for it, and how many of them only when they were needed."""
     model, store = load_spread(path, load_in_4bit)
     add_lora(model, targets, keep)
-    asked, gathered, bring, gather = [], [], store.bring, store._gather
-    store.bring = lambda i: asked.append(i) or bring(i)  # None, as a hook has to give
-    store._gather = lambda i: (gathered.append(i == asked[-1]), gather(i))
+    asked, gathered, unshard, gather = [], [], store.unshard, store._all_gather
+    store.unshard = lambda i: asked.append(i) or unshard(i)  # None, as a hook has to give
+    store._all_gather = lambda i: (gathered.append(i == asked[-1]), gather(i))
     store.attach(model)
     flat = gradient(model, torch.distributed.get_rank(), torch.distributed.get_world_size())
     return flat, len(gathered), sum(gathered)

@@ -16,7 +16,6 @@ from nanoqlora.weights.pretrained import load_model
 CASES = {  # load_in_4bit, target_modules, what blocks keep
     "fused": (True, ALL_LINEAR, "all"),
     "fused, inputs in host memory": (True, ALL_LINEAR, "offload"),
-    "plain": (True, ("q_proj", "v_proj"), ""),
     "plain, recomputed": (True, ("q_proj", "v_proj"), "recompute"),
     "plain, 16 bits": (False, ("o_proj",), ""),
 }

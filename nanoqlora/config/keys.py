@@ -75,8 +75,10 @@ class Keys(pydantic.BaseModel):
         choices = {str(choice): choice for choice in kinds if not isinstance(choice, type)}
         if value is False and "no" in choices:
             return "no"
-        if kinds & {int, float} and isinstance(value, str | bool) and bool not in kinds:
-            return float(value) if isinstance(value, str) else str(value)  # true is no number
+        if isinstance(value, str) and kinds & {int, float}:
+            return float(value)
+        if isinstance(value, bool) and bool not in kinds and str not in kinds:
+            return choices.get(str(value), "true")  # true is not 1
         return choices.get(str(value), value)
 
     def plain(self) -> dict[str, Any]:
@@ -130,8 +132,9 @@ def settle(cls: type[Keys], given: Map, notes: list[str], options: Iterable[str]
     for written, value in given.items():
         at, name = given.at[written], written.removeprefix(cls.fates.prefix)
         fate, row = fate_of(cls, name)
-        if value in ("", {}) or value == [] and not (fate == "field" and keys_of(cls)[name].default):
-            value = None  # an empty list stays where the default is another one
+        is_list = fate == "field" and isinstance(keys_of(cls)[name].default, tuple) and keys_of(cls)[name].default != ()
+        if value in ("", {}) or value == [] and not is_list:  # where the default is another list, an empty one stays
+            value = None
         if fate == "unknown":
             raise UserError(f"{at} {what_instead(cls, name, options)}")
         if fate == "refused" and not _is_off(value, cls.fates.harmless.get(name, [])):

@@ -227,7 +227,7 @@ def test_an_empty_list_means_nobody_where_the_default_names_somebody():
         ({}, ("assistant",)),
     ):
         run = {"base_model": "m", "adapter": "qlora", "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3}
-        dataset = make_config(run | {"datasets": [data | entry]}).datasets[0]
+        dataset = make_config(run | {"datasets": [data | entry], "seed": [], "output_dir": []}).datasets[0]
         assert dataset.roles_to_train == roles and dataset.data_files == ()
 
 
@@ -596,6 +596,7 @@ def test_value_is_converted(name, value, expected):
         ("special_tokens", "<pad>"),
         ("fsdp_config", [1]),
         ("resume_from_checkpoint", True),
+        ("fsdp_version", True),
     ],
 )
 def test_wrong_type_names_key_value_and_what_fits(name, value):
@@ -667,9 +668,10 @@ def test_nested_key_gives_its_own_line(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["base_model", "adapter", "datasets", "learning_rate"])
-def test_missing_key(name):
+@pytest.mark.parametrize("empty", [None, "", [], {}])
+def test_missing_key(name, empty):
     with pytest.raises(UserError, match=f"{name} is missing"):
-        make_config(least(**{name: None}))
+        make_config(least(**{name: empty}))
 
 
 # ---- the file -----------------------------------------------------------------------------------------------------

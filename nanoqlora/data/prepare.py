@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
+import pydantic
 from tqdm import tqdm
 
 from ..config.errors import UserError
@@ -42,7 +43,7 @@ from .rows import BLOCK_BYTES, Block, blocks_of, placed_rows
 
 SMALL = 8 << 20  # bytes of data; below, to start processes takes longer than the work
 PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when the one that started it ends
-FORMAT = b"1"  # raise it when the same rows and settings give other samples: what older versions kept is read no more
+FORMAT = b"2"  # raise it when the same rows and settings give other samples: what older versions kept is read no more
 NAMED = 5  # rows that are named of those to which something happened
 
 
@@ -68,12 +69,7 @@ class Places:
     def __len__(self) -> int:
         return self.count
 
-    def add(self, where: str) -> None:
-        self.count += 1
-        if len(self.first) < NAMED:
-            self.first.append(where)
-
-    def extend(self, others: "Places") -> None:
+    def add(self, others: "Places") -> None:
         self.count += others.count
         self.first = [*self.first, *others.first][:NAMED]
 
@@ -88,33 +84,27 @@ class Counts:
     unsupervised: Places = field(default_factory=Places)  # without a supervised token: dropped
     notes: dict[str, Places] = field(default_factory=dict)  # of `encode_row`: what was noted -> the rows it is true of
     invalid: dict[str, Places] = field(default_factory=dict)  # why rows cannot be used -> those rows
-    roles: dict[str, int] = field(default_factory=dict)  # of messages, as the files name them -> how many there are
 
-    def note(self, texts: list[str], where: str) -> None:
-        """Count what was noted of the row that stands there."""
+    def note(self, texts: Iterable[str], where: str) -> None:
+        """Count what was noted of the row that stands there: each note once, a role for each of its messages."""
         for text, number in Counter(texts).items():
-            if text.startswith(ROLE_SEEN):
-                role = text.removeprefix(ROLE_SEEN)
-                self.roles[role] = self.roles.get(role, 0) + number
-            else:
-                self.notes.setdefault(text, Places()).add(where)
+            count = number if text.startswith(ROLE_SEEN) else 1
+            self.notes.setdefault(text, Places()).add(Places(count, [where]))
 
     def add_invalid(self, why: str, places: Places) -> None:
         """Count rows that cannot be used, by at most a few reasons: each may name a value of its row."""
         why = why if why in self.invalid or len(self.invalid) < NAMED else OTHER_REASONS
-        self.invalid.setdefault(why, Places()).extend(places)
+        self.invalid.setdefault(why, Places()).add(places)
 
-    def extend(self, others: "Counts") -> None:
+    def add(self, others: "Counts") -> None:
         self.rows += others.rows
         self.longest = max(self.longest, others.longest)
-        self.too_long.extend(others.too_long)
-        self.unsupervised.extend(others.unsupervised)
+        self.too_long.add(others.too_long)
+        self.unsupervised.add(others.unsupervised)
         for text, places in others.notes.items():
-            self.notes.setdefault(text, Places()).extend(places)
+            self.notes.setdefault(text, Places()).add(places)
         for why, places in others.invalid.items():
             self.add_invalid(why, places)
-        for role, number in others.roles.items():
-            self.roles[role] = self.roles.get(role, 0) + number
 
     def why_invalid(self) -> str:
         """What is wrong with the rows that cannot be used, the first of them by file and line; "" without such rows."""
@@ -122,14 +112,12 @@ class Counts:
         for why, places in self.invalid.items():
             first, left = places.first[: max(1, left)], left - len(places)
             file = first[0].rpartition(", ")[0] + ", "
-            also = [
-                *(place.removeprefix(file) for place in first[1:]),
-                *([f"{len(places) - len(first)} more"] if len(places) > len(first) else []),
-            ]
+            also = [place.removeprefix(file) for place in first[1:]]
+            also += [f"{len(places) - len(first)} more"] * (len(places) > len(first))
             parts.append(f"{first[0]}: {why}" + (f" (also {', '.join(also)})" if also else ""))
         if any(why.startswith(UNKNOWN_ROLE) for why in self.invalid):
-            roles = ", ".join(f"{role} {number}" for role, number in list(self.roles.items())[:20])
-            parts.append(f"The roles of its messages: {roles}.")
+            roles = [f"{text.removeprefix(ROLE_SEEN)} {len(n)}" for text, n in self.notes.items() if ROLE_SEEN in text]
+            parts.append(f"The roles of its messages: {', '.join(roles[:20])}.")
         return (f"{total} of {self.rows} rows cannot be used. " if total > 1 else "") + " ".join(parts)
 
 
@@ -153,10 +141,11 @@ class Reading(Counts):
 
     def describe_notes(self) -> list[str]:
         """A line for each thing that was noted of rows, with their number and the first of them."""
-        noted = {**self.notes, **{f"left out, {why}": places for why, places in self.invalid.items()}}
+        noted = self.notes | {f"left out, {why}": places for why, places in self.invalid.items()}
         return [
             f"{len(places)} row{'s' * (len(places) > 1)}: {text} (first: {places.first[0]})"
             for text, places in noted.items()
+            if not text.startswith(ROLE_SEEN)
         ]
 
     def describe(self, sequence_len: int, strategy: str) -> str:
@@ -212,14 +201,10 @@ def prepare_samples(files: list[DataFile], encoding: Encoding, folder: Path) -> 
                 "token. Name another folder."
             ) from error
     facts = json.loads((prepared / "counts.json").read_text("utf-8"))["facts"]
-    fingerprint = facts.pop("fingerprint")
-    for name in ("too_long", "unsupervised"):
-        facts[name] = Places(**facts[name])
-    for name in ("notes", "invalid"):
-        facts[name] = {text: Places(**places) for text, places in facts[name].items()}
-    lengths, num_targets = np.load(prepared / "samples.npy")
-    words = np.memmap(prepared / "words.bin", np.uint32, "r")
-    reading = Reading(**facts, samples=Samples.of(words, lengths, num_targets, fingerprint), files=hashes)
+    tokens = np.memmap(prepared / "words.bin", np.uint32, "r")
+    samples = Samples.of(tokens, *np.load(prepared / "samples.npy"), facts.pop("fingerprint"))
+    counts = pydantic.TypeAdapter(Counts).validate_python(facts)
+    reading = Reading(**vars(counts), samples=samples, files=hashes)
     if reading.invalid and not encoding.skip_invalid:
         raise InvalidRows(reading)
     return reading
@@ -276,7 +261,7 @@ def _read(files: list[DataFile], encoding: Encoding, write: Callable[[np.ndarray
     rows: list[np.ndarray] = [np.empty(0, np.int64)]
     lengths, num_targets = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
     for part in _encode_files(files, encoding):
-        counts.extend(part.counts)
+        counts.add(part.counts)
         lengths.append(part.lengths)
         num_targets.append(part.num_targets)
         digest.update(part.words)
@@ -329,15 +314,12 @@ class Encoded:
 
 def encode_block(block: Block, encoding: Encoding) -> Encoded:
     """Tokenise the rows of a block."""
-    tokens: list[int] = []
-    supervised: list[bool] = []
-    lengths: list[int] = []
-    num_targets: list[int] = []
-    counts, limit = Counts(), encoding.sequence_len
-    rows: list[int] = []
+    counts, rows = Counts(), list[int]()
+    samples: list[np.ndarray] = []
     for where, row in block.rows():
         counts.rows += 1
         notes: list[str] = []
+        num_samples = len(samples)
         try:
             if isinstance(row, UserError):
                 raise row
@@ -345,28 +327,26 @@ def encode_block(block: Block, encoding: Encoding) -> Encoded:
             ids, mask = prompt_format.encode_row(encoding.tokenizer, row, notes.append)
         except (UserError, RecursionError) as error:  # the latter of lists in lists in lists ...
             rows.append(hash(where))
-            counts.note([note for note in notes if note.startswith(ROLE_SEEN)], where)
+            counts.note((note for note in notes if note.startswith(ROLE_SEEN)), where)
             counts.add_invalid(str(error).removeprefix(f"{where}: "), Places(1, [where]))
             continue
         counts.note(notes, where)
         counts.longest = max(counts.longest, len(ids))
-        pieces, num_samples = range(0, len(ids), limit), len(lengths)
-        if len(ids) > limit and prompt_format.type != "completion":
-            counts.too_long.add(where)
+        words = np.array(ids, np.uint32) | np.array(mask, np.uint32) * SUPERVISED
+        pieces = np.split(words, range(encoding.sequence_len, len(words), encoding.sequence_len))
+        if len(pieces) > 1 and prompt_format.type != "completion":
+            counts.too_long.add(Places(1, [where]))
             pieces = pieces[:1] if encoding.strategy == "truncate" else []
-        for start in pieces:
-            piece = mask[start : start + limit]
-            if counted := sum(piece[1:]):
-                tokens += ids[start : start + limit]
-                supervised += piece
-                lengths.append(len(piece))
-                num_targets.append(counted)
+        for piece in pieces:
+            if np.any(piece[1:] >= SUPERVISED):
+                samples.append(piece)
             else:
-                counts.unsupervised.add(where)
-        rows.append(hash((*ids, *mask)) if len(lengths) > num_samples else hash(where))  # only what is kept
-    words = np.array(tokens, np.uint32) | np.array(supervised, np.uint32) * SUPERVISED
-    arrays = np.array(lengths, np.int32), np.array(num_targets, np.int32), np.array(rows, np.int64)
-    return Encoded(words, *arrays, counts)
+                counts.unsupervised.add(Places(1, [where]))
+        rows.append(hash(words.tobytes() if len(samples) > num_samples else where))  # only what is kept
+    lengths = np.array([len(sample) for sample in samples], np.int32)
+    num_targets = np.array([np.count_nonzero(sample[1:] >= SUPERVISED) for sample in samples], np.int32)
+    words = np.concatenate([np.empty(0, np.uint32), *samples])
+    return Encoded(words, lengths, num_targets, np.array(rows, np.int64), counts)
 
 
 def _encode_files(files: list[DataFile], encoding: Encoding) -> Iterator[Encoded]:

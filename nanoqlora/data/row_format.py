@@ -26,7 +26,7 @@ WITH_INPUT = "{instruction} {input} "
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """The words around the columns of a row. The fields are the keys of Axolotl's `type`, where that is a map."""
+    """The text around the columns of a row. The fields are the keys of Axolotl's `type`, where that is a map."""
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")  # where it is read from JSON
 

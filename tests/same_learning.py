@@ -18,7 +18,7 @@ import torch
 
 RUN = """
 import sys, train
-from nanoqlora.config.errors import run_command
+from nanoqlora.config.commands import run_command
 train.judge = lambda *_: {}  # answers take longer than the training
 if sys.argv.pop(1) == "plain":
     train.can_fuse = lambda model: False

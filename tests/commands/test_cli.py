@@ -18,8 +18,8 @@ import train
 from nanoqlora.config import commands as config_commands
 from nanoqlora.config.commands import OURS, run_command
 from nanoqlora.config.errors import Failed, UserError
-from nanoqlora.run import inputs as runs
-from nanoqlora.weights import checkpoint
+from nanoqlora.run import checkpoints
+from nanoqlora.weights import pretrained
 
 COMMANDS = [
     ["train.py"],
@@ -108,7 +108,7 @@ def test_a_run_goes_on_without_stdout_and_stderr(run_file, tmp_path, closed):
 @pytest.mark.parametrize("work", ["print('scores')", "open('/dev/full', 'w', 1).write('scores\\n')"])
 def test_a_full_disk_ends_with_one_line(work):
     """Else `evaluate > scores.txt` would end well, with a file that is cut."""
-    words = [sys.executable, "-c", f"from nanoqlora.config.errors import run_command\nrun_command(lambda: {work})"]
+    words = [sys.executable, "-c", f"from nanoqlora.config.commands import run_command\nrun_command(lambda: {work})"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, cwd=ROOT, env=ENVIRONMENT, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
@@ -126,7 +126,7 @@ def test_a_run_goes_on_when_its_terminal_is_closed(run_file, tmp_path):
 
 
 def test_letters_that_a_terminal_lacks_are_escaped(tmp_path):
-    code = "from nanoqlora.config.errors import run_command\nrun_command(lambda: print('Ahoj \\u2603 \\udcff'))"
+    code = "from nanoqlora.config.commands import run_command\nrun_command(lambda: print('Ahoj \\u2603 \\udcff'))"
     environment = ENVIRONMENT | {"PYTHONIOENCODING": "latin-1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "Ahoj \\u2603 \\udcff\n"), done.stderr
@@ -178,8 +178,8 @@ def broken(*_: object, **__: object) -> None:
         (train, "inject_lora"),
         (train, "fuse_blocks"),
         (train, "keeps_for"),
-        (checkpoint, "rope_frequencies"),
-        (runs, "save_adapter"),
+        (pretrained, "rope_frequencies"),
+        (checkpoints, "save_adapter"),
         (train, "save_results"),
     ],
 )
@@ -192,7 +192,7 @@ def test_a_fault_of_ours_is_a_traceback_with_one_line(run_file, tmp_path, monkey
 
 
 def test_the_line_stands_once_at_the_end_of_the_traceback():
-    code = "from nanoqlora.config.errors import run_command\nrun_command(lambda: 1 / 0)"
+    code = "from nanoqlora.config.commands import run_command\nrun_command(lambda: 1 / 0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == OURS and done.stderr.count(OURS) == 1
     assert "ZeroDivisionError" in done.stderr

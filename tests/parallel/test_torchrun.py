@@ -187,7 +187,7 @@ def test_two_hosts_are_one_run_and_a_cut_ends_both(run_file, hosts, tmp_path):
     """
     script = tmp_path / "impatient.py"
     script.write_text(
-        "import train\nfrom nanoqlora import heartbeat\nfrom nanoqlora.config.errors import run_command\n"
+        "import train\nfrom nanoqlora.parallel import heartbeat\nfrom nanoqlora.config.commands import run_command\n"
         "heartbeat.LIMIT_S = 8.0\nrun_command(train.main)\n"
     )
     words = [run_file, "--lr_scheduler", "constant", "--output_dir"]

@@ -258,7 +258,7 @@ def load(
     model.train()
     load_s = time.perf_counter() - started
     keeps = keeps_for(model, args.gradient_checkpointing, N, optimizer_bytes=state)
-    fuse_blocks(model, keeps, fold=args.fold is True or (args.fold == "auto" and device.type == "cuda"))
+    fuse_blocks(model, keeps, merge=args.fold is True or (args.fold == "auto" and device.type == "cuda"))
     if store:
         store.attach(model)
     elif dense_fits(model):

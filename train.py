@@ -256,8 +256,8 @@ def prepare_model(
     model.train()
     keeps = keeps_for(model, config.gradient_checkpointing, N, optimizer_bytes=state)
     if can_fuse(model):
-        # Folding makes a GPU's step shorter; a CPU keeps the rebuilt weights instead. With dropout nothing is folded.
-        fuse_blocks(model, keeps, fold=device.type == "cuda")
+        # With the update merged into W a GPU's step is shorter; a CPU keeps dense weights instead. Dropout forbids it.
+        fuse_blocks(model, keeps, merge=device.type == "cuda")
         if store is None and dense_fits(model):
             keep_dense_weights(model)
         if set(keeps) != {"all"}:

@@ -23,8 +23,8 @@ train.judge = lambda *_: {}  # answers take longer than the training
 if sys.argv.pop(1) == "plain":
     train.can_fuse = lambda model: False
 else:
-    fuse = train.fuse_blocks  # folded on a CPU too, as on a GPU
-    train.fuse_blocks = lambda model, keeps, fold: fuse(model, keeps, fold=True)
+    fuse = train.fuse_blocks  # merged on a CPU too, as on a GPU
+    train.fuse_blocks = lambda model, keeps, merge: fuse(model, keeps, merge=True)
 run_command(train.main)
 """
 

@@ -5,6 +5,7 @@
     rules.py       how the keys of a run go together     parser.py        YAML and words to maps with line numbers
     load.py        a command line to a Config            commands.py      exit codes, what every command shares
     errors.py      UserError, and text for a terminal    files.py         files appear complete or not at all
+    llama.py       a Llama's numbers from config.json
 
 Every other package imports from here, and this one imports none of them, and never PyTorch. Read first: `schema.py`.
 """

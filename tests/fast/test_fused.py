@@ -97,8 +97,9 @@ def test_kept_bytes_per_block(tmp_path):
         x = torch.randn(B, T, D, device=DEVICE, requires_grad=True)
         angles = torch.rand(B, T, hd // 2, device=DEVICE)
         y = block(x, (angles.cos(), angles.sin()), Segments.one_per_row(B, T), None)
-        kept = y.grad_fn.kept
-        tensors = [t for t in (*vars(kept).values(), *(kept.attention or ())) if isinstance(t, torch.Tensor)]
+        saved = vars(y.grad_fn.saved)
+        held = [*saved.values(), *(vars(saved["attended"]).values() if saved["attended"] else ())]
+        tensors = [t for t in held if isinstance(t, torch.Tensor)]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         assert sum(storages.values()) <= numbers * B * T * 4 * 1.15, keep
 

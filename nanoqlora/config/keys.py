@@ -1,8 +1,8 @@
 """Maps of keys: pydantic models whose values come from YAML or from a command line, with errors that say where.
 
-A key of a map is a field of its model. What becomes of a key that is none stands in `axolotl_keys.yml`. pydantic checks
-and converts the values; an error is one line about the first that is wrong: where it was written, what was found, what
-it takes and means. `schema.py` has the keys of a run, `options.py` those of the commands.
+A key of a map is a field of its model. Axolotl's other keys stand in `axolotl_keys.yml`. pydantic checks and converts
+the values. An error is one line about one value: where it was written, what was found, what the key takes and means.
+`schema.py` has the keys of a run, `options.py` those of the commands.
 """
 
 import difflib
@@ -30,7 +30,7 @@ PathText = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]  # ~ is t
 
 
 class Fates(NamedTuple):
-    """What becomes of the keys of one map that are no fields; a part of `axolotl_keys.yml`, which says what is what."""
+    """What becomes of the keys of one map that are no fields; a part of `axolotl_keys.yml`, which explains each."""
 
     old: dict[str, str | dict[str, Any]] = {}
     old_values: dict[str, dict[str, Any]] = {}
@@ -212,7 +212,7 @@ def build(cls: type[K], values: Map) -> K:
     try:
         return cls.model_validate({name: value for name, value in values.items() if value is not None})
     except pydantic.ValidationError as error:
-        found = max(error.errors(), key=lambda one: len(one["loc"]))  # the innermost says most
+        found = max(error.errors(), key=lambda one: len(one["loc"]))  # the innermost is the most precise
         if isinstance(rule := found.get("ctx", {}).get("error"), UserError):
             raise rule from None
         raise UserError(_explain(cls, values, found["loc"])) from None

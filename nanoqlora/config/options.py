@@ -1,7 +1,7 @@
 """The options of every command, each with its type, default and meaning, once.
 
 They are here and not in the scripts because `--help` and a wrong option are answered without PyTorch. The docstring
-of a class is what the command's `--help` says first.
+of a class is what the command's `--help` prints first.
 """
 
 from typing import Annotated, ClassVar, Literal, Self

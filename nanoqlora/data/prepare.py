@@ -353,7 +353,8 @@ def _encode_files(files: list[DataFile], encoding: Encoding) -> Iterator[Encoded
     """The blocks of all files, tokenised, in order; in as many processes as there are cores, if they are worth it."""
     blocks = blocks_of(files, encoding.part)
     num_bytes = sum(file.path.stat().st_size for file in files)
-    workers = min(len(os.sched_getaffinity(0)), 1 + num_bytes // BLOCK_BYTES)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1  # elsewhere a forked process may crash
+    workers = min(cores, 1 + num_bytes // BLOCK_BYTES)
     if num_bytes < SMALL or workers < 2:
         yield from (encode_block(block, encoding) for block in blocks)
         return

@@ -125,7 +125,8 @@ def free_host_bytes() -> int:
     """This process's share of the host's free memory, which its ranks divide; files that are only cached are free."""
     meminfo = Path("/proc/meminfo")
     found = re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
-    free = int(found[1]) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS: all, free or not
+    free = int(found[1]) * 1024 if found else os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

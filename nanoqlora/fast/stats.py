@@ -1,6 +1,7 @@
 """What a run measures of itself: memory and tokens per second. The names are Axolotl's; GiB = 2^30 bytes."""
 
 import resource
+import sys
 import time
 
 import torch
@@ -23,7 +24,8 @@ def count_graph(held: int, peak: int) -> None:
 def memory_figures(device: torch.device) -> dict[str, float]:
     """Peaks since the last call on a GPU, in GiB; on a CPU the largest memory that the process ever had."""
     if device.type == "cpu":
-        return {"memory/max_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 2)}
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+        return {"memory/max_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB, 2)}
     active = torch.cuda.memory_stats(device)["active_bytes.all.peak"]
     allocated = torch.cuda.max_memory_allocated(device)
     figures = {

@@ -79,7 +79,8 @@ def main() -> None:
     model = options.model or Path(config.output_dir) / "merged"
     check_merged(model, config.output_dir if config else None)
     if not options.model and not Path(model).exists() or not local_path(model).exists():  # ours is no hub name
-        raise UserError(f"{model}: no such folder, so there is no model to export. Run merge.py first, or use --model.")
+        first = script_command("merge.py")
+        raise UserError(f"{model}: no such folder, so there is no model to export. Run {first} first, or use --model.")
     folder = Path(config.output_dir) if config else own_folder(model)
     out = Path(options.out or folder / f"model-{file_type.lower()}.gguf")
     if not options.prove:

@@ -130,6 +130,15 @@ class ChatOptions(ModelOptions):
     seed: int = key("of the tokens that are drawn", 0)
 
 
+class CompareOptions(Keys):
+    """Runs side by side: how their settings differ, what came out, and their curves in one picture."""
+
+    positional: ClassVar = ("runs",)
+
+    runs: Many[PathText] = key("output_dir of each run")
+    out: PathText = key("the picture", "compare.png")
+
+
 class AskOptions(Keys):
     """Ask a GGUF file one question in llama.cpp; greedy."""
 

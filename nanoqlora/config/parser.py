@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from .errors import UserError
+from .scripts import this_command
 
 
 class Map(dict[str, Any]):
@@ -66,7 +67,7 @@ def read_yaml(path: str) -> Map:
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Name the YAML file of the run: train.py path/to/train.yml.") from None
+        raise UserError(f"{path}: no such file. Name the YAML file of a run, as in {this_command('my.yml')}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a YAML file ({error}).") from None
     except yaml.YAMLError as error:
@@ -99,7 +100,12 @@ def read_words(
                 )
             if not places:
                 raise UserError(f"command line: {word} follows no --option, so it would do nothing. See --help.")
-            result.put(name := places.pop(0), word, f"command line: {name}")
+            name = places[0]
+            if ... in own.get(name, ()):  # all words that follow are of the last one
+                word = [*result.get(name, ()), word]
+            else:
+                places.pop(0)
+            result.put(name, word, f"command line: {name}")
             continue
         name, equals, text = word.lstrip("-").partition("=")
         name, at = name.replace("-", "_"), f"command line: --{name.replace('-', '_')}"

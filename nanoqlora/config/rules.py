@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .schema import IN_PARTS, WHOLE, Config, DatasetConfig
+from .scripts import TORCHRUN
 from .splits import split_without_effect
 
 # Two ways to say one thing. Both in one file is an error; on the command line the one given there wins.
@@ -200,6 +201,6 @@ def without_effect(config: Config, ranks: int, on_gpu: bool) -> list[str]:
             )
         names = {"fsdp" if config.fsdp else "fsdp_config": shards and config.fsdp_version != 2}
         names |= {"shard_optimizer_state": config.shard_optimizer_state}
-        start = "does nothing with one process; torchrun --nproc_per_node=N train.py starts several"
+        start = f"does nothing with one process; {TORCHRUN} starts several"
         found += [f"{name} {start}" for name, wanted in names.items() if wanted]
     return found

@@ -22,14 +22,16 @@ COMMANDS = {  # name -> its script or module, what it does
     "export": ("export_gguf.py", "write a GGUF file for llama.cpp and Ollama"),
     "evaluate": ("nanoqlora.evaluate", "loss and perplexity of a model on a data file"),
     "chat": ("nanoqlora.chat", "talk to a model in the terminal"),
+    "compare": ("nanoqlora.run.compare", "runs side by side: settings, losses, time, memory, curves"),
     "bench": ("bench.py", "time and memory of a training step"),
 }
+TORCHRUN = f"torchrun --nproc_per_node=N {'-m nanoqlora.programs.train' if IS_INSTALLED else 'train.py'}"
 NAMES = {script: name for name, (script, _) in COMMANDS.items()}
 
 
 def command_words(script: str) -> tuple[str, ...]:
     """How the user starts one of the programs, by its script or module."""
-    if IS_INSTALLED:
+    if IS_INSTALLED and script in NAMES:
         return "nanoqlora", NAMES[script]
     if not script.endswith(".py"):
         return "python", "-m", script
@@ -44,7 +46,10 @@ def script_command(script: str, *words: object) -> str:
 
 def this_command(*words: str) -> str:
     """The same of the command that is running."""
-    script = Path(sys.argv[0]).name
+    path = Path(sys.argv[0]).resolve()
+    script = path.name
+    if path.parent != PROGRAMS and path.is_relative_to(PACKAGE):
+        script = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)  # a module: nanoqlora.evaluate
     return script_command(script, *words) if script in NAMES else shlex.join(("python", sys.argv[0], *words))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..config.errors import UserError
+from ..config.scripts import script_command
 from ..gguf.container import Metadata
 from ..gguf.file_types import FILE_TYPES
 from ..gguf.ggml_blocks import quantize_checked
@@ -59,7 +60,7 @@ def plan_adapter(
         if update.magnitude is not None:
             raise UserError(
                 f"{where}: {layer} was trained with DoRA, whose row lengths no adapter file of llama.cpp can hold. "
-                f"Merge it (merge.py) and export the merged model."
+                f"Merge it ({script_command('merge.py')}) and export the merged model."
             )
         found, shape = (update.lora_B.shape[0], update.lora_A.shape[1]), shapes.get(f"{layer}.weight")
         if shape != found:

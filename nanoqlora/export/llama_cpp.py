@@ -226,10 +226,12 @@ def main() -> None:
     from ..config.errors import Failed, UserError
     from ..config.load import load_options
     from ..config.options import AskOptions
+    from ..config.scripts import script_command
 
     args = load_options(AskOptions)
     if not Path(args.model).is_file():
-        raise UserError(f"{args.model}: no such file, so there is no model to ask. Write it with export_gguf.py.")
+        command = script_command("export_gguf.py")
+        raise UserError(f"{args.model}: no such file, so there is no model to ask. Write it with {command}.")
     try:
         with Server(args.model, n_ctx=2048) as llama:
             prompt = llama.prompt([{"role": "user", "content": args.question}])

@@ -16,6 +16,7 @@ WIDTH_IN, HEIGHT_IN, DPI = 12, 7.6, 150  # 1800 x 1140 pixels; text stays readab
 INK, MUTED, GRID = "#24292f", "#6e7781", "#e7eaee"
 BLUE, ORANGE, GREEN, PURPLE = "#2563a6", "#d9702e", "#3a8a5f", "#7a5aa6"
 
+MARGINS = {"left": 0.06, "right": 0.975, "top": 0.83, "bottom": 0.085}
 NOTE = {"size": 9.5, "color": MUTED}
 
 MEMORY_LINES = {  # key of metrics.jsonl -> what the legend calls it, its line; allocated often lies under active
@@ -83,24 +84,31 @@ def plot_metrics(rows: list[dict], path: str | Path, name: str | None = None) ->
         path: the PNG, written whole. 1800 x 1140 pixels.
         name: of the run, for the subtitle; unset: the folder of `path`.
     """
+    name = Path(path).resolve().parent.name if name is None else name
+    figure = new_figure("Fine-tuning", _subtitle(rows, name))
+    grid = figure.add_gridspec(2, 3, height_ratios=(1.45, 1), hspace=0.44, wspace=0.22, **MARGINS)
+    _plot_loss(panel(figure, grid[0, :], "Loss", "nats per supervised token", rows), rows)
+    _plot_norm(panel(figure, grid[1, 0], "Gradient norm", "before clipping", rows), rows)
+    _plot_rate(panel(figure, grid[1, 1], "Learning rate", "", rows), rows)
+    _plot_memory(panel(figure, grid[1, 2], "Peak memory", "GiB", rows), rows)
+
+    save_figure(figure, path)
+
+
+def new_figure(title: str, subtitle: str) -> Any:
+    """An empty figure of 1800 x 1140 pixels with a title; panels go between `MARGINS`."""
     # Here, because training needs no plotting library until it ends; the Agg canvas needs no screen.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    name = Path(path).resolve().parent.name if name is None else name
     figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(
-        2, 3, height_ratios=(1.45, 1), left=0.06, right=0.975, top=0.83, bottom=0.085, hspace=0.44, wspace=0.22
-    )
-    figure.text(0.06, 0.945, "Fine-tuning", size=18, weight="bold", color=INK)
-    figure.text(0.06, 0.91, _subtitle(rows, name), size=11, color=MUTED)
+    figure.text(0.06, 0.945, title, size=18, weight="bold", color=INK)
+    figure.text(0.06, 0.91, subtitle, size=11, color=MUTED)
+    return figure
 
-    _plot_loss(_panel(figure, grid[0, :], "Loss", "nats per supervised token", rows), rows)
-    _plot_norm(_panel(figure, grid[1, 0], "Gradient norm", "before clipping", rows), rows)
-    _plot_rate(_panel(figure, grid[1, 1], "Learning rate", "", rows), rows)
-    _plot_memory(_panel(figure, grid[1, 2], "Peak memory", "GiB", rows), rows)
 
+def save_figure(figure: Any, path: str | Path) -> None:
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
 
@@ -117,7 +125,7 @@ def _subtitle(rows: list[dict], name: str) -> str:
     return "   |   ".join(part for part in parts if part)
 
 
-def _panel(figure: Any, place: Any, title: str, unit: str, rows: list[dict]) -> Any:
+def panel(figure: Any, place: Any, title: str, unit: str, rows: list[dict]) -> Any:
     """An empty panel: title and unit on the left, horizontal grid lines, whole steps below."""
     from matplotlib.ticker import MaxNLocator
 
@@ -145,7 +153,7 @@ def _empty(axes: Any) -> None:
     axes.text(0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center", va="center", size=10, color=MUTED)
 
 
-def _line(axes: Any, steps: list[float], values: list[float], **style: Any) -> None:
+def line(axes: Any, steps: list[float], values: list[float], **style: Any) -> None:
     """A curve; a single point gets a marker, since a line of one point is invisible."""
     axes.plot(steps, values, marker="o" if len(steps) == 1 else None, markersize=5, solid_capstyle="round", **style)
 
@@ -169,7 +177,7 @@ def _plot_loss(axes: Any, rows: list[dict]) -> None:
     if not losses and not eval_losses:
         return _empty(axes)
     is_long = len(losses) >= 8
-    _line(
+    line(
         axes,
         steps,
         losses,
@@ -179,7 +187,7 @@ def _plot_loss(axes: Any, rows: list[dict]) -> None:
         label="each step",
     )
     if is_long:
-        _line(axes, steps, smooth(losses), color=BLUE, linewidth=2.2, label="smoothed")
+        line(axes, steps, smooth(losses), color=BLUE, linewidth=2.2, label="smoothed")
     axes.set_ylim(limits(losses, always=eval_losses))
     _mark_spikes(axes, steps, losses, BLUE)
     if eval_losses:
@@ -234,9 +242,9 @@ def _plot_norm(axes: Any, rows: list[dict]) -> None:
     is_long = len(norms) >= 8
     axes.set_ylim(limits(norms, low=0.0))
     top = axes.get_ylim()[1]
-    _line(axes, steps, norms, color=PURPLE, linewidth=0.9 if is_long else 1.8, alpha=0.4 if is_long else 1)
+    line(axes, steps, norms, color=PURPLE, linewidth=0.9 if is_long else 1.8, alpha=0.4 if is_long else 1)
     if is_long:  # a spike is marked, and must not bend the curve around it
-        _line(axes, steps, smooth([min(norm, top) for norm in norms]), color=PURPLE, linewidth=2)
+        line(axes, steps, smooth([min(norm, top) for norm in norms]), color=PURPLE, linewidth=2)
     _mark_spikes(axes, steps, norms, PURPLE)
 
 
@@ -248,7 +256,7 @@ def _plot_rate(axes: Any, rows: list[dict]) -> None:
     highest = max(rates)
     power = math.floor(math.log10(highest) + 1e-9) if highest > 0 else 0
     scaled = [rate / 10.0**power for rate in rates]
-    _line(axes, steps, scaled, color=INK, linewidth=2)
+    line(axes, steps, scaled, color=INK, linewidth=2)
     axes.set_ylim(0, 1.15 * max(scaled) or 1)
     axes.set_ylabel(rf"$\times\,10^{{{power}}}$")
     peak = rates.index(highest)
@@ -270,7 +278,7 @@ def _plot_memory(axes: Any, rows: list[dict]) -> None:
         steps, gib = series(rows, key)
         if gib:
             largest = max(largest, *gib)
-            _line(axes, steps, gib, label=f"{label} {max(gib):.2f} GiB", **style)
+            line(axes, steps, gib, label=f"{label} {max(gib):.2f} GiB", **style)
     if not largest:
         return _empty(axes)
     axes.set_ylim(0, 1.15 * largest)

@@ -339,7 +339,7 @@ def test_the_merge_that_a_run_lacks_is_no_hub_name(world, monkeypatch):
     """Where there is no output_dir either, as in another folder than the run's, out/merged looks like owner/name."""
     monkeypatch.chdir(world.root / "model")
     ended = run_here(export_gguf.main, world.run, "--output_dir", "runs")
-    assert_refused(ended, "runs/merged: no such folder", "Run merge.py first")
+    assert_refused(ended, "runs/merged: no such folder", "/merge.py first")
 
 
 @pytest.mark.parametrize("kind", ["read-only", "under a file", "a folder"])

@@ -23,12 +23,16 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_installed(site: Path, folder: Path, *words: object) -> Ended:
-    """The command `nanoqlora` in `folder`, with a train.py there that must not be run."""
+    """The command `nanoqlora` in `folder`, with a train.py there that must not be run; without PyTorch."""
     (folder / "train.py").write_text("raise SystemExit('this is the train.py of the user')")
-    command = [sys.executable, site / "bin" / "nanoqlora", *map(str, words)]
+    command = [sys.executable, "-X", "importtime", site / "bin" / "nanoqlora", *map(str, words)]
     environment = ENVIRONMENT | {"PYTHONPATH": str(site)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
-    return Ended(done.returncode, done.stdout, done.stderr)
+    imports, lines = [], []
+    for line in done.stderr.splitlines(keepends=True):
+        (imports if line.startswith("import time:") else lines).append(line)
+    assert imports and not any(line.split()[-1] == "torch" for line in imports), "PyTorch takes seconds"
+    return Ended(done.returncode, done.stdout, "".join(lines))
 
 
 def test_the_wheel_has_the_package_and_the_programs(site):
@@ -52,7 +56,7 @@ def test_the_dependencies_are_the_pins_of_the_requirements(site):
 
 def test_the_command_lists_its_programs(site, tmp_path):
     ended = run_installed(site, tmp_path, "--help")
-    names = ("train", "merge", "export", "evaluate", "chat", "bench")
+    names = ("train", "merge", "export", "evaluate", "chat", "compare", "bench")
     assert ended.code == 0 and [line.split()[0] for line in ended.out.splitlines() if line[:4] == "    "] == [*names]
     for words, found in (((), "no command is given"), (("tune",), "there is no command tune")):
         ended = run_here(scripts.main, *words)
@@ -63,5 +67,9 @@ def test_a_program_of_the_command_is_ours_and_says_how_it_is_started(site, tmp_p
     """Not the train.py of the folder; usage names `nanoqlora train`, which has no script to call by path."""
     ended = run_installed(site, tmp_path, "train", "--help")
     assert ended.code == 0 and "usage: nanoqlora train " in ended.out and ended.err == ""
+    ended = run_installed(site, tmp_path, "merge", "no.yml")
+    assert ended.code == 2 and "as in nanoqlora merge my.yml." in ended.err
+    ended = run_installed(site, tmp_path, "chat", "--help")
+    assert ended.code == 0 and "usage: nanoqlora chat " in ended.out
     ended = run_installed(site, tmp_path, "evaluate")
     assert ended.code == 2 and ended.err.startswith("error: command line: --model is missing: ")

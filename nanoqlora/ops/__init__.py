@@ -1,12 +1,20 @@
-"""What PyTorch lacks, each operation twice: a reference to read and a fast twin to run.
+"""The operations of the model, each twice: a reference to read and a fast twin to run.
 
-The two have the same name, arguments and results; tests hold one against the other, forward and backward. This file
-is the one switch between them: the fast twins are used unless `use("reference")` says otherwise, and no other file
-asks which it is.
+The two have the same name, arguments and results; tests compare them, forward and backward. This file is the only
+switch between them: the fast twins run unless `use("reference")` is called, and no other file asks which it is.
+
+    attention.py     causal attention over packed rows     block_parts.py    norm, RoPE and SwiGLU with their backward
+    elementwise.py   RMSNorm, RoPE, SwiGLU                 lora_parts.py     LoRA's small matmuls with their backward
+    nf4.py           four bits per weight                  mlp_backward.py   SwiGLU's backward with LoRA's gradients
+    lora.py          linear layer with LoRA and dropout    fast/, triton/    the twins: PyTorch's own, and GPU kernels
+    loss.py          head and cross-entropy
+
+Not here: autograd over a complete block (`fast/block.py`). Read first: `nf4.py`, `lora.py`.
 """
 
 from collections.abc import Callable
 from functools import lru_cache
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
@@ -53,13 +61,14 @@ _fast = True
 
 
 def use(which: Literal["fast", "reference"]) -> None:
-    """Choose for the whole process. The fast twins are the default."""
+    """Choose for this process. The fast twins are the default."""
     global _fast
     _fast = which == "fast"
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    module = attention_reference
+    """Causal attention within documents. q: (B, T, H, hd), k, v: (B, T, KV, hd) -> (B, T, H, hd)."""
+    module: ModuleType = attention_reference
     if _fast and q.device.type == "cpu" and q.dtype != torch.float64:
         module = attention_cpu
     elif _fast and q.is_cuda and attention_cuda.can_run(q, segments):
@@ -68,7 +77,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 
 
 class Kernels(NamedTuple):
-    """What a block with a hand-written backward pass is made of; see `block_parts.py`, `lora_parts.py`."""
+    """The operations of a block with a hand-written backward pass; see `block_parts.py`, `lora_parts.py`."""
 
     rms_norm: Callable
     add_rms_norm: Callable
@@ -105,7 +114,7 @@ def kernels(x: Tensor) -> Kernels:
 
 
 def embedding_from_host(tokens: Tensor, table: Tensor) -> Tensor:
-    """Rows of a table (V, D) in pinned memory of the host for tokens (B, T) on a device -> (B, T, D) there."""
+    """Rows of a table (V, D) in pinned host memory, for tokens (B, T) on a device -> (B, T, D) on that device."""
     if _fast and tokens.is_cuda:
         from .triton import elementwise as elementwise_triton
 
@@ -117,11 +126,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension. x: (..., D), weight: (D,), frozen."""
     if not _fast or x.dtype == torch.float64:
         return elementwise.rms_norm(x, weight, eps)
-    return elementwise_fast.rms_norm(x, weight, eps, kernels(x))
+    twins = kernels(x)
+    return elementwise_fast.rms_norm(x, weight, eps, twins.rms_norm, twins.rms_norm_backward)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the heads of x (B, T, heads, hd) by angles with cosines and sines (B, T, hd / 2)."""
+    """Rotate the heads of x (B, T, heads, hd) by the angles of cos and sin, (B, T, hd / 2)."""
     return _elementwise(x).apply_rope(x, cos, sin)
 
 
@@ -130,15 +140,17 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _elementwise(gate).swiglu(gate, up)
 
 
-def _elementwise(x: Tensor):
+def _elementwise(x: Tensor) -> ModuleType:
     return elementwise_fast if _fast and x.dtype != torch.float64 else elementwise
 
 
 def quantize_nf4(w: Tensor, blocksize: int = nf4.BLOCKSIZE) -> tuple[Tensor, Tensor]:
+    """w (n_out, n_in) -> packed (n_out, n_in // 2) uint8, absmax (n_out, n_in // blocksize) float32."""
     return (nf4_fast if _fast else nf4).quantize_nf4(w, blocksize)
 
 
 def dequantize_nf4(packed: Tensor, absmax: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The results of `quantize_nf4` -> (n_out, n_in) of `dtype`."""
     return (nf4_fast if _fast else nf4).dequantize_nf4(packed, absmax, dtype)
 
 
@@ -148,50 +160,56 @@ def dequantize_into(
     nested_absmax: Tensor,
     nested_offset: Tensor,
     out: Tensor,
-    fold: tuple[Tensor, Tensor, float] | None = None,
+    update: tuple[Tensor, Tensor, float] | None = None,
 ) -> None:
-    """W of a doubly quantised matrix, written to `out` (n_out, n_in), which may be rows of a larger buffer.
+    """Dequantize W, scales included, into `out` (n_out, n_in), which may be rows of a larger buffer.
 
     Args:
-        fold: lora_A (r, n_in), lora_B (n_out, r), scaling: writes W + scaling * B A, summed in float32.
+        update: lora_A (r, n_in), lora_B (n_out, r), scaling: writes W + scaling * B A, summed in float32.
     """
     if _fast and out.is_cuda:
         from .triton import nf4 as nf4_triton
 
-        if fold is None:
+        if update is None:
             nf4_triton.dequantize_nf4_double(packed, codes, nested_absmax, nested_offset, out)
         else:
-            nf4_triton.dequantize_nf4_folded(packed, codes, nested_absmax, nested_offset, *fold, out)
+            nf4_triton.dequantize_nf4_merged(packed, codes, nested_absmax, nested_offset, *update, out)
         return
     absmax = dequantize_absmax(codes, nested_absmax, nested_offset)
-    if fold is None:
+    if update is None:
         out.copy_(dequantize_nf4(packed, absmax, out.dtype))
     else:
-        lora_A, lora_B, scaling = fold
+        lora_A, lora_B, scaling = update
         out.copy_(dequantize_nf4(packed, absmax).addmm_(lora_B.float(), lora_A.float(), alpha=scaling))
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Double quantization: absmax float32 -> codes uint8, nested_absmax and nested_offset float32."""
     return (nf4_fast if _fast else nf4).quantize_absmax(absmax)
 
 
 def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
+    """The results of `quantize_absmax` -> absmax float32."""
     return (nf4_fast if _fast else nf4).dequantize_absmax(codes, nested_absmax, nested_offset)
 
 
 def frozen_linear(x: Tensor, rebuild: Rebuild) -> Tensor:
+    """y = x W^T for a frozen W, which `rebuild(dtype)` gives."""
     return lora.frozen_linear(x, rebuild)
 
 
 def lora_linear(
     x: Tensor, rebuild: Rebuild, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: Dropout | None
 ) -> Tensor:
+    """y = x W^T + scaling * dropout(x) A^T B^T for a frozen W. x: (B, T, n_in) -> (B, T, n_out)."""
     return (lora_fast if _fast else lora).lora_linear(x, rebuild, lora_A, lora_B, scaling, dropout)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The sum of `token_losses`, (), with a gradient for `hidden`."""
     return (loss_fast if _fast else loss).linear_cross_entropy(hidden, weight, targets)
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each token, (N,), from hidden (N, D), the head (V, D) and targets (N,)."""
     return (loss_fast if _fast else loss).token_losses(hidden, weight, targets)

@@ -1,9 +1,9 @@
 """Attention over rows that may hold several documents. The reference, in plain PyTorch.
 
-Training rows are packed: short samples stand one after another in one row of `sequence_len` tokens, so that no
-arithmetic is spent on padding. A token must then see only the earlier tokens of its own document, and positions
-start again at every document; otherwise samples would read each other, which trains a different model in silence.
-`Segments` says where the documents are. It is made once for a batch and used by every layer.
+Training rows are packed: short samples follow each other in one row of `sequence_len` tokens, so that no arithmetic is
+spent on padding. A token must then attend only to the earlier tokens of its own document, and positions start at zero
+in every document. Otherwise samples would attend to each other, which trains a different model without any error.
+`Segments` holds where the documents are. It is created once for a batch and used by every layer.
 """
 
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segments:
-    """Where documents stand in a batch of B rows of T tokens.
+    """Where documents begin and end in a batch of B rows of T tokens.
 
-    lengths: for each row the lengths of its documents in order; they add up to T (padding is a document too).
-    offset: position of the first token, above 0 only when earlier tokens are in a cache.
+    lengths: for each row the lengths of its documents in order; their sum is T (padding is a document too).
+    offset: position of the first token, above 0 only when earlier tokens are in a KV cache.
     """
 
     lengths: tuple[tuple[int, ...], ...]
@@ -31,7 +31,7 @@ class Segments:
 
     @cached_property
     def documents(self) -> list[tuple[int, int, int]]:
-        """(row, first token, one past the last) of every document, in order."""
+        """(row, first token, last token + 1) of every document, in order."""
         spans = []
         for row, lengths in enumerate(self.lengths):
             end = 0
@@ -51,7 +51,7 @@ class Segments:
         return max(max(row) for row in self.lengths)
 
     def ends(self, device: torch.device) -> Tensor:
-        """(number of documents + 1,) int32 on `device`: where each document ends when all rows stand in one line."""
+        """(number of documents + 1,) int32 on `device`: where each document ends when all rows are concatenated."""
         if device not in self._ends:
             lengths = [0, *(length for row in self.lengths for length in row)]
             self._ends[device] = torch.tensor(lengths, device=device).cumsum(0).to(torch.int32)
@@ -63,13 +63,13 @@ class Segments:
 
     @cached_property
     def positions(self) -> Tensor:
-        """(B, T) int64: each token's place in its own document, which is what RoPE turns by."""
+        """(B, T) int64: each token's position in its own document, which RoPE uses."""
         rows = [torch.cat([torch.arange(length) for length in lengths]) for lengths in self.lengths]
         return torch.stack(rows) + self.offset
 
     @cached_property
     def mask(self) -> Tensor:
-        """(B, 1, T, T) bool, True where the token of the row may look at the token of the column."""
+        """(B, 1, T, T) bool, True where the token of the row may attend to the token of the column."""
         T = sum(self.lengths[0])
         document = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in self.lengths])
         same = document[:, :, None] == document[:, None, :]
@@ -90,7 +90,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 
 
 def attention_to_past(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same for chat: the last T of S tokens look at all before them. q: (B, T, H, hd), k, v: (B, S, KV, hd)."""
+    """The same with a KV cache: q (B, T, H, hd) are the last T of S tokens, k and v (B, S, KV, hd) all of them."""
     T, S = q.shape[1], k.shape[1]
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

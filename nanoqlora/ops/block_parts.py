@@ -1,8 +1,8 @@
-"""What a block with a hand-written backward pass computes between its matrix products. The reference, in plain PyTorch.
+"""What a block with a hand-written backward pass computes between its matmuls. The reference, in plain PyTorch.
 
-The mathematics is that of `ops/elementwise.py`, cut differently: a forward function also gives what its backward needs,
-and backward functions write over tensors that nobody needs afterwards. Nothing here knows autograd. Batch and time
-are flattened to N rows. `ops/triton/elementwise.py` has the twins that a GPU runs.
+The mathematics is that of `ops/elementwise.py`, without autograd: a forward function also returns what its backward
+needs, and backward functions overwrite tensors that are not used afterwards. Batch and time are flattened to N rows.
+`ops/triton/elementwise.py` has the twins that a GPU runs.
 """
 
 import torch
@@ -17,7 +17,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
 
     Args:
         x: (N, D). weight: (D,).
-        out: (N, D) to write the first result to, its rows may be slices of wider ones. None makes a new one.
+        out: (N, D) to write the first result to, its rows may be slices of wider ones. None allocates it.
     Returns:
         h (N, D) in the dtype of x, rstd (N,) in float32 (float64 from float64).
     """
@@ -56,19 +56,19 @@ def rope_(qkv: Tensor, num_heads: int, head_dim: int, cos: Tensor, sin: Tensor, 
 
     Args:
         qkv: (N, at least num_heads * head_dim), rows may be slices. cos, sin: (N, head_dim / 2).
-        backward: turn the other way.
+        backward: rotate by the negative angles.
     """
     heads = qkv[:, : num_heads * head_dim].unflatten(1, (num_heads, head_dim))
     first, second = heads.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(1), (-sin if backward else sin).unsqueeze(1)
     a, b = wide(first), wide(second)
-    turned = a * cos - b * sin
+    rotated = a * cos - b * sin
     second.copy_(b * cos + a * sin)
-    first.copy_(turned)
+    first.copy_(rotated)
 
 
 def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The gradient of what q, k and v were before `rope_`, side by side.
+    """The gradient of q, k and v before `rope_`, side by side.
 
     Args:
         dq, dk, dv: (B, T, heads, hd), in any memory order.
@@ -87,7 +87,7 @@ def swiglu(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def swiglu_backward_(dact: Tensor, gate_up: Tensor) -> None:
-    """Backward of `swiglu` in place: gate_up becomes its gradient, dact becomes act, made again.
+    """Backward of `swiglu` in place: gate_up becomes its gradient, dact becomes act, recomputed.
 
     Args:
         dact: (N, FF). gate_up: (N, 2 FF). Rows may be slices of wider ones.

@@ -1,7 +1,7 @@
-"""What stands between the matrix products: norm, rotation, activation. The reference, in plain PyTorch.
+"""What is computed between the matmuls: RMSNorm, RoPE, SwiGLU. The reference, in plain PyTorch.
 
-Each computes in float32 whatever it is given (float64 stays) and rounds once, at the end: in bfloat16 a sum of
-squares over thousands of dimensions would keep two digits.
+Each computes in float32 (float64 for float64) and rounds once, at the end: in bfloat16 a sum of squares over
+thousands of dimensions would have two correct digits.
 """
 
 import torch
@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of dimensions (i, i + hd/2) of every head by its token's angle.
+    """Rotate each pair of dimensions (i, i + hd/2) of every head by its token's angle.
 
     Args:
         x: (B, T, heads, hd). cos, sin: (B, T, hd / 2) of the angles.

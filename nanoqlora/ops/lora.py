@@ -2,29 +2,29 @@
 
     y = x W^T + s * dropout(x) A^T B^T
 
-W (n_out, n_in) is frozen, in four bits or more; only A (r, n_in) and B (n_out, r) learn, r of them being far below
-both widths. B starts at zero, so training starts at the base model exactly. Dropout acts on the update's path alone.
+W (n_out, n_in) is frozen, in four bits or more; only A (r, n_in) and B (n_out, r) are trained, with r far below both
+widths. B starts at zero, so training starts at the base model exactly. Dropout applies to the update's input only.
 
-Gradients (autograd finds them; the twin in `ops/fast/lora.py` writes them out), with x' = dropout(x):
+Gradients (autograd derives them here; the twin in `ops/fast/lora.py` has them written out), with x' = dropout(x):
 
     dB = s * dy^T (x' A^T)          dA = s * (dy B)^T x'          dx = dy W + s * dropout'((dy B) A)
 
-W has no gradient and is not kept for the backward pass: it is rebuilt from its four bits.
+W has no gradient and is not saved for the backward pass: it is dequantized again.
 Source: LoRA (arXiv:2106.09685), QLoRA (arXiv:2305.14314).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Rebuild = Callable[[torch.dtype], Tensor]  # gives W (n_out, n_in) in a dtype, made anew or at hand
+Rebuild = Callable[[torch.dtype], Tensor]  # gives W (n_out, n_in) in a dtype
 
 
 class Dropout(NamedTuple):
-    """What decides the mask: the probability p and a seed for each row, (B,) int64."""
+    """What decides the dropout mask: the probability p and a seed for each row, (B,) int64."""
 
     p: float
     seed: Tensor
@@ -32,13 +32,13 @@ class Dropout(NamedTuple):
     def mask(self, x: Tensor) -> Tensor:
         """For x (B, T, n_in): 0 where dropped and 1 / (1 - p) elsewhere, in float32 or more.
 
-        Rounded to bfloat16, 1 / 0.95 would be 0.2 % too large, and so would every update.
+        In bfloat16 1 / 0.95 would be 0.2 % too large, and so would every update.
         """
         return dropout_mask(x.shape, self.p, self.seed, torch.promote_types(x.dtype, torch.float32))
 
 
 class FrozenLinear(torch.autograd.Function):
-    """y = x W^T for a W that takes no gradient and is rebuilt for the backward pass, not kept."""
+    """y = x W^T for a frozen W that is rebuilt in the backward pass instead of saved."""
 
     @staticmethod
     def forward(ctx, x: Tensor, rebuild: Rebuild) -> Tensor:
@@ -61,7 +61,7 @@ def lora_linear(
     """y = x W^T + scaling * dropout(x) A^T B^T.
 
     Args:
-        x: (B, T, n_in). lora_A: (r, n_in), lora_B: (n_out, r): float32, cast to the dtype of x for the products.
+        x: (B, T, n_in). lora_A: (r, n_in), lora_B: (n_out, r): float32, cast to the dtype of x.
         dropout: None when p = 0 and in evaluation.
     Returns:
         (B, T, n_out) in the dtype of x.
@@ -71,15 +71,15 @@ def lora_linear(
     return frozen_linear(x, rebuild) + scaling * update
 
 
-def dropout_mask(shape: tuple[int, int, int], p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 with probability p, else 1 / (1 - p), decided by a hash and not by a random state.
+def dropout_mask(shape: Sequence[int], p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 with probability p, else 1 / (1 - p), from a hash and not from a random state.
 
-    The same token of the same step and layer gets the same mask on one GPU or eight, in a forward pass or in its
-    recomputation, before or after a resume, and nothing is stored for it.
+    The same token of the same step and layer gets the same mask on one GPU or eight, in the forward pass and in its
+    recomputation, before and after a resume, and nothing is stored for it.
 
     Args:
         shape: (B, T, n_in).
-        seed: (B,) int64, a number for each row that stands for (run, step, row, layer).
+        seed: (B,) int64, a number for each row made of (run, step, row, layer).
     """
     B, T, n_in = shape
     return mask_of(token_numbers(seed, T), n_in, p, dtype)
@@ -87,15 +87,15 @@ def dropout_mask(shape: tuple[int, int, int], p: float, seed: Tensor, dtype: tor
 
 def token_numbers(seed: Tensor, T: int) -> Tensor:
     """An odd 32-bit number for each of T tokens of every row: (..., B) int64 seeds -> (..., B, T) int32."""
-    return mix(fold(seed)[..., None] ^ mix(torch.arange(T, device=seed.device, dtype=torch.int32))) | 1
+    return mix(to_32_bits(seed)[..., None] ^ mix(torch.arange(T, device=seed.device, dtype=torch.int32))) | 1
 
 
 def mask_of(numbers: Tensor, n_in: int, p: float, dtype: torch.dtype) -> Tensor:
     """As `dropout_mask`, from the numbers of tokens, (...) int32 -> (..., n_in).
 
-    A token's number times a pair of features' number is 64 bits long; its halves, one XOR the other, are 32 bits that
-    look like chance, 16 for each feature of the pair. One product for two features: a mask is made again in every pass
-    over its input, so on a GPU each instruction counts.
+    The number of a token times the number of a pair of features has 64 bits. The XOR of its halves gives 32 random
+    bits, 16 for each feature of the pair. One multiplication serves two features, because the mask is recomputed in
+    every pass over its input and a GPU is limited by the number of integer instructions there.
     Source: the step of wyhash (Wang Yi), there called MUM.
     """
     pairs = torch.arange((n_in + 1) // 2, device=numbers.device, dtype=torch.int32)
@@ -108,15 +108,15 @@ def mask_of(numbers: Tensor, n_in: int, p: float, dtype: torch.dtype) -> Tensor:
 
 
 def threshold_and_scale(p: float) -> tuple[int, float]:
-    """Which of 65,536 values are dropped, and 1 / (1 - p) for exactly that share: 0.05 becomes 3277 / 65536."""
+    """How many of the 65,536 values are dropped, and 1 / (1 - p) for exactly that share: 0.05 is 3277 / 65536."""
     threshold = round(p * 2**16)
     return threshold, 2**16 / (2**16 - threshold)
 
 
 def mix(x: Tensor) -> Tensor:
-    """A 32-bit hash (int32 in and out): every bit of the input moves about half of the output's bits.
+    """A 32-bit hash (int32 in and out): every bit of the input changes about half of the output's bits.
 
-    Two rounds of shift-xor-multiply; PyTorch has no unsigned shift, so the sign's copies are masked off.
+    Two rounds of shift, XOR and multiply. PyTorch has no unsigned shift, so the copies of the sign bit are masked off.
     Constants: Chris Wellons, "Prospecting for Hash Functions", lowbias32.
     """
     x = x ^ (x >> 16 & 0xFFFF)
@@ -126,6 +126,6 @@ def mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16 & 0xFFFF)
 
 
-def fold(seed: Tensor) -> Tensor:
-    """int64 -> int32, with all 64 bits used."""
+def to_32_bits(seed: Tensor) -> Tensor:
+    """int64 -> int32, from all 64 bits."""
     return mix((seed >> 32).to(torch.int32)) ^ (seed & 0xFFFFFFFF).to(torch.int32)

@@ -1,21 +1,21 @@
-"""The parts of a low-rank update, for a block that writes its backward pass by hand. The reference, in plain PyTorch.
+"""The parts of a LoRA update, for a block with a hand-written backward pass. The reference, in plain PyTorch.
 
     around W   [W  s B]                  place_adapter
                [A   . ]
     forward    xa  = x' A^T              lora_down                 x' = dropout(x)
-               the same of act           swiglu_lora_down          act = silu(gate) * up, made on the way
+               the same of act           swiglu_lora_down          act = silu(gate) * up, computed in the same pass
     backward   dB  = s * dy^T xa         lora_backward_B
                dA  = dxa^T x'            lora_backward_A           dxa = s * dy B
                dx += dropout'(dxa A)     lora_dx_add_
 
-Everything here is a matrix product with one dimension of 8 to 192, so the wide operand (x, dy or dx) decides the time:
-each part touches it once. What touches y or dy anyway rides along in the product with W: `fast/block.py` says how.
-Projections that read one x are put side by side: A is then (R, n_in) with R the sum of their ranks, xa is (N, R), and
-one mask serves them all. Batch and time are flattened to N = B * T rows.
+Everything here is a matmul with one dimension of 8 to 192, so reading the wide operand (x, dy or dx) takes most of the
+time: each part reads it once. The matmuls with s B are part of the matmul with W: see `fast/block.py`. Projections that
+read the same x are computed together: A is then (R, n_in) with R the sum of their ranks r, xa is (N, R), and one mask
+serves them all. Batch and time are flattened to N = B * T rows.
 
-Nothing here knows autograd; x' is made again where it is needed and never kept. Any float dtype, float64 included: it
-is what the tests measure the kernels of `ops/triton/lora.py` against, and what a CPU runs. Where the two differ is in
-rounding alone: this file rounds each product and each sum to the dtype of x.
+There is no autograd here; x' is recomputed where it is needed and never saved. Any float dtype, float64 included: the
+tests compare the kernels of `ops/triton/lora.py` with this file, and a CPU runs it. The two differ in rounding only:
+this file rounds each matmul and each sum to the dtype of x.
 """
 
 from collections.abc import Sequence
@@ -50,8 +50,8 @@ def place_adapter(A: Tensor, B: Tensor, scaling: float, A_rows: Tensor, B_column
     Args:
         A: (r, n_in). B: (n_out, r). Both float32.
         A_rows: (r, n_in), becomes A.
-        B_columns: (n_out, at least first + r), becomes scaling * B in columns first to first + r - 1, 0 in all others,
-            which belong to projections beside this one.
+        B_columns: (n_out, at least first + r), becomes scaling * B in columns first to first + r - 1, and 0 in all
+            others, which belong to other projections of the same input.
     """
     A_rows.copy_(A)
     B_columns.zero_()[:, first : first + B.shape[1]].copy_(B * scaling)
@@ -62,7 +62,7 @@ def lora_down(x: Tensor, A: Tensor, dropout: RowDropout | None = None, out: Tens
 
     Args:
         x: (N, n_in). A: (R, n_in) in the dtype of x.
-        out: (N, n_in), becomes a copy of x, if given; its rows may be slices of wider ones.
+        out: (N, n_in), becomes a copy of x if given; its rows may be slices of wider ones.
     Returns:
         (N, R) in the dtype of x.
     """
@@ -94,9 +94,9 @@ def lora_backward_A(
     Args:
         dxa: (N, R), with the scaling in it. x: (N, n_in).
         out: (R, n_in) float32 to add to, as gradients are summed over micro-batches; or one such for each projection,
-            (r, n_in), in their order: x is still read once. None makes a new one.
-        norm: rstd (N,) and weight (n_in,), if the projections read the norm of x: h = x rstd weight. It need not be
-            made again, because dxa^T h = (dxa rstd)^T x weight; the factors are applied to the small tensors.
+            (r, n_in), in their order: x is still read once. None allocates it.
+        norm: rstd (N,) and weight (n_in,), if the projections read the norm of x: h = x rstd weight. It is not
+            recomputed, because dxa^T h = (dxa rstd)^T x weight: the factors are applied to the small tensors.
     Returns:
         (R, n_in) float32 (float64 from float64); `out` if it was given.
     """
@@ -128,7 +128,7 @@ def lora_backward_B(dy: Tensor, xa: Tensor, scaling: float, out: Tensor | None =
 
     Args:
         dy: (N, n_out), rows may be slices of wider ones. xa: (N, r), likewise.
-        out: (n_out, r) float32 to add to. None makes a new one.
+        out: (n_out, r) float32 to add to. None allocates it.
     Returns:
         (n_out, r) float32 (float64 from float64); `out` if it was given.
     """

@@ -1,6 +1,6 @@
-"""The head and its loss. The reference, in plain PyTorch.
+"""The language-model head and its loss. The reference, in plain PyTorch.
 
-Cross-entropy: minus the logarithm of the probability that the model gave to the right token, in nats,
+Cross-entropy: the negative logarithm of the probability that the model gives to the target token, in nats,
 
     loss = logsumexp(logits) - logits[target]          logits = hidden weight^T
 """
@@ -14,7 +14,7 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The loss of each token.
 
     Args:
-        hidden: (N, D), only the positions that count. weight: (V, D), the head, frozen. targets: (N,) int64.
+        hidden: (N, D), the supervised positions only. weight: (V, D), the head, frozen. targets: (N,) int64.
     Returns:
         (N,) float32, in nats (float64 for float64).
     """

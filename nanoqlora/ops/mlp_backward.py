@@ -1,14 +1,14 @@
-"""SwiGLU's way back together with every low-rank gradient that reads its tensors. The reference, in plain PyTorch.
+"""SwiGLU's backward together with every LoRA gradient that reads its tensors. The reference, in plain PyTorch.
 
-Between the backward products of down_proj and of gate_proj and up_proj stand, at width FF,
+Between the backward matmuls of down_proj and of gate_proj and up_proj, four steps have the width FF:
 
-    dact += dropout'(dxa A)                         down_proj's update, where it is not folded into the weight
+    dact += dropout'(dxa A)                         down_proj's update, where it is not merged into the weight
     dgate, dup = swiglu'(dact; gate, up)
-    dA    = dxa^T dropout(act)                      of down_proj; act = silu(gate) * up is made again on the way
+    dA    = dxa^T dropout(act)                      of down_proj; act = silu(gate) * up is recomputed
     dB    = s * dgate^T xa, s * dup^T xa            of gate_proj and of up_proj
 
-Each is simple, and together they read and write the widest tensors of a block nine times. `ops/triton/mlp_backward.py`
-does it in five: dact, gate and up in, dgate and dup out.
+One after the other they read and write the widest tensors of a block nine times. `ops/triton/mlp_backward.py` needs
+five: it reads dact, gate and up, and writes dgate and dup.
 """
 
 from collections.abc import Callable
@@ -32,11 +32,11 @@ def mlp_backward_(
     scalings: tuple[float, float],
     dBs: tuple[Tensor, Tensor],
 ) -> None:
-    """gate_up becomes its gradient; three low-rank gradients are added to; what is in dact afterwards is of no use.
+    """Overwrite gate_up with its gradient and add to three LoRA gradients. dact is overwritten too.
 
     Args:
         dact: (N, FF), the gradient of act, rows may be slices of wider ones. gate_up: (N, 2 FF), likewise.
-        dxa: (N, r) of down_proj. A: (r, FF) of down_proj, whose part of dact is still to be added, or None.
+        dxa: (N, r) of down_proj. A: (r, FF) of down_proj, whose part of dact is added here; None if dact has it.
         dropout: down_proj's. dA: (r, FF) float32.
         xa: (N, r_gate + r_up). scalings: of gate_proj and up_proj. dBs: (FF, r_gate) and (FF, r_up) float32.
     """
@@ -56,7 +56,7 @@ def one_by_one(
     scalings: tuple[float, float],
     dBs: tuple[Tensor, Tensor],
 ) -> None:
-    """`mlp_backward_` from its parts: those of `lora_parts`, or their twins of the same names."""
+    """`mlp_backward_` step by step, with the functions of `lora_parts` or with their twins of the same names."""
     if A is not None:
         lora.lora_dx_add_(dact, dxa, A, dropout)
     swiglu_backward_(dact, gate_up)

@@ -1,15 +1,15 @@
-"""NF4: four bits a weight. The reference, in plain PyTorch.
+"""NF4: four bits per weight. The reference, in plain PyTorch.
 
-A trained weight matrix looks like a bell curve, so 16 evenly spaced levels would waste most of themselves on values
-that hardly occur. NormalFloat puts its 16 levels at quantiles of the normal distribution instead: each level is used
-about equally often. Weights are scaled block by block (64 neighbours of a row share one scale, their largest
-magnitude), which keeps an outlier's damage inside its block:
+The weights of a trained matrix are about normally distributed, so most of 16 evenly spaced levels would be used for
+values that hardly occur. NormalFloat puts its 16 levels at quantiles of the normal distribution: each level is used
+about equally often. Weights are scaled in groups (64 neighbours of a row share one scale, their largest magnitude), so
+an outlier affects only its own group:
 
-    absmax = max |w| over the block          code = index of the level nearest to w / absmax
-    w'     = level[code] * absmax            (a relative error of about 9 % on bell-shaped weights)
+    absmax = max |w| over the group          code = index of the level nearest to w / absmax
+    w'     = level[code] * absmax            (a relative error of about 9 % on normally distributed weights)
 
-Scales cost 32 bits per 64 weights. Double quantisation shrinks them to 8: the mean is taken off, and what is left
-is rounded to a 256-entry table, again in blocks with a scale of their own. In all 4.127 bits a weight.
+Scales cost 32 bits per 64 weights. Double quantization reduces them to 8: the mean is subtracted, and the rest is
+rounded to a table of 256 levels, again in groups with a scale of their own. In total 4.127 bits per weight.
 
 Everything here runs on any device and in any float dtype up to float64; `ops/fast/nf4.py` has the twins that training
 uses, with the same names, shapes and bits. Source: QLoRA (arXiv:2305.14314), section 3. Read next: `../qlora.py`.
@@ -36,13 +36,13 @@ NF4_LEVELS = torch.tensor(
 
 
 def quantize_nf4(w: Tensor, blocksize: int = BLOCKSIZE) -> tuple[Tensor, Tensor]:
-    """Round a weight matrix to 4-bit NormalFloat, one scale per block of a row.
+    """Round a weight matrix to 4-bit NormalFloat, one scale per group of a row.
 
     Args:
-        w: (n_out, n_in), any float dtype. Read once, never modified.
+        w: (n_out, n_in), any float dtype.
         blocksize: weights that share a scale. Must divide n_in.
     Returns:
-        packed: (n_out, n_in // 2) uint8, two codes per byte, the first in the high nibble.
+        packed: (n_out, n_in // 2) uint8, two codes per byte, the first in the upper four bits.
         absmax: (n_out, n_in // blocksize) float32, in the units of `w`.
     Raises:
         ValueError: `blocksize` does not divide n_in.
@@ -55,10 +55,10 @@ def quantize_nf4(w: Tensor, blocksize: int = BLOCKSIZE) -> tuple[Tensor, Tensor]
             f"a weight of shape ({n_out}, {n_in}): n_in={n_in} is not a multiple of blocksize={blocksize}. NF4 keeps "
             f"one scale per {blocksize} weights of a row, so a row must split evenly. Keep this layer in 16 bits."
         )
-    blocks = w.float().view(n_out, n_in // blocksize, blocksize)
-    absmax = blocks.abs().amax(-1)
-    # A block of zeros has no scale: divide it by one and every weight becomes the level 0.
-    scaled = blocks * (1 / torch.where(absmax == 0, 1.0, absmax)).unsqueeze(-1)
+    groups = w.float().view(n_out, n_in // blocksize, blocksize)
+    absmax = groups.abs().amax(-1)
+    # A group of zeros has the scale 0: it is divided by one instead, and every weight becomes the level 0.
+    scaled = groups * (1 / torch.where(absmax == 0, 1.0, absmax)).unsqueeze(-1)
     levels = NF4_LEVELS.to(w.device)
     midpoints = (levels[1:] + levels[:-1]) / 2
     codes = torch.bucketize(scaled, midpoints).to(torch.uint8).view(n_out, n_in)  # a tie goes to the lower level
@@ -66,7 +66,7 @@ def quantize_nf4(w: Tensor, blocksize: int = BLOCKSIZE) -> tuple[Tensor, Tensor]
 
 
 def dequantize_nf4(packed: Tensor, absmax: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rebuild the weights: level times scale in float32 (float64 if asked for), then one rounding to `dtype`.
+    """Level times scale, in float32 (float64 for float64), then one rounding to `dtype`.
 
     Args:
         packed: (n_out, n_in // 2) uint8. absmax: (n_out, n_in // blocksize) float32.
@@ -82,43 +82,43 @@ def dequantize_nf4(packed: Tensor, absmax: Tensor, dtype: torch.dtype = torch.fl
 
 @lru_cache
 def dynamic_levels(device: torch.device | None = None) -> Tensor:
-    """The 256 levels of the second quantisation, (256,) float32 in [-0.993, 1].
+    """The 256 levels of the second quantization, (256,) float32 in [-0.993, 1].
 
-    A table with seven decades: decade e from the top has 2^(6-e) levels, evenly spaced between 0.1 and 1 times 10^-e,
-    on both sides of zero; 0 and 1 are added. Small numbers keep a small error, large ones get most of the levels.
+    A table of seven decades: decade e from the top has 2^(6-e) levels, evenly spaced between 0.1 and 1 times 10^-e,
+    on both sides of zero; 0 and 1 are added. Small values have a small error, and large ones have most of the levels.
     Source: Dettmers, 8-bit Approximations for Parallelism in Deep Learning (arXiv:1511.04561), dynamic tree.
     """
-    positive = []
+    decades = []
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
-        positive.append((edges[:-1] + edges[1:]) / 2.0 * 10 ** (decade - 6))
-    positive = torch.cat(positive)
+        decades.append((edges[:-1] + edges[1:]) / 2.0 * 10 ** (decade - 6))
+    positive = torch.cat(decades)
     return torch.cat((-positive, torch.tensor([0.0, 1.0]), positive)).sort().values.to(device)
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Round the scales of one whole matrix to 8 bits (double quantisation).
+    """Round the scales of one matrix to 8 bits (double quantization).
 
     Args:
         absmax: (n_out, n_in // blocksize) float32.
     Returns:
         codes: the same shape, uint8. nested_absmax: (ceil(n / 256),) float32, a scale per 256 codes.
-        nested_offset: () float32, the mean that was taken off. It is a mean over the whole matrix, so a matrix is
-            always quantised whole and cut into shards after.
+        nested_offset: () float32, the mean, which was subtracted. It is the mean over the complete matrix, so a matrix
+            is quantized first and sharded afterwards.
     """
     offset = absmax.mean()
     centred = absmax.flatten() - offset
-    blocks = F.pad(centred, (0, -centred.numel() % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
-    nested_absmax = blocks.abs().amax(-1)
+    groups = F.pad(centred, (0, -centred.numel() % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
+    nested_absmax = groups.abs().amax(-1)
     levels = dynamic_levels(absmax.device)
     midpoints = (levels[1:] + levels[:-1]) / 2
-    scaled = blocks / torch.where(nested_absmax == 0, 1.0, nested_absmax).unsqueeze(-1)
+    scaled = groups / torch.where(nested_absmax == 0, 1.0, nested_absmax).unsqueeze(-1)
     codes = torch.bucketize(scaled, midpoints).to(torch.uint8).flatten()[: absmax.numel()]
     return codes.view_as(absmax), nested_absmax, offset
 
 
 def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
-    """The scales back from their 8 bits: float32, of the shape of `codes`."""
+    """The scales from their 8-bit codes: float32, of the shape of `codes`."""
     levels = dynamic_levels(codes.device)[codes.flatten().int()]
     scales = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: levels.numel()]
     return (levels * scales + nested_offset).view_as(codes)

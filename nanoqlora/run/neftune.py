@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..model import Llama
 from ..ops import Segments
-from ..ops.lora import fold, mix
+from ..ops.lora import mix, to_32_bits
 
 SALT = 0x4E45465475  # other bits than those that decide dropout
 
@@ -30,7 +30,7 @@ class Noise:
             return x
         B, T, D = x.shape
         index = torch.arange(T * D, device=x.device, dtype=torch.int32).view(1, T, D)
-        uniform = mix(mix(index) ^ fold(self.row_seeds ^ SALT).view(B, 1, 1)).float() / 2**31  # [-1, 1)
+        uniform = mix(mix(index) ^ to_32_bits(self.row_seeds ^ SALT).view(B, 1, 1)).float() / 2**31  # [-1, 1)
         lengths = torch.tensor([[n for n in row for _ in range(n)] for row in self.segments.lengths], device=x.device)
         return (x + self.alpha * (lengths * D).rsqrt().unsqueeze(-1) * uniform).to(x.dtype)
 

@@ -367,7 +367,7 @@ def test_dequantize_undoes_quantize():
 @pytest.mark.parametrize("lora_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape, r", [((1, 64), 4), ((70, 192), 16), ((65, 576), 40)], ids=str)
-def test_dequantize_folded(shape, r, dtype, lora_dtype):
+def test_dequantize_merged(shape, r, dtype, lora_dtype):
     n_out, n_in = shape
     parts = random_nf4(*shape)
     lora_A, lora_B = randn(r, n_in, seed=1, dtype=lora_dtype) / 8, randn(n_out, r, seed=2, dtype=lora_dtype) / 8
@@ -375,7 +375,7 @@ def test_dequantize_folded(shape, r, dtype, lora_dtype):
     true = w.double() + 0.3 * lora_B.double() @ lora_A.double()
     plain = (w + 0.3 * (lora_B.float() @ lora_A.float())).to(dtype)
     out, buffer = framed(torch.zeros(shape, dtype=dtype, device=DEVICE), right=16)
-    nf4_triton.dequantize_nf4_folded(*(x.to(DEVICE) for x in parts), lora_A, lora_B, 0.3, out)
+    nf4_triton.dequantize_nf4_merged(*(x.to(DEVICE) for x in parts), lora_A, lora_B, 0.3, out)
     # w has E in the product with its scale, but it starts here from the rounded w; a sum of r products, times s, plus w
     inner = (r + 2) * E * 0.3 * (lora_B.double().abs() @ lora_A.double().abs()) + E * true.abs()
     check(out, plain, true, inner)

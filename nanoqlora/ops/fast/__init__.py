@@ -1,4 +1,4 @@
-"""The fast twins that need no kernels of our own: PyTorch's and bitsandbytes' operations, on CPU and GPU.
+"""The fast twins that use existing kernels: PyTorch's and bitsandbytes', on CPU and GPU.
 
 Each file has the name of its reference in `ops/` and the same functions. `ops/__init__.py` chooses between them.
 """

@@ -1,13 +1,14 @@
-"""The fast twin of `ops/attention.py` for GPUs: PyTorch's fused kernels, none of which makes the T x T scores.
+"""The fast twin of `ops/attention.py` for GPUs: PyTorch's fused kernels, which do not store the T x T scores.
 
 Rows of one document each go to scaled_dot_product_attention, for which cuDNN has the fastest kernel on a Hopper GPU
 (forward and backward of 32 layers of 4 x 2048 tokens: 39 ms on an H100). Rows of several documents go to the
-variable-length FlashAttention-2 kernel, which takes the documents end to end (66 ms for the same tokens).
+variable-length FlashAttention-2 kernel, which takes the documents concatenated (66 ms for the same tokens).
 """
 
 import inspect
 from collections.abc import Callable
 from functools import cache, partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +28,10 @@ def variable_length() -> Callable[..., Tensor] | None:
     except ImportError:
         return None
     arguments = inspect.signature(varlen_attn).parameters
-    options = {"window_size": (-1, 0)} if "window_size" in arguments else {"is_causal": True}
+    options: dict[str, object] = {"window_size": (-1, 0)} if "window_size" in arguments else {"is_causal": True}
     if "enable_gqa" in arguments:  # newer versions have this switch; 2.11 takes fewer key/value heads without it
         options["enable_gqa"] = True
-    return partial(varlen_attn, **options)
+    return partial(cast(Callable[..., Tensor], varlen_attn), **options)
 
 
 def can_run(q: Tensor, segments: Segments) -> bool:

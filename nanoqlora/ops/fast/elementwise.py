@@ -1,10 +1,10 @@
-"""The fast twins of `ops/elementwise.py`: backward passes written out, so that autograd keeps and reads less.
+"""The fast twins of `ops/elementwise.py`: hand-written backward passes, so that autograd saves and reads less.
 
-Norm and rotation compute in float32 as the references do. SwiGLU works in the dtype it is given; PyTorch's own SiLU is
-exact inside, so what is lost against the reference is one rounding of its result.
+Norm and RoPE compute in float32 as the references do. SwiGLU computes in the dtype of its input; PyTorch's own SiLU
+computes in float32 inside, so the difference from the reference is one more rounding of its result.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,26 +12,25 @@ from torch import Tensor
 
 
 class RMSNorm(torch.autograd.Function):
-    """The norm and its way back by the kernels of `ops/block_parts.py` or `ops/triton/elementwise.py`; keeps x and
-    rstd."""
+    """The norm by `forward` and `backward` of `ops/block_parts.py` or `ops/triton/elementwise.py`. Saves x and rstd."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, kernels: Any) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, forward: Callable, backward: Callable) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        y, rstd = kernels.rms_norm(rows, weight, eps)
+        y, rstd = forward(rows, weight, eps)
         ctx.save_for_backward(rows, weight, rstd)
-        ctx.kernels = kernels
+        ctx.norm_backward = backward
         return y.view(x.shape)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         rows, weight, rstd = ctx.saved_tensors
-        dx = ctx.kernels.rms_norm_backward(dy.reshape(rows.shape).contiguous(), rows, weight, rstd, None)
-        return dx.view(dy.shape), None, None, None
+        dx = ctx.norm_backward(dy.reshape(rows.shape).contiguous(), rows, weight, rstd, None)
+        return dx.view(dy.shape), None, None, None, None
 
 
 class Rotation(torch.autograd.Function):
-    """A rotation; its backward pass turns the other way."""
+    """RoPE; its backward pass rotates by the negative angles."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -45,7 +44,7 @@ class Rotation(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`elementwise.apply_rope` with its two halves written straight into the result."""
+    """`elementwise.apply_rope` with both halves written directly to the result."""
     y = torch.empty_like(x)
     first, second = x.float().chunk(2, dim=-1)
     left, right = y.chunk(2, dim=-1)
@@ -55,9 +54,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: Any) -> Tensor:
-    """As `elementwise.rms_norm`, with a gradient for x only. kernels: of the device of x."""
-    return RMSNorm.apply(x, weight, eps, kernels)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, forward: Callable, backward: Callable) -> Tensor:
+    """As `elementwise.rms_norm`, with a gradient for x only.
+
+    Args:
+        forward, backward: `rms_norm` and `rms_norm_backward` of `ops/block_parts.py`, or their twins.
+    """
+    return RMSNorm.apply(x, weight, eps, forward, backward)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The fast twin of `ops/lora.py`: one autograd node for the whole layer.
 
-It keeps x and the small x A^T for the backward pass, adds the update straight into the base product (no second pass
-over y or dx), casts A and B once, and never computes a gradient that nobody asked for.
+It saves x and the small x A^T for the backward pass, adds the update to y and dx within the matmul (addmm) instead of
+in a second pass over them, casts A and B once, and computes the gradient of x only where it is needed.
 """
 
 import torch
@@ -11,7 +11,7 @@ from ..lora import Dropout, Rebuild
 
 
 class LoRALinear(torch.autograd.Function):
-    """The equations stand in the docstring of `ops/lora.py`; here each is one matrix product."""
+    """The equations are in the docstring of `ops/lora.py`; here each is one matmul."""
 
     @staticmethod
     def forward(

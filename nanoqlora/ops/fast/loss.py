@@ -1,9 +1,9 @@
-"""The fast twin of `ops/loss.py`: a few rows of logits at a time, and the gradient made on the way.
+"""The fast twin of `ops/loss.py`: a chunk of rows of logits at a time, and the gradient in the forward pass.
 
-Logits of a batch are the largest thing in training (1,024 tokens of a 49,152-word vocabulary: 200 MB in float32)
-and live for a moment. The head is frozen, so the only gradient is that of `hidden`, and it is known as soon as a
-chunk's probabilities are: (p - onehot) weight. It is computed right there, while the logits are in the cache; the
-backward pass only multiplies it by the incoming factor.
+The logits of a batch are the largest tensor of training (1,024 tokens with a vocabulary of 49,152: 200 MB in float32).
+The head is frozen, so the only gradient is that of `hidden`, (p - onehot) weight, and it needs the probabilities of its
+chunk only. It is computed in the forward pass, while the logits are in the cache; the backward pass only multiplies it
+by the incoming factor.
 """
 
 import torch
@@ -15,8 +15,8 @@ from .scratch import scratch
 if torch.cuda.is_available():
     from ..triton import loss as loss_triton
 
-ROWS = 256  # of logits at a time: enough for a good matrix product
-ROWS_IN_CACHE = 8  # of probabilities at a time, in float32: 1.6 MB of a 49,152-word vocabulary
+ROWS = 256  # of logits at a time: enough for an efficient matmul
+ROWS_IN_CACHE = 8  # of probabilities at a time, in float32: 1.6 MB with a vocabulary of 49,152
 ROWS_ON_GPU = 1024
 
 
@@ -24,10 +24,9 @@ _buffers: dict[tuple, tuple[Tensor, Tensor]] = {}
 
 
 def buffers(hidden: Tensor, V: int) -> tuple[Tensor, Tensor]:
-    """Room for logits, (ROWS, V) in the dtype of `hidden`, and for probabilities, (ROWS_IN_CACHE, V) float32.
+    """Buffers for logits, (ROWS, V) in the dtype of `hidden`, and for probabilities, (ROWS_IN_CACHE, V) float32.
 
-    The largest tensors of a step are the same for every chunk: made anew each time, and the last one of another size,
-    they left holes all over the heap.
+    All chunks share them: allocated for each chunk, the last one of another size, they fragmented the heap.
     """
     key = (hidden.dtype, hidden.device, V)
     if key not in _buffers:
@@ -38,13 +37,13 @@ def buffers(hidden: Tensor, V: int) -> tuple[Tensor, Tensor]:
 def chunk_losses(hidden: Tensor, weight: Tensor, targets: Tensor, gradient: bool = False) -> tuple[Tensor, Tensor]:
     """Losses (n,) float32 of at most ROWS rows and their logits (n, V), or the logits' gradient if `gradient`.
 
-    The second lives in the buffers.
+    The second is a part of the buffers, which the next call overwrites.
     """
-    logits, room = buffers(hidden, len(weight))
+    logits, probabilities = buffers(hidden, len(weight))
     logits = torch.mm(hidden, weight.t(), out=logits[: len(hidden)])
     losses = []
     for z, t in zip(logits.split(ROWS_IN_CACHE), targets.split(ROWS_IN_CACHE), strict=True):
-        p = torch.softmax(z, dim=-1, dtype=torch.float32, out=room[: len(z)])
+        p = torch.softmax(z, dim=-1, dtype=torch.float32, out=probabilities[: len(z)])
         losses.append(losses_of(p, z, t))
         if gradient:
             z.copy_(p.scatter_add_(1, t[:, None], p.new_full((len(t), 1), -1.0)))
@@ -52,18 +51,18 @@ def chunk_losses(hidden: Tensor, weight: Tensor, targets: Tensor, gradient: bool
 
 
 def losses_of(p: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """-log p of each row's target, also where p is too small for float32."""
+    """-log p of each row's target, also where p underflows in float32."""
     losses = p.gather(1, targets[:, None]).squeeze(1).log_().neg_()
-    hopeless = losses > 80  # nats: there p begins to underflow, while the likeliest token's is at least 1 / V
-    if hopeless.any():
-        top, where = logits[hopeless].max(dim=-1, keepdim=True)
-        lse = top.float() - p[hopeless].gather(1, where).log()
-        losses[hopeless] = (lse - logits[hopeless].gather(1, targets[hopeless, None]).float()).squeeze(1)
+    tiny = losses > 80  # nats: there p begins to underflow, while the most probable token has at least 1 / V
+    if tiny.any():
+        top, where = logits[tiny].max(dim=-1, keepdim=True)
+        lse = top.float() - p[tiny].gather(1, where).log()
+        losses[tiny] = (lse - logits[tiny].gather(1, targets[tiny, None]).float()).squeeze(1)
     return losses
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Sum of losses; saves the gradient of `hidden`, of the size of `hidden`, and nothing else."""
+    """The sum of the losses. Saves only the gradient of `hidden`, which has the size of `hidden`."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -83,8 +82,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):
         (dhidden,) = ctx.saved_tensors
-        # In float32: g rounded to bfloat16 would scale every gradient of the step by up to 0.4 %. In place: this is
-        # where a step needs most memory.
+        # In float32: g rounded to bfloat16 would change every gradient of the step by up to 0.4 %. In place: here a
+        # step needs most memory.
         if dhidden.is_cuda:
             loss_triton.scale_(dhidden, g)
         else:

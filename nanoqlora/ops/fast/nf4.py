@@ -1,7 +1,7 @@
 """The fast twins of `ops/nf4.py`: bitsandbytes' kernels, same names, same shapes, same bits.
 
-The codes of the scales' second quantisation may differ from the reference by one step in about one scale of a
-thousand, because bitsandbytes looks the nearest level up in a coarser way; read back, both are the same function.
+The codes of the second quantization differ from the reference by one level in about one scale of a thousand, because
+bitsandbytes searches the nearest level in a coarser way. Dequantization gives the same bits.
 """
 
 import logging

@@ -1,18 +1,17 @@
-"""The Triton twins of `ops/block_parts.py`: each pass reads its tensors once, writes once, and allocates almost
+"""The Triton twins of `ops/block_parts.py`: each kernel reads its tensors once, writes once, and allocates almost
 nothing.
 
-Between two matrix products there is little to compute and much to move: a norm takes five operations a number, and a
-GPU does hundreds in the time that memory needs to bring it. So what counts is the number of bytes, and every kernel
-here is one trip: load in 16-byte pieces, widen to float32 in registers, compute, round once, store. As in the
-reference nothing is added up or multiplied in bfloat16.
+These operations are limited by memory bandwidth: a norm takes five operations per number, and a GPU does hundreds in
+the time that it needs to load one. So every kernel makes a single pass over its tensors: load 16 bytes per thread,
+convert to float32 in registers, compute, round once, store. As in the reference no sum or product is in bfloat16.
 
 These are plain functions on tensors, forward and backward separately, without autograd: the block that calls them
-knows the order, so it can say when a buffer is free to be overwritten. A trailing underscore marks the ones that do.
+knows when a buffer can be overwritten. A trailing underscore marks the functions that overwrite their input.
 
 A kernel is written for one program (a few warps that share a tile); the grid runs thousands of them. `tl.load` and
-`tl.store` take a tile of addresses and a mask for those that lie outside. Offsets of rows are 64 bits wide, because
-rows times columns can pass 2^31. `Launch` says how large a tile is and how many warps share it; it changes the speed
-and the order of a sum, nothing else. Tensors are bfloat16, float16 or float32; float64 belongs to the reference.
+`tl.store` take a tile of addresses and a mask for those outside of the tensor. Offsets of rows have 64 bits, because
+rows times columns can be larger than 2^31. `Launch` holds the size of a tile and its number of warps; it changes the
+speed and the order of a sum, nothing else. Tensors are bfloat16, float16 or float32; float64 is for the reference.
 """
 
 from typing import NamedTuple
@@ -24,13 +23,13 @@ from torch import Tensor
 
 
 class Launch(NamedTuple):
-    """How a kernel is cut into programs."""
+    """How a kernel is split into programs."""
 
     tile: int  # numbers that one program handles, at least
-    num_warps: int  # of 32 threads each; tile / (32 * num_warps) numbers a thread
+    num_warps: int  # of 32 threads each; tile / (32 * num_warps) numbers per thread
 
 
-# For 8,192 rows of an 8B model on an H100 in bfloat16: one or two 16-byte loads of each tensor a thread.
+# For 8,192 rows of an 8B model on an H100 in bfloat16: one or two 16-byte loads of each tensor per thread.
 RMS_NORM = Launch(4096, 8)
 RMS_NORM_BACKWARD = Launch(4096, 8)
 ROPE = Launch(1024, 2)
@@ -40,19 +39,20 @@ SWIGLU_BACKWARD = Launch(2048, 8)
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As `block_parts.rms_norm`. x contiguous, D up to 16,384; rstd is float32."""
-    _, h, rstd = norm(x, None, weight, eps, out)
-    return h, rstd
+    h = torch.empty_like(x) if out is None else out
+    return h, launch_norm(x, None, weight, eps, total=x, h=h)
 
 
 def add_rms_norm(
     x: Tensor, delta: Tensor, weight: Tensor, eps: float, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `block_parts.add_rms_norm`: the sum is read for its norm while it is still in registers."""
-    return norm(x, delta, weight, eps, out)
+    """As `block_parts.add_rms_norm`: the norm uses the sum while it is still in registers."""
+    h, total = torch.empty_like(x) if out is None else out, torch.empty_like(x)
+    return total, h, launch_norm(x, delta, weight, eps, total=total, h=h)
 
 
 def add(x: Tensor, delta: Tensor) -> Tensor:
-    """As `block_parts.add`. PyTorch takes half as long again where rows lie apart."""
+    """As `block_parts.add`. Where rows are slices of wider ones, PyTorch takes 1.5 times as long."""
     N, D = x.shape
     assert x.is_contiguous()
     total = torch.empty_like(x)
@@ -62,10 +62,8 @@ def add(x: Tensor, delta: Tensor) -> Tensor:
     return total
 
 
-def norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor | None) -> tuple[Tensor, ...]:
-    """x + delta, its norm, and the factors; without a delta the first is x itself."""
-    h = torch.empty_like(x) if out is None else out
-    total = x if delta is None else torch.empty_like(x)
+def launch_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, total: Tensor, h: Tensor) -> Tensor:
+    """Write x + delta to `total`, if there is a delta, and its norm to h. Returns rstd (N,)."""
     rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     grid, rows, columns, num_warps = whole_rows(x, RMS_NORM)
     rms_norm_kernel[grid](
@@ -74,11 +72,11 @@ def norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tenso
         COLUMNS=columns,
         num_warps=num_warps,
     )
-    return total, h, rstd
+    return rstd
 
 
 def rms_norm_backward(dh: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None) -> Tensor:
-    """The gradient of x through the norm, added to the one that went past it.
+    """The gradient of x through the norm, plus that of the residual stream.
 
     With n = x rstd and g = dh weight, all in float32 and rounded once:
 
@@ -104,13 +102,13 @@ def rms_norm_backward(dh: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, resid
 
 
 def rope_(qkv: Tensor, num_heads: int, head_dim: int, cos: Tensor, sin: Tensor, backward: bool = False) -> None:
-    """Turn each pair (i, i + hd/2) of the first `num_heads` heads of every row by its token's angle, in place.
+    """Rotate each pair (i, i + hd/2) of the first `num_heads` heads of every row by its token's angle, in place.
 
-    A product for q, k and v together leaves rows (q heads, k heads, v heads); the first two are turned in one launch.
-    A rotation's gradient is the rotation back, so the backward pass is the same kernel with the angles negated.
+    One matmul for q, k and v gives rows (q heads, k heads, v heads); q and k are rotated in one launch. The gradient
+    of a rotation is the inverse rotation, so the backward pass is the same kernel with the angles negated.
 
     Args:
-        qkv: (N, width), num_heads * head_dim <= width; rows may lie apart (a slice of wider ones), columns may not.
+        qkv: (N, width), num_heads * head_dim <= width; rows may be slices of wider ones.
         cos, sin: (N, head_dim / 2) float32, contiguous.
     """
     N, width = qkv.shape
@@ -128,12 +126,12 @@ def rope_(qkv: Tensor, num_heads: int, head_dim: int, cos: Tensor, sin: Tensor, 
         HEADS=heads,
         PAIRS=pairs,
         num_warps=ROPE.num_warps,
-        enable_fp_fusion=False,  # both ways round alike, whichever product the compiler would take into the sum
+        enable_fp_fusion=False,  # one rounding per operation, whichever product the compiler would fuse with the sum
     )
 
 
 def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As `block_parts.rope_backward`: each is turned back on its way to its place."""
+    """As `block_parts.rope_backward`: one launch each for dq, dk and dv, which rotates and copies."""
     B, T, _, head_dim = dq.shape
     heads = [d.shape[2] for d in (dq, dk, dv)]
     dqkv = torch.empty((B * T, sum(heads) * head_dim), dtype=dq.dtype, device=dq.device)
@@ -170,14 +168,14 @@ def swiglu(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def swiglu_backward_(dact: Tensor, gate_up: Tensor) -> None:
-    """The gradients of gate and up, and the activation once more, all in the place of what they are made from.
+    """The gradients of gate and up, and the activation recomputed, all in place.
 
     With s = 1 / (1 + exp(-gate)):
 
         dgate = dact up s (1 + gate (1 - s))        dup = dact gate s        act = gate s up
 
     Args:
-        dact: (N, FF), becomes act, which was not kept: the next product needs it for its LoRA gradients.
+        dact: (N, FF), becomes act, which was not saved: down_proj's LoRA gradients need it.
         gate_up: (N, 2 FF), the gate first, becomes (dgate, dup). Rows of both may be slices of wider ones.
     """
     N, FF = dact.shape
@@ -201,16 +199,16 @@ def embedding_from_host(tokens: Tensor, table: Tensor) -> Tensor:
 
 
 def row_stride(x: Tensor) -> int:
-    """Elements from one row to the next; columns must be neighbours in memory."""
+    """Elements from one row to the next; columns must be contiguous."""
     assert x.stride(1) == 1 or x.shape[1] == 1
     return x.stride(0)
 
 
 def whole_rows(x: Tensor, launch: Launch) -> tuple[tuple[int], int, int, int]:
-    """Grid, rows a program, columns of its tile and warps for a kernel that needs a row at once.
+    """Grid, rows per program, columns of its tile and warps, for a kernel that needs complete rows.
 
-    A tile's sides are powers of two. Short rows share a program; a row longer than the tile gets more warps, so that
-    a thread still holds a number of values that fits its registers.
+    The sides of a tile are powers of two. Short rows share a program; a row longer than the tile gets more warps, so
+    that the values of a thread still fit its registers.
     """
     assert x.is_contiguous()
     N, D = x.shape
@@ -252,7 +250,7 @@ def rms_norm_kernel(
     x = tl.load(x_ptr + wide_row * D + column[None, :], mask=inside, other=0.0)  # (ROWS, COLUMNS)
     if delta_ptr is not None:
         delta = tl.load(delta_ptr + wide_row * delta_stride + column[None, :], mask=inside, other=0.0)
-        x = (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)  # the norm sees the sum as the next block will
+        x = (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)  # rounded, as the next block will read it
         tl.store(total_ptr + wide_row * D + column[None, :], x, mask=inside)
     x = x.to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
@@ -282,7 +280,7 @@ def rms_norm_backward_kernel(
     place = wide_row * D + column[None, :]
     dh = tl.load(dh_ptr + wide_row * dh_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)  # (ROWS, COLUMNS)
-    # The residual is asked for before the sum, which waits for all warps, so that its way from memory overlaps.
+    # The residual is loaded before the sum, which waits for all warps, so that the load overlaps with it.
     residual = 0.0 if residual_ptr is None else tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
     rstd = tl.load(rstd_ptr + row, mask=row < N, other=0.0)[:, None]

@@ -1,34 +1,34 @@
 """The fast twin of `ops/lora_parts.py` for GPUs: the same functions as Triton kernels, in bfloat16.
 
-A product of (8192, 4096) with (4096, 64) is 4.3 GFLOP over 68 MB: 6 us of an H100's arithmetic and 23 us of its
-memory traffic. So the wide operand is read once, and enough of it is kept on its way. PyTorch's own product does that
-well where nothing is added and nothing dropped, and is used there. To add a product to dx it takes half as long again
-as the kernel here; and with dropout it would write the mask, read it, write dropout(x) and read that. Here the hash of
-`ops/lora.py` is computed where a value has just been loaded, and no mask ever reaches memory.
+A matmul of (8192, 4096) with (4096, 64) is 4.3 GFLOP over 68 MB: 6 us of an H100's arithmetic and 23 us of its memory
+bandwidth. So the wide operand is read once, with several loads in flight. PyTorch's matmul does that well without
+addition and dropout, and is used there. To add a matmul to dx it takes 1.5 times as long as the kernel here; and with
+dropout it would write the mask, read it, write dropout(x) and read that. Here the hash of `ops/lora.py` is computed
+where a value has just been loaded, and no mask is written to memory.
 
-    down_kernel    (N, K) (K, R) -> (N, R)     sums over K     xa with dropout; x itself may be made, or copied, here
+    down_kernel    (N, K) (K, R) -> (N, R)     sums over K     xa with dropout; also computes x by SwiGLU, or copies it
     rows_kernel    (R, N) (N, K) -> (R, K)     sums over N     dA and dB
     add_kernel     (N, K) += (N, R) (R, K)     sums over R     dx
 
-One H100, N = 8192, R = 64, in us (a copy of the wide operand's bytes at 3.0 TB/s; the kernel; the best of PyTorch, for
-which the mask was already there):
+One H100, N = 8192, R = 64, in us (reading and writing the wide operand's bytes at 3.0 TB/s; the kernel; the best of
+PyTorch, without the time for the mask):
 
     K                              4096                  14336
-    xa, dropout 0.05            23 / 44 / 94         236 / 278 / 552, SwiGLU that makes x in it
+    xa, dropout 0.05            23 / 44 / 94         236 / 278 / 552, with SwiGLU, which computes x
     dA                          23 / 34 / 32 + add    80 /  89 /  85 + add
     dA, dropout 0.05            23 / 46 / 99
     dx                          45 / 51 / 73         158 / 164 / 247
     dx, dropout 0.05            45 / 56 / 121
 
-Splitting a sum: 8192 rows are 128 tiles of 64, and R x K is fewer still, not enough to keep 132 multiprocessors busy.
-So several programs share one sum, each writes its part in float32, and `sum_kernel` adds the parts in a fixed order.
-Atomic additions would need no second kernel, but their order, and so the last bits, would change from run to run.
+Split-K: 8192 rows are 128 tiles of 64, and R x K is fewer tiles still, not enough for 132 multiprocessors. So several
+programs share one sum, each writes its part in float32, and `sum_kernel` adds the parts in a fixed order. Atomic
+additions would need no second kernel, but their order, and so the last bits, would change from run to run.
 
-The price of dropout is the hash: the integer units do 64 instructions a cycle in each multiprocessor, and ten for a
-value already last longer than reading its 2 bytes. So a token's number is made once, outside, a pair of features'
-number once a tile, and what is left for a pair of values is one product and one XOR.
+The cost of dropout is the hash: each multiprocessor does 64 integer instructions per cycle, and ten for a value take
+longer than reading its 2 bytes. So the number of a token is computed once, before the kernel, the number of a pair of
+features once per tile, and what is left for a pair of values is one multiplication and one XOR.
 
-Block sizes must be powers of two, so R = 192 is taken as three chunks of 64, each with its own accumulator.
+Block sizes must be powers of two, so R = 192 is computed as three chunks of 64, each with its own accumulator.
 """
 
 from collections.abc import Sequence
@@ -45,16 +45,16 @@ from . import elementwise as elementwise_triton
 
 
 class Tile(NamedTuple):
-    """How a kernel is cut: a program's tile of the wide matrix, the compiler's two dials, and the split of the sum."""
+    """How a kernel is split: a program's tile of the wide matrix, two compiler settings, and the split of the sum."""
 
     rows: int
     columns: int
     warps: int
-    stages: int  # tiles on their way from memory at a time
-    programs: int = 0  # split the sum while there are fewer; an H100 has 132 multiprocessors
+    stages: int  # tiles that are loaded ahead (software pipelining)
+    programs: int = 0  # the sum is split until there are so many; an H100 has 132 multiprocessors
 
 
-# By kernel, by dropout and by chunks of R: the fastest of some ten shapes on an H100 over the sites of Llama-3-8B.
+# By kernel, by dropout and by chunks of R: the fastest of about ten shapes on an H100 for the layers of Llama-3-8B.
 TILES = {
     ("down", True, 1): Tile(32, 128, 4, 3, 264),
     ("down", True, 2): Tile(32, 128, 4, 3, 264),
@@ -78,25 +78,25 @@ TILES = {
 
 
 class Chunks(NamedTuple):
-    """R as the kernels take it: `groups` programs with `count` blocks of `size` each, the last padded."""
+    """How the kernels split R: `groups` programs with `num` chunks of `size` each, the last one padded."""
 
     size: int
-    count: int
+    num: int
     groups: int
 
     @classmethod
     def of(cls, R: int) -> "Chunks":
-        size = min(64, max(16, triton.next_power_of_2(R)))  # the matrix units take no fewer than 16
-        blocks = triton.cdiv(R, size)
-        groups = triton.cdiv(blocks, 3)  # more accumulators than three do not fit the registers
-        return cls(size, triton.cdiv(blocks, groups), groups)
+        size = min(64, max(16, triton.next_power_of_2(R)))  # tensor cores need at least 16
+        chunks = triton.cdiv(R, size)
+        groups = triton.cdiv(chunks, 3)  # more than three accumulators do not fit the registers
+        return cls(size, triton.cdiv(chunks, groups), groups)
 
 
 class Masking(NamedTuple):
-    """A dropout as the kernels take it. Without one, `numbers` is None."""
+    """The arguments of a kernel for dropout. Without dropout `numbers` is None."""
 
     numbers: Tensor | None
-    threshold: int  # kept where the 16 bits of a feature are no less
+    threshold: int  # a value is kept where its 16 random bits are at least this
     scale: float
 
     @classmethod
@@ -125,17 +125,17 @@ def swiglu_lora_down(gate_up: Tensor, A: Tensor, dropout: RowDropout | None, out
 
 
 def down(source: Tensor, A: Tensor, dropout: RowDropout, out: Tensor | None, swiglu: bool = False) -> Tensor:
-    """xa = dropout(x) A^T, and x in `out`; x is `source`, or what SwiGLU makes of it."""
+    """xa = dropout(x) A^T, and x in `out`; x is `source`, or with `swiglu` its SwiGLU."""
     N, (R, K) = len(source), A.shape
     chunks, masking = Chunks.of(R), Masking.of(dropout, N)
-    tile = TILES["swiglu" if swiglu else "down", True, chunks.count]
+    tile = TILES["swiglu" if swiglu else "down", True, chunks.num]
     tiles = triton.cdiv(N, tile.rows)
     splits = max(1, min(tile.programs // max(1, tiles * chunks.groups), K // (8 * tile.columns)))
     xa = source.new_empty(N, R)
     parts = xa if splits == 1 else source.new_empty(splits, N, R, dtype=torch.float32)
     down_kernel[(tiles, chunks.groups, splits)](
         source, A, parts, out, *masking, N, *row_strides(source, A, source if out is None else out),
-        K=K, R=R, BLOCK_T=tile.rows, BLOCK_K=tile.columns, BLOCK_R=chunks.size, CHUNKS=chunks.count,
+        K=K, R=R, BLOCK_T=tile.rows, BLOCK_K=tile.columns, BLOCK_R=chunks.size, CHUNKS=chunks.num,
         SWIGLU=swiglu, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits > 1:
@@ -152,7 +152,7 @@ def lora_backward_A(
 ) -> Tensor | Sequence[Tensor]:
     """As `lora_parts.lora_backward_A`."""
     rstd, weight = (None, None) if norm is None else norm
-    parts = products_over_rows(dxa, x, 1.0, dropout, rstd)
+    parts = sums_over_rows(dxa, x, 1.0, dropout, rstd)
     if out is None:
         return add_parts(parts, x.new_empty(parts.shape[1:], dtype=torch.float32), add=False, weight=weight)
     places = [out] if isinstance(out, Tensor) else out
@@ -163,13 +163,20 @@ def lora_backward_A(
 
 def lora_dx_add_(dx: Tensor, dxa: Tensor, A: Tensor, dropout: RowDropout | None = None) -> None:
     """As `lora_parts.lora_dx_add_`."""
-    add_product(dx, dxa, A, 1.0, dropout)
+    (N, K), R = dx.shape, len(A)
+    chunks, masking = Chunks.of(R), Masking.of(dropout, N)
+    tile = TILES["add", dropout is not None, chunks.num]
+    add_kernel[(triton.cdiv(K, tile.columns), triton.cdiv(N, tile.rows))](
+        dx, dxa, A, *masking, N, *row_strides(dx, dxa), *A.stride(),
+        K=K, R=R, BLOCK_T=tile.rows, BLOCK_K=tile.columns, BLOCK_R=chunks.size,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
 
 
 def lora_backward_B(dy: Tensor, xa: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
     """As `lora_parts.lora_backward_B`."""
     dB = dy.new_empty(dy.shape[1], xa.shape[1], dtype=torch.float32) if out is None else out
-    add_parts(products_over_rows(xa, dy, scaling, None), dB.t(), add=out is not None)
+    add_parts(sums_over_rows(xa, dy, scaling, None), dB.t(), add=out is not None)
     return dB
 
 
@@ -183,38 +190,26 @@ def place_adapter(A: Tensor, B: Tensor, scaling: float, A_rows: Tensor, B_column
     )  # fmt: skip
 
 
-def products_over_rows(
+def sums_over_rows(
     u: Tensor, x: Tensor, scale: float, dropout: RowDropout | None, rstd: Tensor | None = None
 ) -> Tensor:
-    """scale * (u rstd)^T dropout(x) for u (N, R), x (N, K): (parts, R, K) float32, still to be added up."""
+    """scale * (u rstd)^T dropout(x) for u (N, R), x (N, K): (parts, R, K) float32, which `add_parts` adds."""
     (N, K), R = x.shape, u.shape[1]
     chunks, masking = Chunks.of(R), Masking.of(dropout, N)
-    tile = TILES["rows", dropout is not None, chunks.count]
+    tile = TILES["rows", dropout is not None, chunks.num]
     blocks, tiles = triton.cdiv(K, tile.columns), triton.cdiv(N, tile.rows)
     splits = max(1, min(tile.programs // (blocks * chunks.groups), tiles))
     parts = x.new_empty(splits, R, K, dtype=torch.float32)
     rows_kernel[(blocks, splits, chunks.groups)](
         u, x, parts, rstd, masking.numbers, masking.threshold, scale * masking.scale, N, tiles, *row_strides(u, x),
-        K=K, R=R, BLOCK_T=tile.rows, BLOCK_K=tile.columns, BLOCK_R=chunks.size, CHUNKS=chunks.count,
+        K=K, R=R, BLOCK_T=tile.rows, BLOCK_K=tile.columns, BLOCK_R=chunks.size, CHUNKS=chunks.num,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return parts
 
 
-def add_product(y: Tensor, u: Tensor, w: Tensor, scale: float, dropout: RowDropout | None) -> None:
-    """y += scale * mask * (u w) for y (N, K), u (N, R), w (R, K) in either memory order."""
-    (N, K), R = y.shape, len(w)
-    chunks, masking = Chunks.of(R), Masking.of(dropout, N)
-    tile = TILES["add", dropout is not None, chunks.count]
-    add_kernel[(triton.cdiv(K, tile.columns), triton.cdiv(N, tile.rows))](
-        y, u, w, masking.numbers, masking.threshold, scale * masking.scale, N, *row_strides(y, u), *w.stride(),
-        K=K, R=R, BLOCK_T=tile.rows, BLOCK_K=tile.columns, BLOCK_R=chunks.size,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-
-
 def add_parts(parts: Tensor, out: Tensor, add: bool, weight: Tensor | None = None) -> Tensor:
-    """out (+)= weight * the sum of parts (count, height, width) float32; out in either memory order. Returns out."""
+    """out (+)= weight * the sum of parts (count, height, width) float32; out in any memory order. Returns out."""
     count, height, width = parts.shape
     sum_kernel[(triton.cdiv(height, 16), triton.cdiv(width, 64))](
         parts, out, weight, count, height, width, parts.stride(0), *out.stride(),
@@ -224,15 +219,15 @@ def add_parts(parts: Tensor, out: Tensor, add: bool, weight: Tensor | None = Non
 
 
 def row_strides(*matrices: Tensor) -> list[int]:
-    """Elements from one row to the next of each, whose columns must be neighbours in memory."""
+    """Elements from one row to the next of each; columns must be contiguous."""
     for matrix in matrices:
-        assert matrix.stride(1) == 1 or matrix.shape[1] == 1, f"columns of {tuple(matrix.shape)} are apart"
+        assert matrix.stride(1) == 1 or matrix.shape[1] == 1, f"columns of {tuple(matrix.shape)} are not contiguous"
     return [matrix.stride(0) for matrix in matrices]
 
 
 @triton.jit
 def mix(x):
-    """As `lora.mix`, on unsigned numbers, whose right shift brings in zeros."""
+    """As `lora.mix`, on unsigned numbers, whose right shift fills with zeros."""
     x ^= x >> 16
     x *= 0x7FEB352D
     x ^= x >> 15
@@ -244,8 +239,8 @@ def mix(x):
 def kept(numbers, k, threshold):
     """As `lora.mask_of`, True where kept, for the numbers of tokens (BLOCK_T,) and features k (BLOCK_K,).
 
-    Two neighbours share a product. It is written for each of them, and the compiler, which gives both to one thread and
-    sees that k // 2 is the same, computes it once.
+    Two neighbours share a multiplication. It is written for each of them; the compiler gives both to one thread, finds
+    that k // 2 is the same, and computes it once.
     """
     of_pairs = (mix((k // 2).to(tl.uint32) + 0x9E3779B9) | 1).to(tl.uint64)
     product = numbers.to(tl.uint32).to(tl.uint64)[:, None] * of_pairs[None, :]
@@ -265,14 +260,14 @@ def down_kernel(
     K: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     CHUNKS: tl.constexpr, SWIGLU: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows walks along K. Program (tile of rows, group of R, part of K)."""
+    """A tile of rows loops over K. Program (tile of rows, group of R, part of K)."""
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     rows, real = row.to(tl.int64), (row < N)[:, None]
     r = tl.program_id(1) * (CHUNKS * BLOCK_R) + tl.arange(0, BLOCK_R)
     number = tl.load(numbers + row, mask=row < N, other=0)
     share = ceil_div(ceil_div(K, BLOCK_K), tl.num_programs(2)) * BLOCK_K
     begin = tl.program_id(2) * share
-    sums = ()
+    sums = ()  # type: tuple[Tensor, ...]
     for _ in tl.static_range(CHUNKS):
         sums = sums + (tl.full((BLOCK_T, BLOCK_R), 0.0, tl.float32),)
     for start in range(begin, tl.minimum(begin + share, K), BLOCK_K):
@@ -286,7 +281,7 @@ def down_kernel(
         if out is not None:
             tl.store(out + rows[:, None] * stride_out + k[None, :], x_, mask=inside & (tl.program_id(1) == 0))
         x_ = tl.where(kept(number, k, threshold), x_, 0.0)
-        longer = ()
+        longer = ()  # type: tuple[Tensor, ...]
         for c in tl.static_range(CHUNKS):
             rc = r + c * BLOCK_R
             in_A = (k < K)[:, None] & (rc < R)[None, :]
@@ -296,7 +291,7 @@ def down_kernel(
     part = xa + tl.program_id(2).to(tl.int64) * N * R  # the parts lie one after the other
     for c in tl.static_range(CHUNKS):
         rc = r + c * BLOCK_R
-        # The scale here, not on x: one rounding fewer, and 1 / (1 - p) keeps its 24 bits.
+        # The scale is applied here and not to x: one rounding fewer, and 1 / (1 - p) has all of its 24 bits.
         summed = (sums[c] * scale).to(xa.dtype.element_ty)
         tl.store(part + rows[:, None] * R + rc[None, :], summed, mask=real & (rc < R)[None, :])
 
@@ -307,12 +302,12 @@ def rows_kernel(
     K: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """A block of columns walks down N. Program (block of columns, part of the tiles of rows, group of R)."""
+    """A block of columns loops over N. Program (block of columns, part of the tiles of rows, group of R)."""
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     r = tl.program_id(2) * (CHUNKS * BLOCK_R) + tl.arange(0, BLOCK_R)
     share = ceil_div(tiles, tl.num_programs(1))
     begin = tl.program_id(1) * share
-    sums = ()
+    sums = ()  # type: tuple[Tensor, ...]
     for _ in tl.static_range(CHUNKS):
         sums = sums + (tl.full((BLOCK_R, BLOCK_K), 0.0, tl.float32),)
     for tile in range(begin, tl.minimum(begin + share, tiles)):
@@ -321,7 +316,7 @@ def rows_kernel(
         x_ = tl.load(x + rows[:, None] * stride_x + k[None, :], mask=real[:, None] & (k < K)[None, :], other=0.0)
         if numbers is not None:
             x_ = tl.where(kept(tl.load(numbers + row, mask=real, other=0), k, threshold), x_, 0.0)
-        longer = ()
+        longer = ()  # type: tuple[Tensor, ...]
         for c in tl.static_range(CHUNKS):
             rc = r + c * BLOCK_R
             inside = (rc < R)[:, None] & real[None, :]
@@ -341,13 +336,13 @@ def add_kernel(
     y, u, w, numbers, threshold, scale, N, stride_y, stride_u, stride_wr, stride_wk,
     K: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y. Program (block of columns, tile of rows): neighbours share u, and w stays in the L2 cache."""
+    """y += scale * mask * (u w), one tile. Program (block of columns, tile of rows): w stays in the L2 cache."""
     row = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     rows, real = row.to(tl.int64), (row < N)[:, None]
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = real & (k < K)[None, :]
     here = y + rows[:, None] * stride_y + k[None, :]
-    old = tl.load(here, mask=inside, other=0.0)  # first, so that it is on its way during the product
+    old = tl.load(here, mask=inside, other=0.0)  # first, so that the load overlaps with the matmul
     product = tl.full((BLOCK_T, BLOCK_K), 0.0, tl.float32)
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
@@ -367,7 +362,7 @@ def place_kernel(
     A, B, scaling, A_rows, B_columns, stride_A, stride_B, stride_A_rows, stride_B_columns,
     n_in, r, n_out, width, first, tiles_of_A, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The first programs copy A, the others B with its neighbours' zeros."""
+    """The first programs copy A, the others write scaling * B and the zeros beside it."""
     tile = tl.program_id(0)
     if tile < tiles_of_A:
         place = tile * TILE + tl.arange(0, TILE)
@@ -387,14 +382,14 @@ def sum_kernel(
     parts, out, weight, count, height, width, stride_part, stride_i, stride_j,
     ADD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """The parts of a split sum, one after the other. Program (block of rows, block of columns)."""
+    """Adds the parts of a split sum, one after the other. Program (block of rows, block of columns)."""
     i = (tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)).to(tl.int64)
     j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
     inside = (i < height)[:, None] & (j < width)[None, :]
     here = parts + i[:, None] * width + j[None, :]
     place = out + i[:, None] * stride_i + j[None, :] * stride_j
     total = tl.full((BLOCK_I, BLOCK_J), 0.0, tl.float32)
-    for _ in tl.range(0, count, loop_unroll_factor=4):  # four loads on their way at a time
+    for _ in tl.range(0, count, loop_unroll_factor=4):  # four loads in flight
         total += tl.load(here, mask=inside, other=0.0)
         here += stride_part
     if weight is not None:

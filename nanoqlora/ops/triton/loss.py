@@ -1,14 +1,14 @@
-"""The Triton twin of what `ops/loss.py` does to logits: the loss, and the gradient in the logits' own place.
+"""The Triton twin of `ops/loss.py` from the logits on: the loss, and the gradient in place of the logits.
 
-A row of logits is read twice and written once. The first trip finds the logarithm of the sum of exponentials, the
-second replaces each logit by its gradient, which is all that anyone needs of it:
+A row of logits is read twice and written once. The first pass computes the logarithm of the sum of exponentials, the
+second replaces each logit by its gradient:
 
     loss = log(sum(exp(logit))) - logit[target]        dlogit = softmax(logit) - (1 at the target, 0 elsewhere)
 
-**The sum in one trip.** exp overflows beyond 88, so the largest logit has to be taken off first, and it is known only
-at the end. The online softmax carries both along: when a larger logit m turns up, the sum so far, which was taken
-relative to the old one, shrinks by exp(old - m). Threads do this apart from each other, each for the 16 bytes that
-one load brings it: eight logits cost nine exponentials and no thread waits. They are joined once, after the row.
+**The sum in one pass.** exp overflows beyond 88, so the largest logit has to be subtracted first, and it is known only
+at the end. The online softmax keeps both: when a larger logit m appears, the sum so far, which is relative to the old
+maximum, is multiplied by exp(old - m). Every thread does this for itself, for the 16 bytes of one load at a time: eight
+logits cost nine exponentials and no thread waits. The threads' sums are combined once, at the end of the row.
 
 Source: Milakov and Gimelshein, Online normalizer calculation for softmax (arXiv:1805.02867).
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from .elementwise import Launch
 
 # For rows of 128,256 logits on an H100 in bfloat16. One such program fills a multiprocessor, so 132 rows of 256 KB are
-# under way: few enough that the second trip can find part of its row in the cache.
+# processed at a time: few enough that the second pass finds part of its row in the cache.
 CROSS_ENTROPY = Launch(32768, 32)
 
 
@@ -30,7 +30,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: (n, V), contiguous, in bfloat16 or float32; overwritten by softmax(logits) - onehot(target).
-        targets: (n,) int64, in 0 .. V - 1; a row that does not count must be left out, there is no ignored index.
+        targets: (n,) int64, in 0 .. V - 1; there is no ignore_index, so the rows are the supervised tokens only.
     Returns:
         (n,) float32, in nats.
 
@@ -46,7 +46,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
-    """x *= factor in float32, rounded once. x: contiguous. factor: () float32 on the same device, which is not read."""
+    """x *= factor in float32, rounded once. x: contiguous. factor: () float32 on the device; the host does not wait."""
     assert x.is_contiguous() and factor.numel() == 1
     scale_kernel[(triton.cdiv(x.numel(), 4096),)](x, factor.float(), x.numel(), TILE=4096, num_warps=8)
 
@@ -64,7 +64,7 @@ def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, V: tl.constexpr, T
     lane = tl.arange(0, TILE // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     logits_ptr += row * V
     target = tl.load(targets_ptr + row).to(tl.int32)
-    wanted = tl.load(logits_ptr + target).to(tl.float32)  # before the second trip overwrites it
+    wanted = tl.load(logits_ptr + target).to(tl.float32)  # before the second pass overwrites it
 
     largest = tl.full((TILE // GROUP,), -3.0e38, tl.float32)  # from -inf the first difference could be inf - inf
     total = tl.zeros((TILE // GROUP,), tl.float32)

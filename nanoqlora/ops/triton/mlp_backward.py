@@ -1,9 +1,9 @@
-"""The Triton twin of `ops/mlp_backward.py`: one trip over the widest tensors of a block.
+"""The Triton twin of `ops/mlp_backward.py`: one pass over the widest tensors of a block.
 
-A program owns a block of FF's columns and walks down the rows, as `rows_kernel` of `ops/triton/lora.py` does, with
-three sums of (r, columns) in its registers. For each tile it loads dact, gate and up, does the elementwise work, stores
-dgate and dup, and multiplies act, dgate and dup, which are in registers anyway, by the rows of dxa and xa. act is never
-written. The dropout of down_proj's input is hashed once and serves dact and dA.
+A program owns a block of FF's columns and loops over the rows, as `rows_kernel` of `ops/triton/lora.py` does, with
+three accumulators of (r, columns) in its registers. For each tile it loads dact, gate and up, computes SwiGLU and
+its gradient, stores dgate and dup, and multiplies act, dgate and dup, which are in registers, by the rows of dxa and
+xa. act is not written. The dropout mask of down_proj's input is computed once, for dact and dA.
 """
 
 import torch
@@ -17,10 +17,10 @@ from . import elementwise as elementwise_triton
 from . import lora as lora_triton
 from .lora import Masking, Tile, add_parts, ceil_div, kept, row_strides
 
-# The fastest of twelve shapes on an H100 for 8,192 rows, FF 14,336 and r 64: 469 us, where the parts one by one take
-# 760; with dropout, and the product that it leaves to do here, 552.
+# The fastest of twelve shapes on an H100 for 8,192 rows, FF 14,336 and r 64: 469 us, where the separate kernels take
+# 760; with dropout, which needs the matmul dxa A here, 552.
 TILES = {False: Tile(32, 128, 8, 3, 224), True: Tile(32, 64, 4, 3, 448)}
-LARGEST_RANK = 64  # three sums of a larger one do not fit the registers
+LARGEST_RANK = 64  # three accumulators of a larger r do not fit the registers
 
 
 def mlp_backward_(
@@ -38,8 +38,8 @@ def mlp_backward_(
     N, FF = dact.shape
     ranks = [len(dA), *(dB.shape[1] for dB in dBs)]
     if max(ranks) > LARGEST_RANK or dact.dtype == torch.float32:
-        parts = lora_triton, elementwise_triton.swiglu_backward_
-        one_by_one(*parts, dact, gate_up, dxa, A, dropout, dA, xa, scalings, dBs)
+        swiglu_backward_ = elementwise_triton.swiglu_backward_
+        one_by_one(lora_triton, swiglu_backward_, dact, gate_up, dxa, A, dropout, dA, xa, scalings, dBs)
         return
     masking, tile = Masking.of(dropout, N), TILES[dropout is not None]
     blocks, tiles = triton.cdiv(FF, tile.columns), triton.cdiv(N, tile.rows)
@@ -96,8 +96,8 @@ def mlp_backward_kernel(
         act = (silu * up).to(dact.dtype.element_ty)
         if numbers is not None:
             if A is not None:
-                # Always true. It ties act to the product, whose results lie in other registers than what was loaded:
-                # the compiler would otherwise do the whole of SwiGLU twice, once for act and once for the rest.
+                # Always true (but for NaN). It makes act depend on the matmul, whose results have another register
+                # layout than what was loaded: otherwise the compiler computes SwiGLU twice, once in each layout.
                 keep = keep & (update == update)
             act = tl.where(keep, act, 0.0)
         dgate = (d * up * (s + silu * (1 - s))).to(dact.dtype.element_ty)

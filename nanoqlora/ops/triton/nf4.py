@@ -1,22 +1,24 @@
-"""The Triton twin of `ops/nf4.py`'s way back: from four bits to weights in one launch, scales included.
+"""The Triton twin of `ops/nf4.py`'s dequantization: from four bits to weights in one launch, scales included.
 
-A frozen weight is rebuilt before every product and dropped after it, so rebuilding must cost no more than its bytes:
-half a byte in and two out. Both quantisations are undone in registers,
+A frozen weight is dequantized before every matmul and dropped after it, so this must take no longer than its memory
+traffic: half a byte read and two written per weight. Both quantizations are inverted in registers,
 
     absmax = dynamic_level[code] * nested_absmax + nested_offset        w = nf4_level[nibble] * absmax
 
-and nothing but the weights is written. Three things keep the arithmetic below the time that memory takes:
+and only the weights are written. Three choices keep the arithmetic below the time of the memory traffic:
 
 - Eight nibbles are loaded as one 32-bit word and become eight neighbouring bfloat16 numbers, which are 16 bytes: the
-  widest store there is, and no thread ever needs another thread's result.
-- The 16 levels are looked up in shared memory (`tl.gather`): one shift, one mask and one load a weight. The 16 words
-  lie in 16 different banks, so lanes that want different levels do not wait for each other. A tree of choices would
-  take 15 instructions a weight, at half the rate of a product: more time than the memory needs.
-- A program starts at a multiple of its number of blocks, which divides 256: all its scales share one scale.
+  widest store of a thread, and no thread needs another thread's result.
+- The 16 levels are looked up in shared memory (`tl.gather`): one shift, one mask and one load per weight. The 16 words
+  are in 16 different banks, so threads that need different levels do not wait for each other. A tree of comparisons
+  would take 15 instructions per weight, at half the rate of a multiplication: longer than the memory traffic.
+- A program starts at a multiple of its number of groups, which divides 256: all its scales share one nested scale.
 
-**Bits.** The result equals the reference's bit for bit. The only danger is absmax: compilers like to turn the product
-and the sum into one fused multiply-add, which skips a rounding, while the reference rounds twice. Launching with
-`enable_fp_fusion=False` forbids it (in the PTX `mul.rn` and `add.rn`, which the assembler must keep apart).
+**Bits.** The result equals the reference's bit for bit. Only absmax could differ: compilers fuse the multiplication and
+the addition into one instruction with one rounding, while the reference rounds twice. `enable_fp_fusion=False` forbids
+that (in the PTX `mul.rn` and `add.rn`, which the assembler must not fuse).
+
+A group is 64 weights that share a scale; the kernels call it block, as `blocksize` does.
 """
 
 from functools import lru_cache
@@ -29,25 +31,25 @@ from torch import Tensor
 from .. import nf4
 from .elementwise import Launch
 
-DEQUANTIZE = Launch(4096, 4)  # for the weights of an 8B model on an H100: four 16-byte stores a thread
-FOLDED = {torch.bfloat16: (64, 128, 4), torch.float32: (16, 64, 4)}  # rows and columns of a tile, warps
+DEQUANTIZE = Launch(4096, 4)  # for the weights of an 8B model on an H100: four 16-byte stores per thread
+MERGED = {torch.bfloat16: (64, 128, 4), torch.float32: (16, 64, 4)}  # rows and columns of a tile, warps
 
 
 def dequantize_nf4_double(
     packed: Tensor, codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor, out: Tensor
 ) -> None:
-    """Rebuild a matrix whose scales are quantised too: `dequantize_nf4(packed, dequantize_absmax(...), out.dtype)`.
+    """Dequantize a matrix and its scales: `dequantize_nf4(packed, dequantize_absmax(...), out.dtype)`.
 
     Args:
-        packed: (n_out, n_in // 2) uint8, contiguous; n_in is a multiple of 64, the block that shares a scale.
+        packed: (n_out, n_in // 2) uint8, contiguous; n_in is a multiple of 64.
         codes: (n_out, n_in // 64) uint8, contiguous. nested_absmax: (ceil(n_out n_in / 64 / 256),) float32.
         nested_offset: () float32.
-        out: (n_out, n_in) in bfloat16 or float32, is written. It may be a part of a larger buffer: rows may lie apart,
-            columns may not; a row stride that is a multiple of 16 keeps the stores wide.
+        out: (n_out, n_in) in bfloat16 or float32, is written. It may be a part of a larger buffer, with contiguous
+            columns; stores have their full width if its row stride is a multiple of 16.
     """
     n_out, n_in = check_shapes(packed, codes, out)
     blocks = DEQUANTIZE.tile // nf4.BLOCKSIZE
-    assert nf4.NESTED_BLOCKSIZE % blocks == 0, "a program takes one scale of the second level"
+    assert nf4.NESTED_BLOCKSIZE % blocks == 0, "a program loads one nested scale"
     dequantize_kernel[(triton.cdiv(codes.numel(), blocks),)](
         *(packed.view(torch.int32), codes, nested_absmax, nested_offset),
         *(nf4_levels(packed.device), nf4.dynamic_levels(packed.device), out),
@@ -59,7 +61,7 @@ def dequantize_nf4_double(
     )
 
 
-def dequantize_nf4_folded(
+def dequantize_nf4_merged(
     packed: Tensor,
     codes: Tensor,
     nested_absmax: Tensor,
@@ -69,24 +71,24 @@ def dequantize_nf4_folded(
     scaling: float,
     out: Tensor,
 ) -> None:
-    """W + scaling * B A in one matrix: added in float32, rounded once. Without dropout it stands for the whole layer.
+    """W + scaling * B A: added in float32, rounded once. Without dropout this matrix is the complete layer.
 
     Args:
-        lora_A: (r, n_in). lora_B: (n_out, r), of the same dtype, rows may be slices. bfloat16 uses the matrix units and
-            adds 2 r operations a weight, which hide under the memory; float32 is exact and slow.
-        the others: as `dequantize_nf4_double`.
+        lora_A: (r, n_in). lora_B: (n_out, r), of the same dtype, rows may be slices. bfloat16 uses the tensor cores and
+            adds 2 r operations per weight, which overlap with the memory traffic; float32 is exact and slow.
+        the others: as in `dequantize_nf4_double`.
     """
     n_out, n_in = check_shapes(packed, codes, out)
     r = lora_A.shape[0]
     assert lora_A.shape == (r, n_in) and lora_B.shape == (n_out, r) and lora_A.dtype == lora_B.dtype
     assert lora_A.stride(1) == lora_B.stride(1) == 1
-    rows, columns, num_warps = FOLDED[lora_A.dtype]
-    dequantize_folded_kernel[(triton.cdiv(n_in, columns), triton.cdiv(n_out, rows))](
+    rows, columns, num_warps = MERGED[lora_A.dtype]
+    dequantize_merged_kernel[(triton.cdiv(n_in, columns), triton.cdiv(n_out, rows))](
         *(packed.view(torch.int32), codes, nested_absmax, nested_offset),
         *(nf4_levels(packed.device), nf4.dynamic_levels(packed.device), lora_A, lora_B, scaling, out),
         *(n_out, out.stride(0), lora_A.stride(0), lora_B.stride(0), r),
         N_IN=n_in,
-        RANK=max(16, triton.next_power_of_2(r)),  # the matrix units take no less than 16
+        RANK=max(16, triton.next_power_of_2(r)),  # tensor cores need at least 16
         ROWS=rows,
         COLUMNS=columns,
         num_warps=num_warps,
@@ -95,7 +97,7 @@ def dequantize_nf4_folded(
 
 
 def check_shapes(packed: Tensor, codes: Tensor, out: Tensor) -> tuple[int, int]:
-    """n_out and n_in, once everything fits together. Offsets are 32-bit numbers inside."""
+    """n_out and n_in, after a check of the shapes. Kernels compute offsets in 32 bits."""
     n_out, n_in = out.shape
     assert packed.shape == (n_out, n_in // 2) and codes.shape == (n_out, n_in // nf4.BLOCKSIZE)
     assert n_in % nf4.BLOCKSIZE == 0 and out.stride(1) == 1 and n_out * out.stride(0) < 2**31
@@ -110,10 +112,10 @@ def nf4_levels(device: torch.device) -> Tensor:
 
 @triton.jit
 def look_up(words, levels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """words (ROWS, COLUMNS / 8) int32 -> their levels, of (16,), as (ROWS, COLUMNS) in the order of the weights."""
-    # Bytes come lowest first and the high nibble of each first: bits 4, 0, 12, 8, 20, 16, 28, 24.
+    """words (ROWS, COLUMNS / 8) int32 -> their `levels` (16,), as (ROWS, COLUMNS) in the order of the weights."""
+    # The lowest byte comes first, and in each byte the upper nibble: bits 4, 0, 12, 8, 20, 16, 28, 24.
     shift = (tl.arange(0, 8) * 4) ^ 4
-    nibbles = (words[:, :, None] >> shift[None, None, :]) & 15  # & also removes the copies of the sign
+    nibbles = (words[:, :, None] >> shift[None, None, :]) & 15  # & also removes the copies of the sign bit
     return tl.gather(levels, nibbles.reshape(ROWS * COLUMNS), 0).reshape(ROWS, COLUMNS)
 
 
@@ -132,7 +134,7 @@ def dequantize_kernel(
     BLOCKS: tl.constexpr,
 ):
     start = tl.program_id(0) * BLOCKS
-    block = start + tl.arange(0, BLOCKS)  # of 64 weights, counted through the matrix
+    block = start + tl.arange(0, BLOCKS)  # a group of 64 weights, counted over the complete matrix
     inside = block < num_blocks
     words = tl.load(words_ptr + block[:, None] * 8 + tl.arange(0, 8)[None, :], mask=inside[:, None], other=0)
     code = tl.load(codes_ptr + block, mask=inside, other=0).to(tl.int32)
@@ -146,7 +148,7 @@ def dequantize_kernel(
 
 
 @triton.jit
-def dequantize_folded_kernel(
+def dequantize_merged_kernel(
     words_ptr,
     codes_ptr,
     nested_absmax_ptr,

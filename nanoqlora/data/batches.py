@@ -10,6 +10,7 @@ them are a few long arrays (`Samples`), which may stand in a file: one is cut ou
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from ..ops import Segments
 
-IGNORED = -100  # the target of a position whose loss does not count
-SUPERVISED = np.uint32(1 << 31)  # a token is stored as its id, with this bit if it counts; ids stay below a million
+IGNORED = -100  # the target of a position that is not supervised
+SUPERVISED = np.uint32(
+    1 << 31
+)  # a token is stored as its id, with this bit if it is supervised; ids stay below a million
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,29 +37,32 @@ class Sample:
 
     @property
     def num_targets(self) -> int:
-        """Tokens that count: the first one follows nothing, so it never does."""
+        """Supervised tokens: the first one follows nothing, so it is not one."""
         return int(np.count_nonzero(self.supervised[1:]))
 
 
 @dataclass(frozen=True, eq=False)
-class Samples(Sequence[Sample]):
+class Samples:
     """Many samples. Sample i is words[source[i]][starts[i] : starts[i] + lengths[i]]."""
 
     words: tuple[np.ndarray, ...]  # for each data set (its tokens,) uint32, in memory or mapped from a file
     source: np.ndarray  # (N,) the data set of each sample
     starts: np.ndarray  # (N,) int64
     lengths: np.ndarray  # (N,) tokens
-    num_targets: np.ndarray  # (N,) tokens that count
+    num_targets: np.ndarray  # (N,) supervised tokens
     fingerprint: str  # a hash of everything above
 
     @classmethod
     def of(cls, words: np.ndarray, lengths: np.ndarray, num_targets: np.ndarray, fingerprint: str) -> "Samples":
-        """The samples of one data set, one behind the other in `words`."""
+        """The samples of one data set, one after the other in `words`."""
         source = np.zeros(len(lengths), np.int16)
         return cls((words,), source, lengths.cumsum(dtype=np.int64) - lengths, lengths, num_targets, fingerprint)
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, i: int) -> Sample:
         start, length = self.starts[i], self.lengths[i]
@@ -71,17 +77,15 @@ class Samples(Sequence[Sample]):
 
 
 def join(parts: Sequence[Samples]) -> Samples:
-    """The samples of several data sets, one data set behind the other."""
-    words = tuple(words for part in parts for words in part.words)
-    arrays = {name: [np.empty(0, np.int64)] for name in ("source", "starts", "lengths", "num_targets")}
-    first = 0
-    for part in parts:
-        arrays["source"].append(part.source + first)
-        first += len(part.words)
-        for name in ("starts", "lengths", "num_targets"):
-            arrays[name].append(getattr(part, name))
-    digest = hashlib.sha256("".join(part.fingerprint for part in parts).encode())
-    return Samples(words, **{name: np.concatenate(a) for name, a in arrays.items()}, fingerprint=digest.hexdigest())
+    """The samples of several data sets, one data set after the other."""
+    fingerprint = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
+    if not parts:
+        return Samples.of(np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64), fingerprint)
+    firsts = accumulate((len(part.words) for part in parts), initial=0)
+    source = np.concatenate([part.source + first for part, first in zip(parts, firsts, strict=False)])
+    names = ("starts", "lengths", "num_targets")
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return Samples(tuple(words for part in parts for words in part.words), source, **arrays, fingerprint=fingerprint)
 
 
 # ------------------------------------------------------------------------------------------------ batches
@@ -92,7 +96,7 @@ class Batch:
     """Rows as tensors, ready for the model.
 
     tokens: (B, T) int64, padded at the end of a row. segments: where its documents are; padding is one of them.
-    supervised: (N,) int64, places in the flattened (B * T) that count. targets: (N,) int64, the next token there.
+    supervised: (N,) int64, supervised places in the flattened (B * T). targets: (N,) int64, the next token there.
     """
 
     tokens: Tensor
@@ -101,13 +105,12 @@ class Batch:
     targets: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        moved = (x.to(device, non_blocking=True) for x in (self.tokens, self.supervised, self.targets))
-        tokens, supervised, targets = moved
-        return Batch(tokens, self.segments, supervised, targets)
+        tokens, *others = (x.to(device, non_blocking=True) for x in (self.tokens, self.supervised, self.targets))
+        return Batch(tokens, self.segments, *others)
 
 
 def collate(rows: list[list[Sample]], pad_to: int = 0) -> Batch:
-    """Lay samples one after another in rows. Padding is told from tokens by its place, never by its id.
+    """Lay samples one after another in rows. What is padding follows from its place, never from its id.
 
     Args:
         rows: for each row its samples. pad_to: width of the rows; by default that of the longest.
@@ -122,8 +125,8 @@ def collate(rows: list[list[Sample]], pad_to: int = 0) -> Batch:
             start, end = end, end + len(sample)
             ids = torch.as_tensor(sample.tokens)
             tokens[b, start:end] = ids
-            counted = torch.as_tensor(sample.supervised[1:], dtype=torch.bool)
-            targets[b, start : end - 1] = torch.where(counted, ids[1:], IGNORED)  # the last token predicts nothing
+            is_learnt = torch.as_tensor(sample.supervised[1:], dtype=torch.bool)
+            targets[b, start : end - 1] = torch.where(is_learnt, ids[1:], IGNORED)  # the last token predicts nothing
         lengths.append((*map(len, row), *([T - end] if end < T else ())))
     flat = targets.flatten()
     supervised = (flat != IGNORED).nonzero().squeeze(1)

@@ -1,19 +1,19 @@
 """Whether the text that a chat template wrote holds all that the row says.
 
 A template may leave out what it does not know: tools, calls, system messages, the thinking in front of an answer. A
-model would learn to say nothing where it should call, or to answer what it never read, and the run would look well. So
+model would learn to say nothing where it should call, or to answer what it never read, and the run would look right. So
 every content, every call and every tool is looked for in the text. What is missing altogether is an error; what a
 template cuts, or may leave out, is noted.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from ..config.errors import UserError
-from ..tokenizer.chat_template import Messages
-from .messages import OWN_KEYS, Note, plain
+from .masks import Spans
+from .messages import OWN_KEYS, Chat, Note, plain
 
 NOT_LEARNT = "is neither read nor learnt; chat_template_jinja can name a template that writes it"
 HEADER = len("<think>\n\n")
@@ -21,30 +21,23 @@ SHORT = 24  # characters at either end of a text that tell that a part of it was
 
 
 def check_complete(
-    text: str,
-    spans: dict[int, tuple[int, int]],
-    messages: Messages,
-    tools: list[Any] | None,
-    without_tools: Callable[[], str],
-    keys: Iterable[str],
-    note: Note,
+    text: str, spans: Spans, chat: Chat, without_tools: Callable[[], str | None], keys: frozenset[str], note: Note
 ) -> None:
     """Look for all that messages and tools say.
 
     Args:
         text: what the template wrote of them.
         spans: for some messages the characters of the text that are theirs; else all of it is searched.
-        without_tools: writes the same without the tools.
+        without_tools: writes the same without the tools; None where the template refuses that.
         keys: of messages, that the template reads beside role and content.
         note: called with what the template cuts.
     Raises:
         UserError: a call, the tools, or what a message says is not in the text at all.
     """
-    text = str(text)  # traced text is slow to cut
     missing: dict[str, None] = {}  # in the order in which they are met, each once
     edges = [0, *(edge for span in sorted(spans.values()) for edge in span), len(text)]
     others = "".join(text[begin:end] for begin, end in zip(edges[::2], edges[1::2], strict=True))  # what no span has
-    for i, message in enumerate(messages):
+    for i, message in enumerate(chat.messages):
         before = max((end for j, (_, end) in spans.items() if j < i), default=0)
         behind = min((begin for j, (begin, _) in spans.items() if j > i), default=len(text))
         if i in spans:
@@ -56,15 +49,15 @@ def check_complete(
         for call in message.get("tool_calls") or []:
             function = call["function"] if isinstance(call.get("function"), dict) else call
             pieces = _leaves([function.get("name"), function.get("arguments")])
-            if gone := [piece for piece in pieces if not _holds(part, piece)]:
-                missing[f"tool_calls ({gone[0]!r})"] = None
+            if absent := [piece for piece in pieces if not _holds(part, piece)]:
+                missing[f"tool_calls ({absent[0]!r})"] = None
         header = text[: spans[i][0]][-HEADER:] if i in spans else ""  # it may hold how the answer begins
         _check_content(message, header + part, missing, note)
         for key in sorted(message.keys() - OWN_KEYS & keys):
             if isinstance(message[key], str) and not _holds(text, message[key]):
                 note(f"the chat template cuts the key {key} of messages, which {NOT_LEARNT}")
-    if tools:
-        _check_tools(tools, text, without_tools, missing, note)
+    if chat.tools:
+        _check_tools(chat.tools, text, without_tools, missing, note)
     if missing:
         raise UserError(
             f"the chat template leaves out {' and '.join(missing)}, so the model would learn from another conversation "
@@ -90,14 +83,10 @@ def _check_content(message: dict[str, Any], part: str, missing: dict[str, None],
 
 
 def _check_tools(
-    tools: list[Any], text: str, without_tools: Callable[[], str], missing: dict[str, None], note: Note
+    tools: list[Any], text: str, without_tools: Callable[[], str | None], missing: dict[str, None], note: Note
 ) -> None:
-    try:
-        unread = without_tools() == text
-    except UserError:  # it cannot do without them, so it reads them
-        unread = False
     functions = [tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in tools]
-    if unread or any(not _holds(text, function.get("name") or "") for function in functions):
+    if without_tools() == text or any(not _holds(text, function.get("name") or "") for function in functions):
         missing["tools"] = None
     elif not all(_holds(text, piece) for piece in _described(functions)):
         note("the chat template leaves out a part of the tools")

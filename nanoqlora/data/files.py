@@ -1,7 +1,8 @@
 """What a data set is called -> its files: a file, a folder, a glob, or a name on the hub.
 
 Of a folder, and of a data set on the hub, the files of one split are taken. The card of a data set (README.md) may list
-them; else the names of the files tell, as in `data/train-00000-of-00002.parquet`; else all files are the split `train`.
+them; else the names of the files decide, as in `data/train-00000-of-00002.parquet`; else all files are the split
+`train`.
 Left out: data sets that are made by a program. Read next: data/rows.py, which reads the files.
 """
 
@@ -31,7 +32,7 @@ KINDS = {  # file name ending -> how it is read; `.gz` may follow
 CARD = "README.md"
 NOT_DATA = ("dataset_infos.json", "dataset_dict.json", "dataset_info.json", "state.json")  # of the datasets library
 CACHED = "cache-"  # how the names of its own working files begin, which end in .arrow
-SPLITS = {  # words in file names -> the split that they tell
+SPLITS = {  # parts of file names -> the split that they mean
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
@@ -58,7 +59,7 @@ def find_files(
 
     Args:
         path: a file, a folder, a glob, or a hub name. Of a folder and of the hub only data files are taken.
-        ds_type: json, jsonl, csv, parquet, arrow or text; None: the file's ending tells.
+        ds_type: json, jsonl, csv, parquet, arrow or text; None: the file's ending decides.
         data_files: names or globs of files within a folder or hub data set; or the files themselves.
         split: of a folder or hub data set; None: train, where there are splits.
         name: one of the several configurations that a data set's card lists.
@@ -66,7 +67,7 @@ def find_files(
     Raises:
         UserError: nothing found, or files of several kinds.
     """
-    where, kind = f"data {path}", {"jsonl": "json"}.get(ds_type, ds_type)
+    where, kind = f"data {path}", "json" if ds_type == "jsonl" else ds_type
     path = Path(path).expanduser() if str(path).startswith("~") else path
     data_files = tuple(os.path.expanduser(file) for file in data_files)
     if Path(path).is_file():
@@ -76,7 +77,7 @@ def find_files(
     elif Path(path).is_dir():
         found = _in_folder(where, Path(path), Path(path), data_files, kind, split, name)
     elif data_files and all(Path(file).is_file() for file in data_files):
-        found = [Path(file) for file in data_files]  # then path is only a word, as in Axolotl's `path: json`
+        found = [Path(file) for file in data_files]  # then path is only a name, as in Axolotl's `path: json`
     elif is_hub_name(path):
         found = _on_the_hub(str(path), data_files, kind, split, name, revision)
     else:
@@ -151,7 +152,7 @@ def _matching(where: str, folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def _splits(folder: Path, kind: str | None, split: str | None) -> dict[Path, set[str]]:
-    """The data files of a folder, each with the splits that its name tells."""
+    """The data files of a folder, each with the splits that its name mentions."""
     splits: dict[Path, set[str]] = {}
     for path in folder.rglob("*"):
         parts = path.relative_to(folder).parts
@@ -164,12 +165,11 @@ def _splits(folder: Path, kind: str | None, split: str | None) -> dict[Path, set
 
 
 def _by_name(folder: Path, kind: str | None, split: str | None) -> list[Path]:
-    """The data files of a folder whose names tell the split; for train all of them, if no name tells any."""
+    """The data files of a folder whose names mention the split; for train all of them, if no name mentions any."""
     splits = _splits(folder, kind, split)
     wanted = SPLITS.get(split or "train", split)
-    if wanted == "train" and not any(splits.values()):
-        return list(splits)
-    return [path for path, found in splits.items() if wanted in found]
+    is_any = wanted == "train" and not any(splits.values())
+    return [path for path, found in splits.items() if is_any or wanted in found]
 
 
 def _on_the_hub(
@@ -180,13 +180,13 @@ def _on_the_hub(
 
     try:
         card = fetch([CARD])
-    except UserError:  # without a network, and only the data is in the cache; if nothing is, the next line tells
+    except UserError:  # without a network, and only the data is in the cache; if nothing is, the next line raises
         card = fetch(data_files or ["*"])
     where, repository = f"data {path}", card.parent.parent  # whose files are links from snapshots/COMMIT to blobs
     if patterns := data_files or _listed_on_card(where, card, split, name):
         return _in_folder(where, fetch(patterns), repository, data_files, kind, split, name)
     endings = [ending for ending in KINDS if KINDS[ending] == kind or not kind]
-    for part in (f"*{split or 'train'}*", "*"):  # so that no other split is fetched where the names tell them
+    for part in (f"*{split or 'train'}*", "*"):  # so that no other split is fetched where the names mention them
         folder = fetch(f"{part}{ending}{gz}" for ending in endings for gz in ("", ".gz"))
         if found := _in_folder(where, folder, repository, (), kind, split, name):
             return found
@@ -194,7 +194,7 @@ def _on_the_hub(
 
 
 def _listed_on_card(where: str, folder: Path, split: str | None, name: str | None) -> list[str]:
-    """The patterns of the files of a split, from the `configs` at the head of a data set's card; none if it has none.
+    """The patterns of the files of a split, from the `configs` at the head of a data set's card; empty without one.
 
     They look like {"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}.
     """

@@ -1,7 +1,7 @@
 """Which tokens of a chat the model has to learn to write.
 
 In a chat the mask covers what the assistant says and the token that ends its turn. That token matters most: a model
-that is never told to write it never learns to stop. In ChatML, with "^" below the tokens that count:
+that does not learn to write it does not stop. In ChatML, with "^" below the supervised tokens:
 
     <|im_start|>user\\nWho are you?<|im_end|>\\n<|im_start|>assistant\\nA pirate.<|im_end|>\\n
                                                                       ^^^^^^^^^^^^^^^^^^^^^
@@ -16,27 +16,25 @@ from a header into an answer is not supervised: the model is given it. Read next
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from os.path import commonprefix
-from typing import Any
 
 from ..config.errors import UserError
 from ..tokenizer.chat_template import Messages, guard
 from ..tokenizer.tokenizer import Tokenizer
 from ..tokenizer.traced import plain, spans_of
+from .messages import Chat, Note
 
-ENDS = ("turn", "last", "all", "none")  # end tokens that count: of every trained turn, of the last, of all turns, none
+Spans = dict[int, tuple[int, int]]  # number of a message -> from which character to which its turn stands
 
 
 class Written:
     """A conversation as its template writes it, and where in the text and its tokens each turn is."""
 
-    def __init__(
-        self, tok: Tokenizer, template: str | None, messages: Messages, tools: list[Any] | None, roles: Iterable[str]
-    ) -> None:
-        self.tok, self.template, self.messages, self.tools = tok, template, messages, tools
-        guarded, guarded_tools = guard(messages, tools, roles)
-        text = tok.render_chat(guarded, False, template, guarded_tools)
+    def __init__(self, tok: Tokenizer, template: str | None, chat: Chat, roles: Iterable[str]) -> None:
+        self.tok, self.template, self.messages, self.tools = tok, template, chat.messages, chat.tools
+        guarded, tools = guard(chat.messages, chat.tools, roles)
+        text = tok.render_chat(guarded, False, template, tools)
         self.ids, self.starts = tok.encode_guarded(text)
         self.text, self.spans = plain(text), spans_of(text)
         self.notes: set[str] = set()  # what the user should know
@@ -44,10 +42,7 @@ class Written:
 
     def render(self, messages: Messages, header: bool = False) -> str | None:
         """The text of other messages, not traced, which is faster; None where the template refuses them."""
-        try:
-            return self.tok.render_chat(messages, header, self.template, self.tools)
-        except UserError:
-            return None
+        return self.tok.render_if_possible(messages, header, self.template, self.tools)
 
     def token_at(self, character: int) -> int:
         """The first token that starts at this character of the text or behind it."""
@@ -73,8 +68,9 @@ class Written:
             return place and place[0]
         headers = self.tok.answer_headers(self.template, self.tools)
         start = self.render(self.messages[:i], header=True)
-        is_start = start is not None and self.text.startswith(start)
-        if is_start and (place is None or headers and start.endswith(headers[0])):
+        if start is not None and not self.text.startswith(start):
+            start = None
+        if start is not None and (place is None or headers and start.endswith(headers[0])):
             return len(start)
         if place is None:
             raise UserError(
@@ -85,7 +81,7 @@ class Written:
         between = self.text[before : place[0]]
         header = next((header for header in headers if header in between), None)
         if header is None:
-            if is_start and i:
+            if start is not None and i:
                 return len(start)
             if headers:
                 return place[0]
@@ -122,40 +118,29 @@ class Written:
         if ends and self.messages[i].get("tool_calls"):
             if is_exact:
                 return ends[-1]
-            known = (self.tok.turn_end_id(self.template or self.tok.chat_template), self.tok.eos_id)
+            known = (self.tok.turn_end_id(self.template), self.tok.eos_id)
             return next((t for t in ends if self.ids[t] in known), ends[0])
         return ends[0] if ends else None
 
 
 def encode_chat(
-    tok: Tokenizer,
-    template: str | None,
-    messages: Messages,
-    tools: list[Any] | None,
-    trained: Sequence[bool],
-    train_on_eos: str,
-    roles: Iterable[str] = (),
-    check: Callable[[str, dict[int, tuple[int, int]]], object] = lambda text, spans: None,
-    note: Callable[[str], object] = lambda text: None,
-) -> tuple[list[int], list[bool]]:
-    """The tokens of a conversation, and for each whether it is supervised.
+    tok: Tokenizer, template: str | None, chat: Chat, train_on_eos: str, roles: Iterable[str], note: Note
+) -> tuple[list[int], list[bool], str, Spans]:
+    """The tokens of a conversation, and which are supervised; its text, and the turns that were looked for.
 
     Args:
         template: Jinja; None: the tokenizer's own.
-        trained: for each message, whether it shall be learnt.
         train_on_eos: one of `ENDS`.
         roles: names of roles that the configuration gives, which are not the row's text.
-        check: called with the text, and for the turns that were looked for the characters from where one begins to
-            where it ends.
         note: called with what the user should know of this conversation.
     Raises:
         UserError: the template hides where an answer begins, or puts no token behind the last one.
     """
-    written = Written(tok, template, messages, tools, roles)
+    written, trained = Written(tok, template, chat, roles), chat.trained
     mask = [False] * len(written.ids)
     last_trained = max((i for i, is_trained in enumerate(trained) if is_trained), default=-1)
-    turns: dict[int, tuple[int, int]] = {}
-    for i in range(len(messages)):
+    turns: Spans = {}
+    for i in range(len(trained)):
         if not trained[i] and train_on_eos != "all":
             continue
         begin = written.begin_of(i)
@@ -178,5 +163,4 @@ def encode_chat(
             mask[end] = train_on_eos in ("turn", "all") or train_on_eos == "last" and i == last_trained
     for text in written.notes:
         note(text)
-    check(written.text, turns)
-    return written.ids, mask
+    return written.ids, mask, written.text, turns

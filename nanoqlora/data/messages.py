@@ -1,7 +1,7 @@
 """From a row of data to the messages and tools of a chat, with the names that templates use, checked.
 
 Files call things by other names, keep objects as JSON texts, and have faults. What no template should get is an error
-here, in words about the row; the caller adds where the row stands. What nobody reads is noted. Read next: prompts.py,
+here, in terms of the row; the caller adds where the row stands. What nobody reads is noted. Read next: prompts.py,
 which encodes the messages, and data/completeness.py, which looks for all of them in the text.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from ..config.errors import UserError
 from ..config.files import unique_keys
-from ..tokenizer.chat_template import Messages
+from ..tokenizer.chat_template import Messages, Tools
 from .row_format import USUAL_ROLES, RowFormat
 
 Row = dict[str, Any]
@@ -25,6 +25,7 @@ ROLE_SEEN = "role: "  # a note that begins so names the role of a message
 UNKNOWN_ROLE = "the role"  # an error that begins so is of a role
 # Read by us, or a number that means nothing outside of its row.
 OWN_KEYS = {"role", "content", "tool_calls", "tool_call_id", "weight", "train"}
+FLAGS = {None: None, 0: False, 1: True, "0": False, "1": True, "false": False, "true": True}  # of a message, as written
 CALLS = {"tool_calls", "function_call"}
 # What columns and keys are often called, for the advice in an error.
 LIKELY = {
@@ -51,7 +52,7 @@ class Chat:
 
     messages: Messages
     trained: list[bool]
-    tools: list[Any] | None = None
+    tools: Tools = None
 
 
 def chat_of(row: Row, form: RowFormat, note: Note, read_by_template: Iterable[str] = ()) -> Chat:
@@ -67,17 +68,20 @@ def chat_of(row: Row, form: RowFormat, note: Note, read_by_template: Iterable[st
     given, num_prompt, columns = _given(row, form)
     given = [_parsed(message) for message in given]
     _check_roles(given, form, note)
-    system = row.get(form.field_system) if form.field_system else None
-    tools = _tools(row.get(form.field_tools), form.field_tools)
+    tools = _parsed(row.get(form.field_tools))
+    tools = _listed([tools] if isinstance(tools, dict) else tools, form.field_tools, ("parameters", "input_schema"))
     if not tools and _is_functions(functions := _parsed(row.get("functions"))):
-        tools = _tools([{"type": "function", "function": function} for function in functions], "functions")
+        wrapped = [{"type": "function", "function": function} for function in functions]
+        tools = _listed(wrapped, "functions", ("parameters", "input_schema"))
         columns = {*columns, "functions"}
-    chat = Chat([], [], tools)
+    chat = Chat([], [], tools or None)
     for number, message in enumerate(given, start=1):
         if not isinstance(message, dict):
             raise UserError(f"message {number} is {show(message)}, without role and content. Make it an object.")
-        is_trained = _add(chat, message, form, f"message {number}: ", note, {*OWN_KEYS, *read_by_template})
-        chat.trained[-1] = is_trained and number > num_prompt
+        message, is_trained = _message(message, form, f"message {number}: ", note, {*OWN_KEYS, *read_by_template})
+        chat.messages.append(message)
+        chat.trained.append(is_trained and number > num_prompt)
+    system = row.get(form.field_system) if form.field_system else None
     if isinstance(system, str) and system and chat.messages[0]["role"] != "system":
         chat.messages.insert(0, {"role": "system", "content": text_of(row, form.field_system)})
         chat.trained.insert(0, "system" in form.roles_to_train)
@@ -87,20 +91,19 @@ def chat_of(row: Row, form: RowFormat, note: Note, read_by_template: Iterable[st
 
 
 def _check_roles(given: list[Any], form: RowFormat, note: Note) -> None:
-    key = form.message_property_mappings.get("role", "role")
-    roles = [message.get(key) for message in given if isinstance(message, dict)]
-    roles = [role for role in roles if isinstance(role, str) and role.strip()]  # of others the caller tells
+    found = [message.get(form.names["role"]) for message in given if isinstance(message, dict)]
+    roles = [role for role in found if isinstance(role, str) and role.strip()]  # `_message` refuses the others
     for role in roles:
         note(ROLE_SEEN + role)
     if unknown := [role for role in dict.fromkeys(roles) if role not in form.role_of]:
         meant: dict[str, list[str]] = {}
         for role in unknown:
             meant.setdefault(_likely_role(role), []).append(role)
-        roles = ", ".join(f"{ours}: [{', '.join(theirs)}]" for ours, theirs in meant.items())
+        advice = ", ".join(f"{ours}: [{', '.join(theirs)}]" for ours, theirs in meant.items())
         subject = f"s {' and '.join(unknown)} are" if len(unknown) > 1 else f" {unknown[0]} is"
         raise UserError(
             f"{UNKNOWN_ROLE}{subject} unknown, and no such message could be learnt. Known are "
-            f"{', '.join(form.role_of)}. Say what is meant, as in roles: {{{roles}}}, or write "
+            f"{', '.join(form.role_of)}. Say what is meant, as in roles: {{{advice}}}, or write "
             f"{{{unknown[0]}: [{unknown[0]}]}} where the chat template knows that name."
         )
 
@@ -120,10 +123,8 @@ def _given(row: Row, form: RowFormat) -> tuple[list[Any], int, set[str]]:
                 raise missing_column(row, column, form)
         question = text_of(row, form.field_instruction)
         answer = text_of(row, form.field_output, empty=True)
-        names = DEFAULT_NAMES | form.message_property_mappings
-        messages = [
-            {names["role"]: role, names["content"]: text} for role, text in (("user", question), ("assistant", answer))
-        ]
+        turns = {"user": question, "assistant": answer}
+        messages = [{form.names["role"]: role, form.names["content"]: text} for role, text in turns.items()]
         return messages, 0, {form.field_instruction, form.field_output}
     if form.field_messages not in row:  # trl's pairs of messages
         prompt, completion = _parsed(row.get("prompt")), _parsed(row.get("completion"))
@@ -139,41 +140,40 @@ def _given(row: Row, form: RowFormat) -> tuple[list[Any], int, set[str]]:
     return given, 0, {form.field_messages}
 
 
-DEFAULT_NAMES = {"role": "role", "content": "content"}
-
-
-def _add(chat: Chat, given: Row, form: RowFormat, where: str, note: Note, known: set[str]) -> bool:
-    """Add a message to a chat. Returns whether it shall be learnt, as far as it and its role tell."""
-    names = DEFAULT_NAMES | form.message_property_mappings
-    theirs = set(names.values())
+def _message(given: Row, form: RowFormat, where: str, note: Note, known: set[str]) -> tuple[Row, bool]:
+    """A message as templates take it, and whether it shall be learnt, as far as it and its role decide."""
+    names, theirs = form.names, set(form.names.values())
     message = {key: value for key, value in given.items() if key not in theirs}
     message |= {ours: given[name] for ours, name in names.items() if given.get(name) is not None}
-    for part in [part for part in DEFAULT_NAMES if part not in message]:
-        if (other := _like([key for key in given if key not in DEFAULT_NAMES], part)) and not given.keys() & CALLS:
+    others = [] if given.keys() & CALLS else [key for key in given if key not in ("role", "content")]
+    for part in ("role", "content"):
+        if part not in message and (other := _like(others, part)):
             raise UserError(f"{where}{names[part]} is missing, and there is {other}. {_mapping(given)}")
     named = text_of(message, "role", where, called=names["role"])
     role = message["role"] = form.role_of[named]
     if message.get("function_call") and not message.get("tool_calls"):  # OpenAI's older way to call one
         message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
-    message["tool_calls"] = calls = _calls(message.get("tool_calls"), where)
+    # Many files have the arguments as texts, which templates would quote once more.
+    calls = _parsed(message.get("tool_calls") or [])
+    message["tool_calls"] = calls = _listed(calls, f"{where}tool_calls", ("arguments",))
     if not calls:
         del message["tool_calls"]  # an empty list calls nothing, and some templates ask only whether there is one
     message["content"] = _content(message, role, where, names["content"])
     known = known | theirs | {form.message_field_training}
     for key in [key for key, value in message.items() if key not in known and value not in NOTHING]:
         note(f"the key {key} of messages was not read")
-    chat.messages.append(message)
-    chat.trained.append(False)
-    return _is_trained(message, form, named, role, where)
+    wanted = named in form.roles_to_train or role in form.roles_to_train
+    if form.message_field_training:
+        flag = _flag(message, form.message_field_training, where)
+        return message, wanted if flag is None else flag
+    return message, wanted and False not in [_flag(message, key, where) for key in ("weight", "train")]
 
 
 def _content(message: Row, role: str, where: str, called: str) -> Any:
     """What a message says: a text, its text parts, or the object that a tool answered with."""
     content, calls = message.get("content"), message.get("tool_calls")
-    if content is None and calls:
-        return None
-    if content is None and role == "tool":
-        return ""
+    if content is None and (calls or role == "tool"):
+        return None if calls else ""
     if role == "tool" and isinstance(content, dict):
         return content
     if isinstance(content, list) and content and all(isinstance(part, dict) and "type" in part for part in content):
@@ -191,39 +191,31 @@ def plain(content: Any) -> str:
     return "".join(part["text"] for part in content) if isinstance(content, list) else str(content or "")
 
 
-def _is_trained(message: Row, form: RowFormat, named: str, role: str, where: str) -> bool:
-    """By what the message says of itself, else by its role."""
-    wanted = named in form.roles_to_train or role in form.roles_to_train
-    if form.message_field_training:
-        flag = _flag(message, form.message_field_training, where)
-        return wanted if flag is None else flag
-    return wanted and False not in (_flag(message, "weight", where), _flag(message, "train", where))
-
-
 def _flag(message: Row, key: str, where: str) -> bool | None:
     value = message.get(key)
-    value = value.lower() if isinstance(value, str) else value
-    if value is not None and value not in (0, 1, "true", "false", "0", "1"):
+    try:
+        return FLAGS[value.lower() if isinstance(value, str) else value]
+    except (KeyError, TypeError):
         raise UserError(
             f"{where}{key} is {show(value)}. It decides whether the message is learnt: write true or false."
-        )
-    return None if value is None else value in (1, "true", "1")
+        ) from None
 
 
 # ------------------------------------------------------------------------------------------------ tools
 
 
-def _tools(given: Any, field: str) -> list[Any] | None:
-    """The tools of a row; texts are taken for JSON, as tables cannot hold objects of many shapes."""
-    tools = _parsed(given) if not isinstance(given, str) or given.strip() else None
-    if isinstance(tools, dict):
-        tools = [tools]
-    if tools is None:
-        return None
-    parsed = [_parsed(tool) for tool in tools] if isinstance(tools, list) else [None]
-    if not all(isinstance(tool, dict) for tool in parsed):
-        raise UserError(f"{field} is {show(tools)}, not a list of tools. Correct the row.")
-    return [_with_objects(tool, ("parameters", "input_schema")) for tool in parsed] or None
+def _listed(given: Any, called: str, fields: tuple[str, ...]) -> list[Row]:
+    """Tools or calls with objects in place of JSON texts, as tables cannot hold objects of many shapes.
+
+    Args:
+        fields: those that have to be objects.
+    """
+    if given is None or isinstance(given, str) and not given.strip():
+        return []
+    items = [_parsed(item) for item in given] if isinstance(given, list) else [given]
+    if not isinstance(given, list) or not all(isinstance(item, dict) for item in items):
+        raise UserError(f"{called} is {show(given)}, not a list of objects. Correct the row.")
+    return [with_fields(item, fields, lambda text: _parsed(text or "{}")) for item in items]
 
 
 def _is_functions(given: Any) -> bool:
@@ -231,21 +223,12 @@ def _is_functions(given: Any) -> bool:
     return isinstance(given, list) and all(isinstance(one, dict) and "name" in one for one in given)
 
 
-def _calls(given: Any, where: str) -> list[Any]:
-    """Tool calls whose arguments are objects; many files have them as texts, which templates would quote once more."""
-    calls = _parsed(given or [])
-    parsed = [_parsed(call) for call in calls] if isinstance(calls, list) else [None]
-    if not all(isinstance(call, dict) for call in parsed):
-        raise UserError(f"{where}tool_calls is {show(given)}, not a list of calls. Correct the row.")
-    return [_with_objects(call, ("arguments",)) for call in parsed]
-
-
-def _with_objects(tool: Row, fields: tuple[str, ...]) -> Row:
-    """A tool or a call in which those fields, and the function that may hold them, are objects and not JSON texts."""
+def with_fields(tool: Row, fields: tuple[str, ...], change: Callable[[Any], Any]) -> Row:
+    """A tool or a call in which those fields, or those of its function, are changed."""
     function = _parsed(tool.get("function"))
     if isinstance(function, dict):
-        return {**tool, "function": _with_objects({k: v for k, v in function.items() if k != "function"}, fields)}
-    return {key: _parsed(value or "{}") if key in fields else value for key, value in tool.items()}
+        return {**tool, "function": with_fields({k: v for k, v in function.items() if k != "function"}, fields, change)}
+    return {key: change(value) if key in fields else value for key, value in tool.items()}
 
 
 def _parsed(text: Any) -> Any:
@@ -262,7 +245,7 @@ def _parsed(text: Any) -> Any:
 
 # ------------------------------------------------------------------------------------------------ parts of a row
 
-NOTHING = (None, "", [], {})  # values of columns and keys that say nothing
+NOTHING: tuple[Any, ...] = (None, "", [], {})  # values of columns and keys that say nothing
 
 
 def say(*turns: str) -> Messages:

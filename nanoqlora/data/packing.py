@@ -1,4 +1,4 @@
-"""From lengths to the plan of a run: which samples stand in which row of which step, before the first one is taken.
+"""From lengths to the schedule of a run: which samples stand in which row of which step, before the first is taken.
 
     lengths, seed -> for each epoch: shuffle, put into rows, shuffle the rows, cut into steps -> Plan
 
@@ -6,8 +6,8 @@ A row is what the model sees at once. With packing it holds as many samples as f
 rows of like length come into the same step, so that little is spent on padding.
 
 The plan is a pure function of the lengths and the seed. The number of steps and the schedule follow from it; a step
-is the same for any number of ranks and any split into micro-batches; every rank knows how many tokens count in a step
-without asking the others; and a resumed run needs to know nothing but its step.
+is the same for any number of ranks and any split into micro-batches; every rank knows the number of supervised tokens
+in a step without asking the others; and a resumed run needs to know nothing but its step.
 
 For a million samples it takes seconds and some bytes a sample: everything is arrays, and `Step` objects are made when
 they are asked for.
@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import overload
 
 import numpy as np
 
@@ -29,8 +30,8 @@ POOL = 50  # steps whose rows are sorted by length together; fewer waste padding
 
 
 @dataclass(frozen=True)
-class Rows(Sequence[list[int]]):
-    """Rows of sample numbers, one behind the other: row i is samples[starts[i] : starts[i + 1]]."""
+class Rows:
+    """Rows of sample numbers, one after the other: row i is samples[starts[i] : starts[i + 1]]."""
 
     samples: np.ndarray  # (N,) int64
     starts: np.ndarray  # (number of rows + 1,) int64
@@ -39,8 +40,6 @@ class Rows(Sequence[list[int]]):
         return len(self.starts) - 1
 
     def __getitem__(self, i: int) -> list[int]:
-        if not 0 <= i < len(self):  # also what ends a loop over the rows
-            raise IndexError(i)
         return self.samples[self.starts[i] : self.starts[i + 1]].tolist()
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -54,12 +53,12 @@ class Rows(Sequence[list[int]]):
         return Rows(self.samples[from_where], starts)
 
     def by_first_sample(self) -> "Rows":
-        """The row with sample 0 first, and so on: as near to the order of the data as whole rows can be."""
+        """The row with sample 0 first, and so on: as near to the order of the data as complete rows can be."""
         return self.in_order(np.argsort(np.minimum.reduceat(self.samples, self.starts[:-1])))
 
     @classmethod
     def joined(cls, parts: list["Rows"]) -> "Rows":
-        """The rows of all parts, one part behind the other."""
+        """The rows of all parts, one part after the other."""
         lengths = np.concatenate([np.diff(part.starts) for part in parts])
         return cls(np.concatenate([part.samples for part in parts]), np.concatenate([[0], lengths.cumsum()]))
 
@@ -137,12 +136,15 @@ class Plan(Sequence[Step]):
     def __len__(self) -> int:
         return self.num_steps
 
+    @overload
+    def __getitem__(self, number: int) -> Step: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Step]: ...
     def __getitem__(self, number: int | slice) -> Step | list[Step]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        number += len(self) if number < 0 else 0
-        if not 0 <= number < len(self):
-            raise IndexError(f"step {number} of {len(self)}")
+        numbers = range(self.num_steps)[number]  # or its IndexError
+        return self._step(numbers) if isinstance(numbers, int) else list(map(self._step, numbers))
+
+    def _step(self, number: int) -> Step:
         firsts = [0, *accumulate(math.ceil(len(rows) / self.rows_per_step) for rows in self.epochs)]
         epoch = bisect_right(firsts, number) - 1
         rows, start = self.epochs[epoch], (number - firsts[epoch]) * self.rows_per_step
@@ -153,8 +155,8 @@ class Plan(Sequence[Step]):
         """A hash of all of it."""
         digest = hashlib.sha256(f"{self.rows_per_step} {self.num_steps}".encode())
         for rows in self.epochs:
-            digest.update(rows.samples)
-            digest.update(rows.starts)
+            digest.update(rows.samples.data)
+            digest.update(rows.starts.data)
         return digest.hexdigest()
 
 
@@ -169,13 +171,13 @@ def plan_steps(
     seed: int,
     shuffle: bool = True,
 ) -> Plan:
-    """The whole run. Every sample is used once an epoch; the last, smaller batch of an epoch is a step too.
+    """All steps of a run. Every sample is used once an epoch; the last, smaller batch of an epoch is a step too.
 
     Args:
         lengths: tokens of each sample, none above `capacity`.
         rows_per_step: micro_batch_size * gradient_accumulation_steps * ranks.
         num_epochs: may end within an epoch. max_steps: ends earlier, or, when larger, goes on with more epochs.
-        shuffle: anew in every epoch; else samples come as they stand in the data.
+        shuffle: differently in every epoch; else samples come as they stand in the data.
     """
     lengths = np.asarray(lengths)
     epochs: list[Rows] = []

@@ -1,4 +1,4 @@
-"""Rows to samples: tokenised in several processes, kept in a folder, and prepared anew when anything changed.
+"""Rows to samples: tokenised in several processes, kept in a folder, and prepared again when anything changed.
 
     files -> blocks of rows -> (processes) -> words: the tokens of all samples, in one long array -> Samples
 
@@ -7,7 +7,7 @@ memory are some blocks and a few bytes for each sample: the tokens go to a file,
 
 Prepared data is kept under a key: a hash of the contents of the files, the tokenizer, the prompt format, the lengths,
 `FORMAT`, and the versions of the libraries that tokenise. Data that would come out differently has another key, so what
-is found under the key is right. Read next: data/packing.py, which makes the plan of a run from the lengths.
+is found under the key is right. Read next: data/packing.py, which makes the schedule of a run from the lengths.
 """
 
 import ctypes
@@ -56,7 +56,7 @@ class Encoding:
     sequence_len: int  # tokens that a sample may have
     strategy: str = "drop"  # for longer ones: drop, truncate or raise; long `completion` rows are split instead
     part: str = ""  # the rows that are wanted, as of a list: ":20%"
-    skip_invalid: bool = False  # leave out rows that cannot be used, and count them, in place of an error
+    skip_invalid: bool = False  # leave out rows that cannot be used, and report their number, in place of an error
 
 
 @dataclass
@@ -134,7 +134,7 @@ class InvalidRows(UserError):
 
 @dataclass(kw_only=True)
 class Reading(Counts):
-    """The samples of a data set, and what became of its rows; said before step 1: nothing is lost in silence."""
+    """The samples of a data set, and what became of its rows; printed before step 1: no row is left out unnoticed."""
 
     samples: Samples
     files: dict[str, str] = field(default_factory=dict)  # path -> SHA-256 of its contents, where they were prepared
@@ -181,14 +181,14 @@ def prepare_samples(files: list[DataFile], encoding: Encoding, folder: Path) -> 
     before = [(file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files]
     hashes = {str(file.path): _hash_of_file(file.path) for file in files}
     prepared = folder / _key(encoding, files, hashes)
-    if not _is_whole(prepared):
+    if not _is_complete(prepared):
         try:
             if prepared.exists():
                 print(f"dataset_prepared_path: {prepared} is damaged, so the data is tokenised anew", file=sys.stderr)
                 remove(prepared)
             with whole_folder(prepared) as temporary:
                 with open(temporary / "words.bin", "wb") as words:
-                    counts, samples = _read(files, encoding, words.write)
+                    counts, samples = _read(files, encoding, lambda some: words.write(some.data))
                 np.save(temporary / "samples.npy", np.stack([samples.lengths, samples.num_targets]))
                 facts = dataclasses.asdict(counts) | {"fingerprint": samples.fingerprint}
                 kept = {"facts": facts, "seal": _seal(facts, temporary)}
@@ -202,7 +202,8 @@ def prepare_samples(files: list[DataFile], encoding: Encoding, folder: Path) -> 
             ) from error
     facts = json.loads((prepared / "counts.json").read_text("utf-8"))["facts"]
     tokens = np.memmap(prepared / "words.bin", np.uint32, "r")
-    samples = Samples.of(tokens, *np.load(prepared / "samples.npy"), facts.pop("fingerprint"))
+    lengths, num_targets = np.load(prepared / "samples.npy")
+    samples = Samples.of(tokens, lengths, num_targets, facts.pop("fingerprint"))
     counts = pydantic.TypeAdapter(Counts).validate_python(facts)
     reading = Reading(**vars(counts), samples=samples, files=hashes)
     if reading.invalid and not encoding.skip_invalid:
@@ -210,8 +211,8 @@ def prepare_samples(files: list[DataFile], encoding: Encoding, folder: Path) -> 
     return reading
 
 
-def _is_whole(prepared: Path) -> bool:
-    """Whether a folder of prepared data is as it was written: a copy may be cut, a file edited."""
+def _is_complete(prepared: Path) -> bool:
+    """Whether a folder of prepared data is complete and as it was written: a copy may be cut, a file edited."""
     try:
         kept = json.loads((prepared / "counts.json").read_text("utf-8"))
         words = 4 * int(np.load(prepared / "samples.npy")[0].sum())
@@ -264,8 +265,8 @@ def _read(files: list[DataFile], encoding: Encoding, write: Callable[[np.ndarray
         counts.add(part.counts)
         lengths.append(part.lengths)
         num_targets.append(part.num_targets)
-        digest.update(part.words)
-        digest.update(part.lengths)
+        digest.update(part.words.data)
+        digest.update(part.lengths.data)
         write(part.words)
         rows.append(part.rows)
     if counts.invalid and not encoding.skip_invalid:
@@ -303,11 +304,11 @@ def _note_repeated(rows: np.ndarray, files: list[DataFile], part: str, counts: C
 
 @dataclass(frozen=True)
 class Encoded:
-    """The samples of a block: their words one behind the other, and for each its tokens and those that count."""
+    """The samples of a block: their words one after the other, and for each how many."""
 
     words: np.ndarray  # (tokens,) uint32
     lengths: np.ndarray  # (samples,) int32
-    num_targets: np.ndarray  # (samples,) int32
+    num_targets: np.ndarray  # (samples,) int32: supervised tokens
     rows: np.ndarray  # (rows,) int64: a hash of each row, to find those that stand there twice
     counts: Counts
 
@@ -363,19 +364,17 @@ def _encode_files(files: list[DataFile], encoding: Encoding) -> Iterator[Encoded
     waiting: deque[tuple[int, Future[Encoded]]] = deque()
     with tqdm(total=num_bytes, disable=None, unit="B", unit_scale=True, desc="tokenising", dynamic_ncols=True) as bar:
 
-        def first() -> Encoded:
-            size, future = waiting.popleft()
-            encoded = future.result()
-            bar.update(size)
-            return encoded
+        def done(but: int) -> Iterator[Encoded]:
+            while len(waiting) > but:
+                size, future = waiting.popleft()
+                yield future.result()
+                bar.update(size)
 
         try:
             for block in blocks:
                 waiting.append((block.num_bytes, pool.submit(_encode_in_worker, block)))
-                if len(waiting) > 3 * workers:  # not all at once: they would be held in memory
-                    yield first()
-            while waiting:
-                yield first()
+                yield from done(but=3 * workers)  # not all at once: they would be held in memory
+            yield from done(but=0)
         except BrokenProcessPool as error:
             raise UserError(
                 "a process that tokenised data was ended from outside, most likely for want of memory. Free some, or "

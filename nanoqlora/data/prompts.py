@@ -5,12 +5,12 @@ Five kinds of row:
     chat_template       {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
     alpaca              {"instruction": ..., "input": ..., "output": ...}
     prompt_completion   {"prompt": ..., "completion": ...}
-    custom              the same with columns and words around them of your own
+    custom              the same with columns and text around them of your own
     completion          {"text": ...}
 
 A chat may have several turns, a system message, and `tools` with the calls and answers of them; masks.py says which of
-its tokens count. The next three put the columns of a row into a frame of text (`Frame`), and what is to be written
-behind them counts, with its end token. Of a completion everything counts.
+its tokens are supervised. The next three put the columns of a row into a frame of text (`Frame`), and the answer behind
+them is supervised, with its end token. Of a completion every token is.
 
 The format is saved beside what was trained, as prompt.json: the same file that made the training tokens makes the
 prompt of a chat, and the template of an Ollama Modelfile (export/go_template.py). Left out: content in parts.
@@ -25,12 +25,12 @@ from importlib import resources
 from typing import Any
 
 from ..config.errors import UserError
-from ..tokenizer.chat_template import Messages, render
+from ..tokenizer.chat_template import Messages, Tools, render
 from ..tokenizer.tokenizer import Tokenizer
 from ..tokenizer.traced import spans_of, trace
 from .completeness import check_complete
 from .masks import encode_chat
-from .messages import Chat, Note, chat_of, missing_column, names_in, note_unread, plain, say, text_of
+from .messages import Chat, Note, chat_of, missing_column, names_in, note_unread, plain, say, text_of, with_fields
 from .row_format import FRAMES, Frame, RowFormat
 
 # For models that bring none of their own; the tokenizer must know the special tokens. An answer in alpaca and mistral
@@ -73,7 +73,7 @@ class PromptFormat(RowFormat):
     # Talking
 
     def render(
-        self, tok: Tokenizer, messages: Messages, add_generation_prompt: bool = False, tools: list[Any] | None = None
+        self, tok: Tokenizer, messages: Messages, add_generation_prompt: bool = False, tools: Tools = None
     ) -> str:
         """The text of a conversation; what alpaca and completion prompt with is the last message alone."""
         if self.type == "chat_template":
@@ -81,7 +81,7 @@ class PromptFormat(RowFormat):
         last = messages[-1]["content"]
         return trace(last, 0) if self.type == "completion" else self._frame.prompt(last)
 
-    def encode_prompt(self, tok: Tokenizer, messages: Messages, tools: list[Any] | None = None) -> list[int]:
+    def encode_prompt(self, tok: Tokenizer, messages: Messages, tools: Tools = None) -> list[int]:
         """The tokens that the model is to go on from, when it shall answer."""
         if self.type == "chat_template":
             return tok.encode_chat(messages, add_generation_prompt=True, chat_template=self.jinja(tok), tools=tools)
@@ -96,7 +96,7 @@ class PromptFormat(RowFormat):
         messages = _as_texts(chat_of(row, self, note=lambda _: None).messages)
         return messages[: next((i for i, message in enumerate(messages) if message["role"] == "assistant"), 0)] or None
 
-    def last_question(self, row: dict[str, Any]) -> tuple[Messages, list[Any] | None]:
+    def last_question(self, row: dict[str, Any]) -> tuple[Messages, Tools]:
         """What a row of a chat holds in front of its last answer, and its tools."""
         chat = chat_of(row, self, note=lambda _: None)
         last = max((i for i, is_trained in enumerate(chat.trained) if is_trained), default=0)
@@ -110,10 +110,10 @@ class PromptFormat(RowFormat):
         """Tokens of a row of data, and for each whether the model shall learn to write it.
 
         Args:
-            note: called with everything that the user should know of this row. Rows with the same text are counted
-                together and reported in one line ("12 rows: TEXT (first: a.jsonl, line 3)"), so it holds no values.
+            note: called with everything that the user should know of this row. Rows with the same text are
+                reported together in one line ("12 rows: TEXT (first: a.jsonl, line 3)"), so it holds no values.
         Raises:
-            UserError: the row is not of this format. It does not say which row: the caller knows the file and the line.
+            UserError: the row is not of this format. It does not name the row: the caller knows the file and the line.
         """
         if self.type == "chat_template":
             ids, mask = self._encode_chat(tok, row, note)
@@ -137,7 +137,7 @@ class PromptFormat(RowFormat):
     def _prompt_ids(self, tok: Tokenizer, prompt: str) -> list[int]:
         """The ids of a prompt that is no chat, with BOS where the tokenizer puts one: the frame may have it already."""
         ids, _ = tok.encode_guarded(prompt)
-        return [tok.bos_id, *ids] if tok.add_bos and ids[:1] != [tok.bos_id] else ids
+        return [tok.bos_id, *ids] if tok.bos_id is not None and tok.add_bos and ids[:1] != [tok.bos_id] else ids
 
     def _texts(self, row: dict[str, Any], note: Note) -> tuple[str, str]:
         """What a row that is no chat prompts with, and what is to be written."""
@@ -186,14 +186,12 @@ class PromptFormat(RowFormat):
         template = self.jinja(tok)
         keys = names_in(template or "")
         chat = self._chat(row, keys, note)
-        messages = [_written_as_read(message, template, tok) for message in chat.messages]
-
-        def check(text: str, spans: dict[int, tuple[int, int]]) -> None:
-            without_tools = partial(tok.render_chat, messages, False, template)
-            check_complete(text, spans, messages, chat.tools, without_tools, keys, note)
-
+        chat.messages = [_written_as_read(message, template, tok) for message in chat.messages]
         roles = self.role_of.values()  # what is not known is refused, so none is the row's own text
-        return encode_chat(tok, template, messages, chat.tools, chat.trained, self.train_on_eos, roles, check, note)
+        ids, mask, text, spans = encode_chat(tok, template, chat, self.train_on_eos, roles, note)
+        without_tools = partial(tok.render_if_possible, chat.messages, False, template)
+        check_complete(text, spans, chat, without_tools, keys, note)
+        return ids, mask
 
 
 def _as_texts(messages: Messages) -> Messages:
@@ -207,7 +205,10 @@ def _written_as_read(message: dict[str, Any], template: str | None, tok: Tokeniz
     The arguments of its calls become JSON texts again where the template cannot write objects.
     """
     if message.get("tool_calls") and _takes_texts(template, tuple(tok.named_texts.items())):
-        message = {**message, "tool_calls": [_with_text_arguments(call) for call in message["tool_calls"]]}
+        message = {
+            **message,
+            "tool_calls": [with_fields(call, ("arguments",), _as_text) for call in message["tool_calls"]],
+        }
     if not isinstance(message["content"], list):
         return message
     between = _between_parts(template, message["role"], tuple(tok.named_texts.items()))
@@ -216,12 +217,8 @@ def _written_as_read(message: dict[str, Any], template: str | None, tok: Tokeniz
     return {**message, "content": between.join(part["text"] for part in message["content"])}
 
 
-def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    function = call.get("function")
-    if isinstance(function, dict):
-        return {**call, "function": _with_text_arguments(function)}
-    arguments = call.get("arguments")
-    return call if isinstance(arguments, str) else {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+def _as_text(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 @lru_cache

@@ -14,7 +14,6 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ..config.errors import UserError
 from ..tokenizer.traced import join, trace
-from .masks import ENDS
 
 USUAL_ROLES = {  # names in data files -> names in templates
     **{"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"},
@@ -64,6 +63,7 @@ FRAMES = {
         format="{instruction}", field_instruction="prompt", field_output="completion", field_input="", field_system=""
     ),
 }
+ENDS = ("turn", "last", "all", "none")  # whose end tokens are supervised: every trained turn's, the last's, all
 TYPES = ("chat_template", *FRAMES, "custom", "completion")
 
 
@@ -75,10 +75,10 @@ class RowFormat:
 
     type: str  # one of TYPES
     chat_template: str | None = None  # Jinja; None: the tokenizer's own
-    train_on_inputs: bool = False  # count the prompt as well
+    train_on_inputs: bool = False  # supervise the prompt as well
     roles_to_train: tuple[str, ...] = ("assistant",)
-    train_on_eos: str = "turn"  # which end tokens of a chat count: of trained turns, of the last one, of all, none
-    frame: Frame | None = None  # custom: the words around the columns
+    train_on_eos: str = "turn"  # supervised end tokens: of trained turns, of the last one, of all, none
+    frame: Frame | None = None  # custom: the text around the columns
     field: str = "text"  # completion: the column with the text
     field_messages: str = "messages"  # chat_template: the column with the messages
     field_tools: str = "tools"  # chat_template: the column with the tools that the assistant may call, if there are any
@@ -112,6 +112,11 @@ class RowFormat:
         """Every known name of a role in the file -> its name in the template."""
         own = {theirs: ours for ours, names in self.roles.items() for theirs in names}
         return USUAL_ROLES | {role: role for role in self.roles} | own
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """What the template calls a field of a message -> what the file calls it."""
+        return {"role": "role", "content": "content"} | self.message_property_mappings
 
     # prompt.json
 

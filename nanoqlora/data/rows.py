@@ -5,7 +5,7 @@
 
 A row is a map from column names to values. What is wrong with one is reported with its place. A JSON list is cut into
 its values by their brackets alone (`_list_values`): ijson would do that too, but gives no line numbers, and each value
-is parsed by json anyway. Which files there are says data/files.py; read next: data/prepare.py, rows to tokens.
+is parsed by json anyway. Read next: data/prepare.py, rows to tokens.
 """
 
 import csv
@@ -134,7 +134,7 @@ def _in_blocks(parse: Callable[[Any], Iterable[Placed]], items: Iterable[tuple[A
 
 
 def _decode(data: bytes, path: Path, line: int) -> str:
-    """The text of a line, or of several from `line` on; a byte order mark is none of it."""
+    """The text of a line, or of several from `line` on; without a byte order mark."""
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:

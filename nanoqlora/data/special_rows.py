@@ -2,8 +2,8 @@
 
 A base model has rows in its embedding and head for tokens that only its chat version uses: Llama-3's <|eot_id|> and
 <|start_header_id|> are nearly zero there. LoRA leaves embedding and head as they are. So a model trained on such tokens
-can tell them from nothing, and never writes the one that ends an answer. (Rows that were left at their random start
-cannot be told from trained ones.)
+knows nothing of them, and never writes the one that ends an answer. (Rows that were left at their random start
+cannot be distinguished from trained ones.)
 """
 
 from itertools import islice
@@ -32,15 +32,15 @@ def check_special_rows(tokenizer: Tokenizer, samples: Samples, weights: Weights,
     read: set[int] = set()
     written: set[int] = set()
     for sample in islice(samples, SAMPLES_READ):
-        is_special = np.isin(sample.tokens, special)
-        read.update(sample.tokens[:-1][is_special[:-1]].tolist())  # nothing is read off the last one
-        written.update(sample.tokens[is_special & sample.supervised].tolist())
+        tokens, is_special = np.asarray(sample.tokens), np.isin(sample.tokens, special)
+        read.update(tokens[:-1][is_special[:-1]].tolist())  # nothing is read off the last one
+        written.update(tokens[is_special & sample.supervised].tolist())
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     used = {embedding: read, head: written} if head in weights.names() else {embedding: read | written}
     for name, ids in used.items():
         if not ids:
             continue
-        parts = weights.load(name).split(ROWS)  # as float32 the whole table would be the largest tensor of a run
+        parts = weights.load(name).split(ROWS)  # as float32 the complete table would be the largest tensor of a run
         norms = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in parts])  # (V,)
         usual = norms.median()
         if untrained := [tokenizer.vocab[id] for id in sorted(ids) if norms[id] < UNTRAINED * usual]:

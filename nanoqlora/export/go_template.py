@@ -70,7 +70,7 @@ def _as_system(text: str | None) -> bool:
 
 def stop_texts(fmt: PromptFormat, tok: Tokenizer, ends: Sequence[int] = ()) -> list[str]:
     """The texts of the tokens that end an answer: first the one that training ended answers with."""
-    ours, kinds = (fmt.end_id(tok), tok.eos_id), tok.token_types()
+    ours, kinds = (fmt.end_id(tok), tok.eos_id), tok.kinds
     # An ordinary token that a file names is an end by its id, and no text at which to stop.
     others = [id for id in ends if id < len(kinds) and kinds[id] in (CONTROL, USER_DEFINED)]
     return [tok.vocab[id] for id in dict.fromkeys((*ours, *others)) if id is not None]

@@ -39,7 +39,7 @@ def tokenizer_metadata(
     Raises:
         UserError: the file could not say how the model was trained.
     """
-    pieces, kinds = tok.pieces(), tok.token_types()
+    pieces, kinds = list(tok.vocab), list(tok.kinds)
     if len(pieces) > num_rows:
         raise UserError(
             f"{model}: the tokenizer has {len(pieces)} tokens and the embedding {num_rows} rows, so some tokens would "

@@ -6,7 +6,7 @@
 
 Both run in tiktoken, which is Rust. It wants one number per token, the rank: the order in which the tokens were learnt.
 Meta's own files list the tokens in that order. Hugging Face's and GGUF's hold a list of merges instead, and the ranks
-are read off that list. The way back, from ranks to merges, is `merges_of`.
+are read off that list. `merges_of` does the reverse.
 
 Split rules that are not in `SPLIT_RULES` are refused, because a wrong rule gives plausible but different ids.
 """
@@ -33,7 +33,7 @@ class SplitRule:
     """How a family of models breaks text into words, in the three forms that we meet."""
 
     pattern: str  # one regular expression, for tiktoken
-    pre_tokenizer: dict[str, Any]  # the same rule as tokenizer.json writes it
+    steps: tuple[dict[str, Any], ...]  # the same rule as tokenizer.json writes it
     whole_words: bool  # a word that is a token is taken as it is, even if no merges lead to it ("ignore_merges")
     add_bos: bool  # what a GGUF file means when it does not say
 
@@ -49,26 +49,20 @@ _LLAMA3 = (
 )
 SPLIT_RULES: dict[str, SplitRule] = {  # by their names in GGUF, `tokenizer.ggml.pre`
     # Two rules in one. Every digit is a word. What lies between digits is split as GPT-2 does it, each stretch as if it
-    # were the whole text: so spaces in front of a digit stay together ("a  5"), while in front of a letter the last
+    # were the complete text: so spaces in front of a digit stay together ("a  5"), while in front of a letter the last
     # space goes with the letter ("a  b").
     "smollm": SplitRule(
         pattern=r"\p{N}|'(?:[sdmt]|re|ve|ll)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+",
-        pre_tokenizer={
-            "type": "Sequence",
-            "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level(use_regex=True)],
-        },
+        steps=({"type": "Digits", "individual_digits": True}, byte_level(use_regex=True)),
         whole_words=False,
         add_bos=False,
     ),
     "llama-bpe": SplitRule(
         pattern=_LLAMA3,
-        pre_tokenizer={
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": _LLAMA3}, "behavior": "Isolated", "invert": False},
-                byte_level(use_regex=False),
-            ],
-        },
+        steps=(
+            {"type": "Split", "pattern": {"Regex": _LLAMA3}, "behavior": "Isolated", "invert": False},
+            byte_level(use_regex=False),
+        ),
         whole_words=True,
         add_bos=True,
     ),
@@ -97,14 +91,15 @@ _BYTE_OF = {letter: byte for byte, letter in enumerate(LETTERS)}
 
 def piece_to_bytes(piece: str) -> bytes | None:
     """The bytes that a piece spells, or None when it holds a character that spells no byte."""
-    try:
-        return bytes([_BYTE_OF[letter] for letter in piece])
-    except KeyError:
-        return None
+    return _spell(piece) if _BYTE_OF.keys() >= set(piece) else None
+
+
+def _spell(piece: str) -> bytes:
+    return bytes([_BYTE_OF[letter] for letter in piece])
 
 
 class BytePairs:
-    """Words to token ids, by merging neighbours; one tiktoken `Encoding` and the way from its ranks to our ids.
+    """Words to token ids, by merging neighbours; one tiktoken `Encoding`, and our id for each of its ranks.
 
     Ranks 0 to 255 are the single bytes, then come the results of the merges in the order of the merges. tiktoken knows
     tokens but no merges: it joins any two neighbours whose bytes form a token. That gives the same ids as long as every
@@ -118,7 +113,7 @@ class BytePairs:
         ids = {piece: id for id, piece in enumerate(vocab)}
         learnt = dict.fromkeys(merge.replace(" ", "") for merge in vocabulary.merges)  # a set that keeps its order
         words = list(learnt)
-        if rule.whole_words:  # then tokens without merges count as well; ids tell when they were learnt, if they rise
+        if rule.whole_words:  # then tokens without merges are words too; ids say when they were learnt, if they rise
             in_order = all(ids[a] < ids[b] for a, b in pairwise(words))
             words += [
                 piece
@@ -129,7 +124,7 @@ class BytePairs:
         else:  # tiktoken takes a word that is a token as it is; those that merges never make must not be there
             unreached = _unreached(words)
             words = [word for word in words if word not in unreached]
-        spelled = [bytes([byte]) for byte in range(256)] + [piece_to_bytes(word) for word in words]
+        spelled = [bytes([byte]) for byte in range(256)] + [_spell(word) for word in words]
         self._id_of_rank = [ids.get(letter) for letter in LETTERS] + [ids[word] for word in words]
         self._width_of_rank = [len(token) for token in spelled]
         ranks = {token: rank for rank, token in enumerate(spelled)}
@@ -152,7 +147,7 @@ def _unreached(words: list[str]) -> set[str]:
     Args:
         words: results of merges, in the order of the merges.
     """
-    spelled = [piece_to_bytes(word) for word in words]
+    spelled = [_spell(word) for word in words]
     ranks = {bytes([byte]): byte for byte in range(256)} | {token: 256 + i for i, token in enumerate(spelled)}
     engine = tiktoken.Encoding("parts", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={})
     mark = set(range(256)) - set(b"".join(spelled))  # behind a byte that joins nothing, no word is looked up
@@ -180,7 +175,7 @@ def _merges_of_ranks(pieces: list[str]) -> list[str]:
     """The merges that lead to each piece.
 
     The last merge of a piece joins the two parts that are left of it when only pieces learnt before may be used. Some
-    pieces are left in more parts than two: no merges lead to them, and they are found as whole words only.
+    pieces are left in more parts than two: no merges lead to them, and they are found as complete words only.
 
     Args:
         pieces: in the order in which they were learnt.

@@ -21,10 +21,11 @@ from ..config.errors import UserError
 from . import traced
 
 Messages = list[dict[str, Any]]
+Tools = list[Any] | None  # descriptions of functions that the assistant may call
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's words in some templates. For the text it means nothing."""
+    """`{% generation %}` marks the assistant's text in some templates. It writes nothing."""
 
     tags = {"generation"}
 
@@ -34,11 +35,7 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 def render(
-    template: str,
-    messages: Messages,
-    add_generation_prompt: bool,
-    named_tokens: dict[str, str],
-    tools: list[Any] | None = None,
+    template: str, messages: Messages, add_generation_prompt: bool, named_tokens: dict[str, str], tools: Tools = None
 ) -> str:
     """The text of a conversation; traced, if it is a guarded one.
 
@@ -125,14 +122,12 @@ def _compile(template: str, is_traced: bool) -> jinja2.Template:
         return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
 
     extensions = [_GenerationTag, "jinja2.ext.loopcontrols"]
-    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": extensions}
+    kind = _Environment if is_traced else jinja2.sandbox.ImmutableSandboxedEnvironment
+    sandbox = kind(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    sandbox.filters["tojson"] = tojson
     if is_traced:
-        sandbox = _Environment(**options, finalize=lambda x: x if isinstance(x, str) else traced.run(str, x))
-        filters = sandbox.filters | {"tojson": tojson}
-        sandbox.filters = {name: f if name in OWN else _keeping_spans(f) for name, f in filters.items()}
-    else:
-        sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(**options)
-        sandbox.filters["tojson"] = tojson
+        sandbox.finalize = lambda x: x if isinstance(x, str) else traced.run(str, x)
+        sandbox.filters = {name: f if name in OWN else _keeping_spans(f) for name, f in sandbox.filters.items()}
     sandbox.globals["raise_exception"] = raise_exception
     sandbox.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
     return sandbox.from_string(template)
@@ -142,7 +137,7 @@ def _compile(template: str, is_traced: bool) -> jinja2.Template:
 ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "ipython", "function", "model"))
 
 
-def guard(messages: Messages, tools: list[Any] | None = None, roles: Iterable[str] = ()) -> tuple[Messages, Any]:
+def guard(messages: Messages, tools: Tools = None, roles: Iterable[str] = ()) -> tuple[Messages, Any]:
     """Messages and tools whose text cannot turn into special tokens; the source of message i is i, that of tools -1.
 
     Args:

@@ -17,16 +17,9 @@ from typing import Any
 
 from ..config.errors import UserError, expect, note
 from ..config.files import read_json, whole_file, write_text
+from . import tokenizer_json
 from .byte_pairs import LETTERS, SPLIT_RULES
 from .sentencepieces import BYTE_PIECES, UNREACHED, read_model, write_model
-from .tokenizer_json import (
-    added_token,
-    check_merges,
-    check_normalized,
-    read_tokenizer_json,
-    token_in_front,
-    write_tokenizer_json,
-)
 from .vocabulary import (
     BYTE,
     CONTROL,
@@ -56,8 +49,8 @@ def read_folder(folder: Path) -> Fields:
     """The vocabulary of a folder in Hugging Face's or in Meta's format."""
     path, model_path, config_path = (folder / f"tokenizer{end}" for end in (".json", ".model", "_config.json"))
     if path.is_file() or not model_path.is_file():
-        data, config = (_read(path) for path in (path, config_path))
-        fields = read_tokenizer_json(path, data)
+        data, config = read_json(path), read_json(config_path)
+        fields = tokenizer_json.read(path, data)
         if fields["pre"] == SENTENCEPIECE and model_path.is_file():
             _take_scores(fields, model_path)
     else:
@@ -67,10 +60,10 @@ def read_folder(folder: Path) -> Fields:
         fields = _from_ranks(model_path, model) if is_ranks else _from_model(model_path, model, config_path, config)
 
     config, added = _tokens_in_other_files(folder, config)
-    for token in added:
-        _add(path, fields, token)
-        check_normalized(path, data, token)
     ids = {piece: id for id, piece in enumerate(fields["vocab"])}
+    for token in added:
+        _add(path, fields, ids, token)
+        tokenizer_json.check_normalized(path, data, token)
     for name in NAMED_TOKENS:
         key, own = f"{name}_id", f"{name}_token"
         if own in config and (config[own] is not None or name != "unk"):
@@ -79,7 +72,7 @@ def read_folder(folder: Path) -> Fields:
             fields[key] = ids.get(LLAMAS_NAMES.get(name, "")) if fields["pre"] == SENTENCEPIECE else None
         fields.setdefault(key, None)
     said = expect(f"{config_path}: add_bos_token", config.get("add_bos_token"), bool, None)
-    bos, first = fields["bos_id"], token_in_front(path, data)
+    bos, first = fields["bos_id"], tokenizer_json.token_in_front(path, data)
     if data and said not in (None, first is not None) or first is not None and ids.get(first) != bos:
         named = "null" if bos is None else repr(fields["vocab"][bos])
         if first is not None and bos is not None and ids.get(first) != bos:
@@ -100,15 +93,6 @@ def read_folder(folder: Path) -> Fields:
 LLAMAS_NAMES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}  # of transformers' LlamaTokenizer, where no file names any
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
 NAMED_KEYS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]  # transformers' order
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such file. In Hugging Face's format a tokenizer is tokenizer.json and tokenizer_config.json. "
-            "Copy the missing one from the model's page."
-        )
-    return read_json(path)
 
 
 def _tokens_in_other_files(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -139,12 +123,17 @@ def _tokens_in_other_files(folder: Path, config: dict[str, Any]) -> tuple[dict[s
     for key in [*NAMED_KEYS, *config]:
         if key in NAMED_KEYS or key.endswith("_token") and isinstance(config[key], str | dict):
             if expect(f"{where}: {key}", config.get(key), str, dict, None) is not None:
-                specials[key] = added_token(f"{where}: {key}", config[key], special=True)
+                specials[key] = tokenizer_json.added_token(f"{where}: {key}", config[key], special=True)
                 config[key] = specials[key]["content"]
     for tokens in maps:
-        specials |= {key: added_token(f"{where}: {extra}", token, special=True) for key, token in tokens.items()}
+        specials |= {
+            key: tokenizer_json.added_token(f"{where}: {extra}", token, special=True) for key, token in tokens.items()
+        }
     several = expect(f"{where}: {extra}", config.get(extra), list, None, each=(str, dict)) or []
-    last = [*specials.values(), *(added_token(f"{where}: {extra}", token, special=True) for token in several)]
+    last = [
+        *specials.values(),
+        *(tokenizer_json.added_token(f"{where}: {extra}", token, special=True) for token in several),
+    ]
     unread = {key: _text(named[key]) for key in NAMED_KEYS if key in named and _text(named[key]) != config.get(key)}
     unread |= {older: config[older]} if config.get(older) else {}
     for key, value in unread.items():
@@ -157,7 +146,7 @@ def _tokens_in_other_files(folder: Path, config: dict[str, Any]) -> tuple[dict[s
                 raise UserError(
                     f"{where}: added_tokens_decoder has the key {id!r}, where the id of a token is expected."
                 )
-            first.append(added_token(f"{where}: added_tokens_decoder", token) | {"id": int(id)})
+            first.append(tokenizer_json.added_token(f"{where}: added_tokens_decoder", token) | {"id": int(id)})
     elif (path := folder / "added_tokens.json").is_file():
         for text, id in expect(str(path), read_json(path), dict, each=(int,)).items():
             is_special = text in [token["content"] for token in last]
@@ -169,11 +158,10 @@ def _text(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _add(path: Path, fields: Fields, token: dict[str, Any]) -> None:
-    """Add a token to a vocabulary, with the id that the tokenizers package gives to it; or make a word of it one."""
+def _add(path: Path, fields: Fields, ids: dict[str, int], token: dict[str, Any]) -> None:
+    """Add a token to a vocabulary, with the id that the tokenizers package gives to it; or make a piece of it one."""
     vocab, kinds, text = fields["vocab"], fields["kinds"], token["content"]
-    known = fields.setdefault("ids", {piece: id for id, piece in enumerate(vocab)})
-    id = known.get(text, len(vocab))
+    id = ids.get(text, len(vocab))
     if token.get("id", id) != id:
         raise UserError(
             f"{path}: the added token {text!r} cannot have the id {token['id']} that a file beside it names: its id is "
@@ -183,7 +171,7 @@ def _add(path: Path, fields: Fields, token: dict[str, Any]) -> None:
     if id == len(vocab):
         if "id" not in token:
             note(f"{path}: {text!r}, which a file beside it names, is new to the vocabulary: it gets the id {id}.")
-        known[text] = id
+        ids[text] = id
         vocab.append(text)
         kinds.append(kind)
         fields.get("scores", []).append(UNREACHED)
@@ -197,8 +185,7 @@ def _add(path: Path, fields: Fields, token: dict[str, Any]) -> None:
 def read_chat_template(folder: Path) -> str | None:
     """The chat template of a folder that need not have a vocabulary."""
     path = folder / "tokenizer_config.json"
-    template = _chat_template(folder, read_json(path) if path.is_file() else {})
-    return template if isinstance(template, str) else None
+    return _chat_template(folder, read_json(path) if path.is_file() else {})
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
@@ -209,11 +196,11 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
             return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text ({error}). Chats are written with it. Copy it again.") from error
-    template = expect(where, config.get("chat_template"), str, list, None)
+    template = config.get("chat_template")
     if isinstance(template, list):
         named = {str(entry.get("name")): entry.get("template") for entry in expect(where, template, list, each=(dict,))}
-        template = expect(where, named.get("default"), str, None)
-    return template
+        template = named.get("default")
+    return expect(where, template, str, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,7 +285,7 @@ def read_gguf_metadata(metadata: dict[str, Any], path: Path) -> Fields:
         if not get(needed):
             raise UserError(
                 f"{path}: there is no tokenizer.ggml.{needed}. Without it text gets other ids, or special tokens are "
-                "taken for words. Use the file of a whole model, written by a llama.cpp of 2024 or later."
+                "taken for text. Use the file of a complete model, written by a llama.cpp of 2024 or later."
             )
     # What llama.cpp takes for the named tokens of a sentencepiece vocabulary where the file does not say.
     unsaid = {"bos": 1, "eos": 2, "unk": 0} if is_sentencepiece else {}
@@ -329,7 +316,6 @@ def read_gguf_metadata(metadata: dict[str, Any], path: Path) -> Fields:
 
 def _checked(path: Path, fields: Fields) -> Fields:
     """The fields, unless the parts do not fit together."""
-    fields.pop("ids", None)
     vocab, kinds, known = fields["vocab"], fields["kinds"], set(fields["vocab"])
     if len(kinds) != len(vocab) or len(known) != len(vocab):
         raise UserError(
@@ -340,13 +326,13 @@ def _checked(path: Path, fields: Fields) -> Fields:
         id = fields[f"{name}_id"]
         if id is not None and not 0 <= id < len(vocab):
             raise UserError(f"{path}: the {name} token has id {id} of {len(vocab)} tokens. Correct the id.")
-    # Some files call their markers words. But then a user's text could end its own turn.
+    # Some files call their markers ordinary tokens. But then a user's text could end its own turn.
     named = {fields[f"{name}_id"] for name in NAMED_TOKENS}
     for id, kind in enumerate(kinds):
         if kind == USER_DEFINED and (id in named or MARKER.fullmatch(vocab[id])):
             kinds[id] = CONTROL
     if fields["pre"] != SENTENCEPIECE:
-        check_merges(path, fields)
+        tokenizer_json.check_merges(path, fields)
         return fields
     if len(fields["scores"]) != len(vocab):
         raise UserError(f"{path}: {len(vocab)} tokens and {len(fields['scores'])} scores. Copy the file again.")
@@ -392,7 +378,7 @@ def write_folder(vocabulary: Vocabulary, folder: Path, chat_template: str | None
             in_front = vocabulary.space_before != "never"
             files.setdefault("tokenizer.model", write_model(vocabulary, vocabulary.kinds, in_front))
     if "tokenizer.json" not in files:
-        files["tokenizer.json"] = _dump(write_tokenizer_json(vocabulary)).encode()
+        files["tokenizer.json"] = _dump(tokenizer_json.write(vocabulary)).encode()
     (folder / "tokenizer.model").unlink(missing_ok=True)
     for name, data in files.items():
         with whole_file(folder / name) as temporary:

@@ -1,7 +1,7 @@
 """Words to ids by sentencepiece BPE (Llama-1/2, TinyLlama, Mistral), and the file tokenizer.model.
 
-There are no words here. The whole text, with U+2581 for each space, starts as single characters. Of all neighbours that
-form a piece together, the pair whose piece has the highest score is joined, until no two neighbours form a piece. A
+There are no words here. The complete text, with U+2581 for each space, starts as single characters. Of all neighbours
+that form a piece together, the pair whose piece has the highest score is joined, until no two neighbours form one. A
 character that is no piece becomes its bytes in the end. The sentencepiece package does that, in C++.
 
 It reads a message of Google's protocol buffers, `ModelProto`, whose classes come with the package. We fill one in
@@ -42,8 +42,8 @@ class SentencePieces:
         except RuntimeError as error:  # an empty piece, or one with a character NUL
             raise UserError(f"the tokenizer's vocabulary is not one that sentencepiece can use ({error}).") from error
 
-    def tokens(self, text: str) -> tuple[list[int], list[int]]:
-        """For each token its id, and how many bytes of the text it is, where U+2581 counts as one: as a space does."""
+    def tokens(self, text: str) -> tuple[list[int | None], list[int]]:
+        """For each token its id, and how many bytes of the text it is, with one for U+2581, as for a space."""
         ids = self._engine.encode(text.replace(" ", SPACE))
         return ids, [self._width_of[id] for id in ids]
 

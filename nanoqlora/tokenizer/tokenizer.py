@@ -13,16 +13,16 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ..config.errors import UserError
 from ..weights.hub import ADAPTER_FILES, TOKENIZER_FILES, local_path
 from .byte_pairs import BytePairs, piece_to_bytes
-from .chat_template import Messages, guard, render
+from .chat_template import Messages, Tools, guard, render
 from .files import read_chat_template, read_folder, read_gguf_metadata, write_folder
 from .sentencepieces import SentencePieces, width
 from .traced import Span, plain, spans_of
@@ -37,7 +37,7 @@ class Tokenizer(Vocabulary):
         self._engine = SentencePieces(self) if self.is_sentencepiece else BytePairs(self)
         self._ids = {piece: id for id, piece in enumerate(self.vocab)}
         self._bytes = [self._spelled_out(piece, kind) for piece, kind in zip(self.vocab, self.kinds, strict=True)]
-        # Control tokens steer the model, and text must not become one by accident. User-defined tokens are only words
+        # Control tokens steer the model, and text must not become one by accident. User-defined tokens are only pieces
         # that somebody added: like transformers and llama.cpp we find them in any text.
         self.special_tokens = {p: id for p, id in self._ids.items() if self.kinds[id] in (CONTROL, UNKNOWN)}
         added = [piece for piece, id in self._ids.items() if self.kinds[id] == USER_DEFINED]
@@ -50,26 +50,16 @@ class Tokenizer(Vocabulary):
         """Number of ids. The embedding of a model may have more rows, never fewer."""
         return len(self.vocab)
 
-    def pieces(self) -> list[str]:
-        """The piece of every id: as the family spells it, or the plain text of a special token."""
-        return list(self.vocab)
-
-    def token_types(self) -> list[int]:
-        """The kind of every id, as GGUF counts: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte."""
-        return list(self.kinds)
-
-    def with_special_tokens(
-        self, additional_special_tokens: Sequence[str] = (), **named_tokens: str | None
-    ) -> "Tokenizer":
+    def with_special_tokens(self, additional_special_tokens: Sequence[str] = (), **named_tokens: str | None) -> Self:
         """The same with other named tokens, and more that no text becomes by accident.
 
         Args:
-            additional_special_tokens: texts of tokens that are words so far.
+            additional_special_tokens: texts of tokens that are ordinary so far.
             named_tokens: eos_token="<|im_end|>", and so on; None leaves one as it is.
         Raises:
             UserError: the vocabulary has no such token, or it is an ordinary one.
         """
-        ids = {
+        ids: dict[str, Any] = {
             name.replace("_token", "_id"): self.id_of_special(text, f"special_tokens.{name}")
             for name, text in named_tokens.items()
             if text is not None
@@ -103,11 +93,11 @@ class Tokenizer(Vocabulary):
             bos: put BOS in front. Whether a model wants it with plain text is `add_bos`.
             special: read "<|im_end|>" and the like as the special token, not as ordinary text.
         """
-        if bos and self.bos_id is None:
-            raise UserError("the tokenizer has no BOS token, so none can be put in front. Encode without bos=True.")
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half of a pair becomes U+FFFD
         ids, _ = self._tokens((self._cut_all if special else self._cut_added).split(text))
-        return [self.bos_id, *ids] if bos else ids
+        if bos and self.bos_id is None:
+            raise UserError("the tokenizer has no BOS token, so none can be put in front. Encode without bos=True.")
+        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def encode_guarded(self, text: str) -> tuple[list[int], list[int]]:
         """The ids of a text that may be traced, and where each token starts, in `width`.
@@ -120,7 +110,7 @@ class Tokenizer(Vocabulary):
         return self._tokens(self._parts(plain(text), spans) if spans else self._cut_all.split(text))
 
     def _parts(self, text: str, spans: list[Span]) -> list[str]:
-        """The text, cut at special tokens that no span touches, and at added words: every second part is one."""
+        """The text, cut at special tokens that no span touches, and at added tokens: every second part is one."""
         parts, start, at = [], 0, 0
         ends = [span.stop for span in spans]
         while found := self._cut_all.search(text, at):
@@ -133,16 +123,17 @@ class Tokenizer(Vocabulary):
                         "in its text is the template's own, which ends a turn, or the row's, which must not. Give a "
                         "plainer template with chat_template_jinja, or take this out of the row."
                     )
-                end = self._shorter(text, begin, max(begin, span.start))
-                if end is None:
+                shorter = self._shorter(text, begin, max(begin, span.start))
+                if shorter is None:
                     at = begin + 1
                     continue
+                end = shorter
             parts += [text[start:begin], text[begin:end]]
             start = at = end
         return [*parts, text[start:]]
 
     def _shorter(self, text: str, begin: int, limit: int) -> int | None:
-        """The end of the longest added word at `begin`, or special token that ends before `limit`, if there is one."""
+        """The end of the longest added token at `begin`, or special token that ends before `limit`, if there is one."""
         added = self._cut_added.match(text, begin)
         special = self._special.match(text, begin, limit)
         return max((found.end() for found in (added, special) if found), default=None)
@@ -150,7 +141,7 @@ class Tokenizer(Vocabulary):
     def _tokens(self, parts: list[str]) -> tuple[list[int], list[int]]:
         """The ids, and where each token starts, in `width`, of a text in parts, of which every second is one token.
 
-        Whole lists at a time: one by one in Python, the tokens would take longer than the engine does.
+        Lists at a time: one by one in Python, the tokens would take longer than the engine does.
         """
         ids: list[int] = []
         starts: list[int] = []
@@ -169,8 +160,7 @@ class Tokenizer(Vocabulary):
                 position = begins.pop()
                 if None in found:  # bytes that no token has
                     begins = [begin for begin, id in zip(begins, found, strict=True) if id is not None]
-                    found = [id for id in found if id is not None]
-                ids += found
+                ids += [id for id in found if id is not None]
                 starts += begins
         return ids, starts
 
@@ -209,7 +199,7 @@ class Tokenizer(Vocabulary):
         messages: Messages,
         add_generation_prompt: bool = False,
         chat_template: str | None = None,
-        tools: list[Any] | None = None,
+        tools: Tools = None,
     ) -> list[int]:
         """The ids of a conversation, as the chat template writes it; special tokens come from the template alone.
 
@@ -229,7 +219,7 @@ class Tokenizer(Vocabulary):
         messages: Messages,
         add_generation_prompt: bool = False,
         chat_template: str | None = None,
-        tools: list[Any] | None = None,
+        tools: Tools = None,
     ) -> str:
         """The text of a conversation, and of the tools that it may use."""
         template = chat_template or self.chat_template
@@ -240,23 +230,31 @@ class Tokenizer(Vocabulary):
             )
         return render(template, messages, add_generation_prompt, self.named_texts, tools)
 
+    def render_if_possible(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = False,
+        chat_template: str | None = None,
+        tools: Tools = None,
+    ) -> str | None:
+        """The same; None where the template refuses the messages."""
+        try:
+            return self.render_chat(messages, add_generation_prompt, chat_template, tools)
+        except UserError:
+            return None
+
     @cached_property
     def named_texts(self) -> dict[str, str]:
         """What the named tokens look like: "bos_token" -> "<s>"."""
         ids = {f"{name}_token": getattr(self, f"{name}_id") for name in NAMED_TOKENS}
         return {name: self.vocab[id] for name, id in ids.items() if id is not None}
 
-    def turn_end_id(self, chat_template: str) -> int | None:
-        """The special token that a template puts behind an assistant's words, found by letting it write some."""
-        answer = "the words of the answer"
-        try:
-            text = self.render_chat(
-                [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}],
-                chat_template=chat_template,
-            )
-        except UserError:
-            return None
-        end = self._special.search(text, text.rfind(answer))
+    def turn_end_id(self, chat_template: str | None) -> int | None:
+        """The special token that a template puts behind an answer, found by letting it write one."""
+        answer = "the text of the answer"
+        chat = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
+        text = self.render_if_possible(chat, chat_template=chat_template)
+        end = self._special.search(text, text.rfind(answer)) if text is not None else None
         return self.special_tokens[end[0]] if end else None
 
     def find_special(self, text: str) -> int | None:
@@ -264,7 +262,7 @@ class Tokenizer(Vocabulary):
         found = self._special.search(text)
         return found and found.end()
 
-    def answer_headers(self, chat_template: str | None = None, tools: list[Any] | None = None) -> tuple[str, ...]:
+    def answer_headers(self, chat_template: str | None = None, tools: Tools = None) -> tuple[str, ...]:
         """The generation prompt of a template, and what it shares with the headers of written answers, longest first.
 
         They differ where the prompt already begins the answer, with "<think>" for example. Empty: there is no header.
@@ -275,13 +273,8 @@ class Tokenizer(Vocabulary):
             self._headers[key] = tuple(self._find_headers(template, tools))
         return self._headers[key]
 
-    def _find_headers(self, template: str | None, tools: list[Any] | None) -> list[str]:
-        def render(turns: Messages, header: bool = False) -> str | None:
-            try:
-                return self.render_chat(turns, header, template, tools)
-            except UserError:
-                return None
-
+    def _find_headers(self, template: str | None, tools: Tools) -> list[str]:
+        render = partial(self.render_if_possible, chat_template=template, tools=tools)
         asked = "a question"
         question, answer = {"role": "user", "content": asked}, {"role": "assistant", "content": "\0"}
         chats = [question], [{"role": "system", "content": "."}, question], [question, answer, question]

@@ -19,7 +19,7 @@ from .vocabulary import BYTE, CONTROL, NORMAL, SENTENCEPIECE, SPACE, UNKNOWN, UN
 # Reading
 
 
-def read_tokenizer_json(path: Path, data: dict[str, Any]) -> Fields:
+def read(path: Path, data: dict[str, Any]) -> Fields:
     where, model = f"{path}: model", expect(f"{path}: model", data.get("model"), dict, None) or {}
     if model.get("type") != "BPE":
         raise UserError(
@@ -36,8 +36,9 @@ def read_tokenizer_json(path: Path, data: dict[str, Any]) -> Fields:
     for name in ("byte_fallback", "ignore_merges"):
         expect(f"{where}.{name}", model.get(name), bool, None)
     unk = expect(f"{where}.unk_token", model.get("unk_token"), str, None)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in map(_pair, model["merges"])]
-    added = [added_token(f"{path}: added_tokens", token) for token in _list(path, data, "added_tokens")]
+    merges = [merge if isinstance(merge, str) else " ".join(map(str, merge)) for merge in model["merges"]]
+    given = expect(f"{path}: added_tokens", data.get("added_tokens"), list, None) or []
+    added = [added_token(f"{path}: added_tokens", token) for token in given]
     next_id = len(model["vocab"])
     for token in added:
         where, text = f"{path}: added_tokens, the id of {token['content']!r},", token["content"]
@@ -55,7 +56,12 @@ def read_tokenizer_json(path: Path, data: dict[str, Any]) -> Fields:
     for token in added:
         vocab[token["id"]] = token["content"]
         kinds[token["id"]] = CONTROL if token["special"] else USER_DEFINED
-    fields = {"vocab": vocab, "kinds": kinds, "merges": merges, "original_files": {path.name: path.read_bytes()}}
+    fields: Fields = {
+        "vocab": vocab,
+        "kinds": kinds,
+        "merges": merges,
+        "original_files": {path.name: path.read_bytes()},
+    }
     if not model.get("byte_fallback"):
         return fields | {"pre": _split_rule(path, data, fields, bool(model.get("ignore_merges")))}
 
@@ -72,15 +78,6 @@ def read_tokenizer_json(path: Path, data: dict[str, Any]) -> Fields:
     ranks = {piece: rank for rank, piece in enumerate(dict.fromkeys(merge.replace(" ", "") for merge in merges))}
     scores = [float(-ranks[piece]) if piece in ranks else UNREACHED for piece in vocab]
     return fields | {"pre": SENTENCEPIECE, "merges": [], "scores": scores, **space_rule}
-
-
-def _pair(merge: Any) -> Any:
-    """A merge, if it is text or two texts; else what `check_merges` refuses."""
-    return merge if isinstance(merge, str) or [type(part) for part in merge] == [str, str] else str(merge)
-
-
-def _list(path: Path, data: dict[str, Any], key: str) -> list[Any]:
-    return expect(f"{path}: {key}", data.get(key), list, None) or []
 
 
 def added_token(where: str, token: Any, special: bool = False) -> dict[str, Any]:
@@ -129,8 +126,7 @@ def _split_rule(path: Path, data: dict[str, Any], fields: Fields, whole_words: b
         )
     found = [_essence(step) for step in steps_of(path, data, "pre_tokenizer")]
     for name, rule in SPLIT_RULES.items():
-        steps = steps_of(path, {"pre_tokenizer": rule.pre_tokenizer}, "pre_tokenizer")
-        if found == [_essence(step) for step in steps]:
+        if found == [_essence(step) for step in rule.steps]:
             if rule.whole_words == whole_words or whole_words and not has_unreached(fields):
                 return name
     raise UserError(
@@ -170,9 +166,9 @@ def _space_rule(path: Path, data: dict[str, Any], vocab: list[str]) -> Fields:
         splits = metaspace.get("split", True) and any(SPACE in piece[1:] for piece in vocab)
         if scheme and metaspace.get("replacement") == SPACE and not splits:
             return {"space_before": scheme, "space_before_space": scheme == "never"}
-    normalizer, words = (json.dumps(data.get(key))[:200] for key in ("normalizer", "pre_tokenizer"))
+    found = [f"{key} {json.dumps(data.get(key))[:200]}" for key in ("normalizer", "pre_tokenizer")]
     raise UserError(
-        f"{path}: the steps before BPE are normalizer {normalizer} and pre_tokenizer {words}. They decide the ids, and "
+        f"{path}: the steps before BPE are {' and '.join(found)}. They decide the ids, and "
         "are not those of Llama-2 or Mistral. Use a model whose tokenizer writes spaces as U+2581 and does no more."
     )
 
@@ -204,7 +200,7 @@ def check_merges(path: Path, fields: Fields) -> None:
 # Writing
 
 
-def write_tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
+def write(vocabulary: Vocabulary) -> dict[str, Any]:
     """The tokenizer as Hugging Face's `tokenizers` describes it.
 
     Added tokens are in the vocabulary too: the library gives ids of its own choice to those that are not.
@@ -221,7 +217,7 @@ def write_tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
             {"id": id, "content": vocab[id], **plain, "special": kinds[id] != USER_DEFINED} for id in added
         ],
         **steps,
-        "post_processor": _bos_first(vocab[bos], bos) if vocabulary.add_bos else None,
+        "post_processor": _bos_first(vocab[bos], bos) if vocabulary.add_bos and bos is not None else None,
         "model": {
             "type": "BPE",
             **dict.fromkeys(unset),
@@ -235,7 +231,8 @@ def write_tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
 def _byte_level_steps(vocabulary: Vocabulary) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a byte-level tokenizer.json does before and after BPE, and its BPE."""
     rule = SPLIT_RULES[vocabulary.pre]
-    steps = {"normalizer": None, "pre_tokenizer": rule.pre_tokenizer, "decoder": byte_level(use_regex=True)}
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": [*rule.steps]}
+    steps = {"normalizer": None, "pre_tokenizer": pre_tokenizer, "decoder": byte_level(use_regex=True)}
     return steps, {"ignore_merges": rule.whole_words, "merges": merges_of(vocabulary)}
 
 

@@ -14,11 +14,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, KeysView, Sequence, ValuesView
 from collections.abc import ItemsView as Items
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 
 class Span(NamedTuple):
-    """A part of a text, and who gave it: `source` is what `trace` was told, None where that cannot be known."""
+    """A part of a text, and who gave it: `source` is what `trace` was given, None where that cannot be known."""
 
     start: int
     stop: int
@@ -87,30 +87,33 @@ class Traced(str):
 
     def _pieces(self, pieces: Sequence[str], gap: int | None) -> "list[str]":
         """Where plain pieces are that stand in this order, `gap` characters apart; None: apart by white space."""
-        found, at = [], 0
+        found: list[str] = []
+        at = 0
         for piece in pieces:
             at = self.find(piece, at) if gap is None else at
             found.append(self._cut(at, at + len(piece)))
             at += len(piece) + (gap or 0)
         return found
 
-    def split(self, sep: str | None = None, maxsplit: int = -1) -> "list[str]":
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> "list[str]":
         return self._pieces(super().split(sep, maxsplit), sep if sep is None else len(sep))
 
-    def rsplit(self, sep: str | None = None, maxsplit: int = -1) -> "list[str]":
+    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> "list[str]":
         return self._pieces(super().rsplit(sep, maxsplit), sep if sep is None else len(sep))
 
     def splitlines(self, keepends: bool = False) -> "list[str]":
         lines = self._pieces(super().splitlines(keepends=True), 0)
         return lines if keepends else [line[: len(str.splitlines(line)[0])] for line in lines]
 
-    def partition(self, sep: str) -> "tuple[str, ...]":
-        return tuple(self._pieces(super().partition(sep), 0))
+    def partition(self, sep: str) -> tuple[str, str, str]:
+        before, found, behind = self._pieces(super().partition(sep), 0)
+        return before, found, behind
 
-    def rpartition(self, sep: str) -> "tuple[str, ...]":
-        return tuple(self._pieces(super().rpartition(sep), 0))
+    def rpartition(self, sep: str) -> tuple[str, str, str]:
+        before, found, behind = self._pieces(super().rpartition(sep), 0)
+        return before, found, behind
 
-    def replace(self, old: str, new: str, count: int = -1) -> str:
+    def replace(self, old: str, new: str, count: SupportsIndex = -1) -> str:
         if not old:
             return run(str.replace, self, old, new, count)
         first, *others = self.split(old, count)

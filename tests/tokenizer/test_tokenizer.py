@@ -109,9 +109,9 @@ def test_what_the_tokenizer_says_of_itself(tok, llama_cpp, smollm2_path):
     assert (tok.pre, tok.add_bos, len(tok.special_tokens), len(tok.merges)) == ("smollm", False, 17, 48900)
     assert llama_cpp.vocab_size == tok.vocab_size
     assert tok.encode("hi", bos=True) == [1, *tok.encode("hi")]
-    kinds = [3 if piece in tok.special_tokens else 1 for piece in tok.pieces()]
-    assert tok.token_types() == kinds
-    assert tok.pieces()[2] == "<|im_end|>" and tok.pieces()[tok.encode(" the")[0]] == "\u0120the"
+    kinds = [3 if piece in tok.special_tokens else 1 for piece in tok.vocab]
+    assert tok.kinds == kinds
+    assert tok.vocab[2] == "<|im_end|>" and tok.vocab[tok.encode(" the")[0]] == "\u0120the"
 
 
 @pytest.mark.parametrize("add_generation_prompt", [False, True])
@@ -249,15 +249,15 @@ def llama3(llama3_folder) -> Tokenizer:
 
 def test_llama3_rule_gets_the_ids_of_tokenizers(llama3, llama3_folder):
     assert llama3.pre == "llama-bpe" and llama3.add_bos and llama3.merges
-    assert llama3.special_tokens == {text: llama3.pieces().index(text) for text in LLAMA3_SPECIAL}
-    assert llama3.pieces()[llama3.turn_end_id(LLAMA3_CHAT)] == "<|eot_id|>" and llama3.pad_id is None
+    assert llama3.special_tokens == {text: llama3.vocab.index(text) for text in LLAMA3_SPECIAL}
+    assert llama3.vocab[llama3.turn_end_id(LLAMA3_CHAT)] == "<|eot_id|>" and llama3.pad_id is None
     witness = tokenizers.Tokenizer.from_file(str(llama3_folder / "tokenizer.json"))
     assert [llama3.encode(text) for text in TEXTS] == as_text(witness, TEXTS)
     added = ["a[note]b", "[note]s", "[note]s[note]"]  # words are found in any text, the longest that fits
     assert [llama3.encode(text) for text in added] == as_text(witness, added)
     text = "a<|eot_id|>[note]<|begin_of_text|>"
     assert llama3.encode(text, bos=llama3.add_bos, special=True) == witness.encode(text).ids
-    assert llama3.token_types().count(4) == 2
+    assert llama3.kinds.count(4) == 2
 
 
 def test_llama3_rule_gets_the_ids_of_llama_cpp(llama3, tmp_path):
@@ -274,8 +274,8 @@ def write_gguf(path: Path, tok: Tokenizer) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(tok.pre)
-    writer.add_token_list(tok.pieces())
-    writer.add_token_types(tok.token_types())
+    writer.add_token_list(tok.vocab)
+    writer.add_token_types(tok.kinds)
     writer.add_token_merges(tok.merges)
     writer.add_bos_token_id(tok.bos_id)
     writer.add_eos_token_id(tok.eos_id)
@@ -331,7 +331,7 @@ def test_whole_words_need_no_merges(llama3_folder, tmp_path):
 def test_the_token_that_ends_a_turn(llama3):
     def end(template: str) -> str | None:
         id = llama3.turn_end_id(template)
-        return None if id is None else llama3.pieces()[id]
+        return None if id is None else llama3.vocab[id]
 
     assert end(LLAMA3_CHAT) == "<|eot_id|>"
     assert end("{{ messages[-1].content }}<|end_of_text|> <|eot_id|>") == "<|end_of_text|>"

@@ -1,13 +1,13 @@
 """From lengths to the schedule of a run: which samples stand in which row of which step, before the first is taken.
 
-    lengths, seed -> for each epoch: shuffle, put into rows, shuffle the rows, cut into steps -> Plan
+    lengths, seed -> for each epoch: shuffle, put into rows, shuffle the rows, cut into steps -> BatchSchedule
 
 A row is what the model sees at once. With packing it holds as many samples as fit, without it one sample, and then
 rows of like length come into the same step, so that little is spent on padding.
 
-The plan is a pure function of the lengths and the seed. The number of steps and the schedule follow from it; a step
-is the same for any number of ranks and any split into micro-batches; every rank knows the number of supervised tokens
-in a step without asking the others; and a resumed run needs to know nothing but its step.
+The result is a pure function of the lengths and the seed. The number of steps and the learning rates follow from it; a
+step is the same for any number of ranks and any split into micro-batches; every rank knows the number of supervised
+tokens in a step without asking the others; and a resumed run needs to know nothing but its step.
 
 For a million samples it takes seconds and some bytes a sample: everything is arrays, and `Step` objects are made when
 they are asked for.
@@ -126,7 +126,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan(Sequence[Step]):
+class BatchSchedule(Sequence[Step]):
     """All steps of a run, in the order in which they are taken."""
 
     epochs: list[Rows]  # the rows of each epoch, in order
@@ -160,7 +160,7 @@ class Plan(Sequence[Step]):
         return digest.hexdigest()
 
 
-def plan_steps(
+def schedule_batches(
     lengths: Sequence[int] | np.ndarray,
     *,
     rows_per_step: int,
@@ -170,7 +170,7 @@ def plan_steps(
     max_steps: int | None,
     seed: int,
     shuffle: bool = True,
-) -> Plan:
+) -> BatchSchedule:
     """All steps of a run. Every sample is used once an epoch; the last, smaller batch of an epoch is a step too.
 
     Args:
@@ -188,7 +188,7 @@ def plan_steps(
         # As transformers counts, but for its rounding: 1.1 - 1 is above 0.1.
         num_steps += math.ceil(math.ceil(len(rows) / rows_per_step) * share - 1e-9)
         epochs.append(rows)
-    return Plan(epochs, rows_per_step, min(num_steps, max_steps or num_steps))
+    return BatchSchedule(epochs, rows_per_step, min(num_steps, max_steps or num_steps))
 
 
 def _rows_of_epoch(

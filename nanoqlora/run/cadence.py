@@ -3,27 +3,27 @@
 import math
 
 from ..config.schema import Config
-from ..data.packing import Plan
+from ..data.packing import BatchSchedule
 
 
-def warmup_steps(config: Config, plan: Plan) -> int:
+def warmup_steps(config: Config, plan: BatchSchedule) -> int:
     """Steps with a rising learning rate."""
     return config.warmup_steps or math.ceil(config.warmup_ratio * len(plan))
 
 
-def evaluations(config: Config, plan: Plan) -> list[int]:
+def evaluations(config: Config, plan: BatchSchedule) -> list[int]:
     """The steps after which held-out data is scored, if there is any."""
     cadence = config.evals_per_epoch, config.eval_steps, config.eval_strategy
     return [step for step in range(1, len(plan) + 1) if due(step, plan, *cadence)]
 
 
-def saves(config: Config, plan: Plan) -> list[int]:
+def saves(config: Config, plan: BatchSchedule) -> list[int]:
     """The steps after which a checkpoint is written."""
     cadence = config.saves_per_epoch, config.save_steps, config.save_strategy
     return [s for s in range(1, len(plan) + 1) if (s == 1 and config.save_first_step) or due(s, plan, *cadence)]
 
 
-def due(step: int, plan: Plan, per_epoch: int | None, every: float | None, strategy: str | None) -> bool:
+def due(step: int, plan: BatchSchedule, per_epoch: int | None, every: float | None, strategy: str | None) -> bool:
     """Whether something that happens so often happens after `step` (from 1)."""
     if strategy == "no":
         return False

@@ -12,7 +12,7 @@ from ..config.errors import Failed, UserError
 from ..config.files import read_json, remove, whole_folder, write_text
 from ..config.schema import Config
 from ..data.batches import Samples
-from ..data.packing import Plan
+from ..data.packing import BatchSchedule
 from ..parallel import collectives
 from ..weights.adapter import fill_adapter, save_adapter
 from ..weights.adapter_files import read_adapter
@@ -89,7 +89,7 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def find_checkpoint(config: Config, samples: Samples, plan: Plan) -> tuple[Path, dict[str, Any]] | None:
+def find_checkpoint(config: Config, samples: Samples, plan: BatchSchedule) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that the configuration names, if any, and its trainer_state.json.
 
     Raises:

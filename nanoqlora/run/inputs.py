@@ -15,7 +15,7 @@ from ..config.schema import Config, DatasetConfig
 from ..config.splits import split_and_part
 from ..data.batches import Samples, join
 from ..data.files import DataFile, find_files
-from ..data.packing import Plan, plan_steps
+from ..data.packing import BatchSchedule, schedule_batches
 from ..data.prepare import Encoding, InvalidRows, Reading, prepare_samples
 from ..data.prompts import CHAT_TEMPLATES, PromptFormat
 from ..data.row_format import Frame
@@ -32,7 +32,7 @@ class Data:
     prompt_format: PromptFormat  # of the first data set: what the adapter is talked to with
     samples: Samples
     held_out: Samples
-    plan: Plan
+    plan: BatchSchedule
     readings: dict[str, Reading]
 
 
@@ -66,7 +66,7 @@ def prepare_data(config: Config, tokenizer: Tokenizer, ranks: int) -> Data:
         chosen = np.zeros(len(samples), bool)
         chosen[np.array(order[:count])] = True
         samples, held_out = samples.take(np.flatnonzero(~chosen)), samples.take(np.flatnonzero(chosen))
-    plan = plan_steps(
+    plan = schedule_batches(
         samples.lengths,
         rows_per_step=config.micro_batch_size * config.gradient_accumulation_steps * ranks,
         capacity=config.sequence_len,

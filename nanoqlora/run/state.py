@@ -9,7 +9,7 @@ import torch
 
 from ..config.schema import Config
 from ..data.batches import Samples
-from ..data.packing import Plan
+from ..data.packing import BatchSchedule
 from ..model import Llama
 from ..ops import Segments
 from ..parallel.fsdp import BlockStore
@@ -32,7 +32,7 @@ class Run:
     body: Callable[[torch.Tensor, Segments], torch.Tensor]  # model.model, or the same from recorded graphs
     samples: Samples
     held_out: Samples
-    plan: Plan
+    plan: BatchSchedule
     flat: torch.nn.Parameter  # every trained value, and its gradient
     optimizer: torch.optim.Optimizer | PartOptimizer
     metrics: Metrics
@@ -50,6 +50,6 @@ class Run:
         return Trained(self.config.load_in_4bit, self.model.model.embed_tokens.weight.dtype, self.base)
 
 
-def plan_fingerprint(samples: Samples, plan: Plan) -> str:
+def plan_fingerprint(samples: Samples, plan: BatchSchedule) -> str:
     """A hash of everything that decides which tokens stand in which step."""
     return hashlib.sha256((samples.fingerprint + plan.fingerprint()).encode()).hexdigest()

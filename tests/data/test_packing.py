@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanoqlora.data.packing import POOL, Plan, Step, pack, plan_steps
+from nanoqlora.data.packing import POOL, BatchSchedule, Step, pack, schedule_batches
 
 # ------------------------------------------------------------------------------------------------ packing
 
@@ -78,7 +78,7 @@ def test_a_million_chats_fill_their_rows_in_seconds():
     """
     lengths = np.random.default_rng(0).lognormal(math.log(300), 0.9, 1_000_000).astype(int).clip(8, 2048)
     started = time.perf_counter()
-    whole = plan_steps(lengths, **(OPTIONS | {"rows_per_step": 16, "capacity": 2048, "packing": True}))
+    whole = schedule_batches(lengths, **(OPTIONS | {"rows_per_step": 16, "capacity": 2048, "packing": True}))
     assert time.perf_counter() - started < 10
     (rows,) = whole.epochs
     assert lengths.sum() >= 0.999 * 2048 * len(rows)
@@ -93,7 +93,7 @@ OPTIONS = {"rows_per_step": 4, "capacity": 40, "packing": False, "num_epochs": 1
 
 def plan(num_samples: int = 23, **changes: Any) -> list[Step]:
     lengths = [3 + 7 * i % 30 for i in range(num_samples)]
-    return list(plan_steps(lengths, **(OPTIONS | changes)))
+    return list(schedule_batches(lengths, **(OPTIONS | changes)))
 
 
 def used(steps: list[Step]) -> list[int]:
@@ -144,7 +144,7 @@ def test_plan_is_a_function_of_the_seed():
 def test_rows_of_one_step_are_of_like_length():
     """Without packing. Random steps of eight rows of 8 to 400 tokens are 42 % padding, these 1.8 %."""
     lengths = np.random.default_rng(0).integers(8, 400, 3_003)
-    whole = plan_steps(lengths, **(OPTIONS | {"rows_per_step": 8, "capacity": 512}))
+    whole = schedule_batches(lengths, **(OPTIONS | {"rows_per_step": 8, "capacity": 512}))
     sizes = [[lengths[i] for row in step.rows for i in row] for step in whole]
     assert [len(step) for step in sizes] == [8] * 375 + [3] and sorted(used(whole)) == list(range(3_003))
     padded = sum(len(step) * max(step) for step in sizes)
@@ -157,15 +157,15 @@ def test_unshuffled_rows_keep_to_the_order_of_the_data():
     """Packed rows too, as far as whole rows can; packed all at once, they would go from long samples to short ones."""
     lengths = np.random.default_rng(0).integers(8, 400, 5_000)
     changes = {"rows_per_step": 2, "capacity": 1024, "packing": True, "shuffle": False}
-    (rows,) = plan_steps(lengths, **(OPTIONS | changes)).epochs
+    (rows,) = schedule_batches(lengths, **(OPTIONS | changes)).epochs
     assert sorted(rows.samples) == list(range(5_000)) and lengths.sum() > 0.98 * 1024 * len(rows)
     firsts = [min(row) for row in rows]
     assert firsts == sorted(firsts) and max(max(row) - min(row) for row in rows) < 2 * POOL * 2 * 1024 / 200
 
 
 def test_a_plan_is_a_sequence_with_a_hash():
-    one, same, other = (plan_steps([5] * 10, **(OPTIONS | {"seed": seed})) for seed in (1, 1, 2))
-    assert isinstance(one, Plan) and one.fingerprint() == same.fingerprint() != other.fingerprint()
+    one, same, other = (schedule_batches([5] * 10, **(OPTIONS | {"seed": seed})) for seed in (1, 1, 2))
+    assert isinstance(one, BatchSchedule) and one.fingerprint() == same.fingerprint() != other.fingerprint()
     assert one[-1] == list(one)[-1] and one[1:] == list(one)[1:] and len(one) == 3
     with pytest.raises(IndexError):
         one[3]

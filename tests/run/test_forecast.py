@@ -16,7 +16,7 @@ import train
 from nanoqlora.config.errors import UserError
 from nanoqlora.config.files import read_json
 from nanoqlora.data.batches import SUPERVISED, Sample, Samples, collate, micro_batches
-from nanoqlora.data.packing import plan_steps
+from nanoqlora.data.packing import schedule_batches
 from nanoqlora.model import ModelConfig
 from nanoqlora.run import forecast
 from nanoqlora.run.forecast import disk_bytes, measure, operations
@@ -66,7 +66,7 @@ def fake_run(lengths: list[int], ranks: int, **keys) -> SimpleNamespace:
         output_dir="/tmp",
         **{"save_total_limit": 3, "load_best_model_at_end": False} | keys,
     )
-    plan = plan_steps(
+    plan = schedule_batches(
         lengths, rows_per_step=4 * ranks, capacity=64, packing=False, num_epochs=2, max_steps=None, seed=0
     )
     words = np.concatenate([np.array([1] + [1 | SUPERVISED] * (n - 1), np.uint32) for n in lengths])

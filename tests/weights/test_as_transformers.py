@@ -28,6 +28,8 @@ from nanoqlora.data.prompts import PromptFormat
 from nanoqlora.export.llama_cpp import Server, write_small
 from nanoqlora.export.tokenizer_metadata import tokenizer_metadata
 from nanoqlora.model import ModelConfig, rope_frequencies
+from nanoqlora.tokenizer.tokenizer import save_tokenizer
+from nanoqlora.weights.checkpoint import open_weights
 
 TOKENS = torch.randint(300, (1, 20), generator=torch.Generator().manual_seed(1))
 PLAIN = {key: value for key, value in CONFIG.items() if key not in ("rope_theta", "tie_word_embeddings")}
@@ -127,7 +129,7 @@ def test_the_head_is_the_one_that_transformers_takes(tmp_path, states, form):
             continue
         both += 1
         # One rule for everybody who opens the folder: what is written from it is the same model again.
-        weights = nq.checkpoint.open_weights(folder)
+        weights = open_weights(folder)
         is_tied = weights.config["tie_word_embeddings"] if tied else False
         assert (HEAD in weights.names()) != is_tied, case
         out = tmp_path / "out"
@@ -405,7 +407,7 @@ def test_tokens_have_the_ids_that_transformers_gives(tmp_path, kind):
         assert special <= set(ours.special_tokens), files
         equal += 1
         if equal % 5 == 0:
-            nq.tokenizer.save_tokenizer(ours, saved)
+            save_tokenizer(ours, saved)
             assert nq.load_tokenizer(saved) == ours, files
             again = transformers.AutoTokenizer.from_pretrained(saved)
             assert again(text, add_special_tokens=False)["input_ids"] == ours.encode(text, special=True), files

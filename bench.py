@@ -1,11 +1,12 @@
 """How fast is a training step, and how far from the fastest that this machine could do it?
 
     python bench.py [--model llama3-8b | FOLDER | FILE.gguf] [--micro_batch_size 4] [--sequence_len 2048] ...
-    python bench.py --deploy OUTPUT_DIR         prefill and decode of what a run left behind (export/answer_speed.py)
+    python bench.py --deploy OUTPUT_DIR         prefill and decode of what a run left (nanoqlora/export/answer_speed.py)
 
-One step is forward, backward and AdamW on random tokens, every position supervised, without clipping. The floor is
-what no QLoRA step in this dtype can beat: the base's and the head's matrix products, forward and input gradient, and
-attention, alone, measured in the same run. Prints a table and one JSON line; every speed we publish comes from here.
+What is timed is the loop of train.py itself, on random tokens, all supervised: rows to tensors, forward, backward, sum
+over the ranks, clip, AdamW, log. The floor is what no QLoRA step in this dtype can beat: the base's and the head's
+matmuls, forward and input gradient, and attention, alone, measured in the same run. Prints a table and one JSON line;
+every speed we publish comes from here.
 """
 
 import itertools
@@ -19,15 +20,17 @@ import subprocess
 import time
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from nanoqlora.config.load import answer_early, load_options
+from nanoqlora.config.load import answer_early, load_options, make_config
 from nanoqlora.config.options import BenchOptions
 
 if __name__ == "__main__":
     answer_early(BenchOptions)  # --help and wrong settings, before PyTorch is imported
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -36,20 +39,22 @@ from nanoqlora import ops
 from nanoqlora.config.commands import run_command
 from nanoqlora.config.errors import UserError
 from nanoqlora.config.files import check_file, write_text
+from nanoqlora.config.schema import Config
+from nanoqlora.data.batches import SUPERVISED, Samples
+from nanoqlora.data.packing import BatchSchedule, Rows
 from nanoqlora.export.answer_speed import bench_deploy
-from nanoqlora.fast.block import fuse_blocks, keep_dense_weights
-from nanoqlora.fast.graphs import GraphedBody, can_record
-from nanoqlora.fast.memory import dense_fits, held_bytes, keeps_for, memory_budget, step_bytes
-from nanoqlora.fast.sharding_choice import choose_sharding, embedding_waits
-from nanoqlora.fast.stats import GIB, memory_figures
+from nanoqlora.fast.memory import held_bytes, step_bytes
+from nanoqlora.fast.stats import GIB
 from nanoqlora.model import Llama, ModelConfig
 from nanoqlora.ops import Segments
-from nanoqlora.parallel import collectives, devices, distributed
-from nanoqlora.parallel.fsdp import fill_over_ranks
-from nanoqlora.qlora import flatten_trainable, inject_lora, set_dropout_rows
-from nanoqlora.run.optim import make_optimizer, state_bytes
-from nanoqlora.run.optimizer_state import BLOCK, PartOptimizer
+from nanoqlora.parallel import distributed
+from nanoqlora.run.build import build_run
+from nanoqlora.run.log import Display, Metrics
+from nanoqlora.run.optim import state_bytes
+from nanoqlora.run.state import Run
+from nanoqlora.weights.checkpoint import model_config, open_weights
 from nanoqlora.weights.pretrained import Fill, empty_model, open_model
+from train import train_loop
 
 
 def llama3(D: int, FF: int, L: int, H: int, KV: int, hd: int, tied: bool = False) -> ModelConfig:
@@ -142,7 +147,7 @@ def breakdown(step: Callable[[], None], device: torch.device) -> dict[str, float
     return {kind: round(ms, 1) for kind, ms in kinds.items()}
 
 
-def peer_figures(command: str) -> dict:
+def peer_figures(command: str) -> dict[str, Any]:
     """Run another trainer's benchmark and read the JSON line that it prints last."""
     done = subprocess.run(shlex.split(command), capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -218,109 +223,85 @@ def useful_flops(config: ModelConfig, num_lora: int, B: int, T: int) -> float:
     return B * T * (4 * weights + 6 * num_lora + attention)
 
 
-class Work(NamedTuple):
-    """A model that is ready to train, and the step that is measured."""
+def config_of(args: BenchOptions) -> Config:
+    """The run that is timed, as its YAML file would describe it."""
+    given = ("micro_batch_size", "sequence_len", "lora_r", "lora_alpha", "lora_dropout", "gradient_checkpointing")
+    given += ("shard_optimizer_state", "optimizer", "bf16")
+    values = {key: getattr(args, key) for key in given} | ({} if args.fsdp == "auto" else {"fsdp": [args.fsdp]})
+    data = {"path": "random tokens", "type": "completion"}
+    values |= {"base_model": args.model, "datasets": [data], "load_in_4bit": True, "adapter": "qlora"}
+    values |= {"lora_target_linear": True, "sample_packing": True, "save_strategy": "no", "warmup_steps": 0}
+    return make_config(values | {"learning_rate": 1e-4, "lr_scheduler": "constant", "output_dir": "none"}, "bench.py")
 
-    model: Llama
-    num_trained: int
-    facts: dict[str, Any]  # what was decided on the way
-    step: Callable[[], None]
-    losses: list[torch.Tensor]  # one more after every step
+
+def random_samples(num_rows: int, T: int, packed: bool, vocab_size: int) -> tuple[Samples, Rows]:
+    """Rows of T random tokens, the same on every rank: of one document, or of three of uneven length."""
+    in_row = (T // 2, T // 3, T - T // 2 - T // 3) if packed else (T,)
+    lengths = np.tile(in_row, num_rows)
+    tokens = np.random.default_rng(0).integers(vocab_size, size=num_rows * T, dtype=np.uint32) | SUPERVISED
+    starts = np.arange(0, len(lengths) + 1, len(in_row))
+    return Samples.of(tokens, lengths, lengths - 1, ""), Rows(np.arange(len(lengths)), starts)
 
 
-def load(
-    args: BenchOptions, rank: int, ranks: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Llama, dict[str, Any]]:
-    """Load or make the model as `train.py` would, with LoRA; and what was decided on the way."""
-    N = args.micro_batch_size * args.sequence_len
+class Times(Metrics):
+    """The log of a run that is timed: when each step was written to it."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("none"), writes=False)
+        self.written: list[float] = []
+
+    def write(self, row: dict[str, Any]) -> None:
+        super().write(row)
+        self.written.append(time.perf_counter())
+
+
+WARM_UP = 3  # steps before those that count: the first one compiles, the second one records graphs
+
+
+def prepare(args: BenchOptions, rank: int, ranks: int, device: torch.device) -> tuple[Run, float]:
+    """The run that is timed, and the seconds that it took to build."""
     if args.memory_gib and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gib * GIB / total), device)
-
-    def empty() -> tuple[Llama, Fill]:
-        if args.model in GEOMETRIES:
-            return random_model(GEOMETRIES[args.model], dtype, device)
-        return open_model(args.model, load_in_4bit=True, dtype=dtype, device=device)
-
-    state = state_bytes(args.optimizer) / (ranks if args.shard_optimizer_state else 1)
+    config = config_of(args)
+    geometry = GEOMETRIES.get(args.model)
+    empty = partial(random_model, geometry) if geometry else partial(open_model, args.model, load_in_4bit=True)
+    vocab_size = (geometry or model_config(open_weights(args.model).config, args.model)).vocab_size
+    num_steps, rows_per_step = WARM_UP + args.steps, args.micro_batch_size * ranks
+    samples, rows = random_samples(num_steps * rows_per_step, args.sequence_len, args.packed, vocab_size)
     started = time.perf_counter()
-    shapes, _ = empty()
-    inject_lora(shapes, args.lora_r, args.lora_alpha)
-    budget = memory_budget(device)
-    wanted = args.gradient_checkpointing, state, args.fsdp
-    sharding, offload, _ = choose_sharding(shapes, N, ranks, budget, *wanted, on_gpu=device.type == "cuda")
-    model, fill = empty()
-    options = {"sharding": sharding, "rank": rank, "ranks": ranks, "device": device, "offload": offload}
-    host_embedding = embedding_waits(args.gradient_checkpointing, offload)
-    store = fill_over_ranks(model, fill, **options, host_embedding=host_embedding)
-    torch.manual_seed(rank)
-    inject_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout)
-    model.train()
-    load_s = time.perf_counter() - started
-    keeps = keeps_for(model, args.gradient_checkpointing, N, optimizer_bytes=state)
-    fuse_blocks(model, keeps, merge=args.fold is True or (args.fold == "auto" and device.type == "cuda"))
-    if store:
-        store.attach(model)
-    elif dense_fits(model):
-        keep_dense_weights(model)
-    return model, {
-        "kept": " ".join(f"{keeps.count(level)} {level}" for level in dict.fromkeys(keeps)),
-        "fsdp": sharding,
-        "blocks_in_host_memory": offload,
-        "base_gib": round(held_bytes(model) / GIB, 2),
-        "predicted_gib": round(step_bytes(model, N, keeps, state) / GIB, 2),
-        "load_s": round(load_s, 2),
-    }
+    run = build_run(
+        config,
+        empty,
+        samples=samples,
+        held_out=samples.take(np.arange(0)),
+        plan=BatchSchedule([rows], rows_per_step, num_steps),
+        metrics=Times(),
+        rank=rank,
+        ranks=ranks,
+        device=device,
+        say=lambda *_: None,
+    )
+    return run, time.perf_counter() - started
 
 
-def prepare(args: BenchOptions, rank: int, ranks: int, device: torch.device, dtype: torch.dtype) -> Work:
-    """The model with AdamW on this rank, and random tokens."""
-    B, T = args.micro_batch_size, args.sequence_len
-    model, facts = load(args, rank, ranks, device, dtype)
-    sharded, adamw = args.shard_optimizer_state and ranks > 1, {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-    flat = flatten_trainable(model, multiple=ranks * BLOCK if sharded else 1)
-    if sharded:
-        optimizer = PartOptimizer(args.optimizer, flat, flat.numel(), rank, ranks, **adamw)
-    else:
-        optimizer = make_optimizer(args.optimizer, flat, **adamw)
-    optimizer.param_groups[0]["lr"] = 1e-4
-    sum_gradient = collectives.sum_to_parts if sharded else collectives.sum_over_ranks
-    body = GraphedBody(model) if args.graphs is not False and can_record(model) else model.model
-
-    tokens = torch.randint(model.config.vocab_size, (4, B, T), device=device)
-    lengths = (T // 2, T // 3, T - T // 2 - T // 3) if args.packed else (T,)
-    segments = Segments((lengths,) * B)
-    set_dropout_rows(model, torch.arange(B, device=device))
-    losses: list[torch.Tensor] = []
-
-    def step() -> None:
-        batch = tokens[len(losses) % 4]
-        flat.grad.zero_()
-        hidden = body(batch, segments)[:, :-1].flatten(0, 1)
-        targets = batch[:, 1:].flatten()
-        loss = ops.linear_cross_entropy(hidden, model.lm_head.weight, targets) / len(targets)
-        (loss / ranks).backward()
-        sum_gradient(flat.grad)
-        optimizer.step()
-        losses.append(loss.detach())
-
-    return Work(model, flat.numel(), facts, step, losses)
-
-
-def measure(work: Work, args: BenchOptions, ranks: int, device: torch.device, dtype: torch.dtype) -> dict:
+def measure(args: BenchOptions, rank: int, ranks: int, device: torch.device) -> dict[str, Any]:
     """Time, memory and floor of the step; the JSON line of the contract with users' scripts."""
-    B, T, step, config = args.micro_batch_size, args.sequence_len, work.step, work.model.config
-    first = timed(step, 1, 0, device)[0] / 1e3
-    timed(step, 1, 1, device)
-    memory_figures(device)
-    times = timed(step, args.steps, 0, device)
-    memory = {key.removeprefix("memory/"): value for key, value in memory_figures(device).items()}
-    kinds = breakdown(step, device)
-    floor = None if args.memory_gib else floor_ms(config, B, T, dtype, device)  # it needs room of its own
+    B, T = args.micro_batch_size, args.sequence_len
+    run, load_s = prepare(args, rank, ranks, device)
+    config, dtype = run.model.config, run.model.model.norm.weight.dtype
+    base_gib = held_bytes(run.model) / GIB
+    started, display = time.perf_counter(), Display(len(run.plan), 0, rank=1)  # which shows nothing
+    train_loop(run, 0, [], display)
+    written, rows = run.metrics.written, run.metrics.rows[WARM_UP:]
+    times = [(end - start) * 1e3 for start, end in itertools.pairwise(written[WARM_UP - 1 :])]
+    kinds = breakdown(lambda: train_loop(run, len(run.plan) - 1, [], display), device)
+    floor = None if args.memory_gib else floor_ms(config, B, T, dtype, device)  # it needs memory of its own
     median = statistics.median(times)
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
+    state = state_bytes(args.optimizer) / (ranks if args.shard_optimizer_state else 1)
     return {
         "model": args.model,
         "device": name,
@@ -331,19 +312,23 @@ def measure(work: Work, args: BenchOptions, ranks: int, device: torch.device, dt
         "step_ms": round(median, 1),
         "step_ms_min": round(min(times), 1),
         "step_ms_max": round(max(times), 1),
-        "first_step_s": round(first, 2),
+        "first_step_s": round(written[0] - started, 2),
         "tokens_per_second": round(B * T * ranks / median * 1e3, 1),
         "tokens_per_second_per_gpu": round(B * T / median * 1e3, 1),
-        "tflops_useful": round(useful_flops(config, work.num_trained, B, T) / median / 1e9, 2),
+        "tflops_useful": round(useful_flops(config, run.flat.numel(), B, T) / median / 1e9, 2),
         "floor_ms": floor and round(floor, 1),
-        **memory,
-        **work.facts,
-        "loss": round(work.losses[-1].item(), 4),
+        **{key.removeprefix("memory/"): max(row[key] for row in rows) for key in rows[0] if key.startswith("memory/")},
+        "kept": " ".join(f"{run.keeps.count(level)} {level}" for level in dict.fromkeys(run.keeps)),
+        "fsdp": "full_shard" if run.store else "replicate",
+        "base_gib": round(base_gib, 2),
+        "predicted_gib": round(step_bytes(run.model, B * T, run.keeps, state) / GIB, 2),
+        "load_s": round(load_s, 2),
+        "loss": round(rows[-1]["loss"], 4),
         "breakdown_ms": kinds,
     }
 
 
-def report(figures: dict, peers: list[dict]) -> None:
+def report(figures: dict[str, Any], peers: list[dict[str, Any]]) -> None:
     """The table, and the figures once more as one line of JSON."""
     for key, value in figures.items():
         print(f"{key:28} {value}")
@@ -369,8 +354,7 @@ def main() -> None:
             )
         peers = [peer_figures(command) for command in args.peer]  # before we take any memory
         rank, ranks, device = distributed.start()
-        dtype = devices.compute_dtype(args.bf16, device)
-        figures = measure(prepare(args, rank, ranks, device, dtype), args, ranks, device, dtype)
+        figures = measure(args, rank, ranks, device)
         distributed.stop()
         if rank == 0:
             report(figures, peers)

@@ -165,8 +165,6 @@ class BenchOptions(Keys):
     memory_gib: float = key("of a GPU that may be used; 0: all", 0.0, ge=0)
     shard_optimizer_state: bool = key("each rank keeps its part of AdamW's state", False)
     optimizer: str = key("as in train.py", "adamw_torch_fused")
-    fold: bool | Literal["auto"] = key("add the update to the weight before the matmul", "auto")
-    graphs: bool | Literal["auto"] = key("CUDA graphs of the blocks", "auto")
     packed: bool = key("rows of several documents of uneven length", False)
     bf16: bool | Literal["auto"] = key("compute in bfloat16; auto: where the hardware has it", "auto")
     steps: int = key("steps to measure", 10, ge=1)

@@ -81,6 +81,7 @@ def main() -> None:
     script, _ = COMMANDS[sys.argv.pop(1)]
     if script.endswith(".py"):
         sys.argv[0] = str(PROGRAMS / script)
+        sys.path.insert(0, str(PROGRAMS))  # as Python does it for a script: bench.py times the loop of train.py
         runpy.run_path(sys.argv[0], run_name="__main__")
     else:
         runpy.run_module(script, run_name="__main__", alter_sys=True)

@@ -38,17 +38,18 @@ def memory_figures(device: torch.device) -> dict[str, float]:
 
 
 class Stopwatch:
-    """Tokens per second of training alone: evaluations and checkpoints do not count."""
+    """Tokens per second of training alone: what happens between `stop` and `start` is not timed."""
 
     def __init__(self) -> None:
         self.tokens, self.seconds, self.started = 0, 0.0, 0.0
 
-    def __enter__(self) -> "Stopwatch":
+    def start(self) -> None:
         self.started = time.perf_counter()
-        return self
 
-    def __exit__(self, *exception: object) -> None:
+    def stop(self, tokens: int) -> None:
+        """A step ends, in which so many tokens were trained."""
         self.seconds += time.perf_counter() - self.started
+        self.tokens += tokens
 
     def rate_since_last(self) -> float:
         """Tokens per second since the last call."""

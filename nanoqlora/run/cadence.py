@@ -1,14 +1,29 @@
 """When something happens in a run: which steps warm up, evaluate, save. All of it follows from the plan."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 from ..config.schema import Config
 from ..data.packing import BatchSchedule
+from .optim import learning_rate_at
 
 
 def warmup_steps(config: Config, plan: BatchSchedule) -> int:
     """Steps with a rising learning rate."""
     return config.warmup_steps or math.ceil(config.warmup_ratio * len(plan))
+
+
+def learning_rates(config: Config, plan: BatchSchedule) -> Callable[[int], float]:
+    """The learning rate of each step, counted from 0."""
+    return partial(
+        learning_rate_at,
+        num_steps=len(plan),
+        warmup=warmup_steps(config, plan),
+        peak=config.learning_rate,
+        scheduler=config.lr_scheduler,
+        min_ratio=config.cosine_min_lr_ratio or 0.0,
+    )
 
 
 def evaluations(config: Config, plan: BatchSchedule) -> list[int]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import ops
 from ..config.errors import UserError
 from ..config.files import check_space
 from ..fast.stats import memory_figures
@@ -66,11 +67,10 @@ def operations(config: ModelConfig, rows: Iterable[list[int]], width: int, super
     return config.num_hidden_layers * per_layer + 4 * D * config.vocab_size * tokens * supervised
 
 
-def measure(run: Run, forward_backward: Callable[..., torch.Tensor], num_evals: int, num_saves: int) -> Forecast:
+def measure(run: Run, num_evals: int, num_saves: int) -> Forecast:
     """Time the longest micro-batch of the run, and what else a run consists of.
 
     Args:
-        forward_backward: as in train.py: adds the gradient of some rows.
         num_evals, num_saves: how often they will happen between the first step and the last.
     Raises:
         UserError: the longest micro-batch does not fit the device, or, on all ranks, the checkpoints rank 0's disk.
@@ -81,7 +81,7 @@ def measure(run: Run, forward_backward: Callable[..., torch.Tensor], num_evals: 
 
     def once(cost: tuple[float, int, int]) -> float:
         rows = run.plan[cost[1]].rows[cost[2] : cost[2] + size]
-        return timed(lambda: forward_backward(run, rows, 0, 0, 1), run.device)
+        return timed(lambda: forward_backward(run, rows), run.device)
 
     before = memory_figures(run.device)
     try:
@@ -122,6 +122,13 @@ def measure(run: Run, forward_backward: Callable[..., torch.Tensor], num_evals: 
         f"{len(run.plan)} steps, {num_evals} evaluations of {eval_s:.1f} s"
     )
     return Forecast(steps_s + num_evals * eval_s, memory, disk, basis)
+
+
+def forward_backward(run: Run, rows: list[list[int]]) -> None:
+    """Add the gradient of one micro-batch, as the loop of train.py does it."""
+    batch = run.collate(rows, 0, 0)
+    hidden = run.body(batch.tokens, batch.segments).flatten(0, 1)  # (B * T, D)
+    ops.linear_cross_entropy(hidden[batch.supervised], run.model.lm_head.weight, batch.targets).backward()
 
 
 def micro_batch_costs(run: Run) -> list[tuple[float, int, int]]:

@@ -1,10 +1,13 @@
-"""metrics.jsonl: one line for each logged step."""
+"""What a run reports while it trains: metrics.jsonl, and the bar or the lines in the terminal."""
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from ..config.errors import Failed
 from ..config.files import write_text
@@ -39,3 +42,37 @@ class Metrics:
                 except Exception as error:  # a disk, a network, a service: the run is worth more than its curve
                     self.trackers.remove(track)
                     print(f"warning: {track.__name__} failed ({error}) and gets no more rows", file=sys.stderr)
+
+
+class Display:
+    """A bar in a terminal, else a line for each logged step. Only rank 0 shows anything."""
+
+    def __init__(self, num_steps: int, start: int, rank: int) -> None:
+        self.num_steps, self.start, self.rank, self.began = num_steps, start, rank, time.perf_counter()
+        hidden = rank != 0 or not sys.stderr.isatty()
+        self.bar = tqdm(total=num_steps, initial=start, unit="step", smoothing=0.1, dynamic_ncols=True, disable=hidden)
+
+    def note(self, text: str) -> None:
+        """Print a line of its own, above the bar."""
+        if self.rank == 0:
+            self.bar.write(text, file=sys.stderr)
+
+    def logged(self, row: dict[str, Any]) -> None:
+        """Show a row of metrics.jsonl."""
+        step, loss, norm, rate = row["step"], row["loss"], row["grad_norm"], row["learning_rate"]
+        speed = row["tokens_per_second"]
+        self.bar.set_postfix(loss=f"{loss:.3f}", norm=f"{norm:.2f}", lr=f"{rate:.1e}", tok_s=f"{speed:.0f}")
+        if self.bar.disable:
+            left = (time.perf_counter() - self.began) / (step - self.start) * (self.num_steps - step)
+            self.note(
+                f"step {step}/{self.num_steps}  epoch {row['epoch']:.2f}  loss {loss:.4f}  norm {norm:.2f}  "
+                f"lr {rate:.1e}  {speed:.0f} tok/s  {duration(left)} left"
+            )
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: "45 s", "12 min 5 s", "3 h 20 min"."""
+    minutes, hours = divmod(round(seconds), 60), round(seconds) // 3600
+    if hours:
+        return f"{hours} h {round(seconds) % 3600 // 60} min"
+    return f"{minutes[0]} min {minutes[1]} s" if minutes[0] else f"{minutes[1]} s"

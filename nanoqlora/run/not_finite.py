@@ -1,26 +1,40 @@
-"""A loss or a gradient that is no number: found in the step where it appears, and traced to its rank and samples."""
+"""A loss or a gradient that is not a number: found in the step where it appears, and traced to its rank and samples."""
 
 import math
 
-from ..data.packing import Step
+from torch import Tensor
+
+from ..config.errors import Failed
 from ..parallel import collectives
+from .state import Run
 
 
-class NotFinite(Exception):
-    """A step's loss or gradient is NaN or infinite. The message says where it came from."""
-
-
-def trace(number: int, step: Step, rank: int, losses: dict[int, float], micro_batch_size: int, norm: float) -> str:
-    """Where a step's NaN or infinity came from, said the same on every rank.
+def skip_step(run: Run, number: int, losses: dict[int, Tensor], own_norm: Tensor) -> str:
+    """Log that step `number` (from 0) is skipped, on all ranks, and return why; or end the run.
 
     Args:
-        number: of the step, from 1. losses: of each of this rank's micro-batches, by its first row.
-        norm: of this rank's own gradient, before it was added to the others'.
+        losses: of each of this rank's micro-batches, by its first row. own_norm: of its gradient before the sum.
+    Raises:
+        Failed: unless the run has skip_nonfinite_steps.
     """
-    bad = {first: loss for first, loss in losses.items() if not math.isfinite(loss)}
+    reason = trace(run, number, losses, own_norm)
+    if not run.config.skip_nonfinite_steps:
+        raise Failed(
+            f"{reason}. Nothing was learnt from it. Look at these samples, or go on from an earlier checkpoint "
+            f"with a lower learning_rate, or set skip_nonfinite_steps: true.",
+            everywhere=True,
+        )
+    run.metrics.write({"step": number + 1, "skipped": reason})
+    return reason
+
+
+def trace(run: Run, number: int, losses: dict[int, Tensor], own_norm: Tensor) -> str:
+    """Where a step's NaN or infinity came from, the same text on every rank."""
+    size, norm = run.config.micro_batch_size, own_norm.item()
+    bad = {first: loss.item() for first, loss in losses.items() if not math.isfinite(loss)}
     what = f"the loss is {next(iter(bad.values()))}" if bad else f"the norm of the gradient is {norm}"
-    rows = [row for first in bad or losses for row in step.rows[first : first + micro_batch_size]]
-    text = f"{what} on rank {rank}, in samples {', '.join(str(i) for row in rows for i in row)}"
+    rows = [row for first in bad or losses for row in run.plan[number].rows[first : first + size]]
+    text = f"{what} on rank {run.rank}, in samples {', '.join(str(i) for row in rows for i in row)}"
     texts = collectives.everyones_object(text if bad or not math.isfinite(norm) else "")
     found = "; ".join(filter(None, texts)) or "the sum of the gradients of all ranks is too large for float32"
-    return f"step {number}: {found} (counted from 0 in the order of the data)"
+    return f"step {number + 1}: {found} (counted from 0 in the order of the data)"

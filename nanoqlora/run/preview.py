@@ -9,6 +9,7 @@ from ..data.batches import Sample
 from ..fast.stats import GIB
 from ..tokenizer.tokenizer import Tokenizer
 from .forecast import Forecast
+from .log import duration
 from .state import Run
 
 GREEN, DIM, INVERSE, END = "\033[1;32m", "\033[2m", "\033[7m", "\033[0m"
@@ -86,11 +87,3 @@ def coloured(sample: Sample, tokenizer: Tokenizer, shown: int = SHOWN) -> str:
         if room <= 0:
             break
     return "".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: "45 s", "12 min 5 s", "3 h 20 min"."""
-    minutes, hours = divmod(round(seconds), 60), round(seconds) // 3600
-    if hours:
-        return f"{hours} h {round(seconds) % 3600 // 60} min"
-    return f"{minutes[0]} min {minutes[1]} s" if minutes[0] else f"{minutes[1]} s"

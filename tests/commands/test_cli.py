@@ -18,7 +18,7 @@ import train
 from nanoqlora.config import commands as config_commands
 from nanoqlora.config.commands import OURS, run_command
 from nanoqlora.config.errors import Failed, UserError
-from nanoqlora.run import checkpoints
+from nanoqlora.run import build, checkpoints
 from nanoqlora.weights import pretrained
 
 COMMANDS = [
@@ -175,9 +175,9 @@ def broken(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     "module, name",
     [
-        (train, "inject_lora"),
-        (train, "fuse_blocks"),
-        (train, "keeps_for"),
+        (build, "inject_lora"),
+        (build, "fuse_blocks"),
+        (build, "keeps_for"),
         (pretrained, "rope_frequencies"),
         (checkpoints, "save_adapter"),
         (train, "save_results"),
@@ -215,7 +215,7 @@ def test_memory_that_runs_out_in_the_middle_is_one_line(run_file, tmp_path, monk
     def fails(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. More")
 
-    monkeypatch.setattr(train, "train_step", fails)
+    monkeypatch.setattr(train, "sum_and_clip", fails)
     ended = run_here(train.main, run_file, "--output_dir", tmp_path / "out")
     assert ended.code == 1 and "CUDA out of memory" in ended.err and "gradient_checkpointing" in ended.err
     assert ended.err.count("\n") == 1

@@ -56,6 +56,7 @@ from nanoqlora.run.inputs import prepare_data
 from nanoqlora.run.optim import clip_gradient, learning_rate_at, make_optimizer
 from nanoqlora.run.output_dir import checkpoints
 from nanoqlora.run.results import questions
+from nanoqlora.run.state import row_seeds
 from nanoqlora.weights.adapter import load_adapter
 from nanoqlora.weights.pretrained import load_model
 
@@ -243,13 +244,13 @@ def test_accumulation_and_ranks_change_nothing(world, tmp_path):
 def test_every_row_of_every_step_drops_its_own():
     """Seeds of rows: none twice among seeds, steps and rows; the same for a row whatever stands before it."""
     seeds = [
-        train.row_seeds(seed, step, first, 4).tolist()
+        row_seeds(seed, step, first, 4).tolist()
         for seed in (0, 1, 42)
         for step in (0, 1, 2, 100_000)
         for first in (0, 4, 8)
     ]
     assert len({seed for some in seeds for seed in some}) == 3 * 4 * 12
-    assert train.row_seeds(42, 7, 0, 8).tolist()[5:] == train.row_seeds(42, 7, 5, 3).tolist()
+    assert row_seeds(42, 7, 0, 8).tolist()[5:] == row_seeds(42, 7, 5, 3).tolist()
 
 
 # ------------------------------------------------------------------------------------------------ run/optim.py
@@ -393,7 +394,7 @@ def test_ctrl_c_before_the_first_step_is_not_lost(world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("received", [signal.SIGINT, signal.SIGTERM])
 def test_told_to_end_before_the_loop_a_run_ends_with_130(world, tmp_path, monkeypatch, received):
-    monkeypatch.setattr(train, "prepare_model", lambda *_: os.kill(os.getpid(), received))
+    monkeypatch.setattr(train, "build_run", lambda *_, **__: os.kill(os.getpid(), received))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     ended = run_here(train.main, write_run(tmp_path / "train.yml", world.model, world.data))
     signal.signal(signal.SIGINT, before)
@@ -504,7 +505,7 @@ def test_resume_with_another_optimizer_or_scale_is_refused(world, uninterrupted,
 
 def test_a_place_that_cannot_be_written_to_is_found_before_anything_is_loaded(world, tmp_path, monkeypatch):
     path = write_run(tmp_path / "train.yml", world.model, world.data)
-    monkeypatch.setattr(train, "prepare_model", None)
+    monkeypatch.setattr(train, "build_run", None)
     ended = run_here(train.main, path, "--output_dir", path / "out")
     assert ended.code == 2 and f"{path} is a file, not a folder" in ended.err and ended.err.count("\n") == 1
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
@@ -520,8 +521,8 @@ def test_what_a_killed_process_left_half_written_is_removed(world, interrupted, 
     shutil.copytree(interrupted[1] / f"checkpoint-{last}", out / f".checkpoint-{last}.x1_b2c3d.tmp")
     (out / ".metrics.jsonl.abcdefgh.tmp").write_text("half")
     (out / ".mine.tmp").write_text("of somebody else")
-    starts, loop = [], train.loop
-    monkeypatch.setattr(train, "loop", lambda run, start, *rest: starts.append(start) or loop(run, start, *rest))
+    starts, loop = [], train.train_loop
+    monkeypatch.setattr(train, "train_loop", lambda run, start, *rest: starts.append(start) or loop(run, start, *rest))
     words = ["--output_dir", out, "--auto_resume_from_checkpoints", "true"]
     assert run_here(train.main, interrupted[1].parent / "train.yml", *words).code == 0
     assert [path.name for path in out.glob(".*")] == [".mine.tmp"] and starts == [last]

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 
 import train
+from nanoqlora import ops
 from nanoqlora.config.commands import run_command
 from nanoqlora.config.errors import Failed, UserError
-from nanoqlora.data.batches import Sample
+from nanoqlora.data.batches import Batch, Sample
 from nanoqlora.fast.block import fuse_blocks
 from nanoqlora.fast.memory import held_bytes
 from nanoqlora.ops import Segments
@@ -33,7 +34,7 @@ from nanoqlora.parallel import collectives, distributed
 from nanoqlora.parallel.fsdp import BlockStore, fill_over_ranks, frozen_tensors
 from nanoqlora.parallel.fully_shard import FullyShardStore
 from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora
-from nanoqlora.run import scoring
+from nanoqlora.run import build, checks, scoring
 from nanoqlora.weights.pretrained import load_model, open_model
 
 LAYERS = 5  # more than the two slots, and no multiple of 2 or 3 ranks
@@ -237,42 +238,46 @@ def end_of_own_run(words_of_ranks: list[tuple]) -> tuple[int, str, str]:
 
 def end_of_run_without_adapter(bad_rank: int, *words: object) -> tuple[int, str, str]:
     """One host does not have the adapter that all are to go on from."""
-    whole = train.continue_adapter
+    whole = build.continue_adapter
 
     def read(*arguments: Any, **wanted: Any) -> str:
         if os.environ["RANK"] == str(bad_rank):
             raise UserError("lora_model_dir: no such folder")
         return whole(*arguments, **wanted)
 
-    train.continue_adapter = read
+    build.continue_adapter = read
     return end_of_run(*words)
 
 
 def end_of_run_with_other_values(*words: object) -> tuple[int, str, str]:
     """Rank 1 has read another adapter than rank 0."""
-    whole = train.load_checkpoint
+    whole = checks.load_checkpoint
 
     def load(run: train.Run) -> int:
         start = whole(run)
         run.flat.data += run.rank
         return start
 
-    train.load_checkpoint = load
+    checks.load_checkpoint = load
     return end_of_run(*words)
 
 
 def end_of_run_with_nan(bad_rank: int, bad_step: int, where: str, *words: object) -> tuple[int, str, str]:
     """One rank's loss, or only its gradient, is NaN in the last micro-batch of one step."""
-    whole = train.forward_backward
+    collate, cross_entropy, at = train.Run.collate, ops.linear_cross_entropy, []
 
-    def spoilt(run: train.Run, rows: list, number: int, first: int, num_targets: float) -> torch.Tensor:
-        loss = whole(run, rows, number, first, num_targets)
-        if (run.rank, number + 1) == (bad_rank, bad_step) and first == bad_rank + run.ranks:
-            run.flat.grad[7] = float("nan")
+    def collate_here(run: train.Run, rows: list[list[int]], number: int, first: int) -> Batch:
+        at[:] = [run.rank, number + 1, first - run.ranks]
+        return collate(run, rows, number, first)
+
+    def spoilt(*arguments: torch.Tensor) -> torch.Tensor:
+        loss = cross_entropy(*arguments)
+        if at == [bad_rank, bad_step, bad_rank]:
+            loss.register_hook(lambda gradient: gradient * float("nan"))
             return loss * float("nan") if where == "loss" else loss
         return loss
 
-    train.forward_backward = spoilt
+    train.Run.collate, ops.linear_cross_entropy = collate_here, spoilt
     return end_of_run(*words)
 
 
@@ -312,7 +317,7 @@ def end_of_run(*words: object) -> tuple[int, str, str]:
 
 def end_of_run_with_fault(kind: str, *words: object) -> tuple[int, str, str]:
     """All ranks fail in the first step, by a fault of ours or as a run may; a traceback is put where stderr is."""
-    train.train_step = lambda *_: 1 / 0 if kind == "fault" else _raise(Failed("no way"))
+    train.sum_and_clip = lambda *_: 1 / 0 if kind == "fault" else _raise(Failed("no way"))
     try:
         return end_of_run(*words)
     except ZeroDivisionError:

@@ -33,6 +33,8 @@ from small_runs import alpaca_rows, metrics_of, run_here, save_tiny_model, steps
 import bench
 import nanoqlora as nq
 import train
+from nanoqlora import ops
+from nanoqlora.data.batches import Batch
 from nanoqlora.fast.memory import base_bytes, free_host_bytes, held_bytes, keeps_for, step_bytes
 from nanoqlora.fast.sharding_choice import choose_sharding
 from nanoqlora.parallel.fsdp import frozen_tensors
@@ -299,19 +301,19 @@ def test_a_step_without_a_number_can_be_left_out(small_run, tmp_path):
 
 def test_a_run_that_learns_nothing_ends_with_a_report(small_run, tmp_path, monkeypatch):
     """Every step is left out. Ctrl-C works between them too, as after any other."""
-    whole = train.forward_backward
-    monkeypatch.setattr(train, "forward_backward", lambda *words: whole(*words) * float("nan"))
+    loss, collate = ops.linear_cross_entropy, train.Run.collate
+    monkeypatch.setattr(ops, "linear_cross_entropy", lambda *words: loss(*words) * float("nan"))
     words = (small_run, "--skip_nonfinite_steps", "true", "--output_dir")
     assert run_here(train.main, *words, tmp_path / "all").code == 0
     assert all("skipped" in line for line in metrics_of(tmp_path / "all"))
     assert (tmp_path / "all" / "report.md").exists()
 
-    def interrupted(run: train.Run, rows: list, number: int, *rest: Any) -> torch.Tensor:
-        if number == 2 and rest[0] == 0:  # once: a second one would end the run at once
+    def interrupted(run: train.Run, rows: list[list[int]], number: int, first: int) -> Batch:
+        if number == 2 and first == 0:  # once: a second one would end the run at once
             os.kill(os.getpid(), signal.SIGINT)
-        return whole(run, rows, number, *rest) * float("nan")
+        return collate(run, rows, number, first)
 
-    monkeypatch.setattr(train, "forward_backward", interrupted)
+    monkeypatch.setattr(train.Run, "collate", interrupted)
     ended = run_here(train.main, *words, tmp_path / "stopped")
     assert ended.code == 130 and "stopped after step 3 of 6" in ended.err
 

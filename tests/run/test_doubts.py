@@ -135,7 +135,7 @@ def test_warnings_stand_in_the_plan_and_at_the_start(world, tmp_path):
 
 def test_a_warning_of_a_library_does_not_stand_in_the_bar(world, tmp_path, monkeypatch):
     """bitsandbytes has one about paging on a CPU; others become lines of their own."""
-    real = train.train_step
+    real = train.sum_and_clip
 
     def warns(*words):
         import warnings
@@ -143,7 +143,7 @@ def test_a_warning_of_a_library_does_not_stand_in_the_bar(world, tmp_path, monke
         warnings.warn("something else", UserWarning, stacklevel=1)
         return real(*words)
 
-    monkeypatch.setattr(train, "train_step", warns)
+    monkeypatch.setattr(train, "sum_and_clip", warns)
     words = ("--optimizer", "paged_adamw_8bit", "--max_steps", 2, "--output_dir", tmp_path / "out")
     ended = run_here(train.main, world, *words, terminal=True)
     assert ended.code == 0 and "Paged optimizers" not in ended.err and "UserWarning" not in ended.err

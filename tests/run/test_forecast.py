@@ -104,11 +104,12 @@ def test_time_is_the_sum_over_the_micro_batches_of_rank_0(monkeypatch, ranks):
             products + 3 * 6 * heads * squares + 4 * D * 300 * share * sum(len(s) for r in rows for s in r)
         )
 
-    def forward_backward(run, rows, number, first, num_targets):
+    def forward_backward(run, rows):
         clock.now += cost(rows)
 
+    monkeypatch.setattr(forecast, "forward_backward", forward_backward)
     expected = sum(cost(mine) for step in run.plan for _, mine in micro_batches(step.rows, 2, 0, ranks))
-    got = measure(run, forward_backward, 0, 1)
+    got = measure(run, 0, 1)
     assert got.seconds == pytest.approx(expected, rel=1e-9)
     assert got.memory["memory/max_rss_gib"] > 0
 
@@ -124,7 +125,8 @@ def test_measuring_leaves_no_trace(monkeypatch):
     def forward_backward(run, *_):
         run.flat.grad += 3.0
 
-    measure(run, forward_backward, 0, 0)
+    monkeypatch.setattr(forecast, "forward_backward", forward_backward)
+    measure(run, 0, 0)
     assert torch.equal(faster, torch.ones(3))
     assert torch.equal(run.flat, before) and not run.flat.grad.any() and not run.optimizer.state
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -136,21 +138,23 @@ def test_what_does_not_fit_is_said_before_the_first_step(monkeypatch):
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
+    monkeypatch.setattr(forecast, "forward_backward", out_of_memory)
     with pytest.raises(
         UserError, match="longest micro-batch, in step [12], does not fit cpu: CUDA out of memory.*auto"
     ):
-        measure(run, out_of_memory, 0, 0)
+        measure(run, 0, 0)
+    monkeypatch.setattr(forecast, "forward_backward", lambda *_: None)
     usage = SimpleNamespace(free=100)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     usage.free = disk_bytes(5, 40, 1)  # AdamW keeps two numbers for each value
-    measure(run, lambda *_: None, 0, 1)
+    measure(run, 0, 1)
     usage.free -= 1
     with pytest.raises(UserError, match="/tmp: takes .* free, .*lower save_total_limit"):
-        measure(run, lambda *_: None, 0, 1)
+        measure(run, 0, 1)
     usage.free = 10**9
     # One of two saves is kept, beside it the one with the best evaluation.
     best = fake_run([10, 20, 30], 1, save_total_limit=1, load_best_model_at_end=True)
-    assert measure(best, lambda *_: None, 0, 2).disk_bytes == disk_bytes(5, 40, 2)
+    assert measure(best, 0, 2).disk_bytes == disk_bytes(5, 40, 2)
 
 
 # ------------------------------------------------------------------------------------------------ --plan

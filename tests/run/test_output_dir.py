@@ -27,8 +27,9 @@ from small_runs import (
 )
 
 import train
+from nanoqlora.config.errors import UserError
 from nanoqlora.gguf.modelfile import write_modelfiles
-from nanoqlora.run import trackers
+from nanoqlora.run import checks, trackers
 from nanoqlora.run.optim import make_optimizer
 from nanoqlora.run.optimizer_state import PartOptimizer, state_problem
 from nanoqlora.run.output_dir import lock
@@ -132,7 +133,7 @@ def test_nothing_is_removed_until_all_checks_have_passed(first, world, monkeypat
     if case == "memory":
 
         def measure(*_: object) -> None:
-            raise train.UserError("does not fit")
+            raise UserError("does not fit")
 
         monkeypatch.setattr(train, "measure", measure)
     if case == "the tracker's service":
@@ -251,15 +252,15 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_one_runs(first, w
 
 def test_two_runs_that_begin_together_in_a_new_folder(first, tmp_path, monkeypatch):
     """The other one takes the folder while this one loads its model."""
-    real = train.prepare_model
+    real = train.build_run
 
-    def meanwhile(*arguments):
+    def meanwhile(*arguments, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(train, "prepare_model", real)
+            patch.setattr(train, "build_run", real)
             assert again(first, tmp_path / "out", "--max_steps", 1).code == 0
-        return real(*arguments)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(train, "prepare_model", meanwhile)
+    monkeypatch.setattr(train, "build_run", meanwhile)
     ended = again(first, tmp_path / "out")
     assert ended.code == 2 and "a finished run, 1 steps" in ended.err
     assert [row["step"] for row in steps_of(tmp_path / "out")] == [1]
@@ -388,9 +389,9 @@ def test_a_state_file_of_another_shape_is_one_line(first, world, key):
 def test_betas_and_decay_are_those_of_the_configuration_after_a_resume(first, tmp_path, monkeypatch):
     checkpoint = first / "out" / "checkpoint-2"
     seen = []
-    real = train.load_checkpoint
+    real = checks.load_checkpoint
     monkeypatch.setattr(
-        train, "load_checkpoint", lambda run: (real(run), seen.append(run.optimizer.param_groups[0]))[0]
+        checks, "load_checkpoint", lambda run: (real(run), seen.append(run.optimizer.param_groups[0]))[0]
     )
     words = ("--resume_from_checkpoint", checkpoint, "--adam_beta2", 0.95, "--weight_decay", 0.25)
     assert again(first, tmp_path / "out", *words).code == 0

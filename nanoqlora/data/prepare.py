@@ -178,48 +178,52 @@ def read_samples(files: list[DataFile], encoding: Encoding) -> Reading:
 
 def prepare_samples(files: list[DataFile], encoding: Encoding, folder: Path) -> Reading:
     """The same, taken from `folder` if it was prepared before, else kept there; the tokens stay in a file."""
-    before = [(file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files]
+    before = _stamps(files)
     hashes = {str(file.path): _hash_of_file(file.path) for file in files}
     prepared = folder / _key(encoding, files, hashes)
-    if not _is_complete(prepared):
+    if (reading := _kept(prepared, hashes)) is None:
         try:
             if prepared.exists():
-                print(f"dataset_prepared_path: {prepared} is damaged, so the data is tokenised anew", file=sys.stderr)
+                print(f"dataset_prepared_path: {prepared} is damaged, so the data is tokenised again", file=sys.stderr)
                 remove(prepared)
             with whole_folder(prepared) as temporary:
                 with open(temporary / "words.bin", "wb") as words:
                     counts, samples = _read(files, encoding, lambda some: words.write(some.data))
                 np.save(temporary / "samples.npy", np.stack([samples.lengths, samples.num_targets]))
-                facts = dataclasses.asdict(counts) | {"fingerprint": samples.fingerprint}
-                kept = {"facts": facts, "seal": _seal(facts, temporary)}
+                facts = {"counts": dataclasses.asdict(counts), "fingerprint": samples.fingerprint}
+                kept = facts | {"seal": _seal(facts, temporary)}
                 write_text(temporary / "counts.json", json.dumps(kept, indent=2) + "\n")
-                if before != [(file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files]:
+                if before != _stamps(files):
                     raise UserError(f"data {_name(files)}: changed while it was read. Run again.")
         except OSError as error:
             raise UserError(
                 f"dataset_prepared_path: tokenised data cannot be kept in {folder} ({error}). It takes 4 bytes a "
                 "token. Name another folder."
             ) from error
-    facts = json.loads((prepared / "counts.json").read_text("utf-8"))["facts"]
-    tokens = np.memmap(prepared / "words.bin", np.uint32, "r")
-    lengths, num_targets = np.load(prepared / "samples.npy")
-    samples = Samples.of(tokens, lengths, num_targets, facts.pop("fingerprint"))
-    counts = pydantic.TypeAdapter(Counts).validate_python(facts)
-    reading = Reading(**vars(counts), samples=samples, files=hashes)
+        reading = _kept(prepared, hashes)
+    assert reading is not None
     if reading.invalid and not encoding.skip_invalid:
         raise InvalidRows(reading)
     return reading
 
 
-def _is_complete(prepared: Path) -> bool:
-    """Whether a folder of prepared data is complete and as it was written: a copy may be cut, a file edited."""
+def _kept(prepared: Path, hashes: dict[str, str]) -> Reading | None:
+    """What a folder keeps, if it is complete and as it was written: a copy may be cut, a file edited."""
     try:
-        kept = json.loads((prepared / "counts.json").read_text("utf-8"))
-        words = 4 * int(np.load(prepared / "samples.npy")[0].sum())
-        sealed = kept["seal"] == _seal(kept["facts"], prepared)
-        return sealed and (prepared / "words.bin").stat().st_size == words
-    except (OSError, EOFError, ValueError, TypeError, KeyError, IndexError, RecursionError):
-        return False
+        facts = json.loads((prepared / "counts.json").read_text("utf-8"))
+        words = np.memmap(prepared / "words.bin", np.uint32, "r")
+        lengths, num_targets = np.load(prepared / "samples.npy")
+        if facts.pop("seal") != _seal(facts, prepared) or lengths.sum() != len(words):
+            return None
+        samples = Samples.of(words, lengths, num_targets, facts["fingerprint"])
+        counts = pydantic.TypeAdapter(Counts).validate_python(facts["counts"])
+        return Reading(**vars(counts), samples=samples, files=hashes)
+    except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def _stamps(files: list[DataFile]) -> list[tuple[int, int]]:
+    return [(file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files]
 
 
 def _seal(facts: dict, folder: Path) -> str:

@@ -205,9 +205,8 @@ def _written_as_read(message: dict[str, Any], template: str | None, tok: Tokeniz
     The arguments of its calls become JSON texts again where the template cannot write objects.
     """
     if message.get("tool_calls") and _takes_texts(template, tuple(tok.named_texts.items())):
-        message = {
-            **message,
-            "tool_calls": [with_fields(call, ("arguments",), _as_text) for call in message["tool_calls"]],
+        message = message | {
+            "tool_calls": [with_fields(call, ("arguments",), _as_text) for call in message["tool_calls"]]
         }
     if not isinstance(message["content"], list):
         return message

@@ -287,26 +287,22 @@ def read_gguf_metadata(metadata: dict[str, Any], path: Path) -> Fields:
                 f"{path}: there is no tokenizer.ggml.{needed}. Without it text gets other ids, or special tokens are "
                 "taken for text. Use the file of a complete model, written by a llama.cpp of 2024 or later."
             )
-    # What llama.cpp takes for the named tokens of a sentencepiece vocabulary where the file does not say.
+    # What llama.cpp takes where the file does not say.
     unsaid = {"bos": 1, "eos": 2, "unk": 0} if is_sentencepiece else {}
-    named = zip(NAMED_TOKENS, ("bos", "eos", "padding", "unknown"), strict=True)
-    said = {ours: get(f"{theirs}_token_id", int) for ours, theirs in named}
-    ids = {f"{name}_id": unsaid.get(name) if id is None else id for name, id in said.items()}
-    fields = {
+    add_bos = get("add_bos_token", bool)
+    fields: Fields = {
         "pre": pre,
         "vocab": get("tokens", list, each=(str,)),
         "kinds": get("token_type", list, each=(int,)),
         "merges": [] if is_sentencepiece else get("merges", list, each=(str,)),
-        **ids,
+        "scores": get("scores", list, each=(float, int)) if is_sentencepiece else [],
+        "space_before": "every" if is_sentencepiece and get("add_space_prefix") is not False else "never",
+        "add_bos": (is_sentencepiece or SPLIT_RULES[pre].add_bos) if add_bos is None else add_bos,
         "chat_template": expect(f"{path}: chat_template", metadata.get("tokenizer.chat_template"), str, None),
     }
-    add_bos = get("add_bos_token", bool)
-    if is_sentencepiece:
-        fields["scores"] = get("scores", list, each=(float, int))
-        fields["space_before"] = "never" if get("add_space_prefix") is False else "every"
-        fields["add_bos"] = add_bos is not False
-    else:
-        fields["add_bos"] = SPLIT_RULES[pre].add_bos if add_bos is None else add_bos
+    for name, theirs in zip(NAMED_TOKENS, ("bos", "eos", "padding", "unknown"), strict=True):
+        id = get(f"{theirs}_token_id", int)
+        fields[f"{name}_id"] = unsaid.get(name) if id is None else id
     return _checked(path, fields)
 
 

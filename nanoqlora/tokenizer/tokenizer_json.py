@@ -20,6 +20,40 @@ from .vocabulary import BYTE, CONTROL, NORMAL, SENTENCEPIECE, SPACE, UNKNOWN, UN
 
 
 def read(path: Path, data: dict[str, Any]) -> Fields:
+    """The vocabulary of a tokenizer.json, without its named tokens."""
+    model = _checked_model(path, data)
+    added = _added_tokens(path, data, model["vocab"])
+    merges = [merge if isinstance(merge, str) else " ".join(map(str, merge)) for merge in model["merges"]]
+    by_id = {id: piece for piece, id in model["vocab"].items()}
+    ids = [*by_id, *(token["id"] for token in added)]
+    if len(by_id) < len(model["vocab"]) or min(ids) < 0 or max(ids) >= 2 * len(by_id) + 10_000:
+        raise UserError(f"{path}: ids from {min(ids)} to {max(ids)} for {len(by_id)} tokens. Copy the file again.")
+    vocab = [by_id.get(id, f"[PAD{id}]") for id in range(max(ids) + 1)]
+    kinds = [UNUSED if piece == f"[PAD{id}]" else NORMAL for id, piece in enumerate(vocab)]
+    for token in added:
+        vocab[token["id"]] = token["content"]
+        kinds[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+    original = {path.name: path.read_bytes()}
+    fields: Fields = {"vocab": vocab, "kinds": kinds, "merges": merges, "original_files": original}
+    if not model.get("byte_fallback"):
+        return fields | {"pre": _split_rule(path, data, fields, bool(model.get("ignore_merges")))}
+
+    check_merges(path, fields)
+    for id, piece in enumerate(vocab):
+        if piece in BYTE_PIECES:
+            kinds[id] = BYTE
+        elif piece == model.get("unk_token"):
+            fields["unk_id"], kinds[id] = id, UNKNOWN
+    space_rule = _space_rule(path, data, vocab)
+    for token in added:
+        check_normalized(path, data, token)
+    # All merges that make one piece stand together, so the order of the pieces says as much as that of the merges.
+    ranks = {piece: rank for rank, piece in enumerate(dict.fromkeys(merge.replace(" ", "") for merge in merges))}
+    scores = [float(-ranks[piece]) if piece in ranks else UNREACHED for piece in vocab]
+    return fields | {"pre": SENTENCEPIECE, "merges": [], "scores": scores, **space_rule}
+
+
+def _checked_model(path: Path, data: dict[str, Any]) -> dict[str, Any]:
     where, model = f"{path}: model", expect(f"{path}: model", data.get("model"), dict, None) or {}
     if model.get("type") != "BPE":
         raise UserError(
@@ -33,51 +67,21 @@ def read(path: Path, data: dict[str, Any]) -> Fields:
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise UserError(f"{path}: {name} is {model[name]!r}. It changes ids and is not supported. Set it to null.")
-    for name in ("byte_fallback", "ignore_merges"):
-        expect(f"{where}.{name}", model.get(name), bool, None)
-    unk = expect(f"{where}.unk_token", model.get("unk_token"), str, None)
-    merges = [merge if isinstance(merge, str) else " ".join(map(str, merge)) for merge in model["merges"]]
-    given = expect(f"{path}: added_tokens", data.get("added_tokens"), list, None) or []
-    added = [added_token(f"{path}: added_tokens", token) for token in given]
-    next_id = len(model["vocab"])
+    for name, kind in {"byte_fallback": bool, "ignore_merges": bool, "unk_token": str}.items():
+        expect(f"{where}.{name}", model.get(name), kind, None)
+    return model
+
+
+def _added_tokens(path: Path, data: dict[str, Any], vocab: dict[str, int]) -> list[dict[str, Any]]:
+    listed = expect(f"{path}: added_tokens", data.get("added_tokens"), list, None) or []
+    added = [added_token(f"{path}: added_tokens", token) for token in listed]
+    next_id = len(vocab)
     for token in added:
-        where, text = f"{path}: added_tokens, the id of {token['content']!r},", token["content"]
-        given, id = expect(where, token.get("id"), int), model["vocab"].get(text, next_id)
-        if given != id:  # the tokenizers package counts for itself
-            raise UserError(f"{where} is {given}, and Hugging Face's tokenizers give it {id}. Correct the id.")
+        where, id = f"{path}: added_tokens, the id of {token['content']!r},", vocab.get(token["content"], next_id)
+        if expect(where, token.get("id"), int) != id:  # the tokenizers package numbers them itself
+            raise UserError(f"{where} is {token['id']}, and Hugging Face's tokenizers give it {id}. Correct the id.")
         next_id = max(next_id, id + 1)
-
-    by_id = {id: piece for piece, id in model["vocab"].items()}
-    ids = [*by_id, *(token["id"] for token in added)]
-    if len(by_id) < len(model["vocab"]) or min(ids) < 0 or max(ids) >= 2 * len(by_id) + 10_000:
-        raise UserError(f"{path}: ids from {min(ids)} to {max(ids)} for {len(by_id)} tokens. Copy the file again.")
-    vocab = [by_id.get(id, f"[PAD{id}]") for id in range(max(ids) + 1)]
-    kinds = [UNUSED if piece == f"[PAD{id}]" else NORMAL for id, piece in enumerate(vocab)]
-    for token in added:
-        vocab[token["id"]] = token["content"]
-        kinds[token["id"]] = CONTROL if token["special"] else USER_DEFINED
-    fields: Fields = {
-        "vocab": vocab,
-        "kinds": kinds,
-        "merges": merges,
-        "original_files": {path.name: path.read_bytes()},
-    }
-    if not model.get("byte_fallback"):
-        return fields | {"pre": _split_rule(path, data, fields, bool(model.get("ignore_merges")))}
-
-    check_merges(path, fields)
-    for id, piece in enumerate(vocab):
-        if piece in BYTE_PIECES:
-            kinds[id] = BYTE
-        elif piece == unk:
-            fields["unk_id"], kinds[id] = id, UNKNOWN
-    space_rule = _space_rule(path, data, vocab)
-    for token in added:
-        check_normalized(path, data, token)
-    # All merges that make one piece stand together, so the order of the pieces says as much as that of the merges.
-    ranks = {piece: rank for rank, piece in enumerate(dict.fromkeys(merge.replace(" ", "") for merge in merges))}
-    scores = [float(-ranks[piece]) if piece in ranks else UNREACHED for piece in vocab]
-    return fields | {"pre": SENTENCEPIECE, "merges": [], "scores": scores, **space_rule}
+    return added
 
 
 def added_token(where: str, token: Any, special: bool = False) -> dict[str, Any]:

@@ -1,13 +1,17 @@
-"""What the tests share: one thread count, the real small model, and tiny random ones."""
+"""What the tests share: one thread, real tokenizers, the real small model, a small hub."""
 
-from collections.abc import Iterator
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported: pytest-xdist starts a worker for each core, and sums of one thread have the same bits in
+# this process as in those that the tests start.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
 import torch
 from paths import ROOT
-from transformers import AutoTokenizer
 
 from nanoqlora.data.prompts import CHAT_TEMPLATES
 from nanoqlora.tokenizer.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
@@ -55,6 +59,8 @@ def llama3(tok: Tokenizer) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def hf(tok: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
+    from transformers import AutoTokenizer
+
     folder = tmp_path_factory.mktemp("smollm2")
     save_tokenizer(tok, folder)
     return AutoTokenizer.from_pretrained(folder)
@@ -62,18 +68,42 @@ def hf(tok: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def llama3_hf(llama3: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
+    from transformers import AutoTokenizer
+
     folder = tmp_path_factory.mktemp("llama3")
     save_tokenizer(llama3, folder)
     return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """In this process as in those that the tests start, so that sums have the same order and bits are equal."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def model_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    from small_runs import save_tiny_model
+
+    folder = save_tiny_model(tmp_path_factory.mktemp("hub") / "model")
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    not_needed = ("consolidated.safetensors", "original/consolidated.00.pth", "pytorch_model.bin", "README.md")
+    return files | {name: b"must not be fetched" * 1000 for name in not_needed}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, model_files):
+    """A hub with a model and a data set, and an empty cache. The client's settings are read when it is imported."""
+    import huggingface_hub
+    from fake_hub import FakeHub
+    from huggingface_hub import constants
+
+    hub = FakeHub()
+    hub.files["someone/tiny-llama"] = model_files
+    hub.files["datasets/someone/rows"] = {"data/train.jsonl": b"{}\n" * 9, "data/test.jsonl": b"{}\n", "README.md": b""}
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants._HF_DEFAULT_ENDPOINT, hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    monkeypatch.chdir(tmp_path)
+    yield hub
+    hub.server.shutdown()
+    hub.server.server_close()
 
 
 @pytest.fixture

@@ -70,3 +70,13 @@ def test_few_places_and_few_levels():
     assert len(places) <= 40 and max(level.values()) <= 10
     entries = [path for path in (ROOT / "nanoqlora").iterdir() if path.name != "__pycache__"]
     assert len(entries) <= 15
+
+
+def test_no_test_imports_from_another_test():
+    """What tests share stands in tests/helpers or in a conftest.py."""
+    names = {path.stem for path in ROOT.glob("tests/**/test_*.py")}
+    for path in ROOT.glob("tests/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            found += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not names & {name.split(".")[-1] for name in found}, f"{path}, line {node.lineno}"

@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 from tiny import save_random_llama
+from tiny_qlora import TOKENS, dequantised_copy, randomise
 
 import nanoqlora as nq
 from nanoqlora.config.errors import UserError
@@ -18,24 +19,6 @@ from nanoqlora.qlora import (
     set_dropout_rows,
 )
 from nanoqlora.weights.pretrained import load_model
-
-TOKENS = torch.arange(60).view(2, 30) * 4
-
-
-def randomise(model: nq.Llama) -> None:
-    """B starts at zero, which hides most mistakes: give it values."""
-    g = torch.Generator().manual_seed(5)
-    for layer in lora_layers(model).values():
-        layer.lora_A.data = torch.randn(layer.lora_A.shape, generator=g) / 10
-        layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=g) / 10
-
-
-def dequantised_copy(model: nq.Llama, folder) -> transformers.LlamaForCausalLM:
-    """transformers' model with the values that our 4-bit layers compute with."""
-    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for name, layer in block_linears(model):
-        theirs.get_submodule(name).weight.data = layer.rebuild(torch.float32)
-    return theirs
 
 
 def test_4bit_model_equals_transformers_on_the_dequantised_weights(tmp_path):

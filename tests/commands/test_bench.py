@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
-from paths import ROOT
+from processes import run_process
 from tiny import save_random_llama
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -45,16 +44,16 @@ def test_the_floor_is_all_of_a_step_s_products_and_attention(monkeypatch):
 def test_the_line_of_json_and_a_peer_beside_it(tmp_path):
     save_random_llama(tmp_path / "model")
     peer = f"{sys.executable} -c 'print({json.dumps(json.dumps({'tokens_per_second': 1.0}))})'"
-    command = [sys.executable, "bench.py", "--model", tmp_path / "model", "--micro_batch_size", 2, "--sequence_len", 16]
+    command = ["bench.py", "--model", tmp_path / "model", "--micro_batch_size", 2, "--sequence_len", 16]
     command += ["--lora_r", 4, "--steps", 3, "--json", tmp_path / "figures.json", "--peer", peer]
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_process(*command)
+    assert done.code == 0, done.err[-2000:]
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures == json.loads(done.stdout.splitlines()[-1])
+    assert figures == json.loads(done.out.splitlines()[-1])
     assert figures["tokens_per_step"] == 32 and figures["ranks"] == 1
     assert figures["step_ms_min"] <= figures["step_ms"] <= figures["step_ms_max"]
     assert figures["tokens_per_second"] == pytest.approx(32e3 / figures["step_ms"], rel=0.02)  # of a rounded step
-    assert f"{figures['tokens_per_second']:.2f} times" in done.stdout, "the ratio to a peer that makes 1 token a second"
+    assert f"{figures['tokens_per_second']:.2f} times" in done.out, "the ratio to a peer that makes 1 token a second"
     kinds = figures["breakdown_ms"]
     assert kinds["matrix products"] > 0 and kinds["attention"] > 0 and kinds["optimizer"] > 0
 

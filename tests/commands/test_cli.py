@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from paths import ROOT
+from processes import run_interpreter, run_process
 from ranks import end_of_run_with_fault, on_ranks
 from small_runs import ENVIRONMENT, alpaca_rows, run_here, save_tiny_model, steps_of, write_rows, write_run
 
@@ -256,17 +257,18 @@ def test_the_command_in_the_report_repeats_the_run(run_file, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, launcher in (("one rank", []), ("two ranks", torchrun)):
         out = tmp_path / name
-        words = [sys.executable, *launcher, "train.py", str(run_file), "--output_dir", str(out), "--seed", "7"]
-        subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, timeout=240)
+        words = [*launcher, "train.py", str(run_file), "--output_dir", str(out), "--seed", "7"]
+        ended = (run_interpreter if launcher else run_process)(*words)
+        assert ended.code == 0, ended.err
         report = (out / "report.md").read_text("utf-8")
         repeat = report.split("## To repeat it")[1]
         assert f"In `{ROOT}`, with another output_dir" in repeat
         command = repeat.split("```sh\n")[1].split("\n```")[0]
-        assert shlex.split(command)[1:] == words[1:] and shlex.split(command)[0] == "python"
+        assert shlex.split(command)[1:] == words and shlex.split(command)[0] == "python"
         if launcher:
             continue
-        again = f"{command.replace('python', sys.executable, 1)} --output_dir {shlex.quote(str(tmp_path / 'again'))}"
-        subprocess.run(again, shell=True, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, timeout=240)
+        ended = run_process(*shlex.split(command)[1:], "--output_dir", tmp_path / "again")
+        assert ended.code == 0, ended.err
         losses = [[row["loss"] for row in steps_of(folder)] for folder in (out, tmp_path / "again")]
         assert losses[0] == losses[1] and len(losses[0]) == 2
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from peft_witness import save_random_adapter
+from processes import run_process
 from small_runs import run_here, save_tiny_model
-from test_hub import hub, model_files  # noqa: F401  # fixtures
 
 import export_gguf
 import nanoqlora as nq
@@ -38,7 +38,7 @@ def ours(command: str) -> None:
 
 
 @pytest.mark.parametrize("base_is_named", [True, False])
-def test_the_base_of_an_adapter(base_is_named, hub, tmp_path, monkeypatch):  # noqa: F811
+def test_the_base_of_an_adapter(base_is_named, hub, tmp_path, monkeypatch):
     """A hub name, or a folder whose name needs quotes."""
     base = save_tiny_model(tmp_path / "the base's")
     folder = "my $run"
@@ -60,14 +60,13 @@ def test_our_commands_outside_of_the_project(tmp_path):
     """In a process of its own, in another folder."""
     base = save_tiny_model(tmp_path / "base")
     save_random_adapter(base, tmp_path / "run")
-    words = [sys.executable, export_gguf.__file__, "--adapter", "run", "--model", "base"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    (command,) = re.findall("The base is needed too: (.*)", done.stdout)
-    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and (tmp_path / "run" / "base-bf16.gguf").exists(), done.stderr
+    done = run_process(export_gguf.__file__, "--adapter", "run", "--model", "base", cwd=tmp_path)
+    (command,) = re.findall("The base is needed too: (.*)", done.out)
+    done = run_process(*shlex.split(command)[1:], cwd=tmp_path)
+    assert done.code == 0 and (tmp_path / "run" / "base-bf16.gguf").exists(), done.err
 
 
-def test_a_download(hub, tmp_path, monkeypatch):  # noqa: F811
+def test_a_download(hub, tmp_path, monkeypatch):
     """What an error says to run where there is a network: afterwards model and data set load without one."""
     with_network = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -82,7 +81,7 @@ def test_a_download(hub, tmp_path, monkeypatch):  # noqa: F811
     assert {"tokenizer.json", "data/train.jsonl", "data/test.jsonl"} <= hub.downloaded()
 
 
-def test_a_model_by_its_hub_name(hub, tmp_path):  # noqa: F811
+def test_a_model_by_its_hub_name(hub, tmp_path):
     """Its folder is the cache, where nothing may be written, so the file is not there; and it has the model's name."""
     ended = run_here(export_gguf.main, "--model", NAME)
     out = Path(ended.out.partition(": ")[0])

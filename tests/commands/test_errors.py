@@ -13,8 +13,17 @@ from typing import NamedTuple
 import pytest
 import torch
 from peft_witness import save_random_adapter
+from processes import run_interpreter
 from safetensors.torch import load_file, save_file
-from small_runs import Ended, alpaca_rows, run_here, run_process, save_tiny_model, snapshot, write_rows, write_run
+from small_runs import (
+    alpaca_rows,
+    assert_refused,
+    run_here,
+    save_tiny_model,
+    snapshot,
+    write_rows,
+    write_run,
+)
 
 import export_gguf
 import merge
@@ -52,13 +61,6 @@ def world(right: Path, tmp_path: Path) -> World:
     model, data = root / "model", write_rows(root / "data.jsonl", alpaca_rows(4))
     run = write_run(root / "train.yml", model, data, max_steps=1)
     return World(root, model, root / "model.gguf", data, root / "out", run)
-
-
-def assert_refused(ended: Ended, *words: str) -> None:
-    assert ended.code == 2, ended
-    assert ended.err.startswith("error: ") and ended.err.count("\n") == 1 and ended.err.endswith("\n"), ended.err
-    assert "Traceback" not in ended.err
-    assert all(word in ended.err for word in words), ended.err
 
 
 def cut(path: Path, share: float) -> None:
@@ -184,7 +186,7 @@ def test_mistakes_of_the_other_commands(world, monkeypatch, main, words, expecte
     [["train.py", "--learning_rat", "1"], ["merge.py", "absent.yml"], ["-m", "nanoqlora.chat", "--model", "absent"]],
 )
 def test_processes_end_with_2_and_one_line(words):
-    ended = run_process(*words)
+    ended = run_interpreter(*words)
     assert_refused(ended, words[-1] if words[-1] != "1" else "learning_rat")
     assert not ended.out
 

@@ -20,7 +20,8 @@ from peft_witness import (
     save_random_adapter,
     sum_of_losses,
 )
-from small_runs import PIRATE, Ended, alpaca_rows, run_here, run_process, save_tiny_model, write_rows
+from processes import run_process
+from small_runs import PIRATE, Ended, alpaca_rows, run_here, save_tiny_model, write_rows
 
 import nanoqlora as nq
 from nanoqlora import chat, evaluate

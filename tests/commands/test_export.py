@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from chats import llama3_tokenizer
 from go_text import go_write, needs_go
-from modelfiles import parse
+from modelfiles import parse, read_modelfile
 from paths import ROOT
 from safetensors.torch import load_file, save_file
 from tiny import save_random_llama
@@ -307,30 +308,6 @@ HARD_TEXTS = [
     "\u00a0\u3000\u2028 odd spaces",
     "",
 ]
-
-
-def read_modelfile(path: Path) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for command, long, short in re.findall(
-        r'^([A-Z]+(?: stop)?) (?:"""(.*?)"""|(.*?))$', path.read_text(), re.S | re.M
-    ):
-        found.setdefault(command, []).append(long or short.strip('"'))
-    return found
-
-
-def llama3_tokenizer(tok: Tokenizer) -> Tokenizer:
-    """The same vocabulary with the markers of Llama-3, whose tokenizer puts a BOS in front."""
-    markers = ["<|end_of_text|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
-    return replace(
-        tok,
-        vocab=markers + tok.vocab[len(markers) :],
-        bos_id=1,
-        eos_id=0,
-        pad_id=None,
-        add_bos=True,
-        chat_template=CHAT_TEMPLATES["llama3"],
-        original_files={},
-    )
 
 
 # The author's own text: its markers are special tokens. The second begins with the BOS that the tokenizer adds.

@@ -16,8 +16,9 @@ import torch
 import transformers
 from paths import ROOT
 from peft_witness import dequantised_transformers, peft_on_dequantised, save_random_adapter
+from processes import run_process
 from safetensors.torch import load_file, save_file
-from small_runs import Ended, alpaca_rows, run_here, run_process, save_tiny_model, snapshot, write_rows, write_run
+from small_runs import Ended, alpaca_rows, run_here, save_tiny_model, snapshot, write_rows, write_run
 from tiny import CONFIG
 
 import export_gguf

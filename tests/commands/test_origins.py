@@ -11,8 +11,9 @@ import pytest
 import torch
 import transformers
 from peft_witness import save_random_adapter
+from processes import run_process
 from safetensors.torch import load_file, safe_open, save_file
-from small_runs import Ended, alpaca_rows, run_here, run_process, save_tiny_model, snapshot, write_rows, write_run
+from small_runs import Ended, alpaca_rows, run_here, save_tiny_model, snapshot, write_rows, write_run
 
 import export_gguf
 import merge

@@ -4,8 +4,6 @@ import pytest
 from parity import TOLERANCES, compare
 from small_runs import save_tiny_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:

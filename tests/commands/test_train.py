@@ -6,8 +6,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +16,6 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from paths import ROOT
 from peft_witness import (
     dequantised_transformers,
     encoded_by_tokenizers,
@@ -26,9 +23,10 @@ from peft_witness import (
     save_random_adapter,
     train_with_peft,
 )
+from processes import run_process, start_process
+from ranks import end_of_run, on_ranks
 from safetensors.torch import load_file, save_file
 from small_runs import (
-    ENVIRONMENT,
     PIRATE,
     PREPARED,
     Ended,
@@ -36,7 +34,6 @@ from small_runs import (
     assert_one_line_bar,
     metrics_of,
     run_here,
-    run_process,
     save_tiny_model,
     snapshot,
     steps_of,
@@ -59,8 +56,6 @@ from nanoqlora.run.results import questions
 from nanoqlora.run.state import row_seeds
 from nanoqlora.weights.adapter import load_adapter
 from nanoqlora.weights.pretrained import load_model
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class World(NamedTuple):
@@ -221,10 +216,10 @@ def test_accumulation_and_ranks_change_nothing(world, tmp_path):
         split = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation, "lora_dropout": dropout}
         path = write_run(tmp_path / name / "train.yml", world.model, data, **keys, **split)
         if name == "ranks":
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-            ended = run_process(*launcher, "train.py", path)
-            assert ended.out.count("trained values") == 1, "only rank 0 prints"
-            assert ended.err.count(": held-out loss") == 1, "there too"
+            ranks = [Ended(*ended) for ended in on_ranks(2, end_of_run, path)]
+            assert [ended.out.count("trained values") for ended in ranks] == [1, 0], "only rank 0 prints"
+            assert [ended.err.count(": held-out loss") for ended in ranks] == [1, 0], "there too"
+            ended = max(ranks)
         else:
             ended = run_here(train.main, path, terminal=True)
             assert_one_line_bar(ended.err, num_steps=9)
@@ -358,15 +353,14 @@ def interrupted(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple
     """The same run in a process that gets SIGINT, as from Ctrl-C, after a few steps."""
     folder = tmp_path_factory.mktemp("interrupted")
     path = write_run(folder / "train.yml", world.model, world.data, test_datasets=world.tests, **LONG)
-    command, pipe = [sys.executable, "train.py", str(path)], subprocess.PIPE
     log, give_up = folder / "out" / "metrics.jsonl", time.monotonic() + 60
-    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True) as process:
-        while not (log.exists() and log.read_text().count("\n") > 5) and process.poll() is None:
-            assert time.monotonic() < give_up
-            time.sleep(0.002)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    return Ended(process.returncode, out, err), folder / "out"
+    process = start_process("train.py", path, out=folder / "stdout", err=folder / "stderr")
+    while not (log.exists() and log.read_text().count("\n") > 5) and process.is_alive():
+        assert time.monotonic() < give_up
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    return Ended(process.exitcode, *((folder / name).read_text() for name in ("stdout", "stderr"))), folder / "out"
 
 
 def test_ctrl_c_saves_a_checkpoint(interrupted):

@@ -5,10 +5,10 @@ import random
 from typing import Any
 
 import pytest
-from test_prompts import say
+from chats import CALLS_AS, TOOLS_AS, TURN, encode, say, template
 
 from nanoqlora.config.errors import UserError
-from nanoqlora.data.prompts import CHAT_TEMPLATES, PromptFormat
+from nanoqlora.data.prompts import CHAT_TEMPLATES
 
 CHATML = CHAT_TEMPLATES["chatml"]
 TOOL = {
@@ -35,43 +35,6 @@ ROW = {
         *say("tool", "It will rain.", "assistant", "Rain."),
     ],
 }
-HEAD = (
-    "{% if tools %}<|im_start|>system\nTools:{% for tool in tools %}{% set f = tool.function %}TOOL{% endfor %}"
-    "<|im_end|>\n{% endif %}"
-)
-TURN = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}"
-    "{% set f = call.function %}CALL{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-TOOLS_AS = {  # as Llama-3.1, Hermes and Qwen write tools; as a line of code; as XML
-    "json": "{{ tool | tojson(indent=4) }}",
-    "function": "<tools>{{ f | tojson }}</tools>",
-    "python": "{{ f }}",
-    "sorted": "{{ tool | tojson(ensure_ascii=True, sort_keys=True) }}",
-    "code": "{{ f.name }}({% for p, d in f.parameters.properties.items() %}{{ p }}: {{ d.type }} {{ d.enum }},"
-    "{% endfor %})"
-    " // {{ f.description }}",
-}
-CALLS_AS = {
-    "json": '<tool_call>{"name": "{{ f.name }}", "arguments": {{ f.arguments | tojson }}}</tool_call>',
-    "python": "{{ f }}",
-    "sorted": "{{ call | tojson(indent=2, sort_keys=True) }}",
-    "code": "{{ f.name }}({% for k, v in f.arguments.items() %}{{ k }}={{ v | tojson }},{% endfor %})",
-    "xml": "<function={{ f.name }}>{% for k, v in f.arguments.items() %}<parameter={{ k }}>\n"
-    "{{ v if v is string else v | tojson }}</parameter>{% endfor %}</function>",
-}
-
-
-def template(tools: str = "", calls: str = "") -> str:
-    return HEAD.replace("TOOL", tools) * bool(tools) + TURN.replace("CALL", calls)
-
-
-def encode(tok, jinja: str, row: dict[str, Any], **changes: Any) -> tuple[str, list[str]]:
-    """The text of a row, and what was noted but roles."""
-    notes: list[str] = []
-    ids, _ = PromptFormat(type="chat_template", chat_template=jinja, **changes).encode_row(tok, row, notes.append)
-    return tok.decode(ids), [note for note in dict.fromkeys(notes) if not note.startswith("role: ")]
 
 
 @pytest.mark.parametrize("tools", TOOLS_AS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 import pytest
-from test_prompts import counted, say
+from chats import counted, say
 from transformers import AutoTokenizer
 
 from nanoqlora.config.errors import UserError

@@ -5,8 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from test_completeness import CALLS_AS, TOOLS_AS, encode, template
-from test_prompts import CHAT, CHATML, counted, say
+from chats import CALLS_AS, CHAT, CHATML, TOOLS_AS, counted, encode, say, template
 
 from nanoqlora.config.errors import UserError
 from nanoqlora.data.prompts import CHAT_TEMPLATES, PromptFormat, detect_format

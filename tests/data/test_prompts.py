@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from chats import CHAT, CHATML, DATED, counted, say
 from go_text import go_write, needs_go
 
 from nanoqlora.config.errors import UserError
@@ -14,18 +15,7 @@ from nanoqlora.export.go_template import go_template
 from nanoqlora.run.inputs import prompt_format_of
 from nanoqlora.tokenizer.tokenizer import Tokenizer
 
-CHAT = PromptFormat(type="chat_template")
 DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-
-
-def say(*turns: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": content} for role, content in zip(turns[::2], turns[1::2], strict=True)]
-
-
-def counted(tok: Tokenizer, ids: list[int], mask: list[bool]) -> str:
-    """The text of the tokens that count."""
-    assert len(ids) == len(mask) and all(isinstance(flag, bool) for flag in mask)
-    return tok.decode([id for id, flag in zip(ids, mask, strict=True) if flag])
 
 
 CHATS = [
@@ -465,13 +455,6 @@ def test_what_a_format_says_of_the_end_and_the_beginning(tok, llama3):
 # ---------------------------------------------------------------------------------------------------------------------
 # Ollama
 
-DATED = (  # as in Llama-3.1: a system message is always there, with lines of the template's own in front
-    "{{ bos_token }}{% set first = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
-    "{% set messages = messages[1:] if messages[0]['role'] == 'system' else messages %}"
-    "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge: 2023\n\n{{ first | trim }}<|eot_id|>"
-    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
-    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
 LLAMA3_STOPS = ["<|eot_id|>", "<|end_of_text|>"]  # what ends a turn, and the end token of the tokenizer
 LLAMA3_HEADER = "<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n"
 LLAMA3_ANSWER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -518,9 +501,6 @@ def test_go_template_with_lines_before_every_system_message(llama3):
         "{{ .Content }}<|eot_id|>{{ end }}" + LLAMA3_ANSWER
     )
     assert go_template(replace(CHAT, chat_template=DATED), llama3) == (expected, None, LLAMA3_STOPS)
-
-
-CHATML = CHAT_TEMPLATES["chatml"]
 
 
 @pytest.mark.parametrize(

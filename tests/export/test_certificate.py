@@ -9,34 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from peft_witness import dequantised_transformers, encoded_by_tokenizers, peft_on_dequantised, save_random_adapter
-from small_runs import alpaca_rows, run_here, save_tiny_model, snapshot, write_rows, write_run
+from peft_witness import dequantised_transformers, encoded_by_tokenizers, peft_on_dequantised
+from small_runs import alpaca_rows, merged, run_here, snapshot, write_rows, write_run
 
 import merge
 from nanoqlora.config.load import load_config
-from nanoqlora.data.prompts import PromptFormat
 from nanoqlora.export.certificate import GGUF, ON_NF4, ON_ORIGINAL, TRAINED, Score, recommend
 from nanoqlora.qlora import QLoRALinear
 from nanoqlora.run.inputs import prepare_data
 from nanoqlora.tokenizer.tokenizer import load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a float32 run: `run.yml`, base in `model`, adapter in `out`, held-out rows in `held.jsonl`."""
-    folder = tmp_path_factory.mktemp("run")
-    model = save_tiny_model(folder / "model")
-    save_random_adapter(model, folder / "out")
-    held = write_rows(folder / "held.jsonl", alpaca_rows(8, seed=3))
-    run = write_run(folder / "run.yml", model, held, test_datasets=[{"path": str(held), "type": "alpaca"}])
-    shutil.copy(run, folder / "out" / "train.yml")
-    (folder / "out" / "prompt.json").write_text(PromptFormat(type="alpaca").to_json())
-    return folder
-
-
-def merged(run: Path, out: Path, *words: object):
-    model, adapter = run / "model", run / "out"
-    return run_here(merge.main, run / "run.yml", "--model", model, "--adapter", adapter, "--out", out, *words)
 
 
 def distributions(model: torch.nn.Module, run: Path) -> tuple[torch.Tensor, torch.Tensor]:

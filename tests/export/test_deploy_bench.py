@@ -6,16 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
-from small_runs import run_here
-from test_certificate import merged, run
+from small_runs import merged, run_here
 
 import bench
 import export_gguf
 from nanoqlora.export import answer_speed
 from nanoqlora.export import answer_speed as deploy_bench
 from nanoqlora.weights.pretrained import load_model
-
-assert run  # the fixture: a run's base, adapter and held-out rows
 
 
 def test_every_form_of_a_run_is_measured(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -10,10 +10,10 @@ import peft
 import pytest
 import torch
 import transformers
+from modelfiles import read_modelfile
 from peft_witness import save_random_adapter
 from safetensors.torch import load_file, save_file
 from small_runs import run_here, snapshot, write_run
-from test_export import read_modelfile
 from tiny import save_random_llama
 
 import export_gguf

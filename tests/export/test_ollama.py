@@ -15,12 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from chats import CHAT, DATED, llama3_tokenizer, with_default
 from modelfiles import Ollama, needs_ollama
 from peft_witness import save_random_adapter
 from small_runs import run_here
-from test_export import CHAT, llama3_tokenizer
-from test_modelfile import with_default
-from test_prompts import DATED
 from tiny import save_random_llama
 
 import export_gguf

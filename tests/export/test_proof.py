@@ -9,17 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft_witness import save_random_adapter
+from processes import run_process
 from safetensors.torch import load_file, save_file
-from small_runs import CHATML, run_here, run_process, save_tiny_model, write_rows, write_run
-from test_certificate import merged, run
+from small_runs import CHATML, merged, run_here, save_tiny_model, write_rows, write_run
 
 import export_gguf
 import merge
 from nanoqlora.data.prompts import PromptFormat
 from nanoqlora.export import gguf_model, llama_cpp, proof
 from nanoqlora.weights import adapter_files
-
-assert run  # the fixture: a run's base, adapter and held-out rows
 
 
 @pytest.fixture

@@ -3,30 +3,13 @@
 import pytest
 import torch
 from tiny import save_random_llama
+from tiny_qlora import DEVICE, build, fuse
 
 import nanoqlora as nq
 from nanoqlora import ops
-from nanoqlora.fast.block import can_fuse, fuse_blocks
+from nanoqlora.fast.block import can_fuse
 from nanoqlora.ops import Segments
-from nanoqlora.qlora import lora_layers, set_dropout_rows
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def build(folder, dtype: torch.dtype, dropout: float) -> nq.Llama:
-    model = nq.Llama.from_pretrained(folder, load_in_4bit=True, dtype=dtype, device=DEVICE)
-    nq.inject_lora(model, r=8, alpha=4, dropout=dropout)
-    g = torch.Generator().manual_seed(5)
-    for layer in lora_layers(model).values():
-        layer.lora_A.data.copy_(torch.randn(layer.lora_A.shape, generator=g) / 10)
-        layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=g) / 10)
-    set_dropout_rows(model, torch.tensor([11, 12], device=DEVICE))
-    return model.train()
-
-
-def fuse(model: nq.Llama, keep: str = "all", fold: bool = False) -> None:
-    assert can_fuse(model)
-    fuse_blocks(model, [keep] * model.config.num_hidden_layers, fold)
+from nanoqlora.qlora import lora_layers
 
 
 def results(model: nq.Llama, lengths: tuple) -> list[torch.Tensor]:

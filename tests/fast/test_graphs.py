@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_fused import build, fuse
 from tiny import save_random_llama
+from tiny_qlora import build, fuse
 
 from nanoqlora.fast.graphs import GraphedBody, can_record, power_of_two, with_empty_rows
 from nanoqlora.ops import Segments
@@ -14,7 +14,6 @@ CUDA = torch.cuda.is_available()
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("keep", ["all", "no_mlp", "input"])
 @pytest.mark.parametrize("dropout, fold", [(0.0, True), (0.05, False)])
 def test_replayed_equals_launched(tmp_path, keep, dropout, fold):
@@ -43,7 +42,6 @@ def test_replayed_equals_launched(tmp_path, keep, dropout, fold):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 def test_batches_that_come_later_need_no_more_memory(tmp_path):
     """Fewer rows, other documents, each kind of attention for the first time: hardly more than for the first batch.
 
@@ -85,7 +83,6 @@ def test_a_cpu_records_nothing(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("dropout, fold", [(0.0, True), (0.05, False)])
 def test_nothing_is_compiled_for_other_documents(tmp_path, dropout, fold):
     """Rows of one document, then of many: after these two, batches with any number of documents compile no kernel."""

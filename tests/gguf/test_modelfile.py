@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from chats import with_default
 from modelfiles import INSTRUCTIONS, is_print, parse
 
 from nanoqlora.config.errors import UserError
@@ -115,13 +116,6 @@ def tok(smollm2_path: Path) -> Tokenizer:
 
 def chat(template: str) -> PromptFormat:
     return PromptFormat(type="chat_template", chat_template=template)
-
-
-def with_default(system: str) -> str:
-    """ChatML that says a system text by itself where none is given."""
-    text = json.dumps(system, ensure_ascii=False)
-    turn = f"'<|im_start|>system\\n' + {text} + '<|im_end|>\\n'"
-    return f"{{{{ {turn} if messages[0].role != 'system' }}}}{CHAT_TEMPLATES['chatml']}"
 
 
 def written(template: str, messages: list[dict[str, str]]) -> str:

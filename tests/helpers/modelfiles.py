@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -87,6 +88,15 @@ def parse(text: str) -> list[tuple[str, str]]:
         raise ValueError("unexpected end")
     if "from" not in dict(found):
         raise ValueError("no FROM line")
+    return found
+
+
+def read_modelfile(path: Path) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for command, long, short in re.findall(
+        r'^([A-Z]+(?: stop)?) (?:"""(.*?)"""|(.*?))$', path.read_text(), re.S | re.M
+    ):
+        found.setdefault(command, []).append(long or short.strip('"'))
     return found
 
 

@@ -1,12 +1,8 @@
-"""Ranks as processes on this machine, and what the tests have them do.
-
-On a CPU they are forked from a server that has imported torch, so this file imports nothing that is slow besides.
-"""
+"""Ranks as processes on this machine, and what the tests have them do."""
 
 import contextlib
 import io
 import math
-import multiprocessing
 import os
 import pickle
 import resource
@@ -21,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from processes import context
 
 import train
 from nanoqlora import ops
@@ -34,15 +31,10 @@ from nanoqlora.parallel import collectives, distributed
 from nanoqlora.parallel.fsdp import BlockStore, fill_over_ranks, frozen_tensors
 from nanoqlora.parallel.fully_shard import FullyShardStore
 from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, inject_lora
-from nanoqlora.run import build, checks, scoring
+from nanoqlora.run import build, checks, output_dir, scoring
 from nanoqlora.weights.pretrained import load_model, open_model
 
 LAYERS = 5  # more than the two slots, and no multiple of 2 or 3 ranks
-
-# What has touched a GPU, as imports here do, cannot be forked.
-CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-PRELOADED = ["torch", "torch.distributed.fsdp", "bitsandbytes", "safetensors.torch", "matplotlib.pyplot"]
-CONTEXT.set_forkserver_preload(PRELOADED)
 
 
 def _be_rank(rank: int, ranks: int, port: int, pipe: Any, work: Callable, arguments: tuple) -> None:
@@ -58,9 +50,9 @@ def on_ranks(ranks: int, work: Callable, *arguments: Any) -> list[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pipes = [CONTEXT.Pipe() for _ in range(ranks)]
+    pipes = [context().Pipe() for _ in range(ranks)]
     processes = [
-        CONTEXT.Process(target=_be_rank, args=(rank, ranks, port, pipe, work, arguments))
+        context().Process(target=_be_rank, args=(rank, ranks, port, pipe, work, arguments))
         for rank, (_, pipe) in enumerate(pipes)
     ]
     for process in processes:
@@ -324,6 +316,13 @@ def end_of_run_with_fault(kind: str, *words: object) -> tuple[int, str, str]:
         return 1, "", traceback.format_exc()
     finally:
         time.sleep(2 * (os.environ["RANK"] == "0"))  # it keeps the store, which torchrun would
+
+
+def hold_lock(folder: Path, pipe: Any) -> None:
+    """Hold an output folder until this process is killed; one message once it is held."""
+    with output_dir.lock(folder):
+        pipe.send("locked")
+        time.sleep(99)
 
 
 def _raise(error: Exception) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -122,14 +121,22 @@ def run_here(main: Callable[[], None], *words: object, terminal: bool = False) -
     return Ended(code, out.getvalue(), err.getvalue())
 
 
+def merged(run: Path, out: Path, *words: object) -> Ended:
+    """merge.py on the run of tests/export/conftest.py."""
+    import merge
+
+    model, adapter = run / "model", run / "out"
+    return run_here(merge.main, run / "run.yml", "--model", model, "--adapter", adapter, "--out", out, *words)
+
+
+def assert_refused(ended: Ended, *words: str) -> None:
+    assert ended.code == 2, ended
+    assert ended.err.startswith("error: ") and ended.err.count("\n") == 1 and ended.err.endswith("\n"), ended.err
+    assert "Traceback" not in ended.err
+    assert all(word in ended.err for word in words), ended.err
+
+
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-
-def run_process(*words: object) -> Ended:
-    """A python command in a process of its own, from the root of the repository."""
-    command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    return Ended(done.returncode, done.stdout, done.stderr)
 
 
 def assert_one_line_bar(err: str, num_steps: int) -> None:

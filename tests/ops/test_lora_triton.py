@@ -1,32 +1,19 @@
 """The Triton kernels of a low-rank update and their plain twins, against float64.
 
-On a CUDA machine the kernels run as compiled. Elsewhere Triton's interpreter runs them in NumPy, program by program:
-the same arithmetic and the same indexing, not the same scheduling. Shapes are small on purpose: rows that fill no
-tile, widths that fill no block, ranks that are no power of two.
+Shapes are small on purpose: rows that fill no tile, widths that fill no block, ranks that are no power of two.
 """
-
-import os
 
 import pytest
 import torch
+from triton_kernels import CUDA, DEVICE, STEP, Case, U, rms
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by `triton.jit`, so before the kernels are imported
+from nanoqlora.ops import block_parts, lora, lora_parts
+from nanoqlora.ops.lora_parts import RowDropout
+from nanoqlora.ops.triton import elementwise as elementwise_triton
+from nanoqlora.ops.triton import lora as lora_triton
+from nanoqlora.ops.triton.lora import Tile
 
-triton = pytest.importorskip("triton")
-
-from nanoqlora.ops import block_parts, lora, lora_parts  # noqa: E402
-from nanoqlora.ops.lora_parts import RowDropout  # noqa: E402
-from nanoqlora.ops.triton import elementwise as elementwise_triton  # noqa: E402
-from nanoqlora.ops.triton import lora as lora_triton  # noqa: E402
-from nanoqlora.ops.triton.lora import Tile  # noqa: E402
-
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-pytestmark = [pytest.mark.gpu] if CUDA else []
-
-U = 2.0**-8  # unit roundoff of bfloat16: 8 significant bits
-STEP = 2.0**-23  # of a float32 sum whose additions truncate, as a tensor core's may
+pytestmark = [pytest.mark.usefixtures("triton_kernels"), *([pytest.mark.gpu] if CUDA else [])]
 
 # (B, T, n_in, R), small tiles: 1, 33, 130 and 132 rows.
 SHAPES = [
@@ -41,43 +28,6 @@ WIDTHS = [(80, 8, False), (320, 24, True), (96, 64, False), (136, 192, False)]  
 DROPS = [0.0, 0.05]
 
 
-def mend_interpreter() -> None:
-    """What Triton 3.6's interpreter lacks: bfloat16 in `tl.dot`, its correct rounding, and loop bounds in NumPy 2.4."""
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def widen(bits: np.ndarray) -> np.ndarray:
-        return (bits.astype(np.uint32) << 16).view(np.float32)
-
-    def convert_float(data: np.ndarray, source, target, rounding) -> np.ndarray:
-        if (source, target) == (tl.bfloat16, tl.float32):
-            return widen(data)
-        if (source, target) == (tl.float32, tl.bfloat16):
-            return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.uint16).numpy()
-        return convert(data, source, target, rounding)
-
-    def create_dot(self, a, b, d, *rest):
-        a, b = (
-            interpreter.TensorHandle(widen(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)
-        )
-        return dot(self, a, b, d, *rest)
-
-    def patch_lang_tensor(tensor, scope) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._convert_float, interpreter._patch_lang_tensor = convert_float, patch_lang_tensor
-    interpreter.InterpreterBuilder.create_dot = create_dot
-
-
-if not CUDA:
-    mend_interpreter()
-
-
 def use_small_tiles(monkeypatch) -> None:
     """Tiles so small that a sum over 320 columns is split, and that one program walks over all tiles of rows.
 
@@ -86,28 +36,6 @@ def use_small_tiles(monkeypatch) -> None:
     for site in lora_triton.TILES:
         tile = Tile(32, 16, 4, 2, 264) if site[0] in ("down", "swiglu") else Tile(32, 32, 4, 2, 1)
         monkeypatch.setitem(lora_triton.TILES, site, tile)
-
-
-class Case:
-    """Random bfloat16 operands of one shape, and the mask in float64."""
-
-    def __init__(self, B: int, T: int, n_in: int, R: int, p: float = 0.0) -> None:
-        self.g = torch.Generator().manual_seed(B * T + n_in + R)
-        self.N, self.n_in, self.R = B * T, n_in, R
-        self.x, self.dx = self.random(self.N, n_in), self.random(self.N, n_in)
-        self.A, self.dxa = self.random(R, n_in), self.random(self.N, R)
-        seed = torch.randint(-(2**62), 2**62, (B,), generator=self.g)
-        self.dropout = RowDropout(p, lora.token_numbers(seed, T).flatten().to(DEVICE)) if p else None
-        self.mask = torch.ones(self.N, n_in, dtype=torch.float64, device=DEVICE)
-        if p:
-            self.mask = lora.dropout_mask((B, T, n_in), p, seed, torch.float64).view(self.N, n_in).to(DEVICE)
-
-    def random(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=self.g).bfloat16().to(DEVICE)
-
-
-def rms(x: torch.Tensor) -> float:
-    return x.square().mean().sqrt().item()
 
 
 def check(got: torch.Tensor, twin: torch.Tensor, true: torch.Tensor, sum_error: torch.Tensor) -> None:
@@ -339,7 +267,6 @@ def test_parts_are_the_layer_and_its_gradients():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("n_in, R", [(4096, 64), (4096, 192), (14336, 128)])
 def test_at_full_size(n_in, R):
     """Loops long enough for every stage of the pipeline, with a ragged last tile in each row."""

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from test_lora_triton import STEP, Case, U, rms
+from triton_kernels import CUDA, STEP, Case, U, rms
 
 from nanoqlora.ops import mlp_backward
 from nanoqlora.ops.triton import mlp_backward as mlp_backward_triton
+
+pytestmark = [pytest.mark.usefixtures("triton_kernels"), *([pytest.mark.gpu] if CUDA else [])]
 
 
 def operands(N_T: tuple[int, int], FF: int, r: int, r_gate: int, r_up: int, p: float) -> tuple[Case, dict]:

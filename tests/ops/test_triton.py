@@ -1,59 +1,29 @@
 """The Triton kernels against float64, against their references, and against their promise to write nowhere else.
 
-On a GPU they run as they are. Without one Triton's interpreter runs them on NumPy arrays, one program after the other:
-that shows the arithmetic, the masks and the addresses, and says nothing about speed or races.
+Without a GPU Triton's interpreter runs them: see helpers/triton_kernels.py.
 """
 
-import os
-
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from triton_kernels import CUDA, DEVICE
 
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+from nanoqlora.ops import block_parts, elementwise, nf4
+from nanoqlora.ops.triton import elementwise as elementwise_triton
+from nanoqlora.ops.triton import loss as loss_triton
+from nanoqlora.ops.triton import nf4 as nf4_triton
+from nanoqlora.ops.triton.elementwise import Launch
 
-import numpy as np  # noqa: E402
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
-from torch import Tensor  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
-
-from nanoqlora.ops import block_parts, elementwise, nf4  # noqa: E402
-from nanoqlora.ops.triton import elementwise as elementwise_triton  # noqa: E402
-from nanoqlora.ops.triton import loss as loss_triton  # noqa: E402
-from nanoqlora.ops.triton import nf4 as nf4_triton  # noqa: E402
-from nanoqlora.ops.triton.elementwise import Launch  # noqa: E402
-
-pytestmark = [pytest.mark.filterwarnings("ignore:overflow encountered in exp"), *([pytest.mark.gpu] if CUDA else [])]
-DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = [
+    pytest.mark.usefixtures("triton_kernels"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp"),
+    *([pytest.mark.gpu] if CUDA else []),
+]
 DTYPES = [torch.float32, torch.bfloat16]
 U = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # unit roundoff
 E = 2.0**-24  # of the float32 that the kernels compute in
 FAST = 2.0**-21  # relative error of a GPU's exp, 1/x and 1/sqrt(x) in float32, their last steps included: at most 8 E
-
-
-def round_to_nearest(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> np.ndarray:
-    """float32 to bfloat16 as a GPU does it; the interpreter by itself cuts the digits off."""
-    if (source, target) != (tl.float32, tl.bfloat16):
-        return convert_float(data, source, target, mode)
-    return torch.tensor(data).bfloat16().view(torch.uint16).numpy()
-
-
-def dot_of_bfloat16(self, a, b, d, *options):
-    """The interpreter would multiply the bit patterns of bfloat16 as integers."""
-    a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-    return create_dot(self, a, b, d, *options)
-
-
-if not CUDA:
-    convert_float, create_dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
-    interpreter._convert_float, interpreter.InterpreterBuilder.create_dot = round_to_nearest, dot_of_bfloat16
-    # Another test file may have imported triton before the variable above was set.
-    for module in (tl.standard, tl, elementwise_triton, loss_triton, nf4_triton):
-        for name, function in list(vars(module).items()):
-            if isinstance(function, triton.JITFunction):
-                setattr(module, name, interpreter.InterpretedFunction(function.fn))
 
 
 @pytest.fixture(autouse=True)
@@ -162,6 +132,13 @@ def test_rms_norm_backward(shape, dtype, with_residual):
     assert frame_is_whole(dh, dh_buffer) and frame_is_whole(residual, residual_buffer)
 
 
+def rotation_error(x: Tensor, head_dim: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """What rotating the heads of x (N, heads * head_dim) in float32 may lose: two products and a sum."""
+    first, second = x.double().abs().view(len(x), -1, head_dim).chunk(2, -1)
+    c, s = cos.double().abs()[:, None], sin.double().abs()[:, None]
+    return 3 * E * torch.cat((first * c + second * s, second * c + first * s), -1).view(len(x), -1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("N, heads, head_dim", [(1, 3, 64), (33, 12, 64), (5, 3, 128), (4, 2, 96), (3, 1, 8)])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -182,10 +159,7 @@ def test_rope(N, heads, head_dim, backward, dtype):
         before[:, :rotated].double().view(1, N, heads, head_dim), cos.double()[None], sign * sin.double()[None]
     ).view(N, -1)
     plain = elementwise.apply_rope(before[:, :rotated].view(1, N, heads, head_dim), cos[None], sign * sin[None])
-    first, second = before[:, :rotated].double().abs().view(N, heads, head_dim).chunk(2, -1)
-    c, s = cos.double().abs()[:, None], sin.double().abs()[:, None]
-    inner = 3 * E * torch.cat((first * c + second * s, second * c + first * s), -1).view(N, -1)  # 2 products, 1 sum
-
+    inner = rotation_error(before[:, :rotated], head_dim, cos, sin)
     elementwise_triton.rope_(qkv, heads, head_dim, cos, sin, backward)
     check(qkv[:, :rotated], plain.view(N, -1), true, inner)
     assert torch.equal(qkv[:, rotated:], before[:, rotated:]) and frame_is_whole(qkv, buffer)
@@ -203,7 +177,14 @@ def test_rope_backward(B, T, H, KV, head_dim, dtype):
     elementwise_triton.rope_(expected, H + KV, head_dim, angles.cos(), angles.sin(), backward=True)
     assert torch.equal(got, expected)
     twin = block_parts.rope_backward(q, k, v, angles.cos(), angles.sin())
-    assert (twin.float() - got.float()).abs().max() <= (2**-8 if dtype == torch.bfloat16 else 1e-6) * 8
+    cos, sin = (x.view(B, T, -1) for x in (angles.cos(), angles.sin()))
+    turned = [elementwise.apply_rope(x.double(), cos.double(), -sin.double()) for x in (q, k)]
+    true = torch.cat([x.flatten(2) for x in (*turned, v.double())], 2).flatten(0, 1)
+    before = torch.cat([x.flatten(2) for x in (q, k)], 2).flatten(0, 1)
+    inner = rotation_error(before, head_dim, angles.cos(), angles.sin())
+    inner = torch.nn.functional.pad(inner, (0, KV * head_dim))  # v stays as it is
+    check(got, twin, true, inner)
+    check(twin, got, true, inner)
 
 
 @pytest.mark.parametrize("D", [64, 100])

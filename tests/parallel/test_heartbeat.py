@@ -113,7 +113,7 @@ def test_a_launcher_that_was_killed_ends_the_ranks_of_its_host(store, monkeypatc
 BOTH_RANKS = """
 import os, time
 import torch.distributed as dist
-from nanoqlora import heartbeat
+from nanoqlora.parallel import heartbeat
 
 heartbeat.PAUSE_S, heartbeat.LIMIT_S = 0.05, 1.0
 server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -4,18 +4,15 @@ import json
 import os
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from paths import ROOT
-from ranks import end_of_run, on_ranks
+from processes import context
+from ranks import end_of_run, hold_lock, on_ranks
 from small_runs import (
-    ENVIRONMENT,
     alpaca_rows,
     metrics_of,
     run_here,
@@ -33,8 +30,6 @@ from nanoqlora.run import checks, trackers
 from nanoqlora.run.optim import make_optimizer
 from nanoqlora.run.optimizer_state import PartOptimizer, state_problem
 from nanoqlora.run.output_dir import lock
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 ADAPTER = "adapter_model.safetensors"
 OVERWRITE = ("--overwrite_output_dir", "true")
@@ -238,15 +233,13 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_one_runs(first, w
             ended = again(first, world, *words)
             assert ended.code == 2 and "another run is writing there" in ended.err, ended.err
         assert snapshot(world) == before
-    code = "import sys, time\nfrom nanoqlora.run.output_dir import *\n"
-    code += "with lock(Path(sys.argv[1])): print(1, flush=True); time.sleep(99)"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, world], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE
-    ) as process:
-        process.stdout.read(1)
-        assert again(first, world, *OVERWRITE).code == 2
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    reader, writer = context().Pipe(duplex=False)
+    process = context().Process(target=hold_lock, args=(world, writer))
+    process.start()
+    assert reader.poll(60) and reader.recv() == "locked"
+    assert again(first, world, *OVERWRITE).code == 2
+    process.kill()
+    process.join()
     assert again(first, world, *OVERWRITE, "--max_steps", 1).code == 0
 
 

@@ -11,8 +11,8 @@ from peft.optimizers import create_loraplus_optimizer
 from peft_witness import save_random_adapter
 from ranks import end_of_run, on_ranks
 from small_runs import alpaca_rows, run_here, save_tiny_model, steps_of, write_rows, write_run
-from test_qlora import TOKENS, dequantised_copy, randomise
 from tiny import save_random_llama
+from tiny_qlora import TOKENS, dequantised_copy, randomise
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 import merge
@@ -22,8 +22,6 @@ from nanoqlora.ops import Segments
 from nanoqlora.qlora import flatten_trainable, lora_layers, set_dropout_rows
 from nanoqlora.run.neftune import add_noise, set_noise_rows
 from nanoqlora.run.optim import loraplus_groups, make_optimizer, set_learning_rate
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_loraplus_steps_equal_peft(tmp_path, rng):

@@ -1,6 +1,5 @@
 """Sentencepiece's tokenizers, against sentencepiece itself, transformers, the tokenizers package and llama.cpp."""
 
-import io
 import itertools
 import json
 import random
@@ -16,6 +15,7 @@ import torch
 from go_text import go_write, needs_go
 from hard_texts import CHATS, HARD, TEXTS, as_text
 from llama_cpp import LlamaCpp
+from sentencepiece_models import train
 from tiny import save_random_llama
 from transformers import AutoTokenizer
 
@@ -44,19 +44,6 @@ TINYLLAMA = (  # begins with text, not with a special token
 COMPLETION, CHAT = PromptFormat(type="completion"), PromptFormat(type="chat_template")
 SOME = TEXTS[::5] + HARD
 METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
-
-
-def train(**options) -> bytes:
-    """A small sentencepiece model of Llama-2's kind, learnt from this file and the hard texts."""
-    lines = [*Path(__file__).read_text(encoding="utf-8").splitlines(), *(line for t in HARD for line in t.splitlines())]
-    model = io.BytesIO()
-    options = {
-        **{"model_type": "bpe", "byte_fallback": True, "vocab_size": 900, "normalization_rule_name": "identity"},
-        **{"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, "character_coverage": 0.98},
-        **{"split_digits": True, "minloglevel": 2, **options},
-    }
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **options)
-    return model.getvalue()
 
 
 def write_folder(folder: Path, model: bytes, **config) -> Path:
@@ -345,9 +332,9 @@ def test_files_that_do_not_belong_together_are_refused(small, tmp_path):
     no_byte = {("x" if piece == "<0x41>" else piece): id for piece, id in data["model"]["vocab"].items()}
     refused("255 tokens of single bytes", model=data["model"] | {"vocab": no_byte})
     replace_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
-    word = {"id": data["model"]["vocab"]["word"], "content": "word", "special": False, "normalized": True}
+    word = {"id": data["model"]["vocab"]["ight"], "content": "ight", "special": False, "normalized": True}
     added = [*data["added_tokens"], word | {"lstrip": False, "rstrip": False, "single_word": False}]
-    refused("'word' has normalized: true", added_tokens=added, normalizer=replace_spaces, pre_tokenizer=None)
+    refused("'ight' has normalized: true", added_tokens=added, normalizer=replace_spaces, pre_tokenizer=None)
     with pytest.raises(UserError, match="950"):
         load_tokenizer(write_folder(tmp_path / "model", small, added_tokens_decoder={"950": word}))
     named = load_tokenizer(write_folder(tmp_path / "model", small, bos_token="<bos>"))

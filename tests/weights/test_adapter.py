@@ -10,8 +10,8 @@ import torch
 import transformers
 from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors.torch import load_file, save_file
-from test_qlora import TOKENS, dequantised_copy, randomise
 from tiny import save_random_llama
+from tiny_qlora import TOKENS, dequantised_copy, randomise
 
 import nanoqlora as nq
 from nanoqlora.config.errors import UserError

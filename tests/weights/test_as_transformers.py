@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece_models
 import small_runs
-import test_sentencepieces
 import tokenizers
 import torch
 import transformers
@@ -371,7 +371,7 @@ def test_tokens_have_the_ids_that_transformers_gives(tmp_path, kind):
     config = {"chat_template": TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}
     text = TEXT if kind != "sentencepiece" else TEXT.replace("<s>", "").replace("</s>", "")  # there always special
     if kind == "sentencepiece":
-        (folder / "tokenizer.model").write_bytes(test_sentencepieces.train(vocab_size=700))
+        (folder / "tokenizer.model").write_bytes(sentencepiece_models.train(vocab_size=700))
         config["tokenizer_class"], size = "LlamaTokenizer", 700
     else:
         data = byte_level([] if kind == "bare" else ["<s>", "</s>"])

@@ -8,8 +8,7 @@ import pytest
 import transformers
 from modelfiles import parse
 from peft_witness import save_random_adapter
-from small_runs import run_here, save_tiny_model, snapshot
-from test_errors import assert_refused
+from small_runs import assert_refused, run_here, save_tiny_model, snapshot
 
 import export_gguf
 import merge

@@ -14,7 +14,7 @@ from .options import RunOptions
 from .parser import Map, located, read_words, read_yaml
 from .rules import CHECKS, DERIVED, EXCLUSIVE, notes_on
 from .schema import BnbConfig, Config, DatasetConfig, FrameConfig, FsdpConfig, SpecialTokens
-from .scripts import this_command
+from .scripts import script_command, this_command
 
 OwnT = TypeVar("OwnT", bound=Keys)
 RunT = TypeVar("RunT", bound=RunOptions)
@@ -134,7 +134,8 @@ def help_text(own: type[Keys]) -> str:
     usage = f"usage: {this_command()} [train.yml] [--key value | --key=value ...]"
     lines = [own.__doc__ or "", usage, "", "this command", *describe_keys(own, "--"), ""]
     if own.reads:
-        lines += ["keys of the YAML file that it reads; all others of a run are accepted, see train.py --help"]
+        every = script_command("train.py", "--help")
+        lines += [f"keys of the YAML file that it reads; all others of a run are accepted, see {every}"]
         return "\n".join([*lines, *describe_keys(Config, "--", own.reads)])
     lines += ["Every key of the YAML file can be overridden, with _ or -; lists and maps as JSON or YAML text."]
     lines += describe_keys(Config, "--")

@@ -21,6 +21,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from itertools import accumulate
 from typing import overload
 
@@ -66,10 +67,8 @@ class Rows:
 def pack(lengths: Sequence[int] | np.ndarray, ids: Iterable[int], capacity: int) -> Rows:
     """Put samples into as few rows of `capacity` tokens as we can: best-fit decreasing.
 
-    The longest sample first, each into the row with the least space that is enough, or into a new one. Samples of one
-    length are placed together: a row with f free tokens takes f // length of them, one after the other, since after the
-    first it is still the tightest that fits. So the work grows with the number of different lengths and spaces, and a
-    million samples take about a second.
+    The longest sample first, each into the row with the least space that is enough, of several the first, or into a new
+    one. `bits` says which spaces there are, so that the tightest is found at once: a million samples take a second.
 
     Args:
         lengths: tokens of every sample, from 1 to `capacity`.
@@ -77,42 +76,23 @@ def pack(lengths: Sequence[int] | np.ndarray, ids: Iterable[int], capacity: int)
     """
     ids = np.fromiter(ids, np.int64)
     ids = ids[np.argsort(-np.asarray(lengths)[ids], kind="stable")]
-    sizes = np.asarray(lengths)[ids]
-    if len(sizes) and not 0 < sizes[-1] <= sizes[0] <= capacity:
+    sizes = np.asarray(lengths)[ids].tolist()
+    if sizes and not 0 < sizes[-1] <= sizes[0] <= capacity:
         raise ValueError(f"lengths from {sizes[-1]} to {sizes[0]} do not fit into rows of {capacity} tokens")
     row_of = np.empty(len(ids), np.int64)
-    with_space: defaultdict[int, list[np.ndarray]] = defaultdict(list)  # free tokens -> the rows that have them
+    with_space: defaultdict[int, list[int]] = defaultdict(list)  # free tokens -> the rows that have them, as a heap
     bits, num_rows = 0, 0  # bit f is set if there are rows with f free tokens
-
-    def put(rows: np.ndarray, space: int) -> None:
-        nonlocal bits
-        if space and len(rows):
-            with_space[space].append(rows)
-            bits |= 1 << space
-
-    ends = [*(np.flatnonzero(np.diff(sizes)) + 1).tolist(), len(sizes)] if len(sizes) else []
-    for start, end in zip([0, *ends], ends, strict=False):
-        size = int(sizes[start])
-        while start < end:
-            enough = bits >> size
-            space = size + (enough & -enough).bit_length() - 1 if enough else capacity  # the lowest bit: the tightest
-            each = space // size
-            wanted = -(-(end - start) // each)
-            if enough:
-                parts = with_space.pop(space)
-                rows = parts[0] if len(parts) == 1 else np.sort(np.concatenate(parts))
-                bits ^= 1 << space
-                put(rows[wanted:], space)
-                rows = rows[:wanted]
-            else:
-                rows = np.arange(num_rows, num_rows + wanted)
-                num_rows += wanted
-            placed = min(end - start, len(rows) * each)
-            row_of[start : start + placed] = np.repeat(rows, each)[:placed]
-            start += placed
-            in_last = placed - (len(rows) - 1) * each
-            put(rows[:-1], space - each * size)
-            put(rows[-1:], space - in_last * size)
+    for i, size in enumerate(sizes):
+        if enough := bits >> size:
+            space = size + (enough & -enough).bit_length() - 1  # the lowest bit: the tightest
+            row = heappop(with_space[space])
+            bits ^= (not with_space[space]) << space
+        else:
+            space, row, num_rows = capacity, num_rows, num_rows + 1
+        row_of[i] = row
+        if left := space - size:
+            heappush(with_space[left], row)
+            bits |= 1 << left
     starts = np.concatenate([[0], np.bincount(row_of, minlength=num_rows).cumsum()])
     return Rows(ids[np.argsort(row_of, kind="stable")], starts)
 

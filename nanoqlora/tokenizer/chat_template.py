@@ -21,6 +21,7 @@ from ..config.errors import UserError
 from . import traced
 
 Messages = list[dict[str, Any]]
+Jinja = str | None  # a chat template; None: the tokenizer's own
 Tools = list[Any] | None  # descriptions of functions that the assistant may call
 
 

@@ -22,7 +22,7 @@ from typing import Any, Self
 from ..config.errors import UserError
 from ..weights.hub import ADAPTER_FILES, TOKENIZER_FILES, local_path
 from .byte_pairs import BytePairs, piece_to_bytes
-from .chat_template import Messages, Tools, guard, render
+from .chat_template import Jinja, Messages, Tools, guard, render
 from .files import read_chat_template, read_folder, read_gguf_metadata, write_folder
 from .sentencepieces import SentencePieces, width
 from .traced import Span, plain, spans_of
@@ -195,11 +195,7 @@ class Tokenizer(Vocabulary):
     # Chats
 
     def encode_chat(
-        self,
-        messages: Messages,
-        add_generation_prompt: bool = False,
-        chat_template: str | None = None,
-        tools: Tools = None,
+        self, messages: Messages, add_generation_prompt: bool = False, chat_template: Jinja = None, tools: Tools = None
     ) -> list[int]:
         """The ids of a conversation, as the chat template writes it; special tokens come from the template alone.
 
@@ -215,11 +211,7 @@ class Tokenizer(Vocabulary):
         return self.encode_guarded(self.render_chat(guarded, add_generation_prompt, chat_template, tools))[0]
 
     def render_chat(
-        self,
-        messages: Messages,
-        add_generation_prompt: bool = False,
-        chat_template: str | None = None,
-        tools: Tools = None,
+        self, messages: Messages, add_generation_prompt: bool = False, chat_template: Jinja = None, tools: Tools = None
     ) -> str:
         """The text of a conversation, and of the tools that it may use."""
         template = chat_template or self.chat_template
@@ -231,11 +223,7 @@ class Tokenizer(Vocabulary):
         return render(template, messages, add_generation_prompt, self.named_texts, tools)
 
     def render_if_possible(
-        self,
-        messages: Messages,
-        add_generation_prompt: bool = False,
-        chat_template: str | None = None,
-        tools: Tools = None,
+        self, messages: Messages, add_generation_prompt: bool = False, chat_template: Jinja = None, tools: Tools = None
     ) -> str | None:
         """The same; None where the template refuses the messages."""
         try:

@@ -162,7 +162,7 @@ def _parse(text: str, path: Path, line: int, where: str) -> Row:
     try:
         row = json.loads(text.rstrip("\r\n"), object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
-        found = "expected ',' or ']'" if "row" in where and error.msg == "Extra data" else error.msg
+        found = "expected ',' or ']'" if where.endswith(")") and error.msg == "Extra data" else error.msg
         raise UserError(
             f"{path}, line {line + error.lineno - 1}: not valid JSON ({found} at column {error.colno}). A row is one "
             "object on one line, or the file is one list of them. Correct that line."

@@ -354,6 +354,7 @@ GOOD = '{"text": "good"}\n'
     [
         ("a.jsonl", GOOD + "\n" + '{"text": "broken\n' + GOOD, ["a.jsonl, line 3", "JSON", "column"]),
         ("a.jsonl", GOOD + "{'text': 'quotes'}", ["a.jsonl, line 2", "JSON"]),
+        ("rows.jsonl", GOOD + GOOD.strip() + GOOD, ["rows.jsonl, line 2", "Extra data"]),
         ("a.jsonl", GOOD + '["text"]', ["a.jsonl, line 2", "list", "object"]),
         ("a.jsonl", "3\n" + GOOD, ["a.jsonl, line 1", "int", "object"]),
         ("a.jsonl", GOOD + '{"text": ' + "9" * 5000 + "}", ["a.jsonl, line 2", "cannot be read"]),

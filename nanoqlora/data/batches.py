@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class Sample:
 
 
 @dataclass(frozen=True, eq=False)
-class Samples:
+class Samples(Sequence[Sample]):
     """Many samples. Sample i is words[source[i]][starts[i] : starts[i] + lengths[i]]."""
 
     words: tuple[np.ndarray, ...]  # for each data set (its tokens,) uint32, in memory or mapped from a file
@@ -61,10 +61,13 @@ class Samples:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __iter__(self) -> Iterator[Sample]:
-        return map(self.__getitem__, range(len(self)))
-
-    def __getitem__(self, i: int) -> Sample:
+    @overload
+    def __getitem__(self, i: int) -> Sample: ...
+    @overload
+    def __getitem__(self, i: slice) -> "Samples": ...
+    def __getitem__(self, i: int | slice) -> "Sample | Samples":
+        if isinstance(i, slice):
+            return self.take(np.arange(len(self))[i])
         start, length = self.starts[i], self.lengths[i]
         words = self.words[self.source[i]][start : start + length]
         return Sample((words & ~SUPERVISED).astype(np.int64), words >= SUPERVISED)

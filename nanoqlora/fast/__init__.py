@@ -1,7 +1,7 @@
-"""The same model, faster: what a training step uses in place of plain blocks, and the memory that this takes.
+"""A faster training step in place of plain blocks, and the memory that it takes.
 
-    block.py     a block with its backward pass written by hand    graphs.py             blocks as CUDA graphs
-    memory.py    what a step needs, and what each block may keep   sharding_choice.py    replicated or sharded
+    block.py     a block with a hand-written backward pass         graphs.py             blocks as CUDA graphs
+    memory.py    the memory of a step, and what blocks may save    sharding_choice.py    replicated or sharded
     stats.py     memory and speed, measured
 
 Not here: kernels (`ops/`), several GPUs (`parallel/`). Read first: `block.py`.

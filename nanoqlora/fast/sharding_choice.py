@@ -1,4 +1,4 @@
-"""Whether the frozen base is replicated or sharded over the ranks, and what waits in the host's memory."""
+"""Whether the frozen base is replicated or sharded over the ranks, and what is offloaded to host memory."""
 
 from ..model import Llama
 from ..parallel.fsdp import Sharding
@@ -8,7 +8,7 @@ from .stats import GIB
 
 
 def embedding_waits(checkpointing: bool | str, offload: int) -> bool:
-    """Whether the embedding stays in the host's memory: where memory is so short that other things do already."""
+    """Whether the embedding stays in host memory: where other tensors are offloaded already."""
     return offload > 0 or checkpointing == "offload"
 
 
@@ -23,15 +23,15 @@ def choose_sharding(
     offload_all: bool = False,
     on_gpu: bool = True,
 ) -> tuple[Sharding, int, str]:
-    """Where the base goes: on every rank if then nothing has to be computed twice for lack of memory, else spread.
+    """Replicate the base if then nothing has to be recomputed for lack of memory, else shard it.
 
     Args:
         model: empty, with LoRA injected. N, optimizer_bytes: as for `step_bytes`. budget: of the smallest device.
-        wanted: replicate or full_shard where that is decided. offload_all: and so is host memory for every block.
-        on_gpu: so that memory of the host is other memory.
+        wanted: auto, or the user's choice. offload_all: the user wants all shards in host memory.
+        on_gpu: whether host memory is other memory than the device's.
     Returns:
-        The mode; of how many blocks a rank keeps its part in host memory, because even spread they are too large; and
-        why, for the user.
+        The mode; the number of blocks whose shard is in host memory, because even sharded the base is too large; and
+        the reason, for the user.
     """
     L, level = model.config.num_hidden_layers, str(checkpointing).lower()
 
@@ -41,15 +41,15 @@ def choose_sharding(
         return step_bytes(model, N, keeps, optimizer_bytes, base)
 
     most: dict[str, Keep] = {"true": "input", "offload": "offload"}
-    whole = needed(most.get(level, "all"), "replicate")
-    needs = f"a step with the base on every rank needs {whole / GIB:.1f} of {budget / GIB:.1f} GiB"
-    least = (most | {"false": "all"}).get(level, "input")
+    replicated = needed(most.get(level, "all"), "replicate")
+    needs = f"a step with the base on every rank needs {replicated / GIB:.1f} of {budget / GIB:.1f} GiB"
+    least: Keep = "all" if level == "false" else most.get(level, "input")
     fewest = next((n for n in range(L + 1) if needed(least, "full_shard", n) <= budget), L)
     offload = L if offload_all else fewest * on_gpu
-    fits = wanted == "auto" and not offload_all and whole <= budget
+    fits = wanted == "auto" and not offload_all and replicated <= budget
     if wanted == "replicate" or fits or (ranks == 1 and not offload):
-        return "replicate", 0, f"every rank holds the whole base: {needs}"
-    why = f"each of {ranks} ranks holds its part of the base: {needs}"
+        return "replicate", 0, f"the base is replicated on every rank: {needs}"
+    why = f"the base is sharded over {ranks} ranks: {needs}"
     if offload:
-        why += f"; the parts of {offload} of {L} blocks stay in host memory"
+        why += f"; the shards of {offload} of {L} blocks stay in host memory"
     return "full_shard", offload, why

@@ -13,16 +13,16 @@ _graphs = {"held": 0, "peak": 0}  # bytes
 
 
 def count_graph(held: int, peak: int) -> None:
-    """Tell of a recorded CUDA graph, whose memory the allocator counts while it is recorded and never again.
+    """Add the memory of a CUDA graph to the figures: the allocator counts it only while the graph is recorded.
 
     Args:
-        held: bytes that stay in use between its forward and its backward part. peak: the most while recording.
+        held: bytes in use between its forward and its backward part. peak: the most during the recording.
     """
     _graphs["held"], _graphs["peak"] = max(_graphs["held"], held), max(_graphs["peak"], peak)
 
 
 def memory_figures(device: torch.device) -> dict[str, float]:
-    """Peaks since the last call on a GPU, in GiB; on a CPU the largest memory that the process ever had."""
+    """On a GPU the peaks since the last call, in GiB; on a CPU the peak of the process since its start."""
     if device.type == "cpu":
         unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
         return {"memory/max_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB, 2)}
@@ -38,7 +38,7 @@ def memory_figures(device: torch.device) -> dict[str, float]:
 
 
 class Stopwatch:
-    """Tokens per second of training alone: what happens between `stop` and `start` is not timed."""
+    """Tokens per second of training: the time between `stop` and `start` is left out."""
 
     def __init__(self) -> None:
         self.tokens, self.seconds, self.started = 0, 0.0, 0.0

@@ -1,10 +1,10 @@
-"""Sums and gathers over the ranks. With one process each gives back what it got."""
+"""Collective operations over the ranks. With one process each returns its input."""
 
 import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @contextmanager
 def naming_lost_ranks() -> Iterator[None]:
-    """Tell what an exchange says when another rank is gone in one line. Which one, torchrun and `Heartbeat` say.
+    """Turn the error of a collective whose other ranks are dead into one line; torchrun and `Heartbeat` name the rank.
 
     Raises:
         Failed: with that line.
@@ -26,12 +26,12 @@ def naming_lost_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        lost = ("peer", "Socket", "socket", "Timed out", "NCCL", "gloo")
-        if not dist.is_initialized() or not any(word in str(error) for word in lost):
+        connection = ("peer", "Socket", "socket", "Timed out", "NCCL", "gloo")
+        if not dist.is_initialized() or not any(word in str(error) for word in connection):
             raise
         raise Failed(
-            f"rank {dist.get_rank()} has lost the others ({str(error).splitlines()[0][:120]}). The rank that failed "
-            f"first is named below by torchrun, as root cause. Start again with --auto_resume_from_checkpoints true."
+            f"rank {dist.get_rank()} cannot reach the other ranks ({str(error).splitlines()[0][:120]}). torchrun names "
+            f"the rank that failed first below, as root cause. Start again with --auto_resume_from_checkpoints true."
         ) from error
 
 
@@ -43,14 +43,14 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def sum_to_parts(x: Tensor) -> Tensor:
-    """This rank's part (n,) of the sum of `x` (ranks * n,) over the ranks, in its place in `x`, whose rest is spent."""
+    """Reduce-scatter: this rank's part (n,) of the sum of `x` (ranks * n,) over the ranks. Overwrites `x`."""
     part = x.view(dist.get_world_size(), -1)[dist.get_rank()]
     dist.reduce_scatter_tensor(part, x)
     return part
 
 
 def smallest(number: int, device: torch.device) -> int:
-    """The least of every rank's `number`."""
+    """The minimum of `number` over the ranks."""
     x = torch.tensor(number, device=device)
     if dist.is_initialized():
         dist.all_reduce(x, dist.ReduceOp.MIN)
@@ -58,28 +58,28 @@ def smallest(number: int, device: torch.device) -> int:
 
 
 def any_has(flags: list[bool], device: torch.device) -> list[bool]:
-    """For each flag whether it is set on any rank."""
+    """For each flag, whether any rank has set it."""
     return (sum_over_ranks(torch.tensor(flags, dtype=torch.float32, device=device)) > 0).tolist()
 
 
 def of_first_rank(x: Tensor) -> Tensor:
-    """`x` as rank 0 has it, in place."""
+    """Broadcast `x` from rank 0, in place."""
     if dist.is_initialized():
         dist.broadcast(x, 0)
     return x
 
 
-def all_gather(whole: Tensor, part: Tensor) -> Callable[[], None] | None:
-    """Begin to put the parts (n,) of all ranks one after another into `whole` (ranks * n,).
+def all_gather(gathered: Tensor, part: Tensor) -> Callable[[], None] | None:
+    """Begin to concatenate the parts (n,) of all ranks in `gathered` (ranks * n,).
 
-    `part` may be this rank's place in `whole`. Returns what waits for the end: on a GPU the current stream does, and
-    the gather itself begins when the stream that is current now has done all it was given.
+    `part` may be this rank's slice of `gathered`. Returns the function that waits for the end: on a GPU it makes the
+    current stream wait. The gather begins when all earlier work of the stream that is current now is done.
     """
     if dist.is_initialized():
-        return dist.all_gather_into_tensor(whole, part, async_op=True).wait
-    if whole.data_ptr() != part.data_ptr():
-        whole.copy_(part)
-    if not whole.is_cuda:
+        return dist.all_gather_into_tensor(gathered, part, async_op=True).wait
+    if gathered.data_ptr() != part.data_ptr():
+        gathered.copy_(part)
+    if not gathered.is_cuda:
         return None
     done = torch.cuda.current_stream().record_event()
     return lambda: torch.cuda.current_stream().wait_event(done)
@@ -87,32 +87,35 @@ def all_gather(whole: Tensor, part: Tensor) -> Callable[[], None] | None:
 
 @contextmanager
 def memory_to_gather(device: torch.device) -> Iterator[None]:
-    """Where both of `all_gather`'s tensors are made in here, GPUs joined by NVLink move them by their copy engines.
+    """Tensors allocated within are registered with NCCL: GPUs with NVLink gather them by their copy engines.
 
-    A gather then takes no multiprocessor from the products beside it. Every rank has to make the same tensors.
+    The gather then takes no multiprocessor from the matmuls that run at the same time. Both tensors of `all_gather`
+    have to be allocated here, and every rank has to allocate the same tensors.
     """
     if not dist.is_initialized() or device.type != "cuda":
         yield
         return
-    nccl = dist.group.WORLD._get_backend(device)
+    world = dist.group.WORLD
+    assert world is not None
+    nccl: Any = world._get_backend(device)  # the type stubs lack what follows
     pool = torch.cuda.MemPool(nccl.mem_allocator)
     with torch.cuda.use_mem_pool(pool):
         yield
     nccl.register_mem_pool(pool, symm=True)
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))  # for ever: to free it when NCCL is gone would be an abort
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))  # never freed: after NCCL's end that aborts the process
 
 
 def everyones(flat: Tensor) -> tuple[Tensor, ...]:
-    """`flat` (n,) of every rank, by rank."""
+    """All-gather: `flat` (n,) of every rank, by rank."""
     if not dist.is_initialized():
         return (flat,)
-    whole = flat.new_empty(dist.get_world_size(), len(flat))
-    dist.all_gather_into_tensor(whole.view(-1), flat)
-    return whole.unbind()
+    gathered = flat.new_empty(dist.get_world_size(), len(flat))
+    dist.all_gather_into_tensor(gathered.view(-1), flat)
+    return gathered.unbind()
 
 
 def everyones_object(x: T) -> list[T]:
-    """`x`, anything that pickle takes, of every rank, by rank."""
+    """All-gather of Python objects that can be pickled: `x` of every rank, by rank."""
     if not dist.is_initialized():
         return [x]
     everyone = [x] * dist.get_world_size()
@@ -121,7 +124,7 @@ def everyones_object(x: T) -> list[T]:
 
 
 def exchange(flat: Tensor) -> tuple[Tensor, ...]:
-    """This rank's part of the `flat` (n,) of every rank, by rank: each (n / ranks,)."""
+    """All-to-all: this rank's part of the `flat` (n,) of every rank, by rank: each (n / ranks,)."""
     if not dist.is_initialized():
         return (flat,)
     parts = torch.empty_like(flat)
@@ -131,10 +134,10 @@ def exchange(flat: Tensor) -> tuple[Tensor, ...]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Work that every rank does for itself and that its input may spoil: if it does on one, all of them stop.
+    """For work that every rank does by itself and that can raise UserError: if one rank does, all ranks stop.
 
     Raises:
-        UserError: on every rank, with what the first of them found.
+        UserError: on every rank, with the text of the first rank that raised it.
     """
     problem = ""
     try:
@@ -150,7 +153,7 @@ def together() -> Iterator[None]:
 
 
 def first_of_host_first(work: Callable[[], T]) -> T:
-    """`work()` on the first rank of every host, then on the others, which find done what it has left on the disk.
+    """`work()` on the first rank of every host, then on the others, which find its result on the disk.
 
     Raises:
         UserError: as `together`.
@@ -164,6 +167,6 @@ def first_of_host_first(work: Callable[[], T]) -> T:
 
 
 def wait_for_all() -> None:
-    """Go on when every rank has come here."""
+    """Barrier: continue when every rank has called it."""
     if dist.is_initialized():
         dist.barrier()

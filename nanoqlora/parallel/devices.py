@@ -1,4 +1,4 @@
-"""Settings of the memory allocators, and the dtype that a device computes in."""
+"""Settings of the memory allocators, and the dtype to compute in."""
 
 import ctypes
 import os
@@ -9,21 +9,21 @@ import torch
 
 
 def map_gpu_memory_in_pages() -> None:
-    """Ask PyTorch to map GPU memory in pages, to where a tensor needs it: tensors of many sizes then leave no holes.
+    """Set PyTorch's expandable_segments: GPU memory is mapped in pages, which tensors of many sizes do not fragment.
 
-    Whoever has set PyTorch's own variable for this is left alone.
+    A user's own setting of PyTorch's variable has precedence.
     """
     if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & set(os.environ):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # a newer name for it, which 2.11 does not document either
+            warnings.simplefilter("ignore", FutureWarning)  # it has a new name, which PyTorch 2.11 does not document
             torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
 
 def keep_freed_memory() -> None:
-    """Ask the C library to keep freed memory for the next tensor instead of giving it back to the system.
+    """Set the C library to reuse freed memory for the next tensor instead of returning it to the system.
 
-    A training step makes and frees tensors of many megabytes all the time, and a page fresh from the system costs
-    more to touch than to fill: products of a step ran up to twice as fast with this on two cores.
+    A training step allocates and frees tensors of many megabytes all the time, and the first access to a new page
+    costs more than filling it: the matmuls of a step ran up to twice as fast with this on two cores.
     """
     try:
         libc = ctypes.CDLL(None)
@@ -35,7 +35,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give the holes in the heap back to the system: now and then, or tensors of changing sizes let it grow."""
+    """Return unused parts of the heap to the system. Called now and then, because changing sizes fragment the heap."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
@@ -43,7 +43,7 @@ def return_freed_memory() -> None:
 
 
 def compute_dtype(bf16: bool | str, device: torch.device) -> torch.dtype:
-    """bfloat16 or float32; `auto` takes bfloat16 where the hardware multiplies it."""
+    """bfloat16 or float32; `auto` is bfloat16 where the hardware has it."""
     if bf16 == "auto":
         if device.type == "cuda":
             bf16 = torch.cuda.is_bf16_supported()

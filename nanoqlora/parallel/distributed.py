@@ -1,12 +1,13 @@
-"""Several processes, one run: start and end under torchrun, and the device to run on.
+"""Several processes, one run: start and end under torchrun, and the device of this rank.
 
 Every rank trains on its share of each step's rows. After the backward passes the flat gradient is summed over the
-ranks, once, and all take the same optimizer step. `parallel/fsdp.py` says where the frozen base is.
+ranks, once, and all ranks take the same optimizer step. The frozen base is replicated or sharded: `parallel/fsdp.py`.
 """
 
 import os
 import warnings
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,14 +17,14 @@ from ..config.errors import Failed, UserError
 from .devices import keep_freed_memory, map_gpu_memory_in_pages
 from .heartbeat import Heartbeat
 
-# PyTorch 2.13 has other names for the same collectives; 2.11 does not know them yet.
+# PyTorch 2.13 has new names for the same collectives; 2.11 does not have them.
 warnings.filterwarnings("ignore", message=".*is deprecated. Please use .torch.distributed", category=FutureWarning)
-MEETING_LIMIT = timedelta(minutes=5)  # for imports from a slow disk
+MEETING_LIMIT = timedelta(minutes=5)  # imports from a slow disk take long
 _heartbeat: Heartbeat | None = None
 
 
 def start() -> tuple[int, int, torch.device]:
-    """Join the other ranks if torchrun started us. Returns (rank, number of ranks, this rank's device)."""
+    """Join the other ranks under torchrun. Returns (rank, number of ranks, this rank's device)."""
     ranks = _check_environment()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -32,33 +33,49 @@ def start() -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
+    if ranks == 1:
+        return 0, 1, device
+    rank = int(os.environ["RANK"])
+    _join(rank, ranks, device)
+    return rank, ranks, device
+
+
+def _join(rank: int, ranks: int, device: torch.device) -> None:
+    """Meet the other ranks at torchrun's store, and set up the process group and the heartbeat."""
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun runs the store, not rank 0
+    tcp = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=rank == 0 and not by_agent,
+        wait_for_workers=False,
+    )
+    # After a restart the store still has the addresses of dead processes, so each attempt has a prefix of its own.
+    store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
+    meet(store, rank, ranks, MEETING_LIMIT)
+    asks_ranks[:] = [lambda: _first_to_report(store)]
+    options: Any = None
+    if device.type == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        nccl: Any = dist.ProcessGroupNCCL  # the type stubs lack what follows
+        options.config.cta_policy = nccl.NCCL_CTA_POLICY_ZERO  # gathers by copy engines, see `memory_to_gather`
+    dist.init_process_group(
+        "gloo" if options is None else "nccl",
+        store=store,
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(days=1),  # one rank may tokenize for hours; the heartbeat notices dead ranks
+        device_id=None if options is None else device,  # with a device NCCL is set up now, not at the first use
+        pg_options=options,
+    )
     global _heartbeat
-    if ranks > 1:
-        rank, attempt = int(os.environ["RANK"]), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        place = {"host_name": os.environ["MASTER_ADDR"], "port": int(os.environ["MASTER_PORT"])}
-        by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun keeps the store, not rank 0
-        store = dist.TCPStore(**place, is_master=rank == 0 and not by_agent, wait_for_workers=False)
-        # After a restart the addresses of those that are gone are still in it: each attempt has names of its own.
-        store = dist.PrefixStore(f"attempt{attempt}", store)
-        meet(store, rank, ranks, MEETING_LIMIT)
-        asks_ranks[:] = [lambda: _first_to_tell(store)]
-        meeting = {"store": store, "rank": rank, "world_size": ranks}
-        meeting["timeout"] = timedelta(days=1)  # one rank may tokenise for hours; who is gone, the heartbeat notices
-        if device.type == "cuda":  # with the device it is set up now, not at first use
-            options = dist.ProcessGroupNCCL.Options()
-            options.config.cta_policy = dist.ProcessGroupNCCL.NCCL_CTA_POLICY_ZERO  # see `memory_to_gather`
-            dist.init_process_group("nccl", device_id=device, pg_options=options, **meeting)
-        else:
-            dist.init_process_group("gloo", **meeting)
-        _heartbeat = Heartbeat(rank, ranks)
-    return int(os.environ["RANK"]) if ranks > 1 else 0, ranks, device
+    _heartbeat = Heartbeat(rank, ranks)
 
 
 def _check_environment() -> int:
-    """How many ranks there are.
+    """The number of ranks.
 
     Raises:
-        UserError: variables of torchrun that are no numbers, or only some of them, or more ranks than GPUs.
+        UserError: variables of torchrun that are not numbers, or only some of them, or more ranks than GPUs.
     """
     numbers = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_PORT", "LOCAL_RANK")}
     given = {name: text for name, text in numbers.items() if text}
@@ -67,7 +84,9 @@ def _check_environment() -> int:
     missing = [name for name in needed if not os.environ.get(name)]
     wrong = [f"{name}={text}" for name, text in given.items() if not text.isdecimal()]
     if missing or wrong or ranks == "0" or (needed and int(given["RANK"]) >= int(ranks)):
-        cause = f"{wrong[0]} is no number" if wrong else f"{missing[0]} is not set" if missing else "RANK does not fit"
+        cause = (
+            f"{wrong[0]} is not a number" if wrong else f"{missing[0]} is not set" if missing else "RANK does not fit"
+        )
         raise UserError(
             f"environment: WORLD_SIZE is {ranks}, so {ranks} processes have to meet, but {cause}. torchrun sets all of "
             f"it: start with torchrun --nproc_per_node=N, or unset WORLD_SIZE for one process."
@@ -80,18 +99,19 @@ def _check_environment() -> int:
     return int(ranks)
 
 
-def _first_to_tell(store: dist.Store) -> bool:
+def _first_to_report(store: dist.Store) -> bool:
+    """Whether this is the first rank to report an error: the others then keep silent."""
     try:
         return store.add("told", 1) == 1
-    except RuntimeError:  # its host is gone
+    except RuntimeError:  # the store's host is dead
         return True
 
 
 def meet(store: dist.Store, rank: int, ranks: int, limit: timedelta) -> None:
-    """Return when all ranks are here.
+    """Return when all ranks have called this.
 
     Raises:
-        Failed: some have not come within `limit`.
+        Failed: some have not within `limit`.
     """
     names = [f"here{other}" for other in range(ranks)]
     store.set(names[rank], "")
@@ -101,7 +121,7 @@ def meet(store: dist.Store, rank: int, ranks: int, limit: timedelta) -> None:
         missing = [other for other in range(ranks) if not store.check([names[other]])]
         raise Failed(
             f"rank {rank} has waited {limit.total_seconds():.0f} s for rank {', '.join(map(str, missing))}, which has "
-            f"not begun. What does its host say? Every host has to be given the same command."
+            f"not begun. See the output on its host. Every host has to run the same command."
         ) from error
 
 

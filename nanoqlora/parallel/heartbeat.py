@@ -1,10 +1,10 @@
-"""Notice when a rank is gone, and say which.
+"""Notice when a rank is dead, and report which.
 
-A rank that is killed takes its connections along, and torchrun ends the others. But a host that is cut off, or a
-process that hangs, leaves the rest waiting in an exchange, where a GPU waits forever. So a thread of every rank counts
-up in the store that torchrun keeps for them, and looks at how the others count; who stands still while the store
-answers LIMIT_S times, a second apart, is named, and this process ends. A main thread that waits for an exchange cannot
-do that itself. Answers are counted, not seconds, because a run that was stopped (Ctrl-Z) and goes on has lost nobody.
+When a rank is killed its connections close, and torchrun ends the other ranks. But when a host loses its network or a
+process hangs, the other ranks wait in a collective, on a GPU forever. So a thread of every rank increments a counter
+in torchrun's store and reads the counters of the others. A rank whose counter does not change while the store answers
+LIMIT_S times, a second apart, is reported, and this process ends. The main thread waits in a collective and cannot do
+that. Answers are counted, not seconds, because no rank is dead in a run that was stopped (Ctrl-Z) and continued.
 """
 
 import atexit
@@ -17,19 +17,19 @@ from datetime import timedelta
 import torch.distributed as dist
 
 PAUSE_S, LIMIT_S = 1.0, 30.0
-LEFT = -(10**12)  # added to the count of a rank that is done
+LEFT = -(10**12)  # added to the counter of a rank that has ended in order
 
 
 class Heartbeat:
-    """Counts for this rank, and watches the others, until `stop`."""
+    """Increments this rank's counter and watches those of the others, until `stop`."""
 
     def __init__(self, rank: int, ranks: int, end: Callable[[int], None] = os._exit) -> None:
-        """end: is given the exit code."""
+        """end: called with the exit code."""
         self.rank, self.ranks, self.limit_s, self.end = rank, ranks, LIMIT_S, end
         self.host, self.port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.one_host = os.environ.get("LOCAL_WORLD_SIZE") == str(ranks)
-        self.counts, self.quiet = [0] * ranks, [0] * ranks  # how each counts, and for how many answers it has not
-        self.unanswered, self.store_is_gone = 0, False  # for how many pauses
+        self.counts, self.quiet = [0] * ranks, [0] * ranks  # each rank's counter, and answers since it changed
+        self.unanswered, self.store_is_dead = 0, False  # pauses since the store answered
         self.stopped, self.done = threading.Event(), False
         self.threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._watch)]
         for thread in self.threads:
@@ -37,9 +37,9 @@ class Heartbeat:
         atexit.register(self.stop, done=False)
 
     def stop(self, done: bool = True) -> None:
-        """End the threads: in one that is inside the store, the end of the process would be an abort.
+        """End the threads: a thread that is inside the store at the end of the process would abort it.
 
-        done: leave in order, so that the others do not miss this rank.
+        done: this rank ends in order, so the others must not report it.
         """
         self.done |= done
         self.stopped.set()
@@ -47,7 +47,7 @@ class Heartbeat:
             thread.join(2 * PAUSE_S)
 
     def _talk(self) -> None:
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # ranks that were restarted count anew
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # restarted ranks have new counters
         try:
             store = dist.TCPStore(self.host, self.port, is_master=False, timeout=timedelta(seconds=self.limit_s))
             while not self.stopped.wait(PAUSE_S):
@@ -60,14 +60,14 @@ class Heartbeat:
             if self.done:
                 store.add(f"alive/{attempt}/{self.rank}", LEFT)
         except RuntimeError:
-            self.store_is_gone = True
+            self.store_is_dead = True
 
     def _watch(self) -> None:
         while not self.stopped.wait(PAUSE_S):
             self.unanswered += 1
             silent = [other for other in range(self.ranks) if self.quiet[other] * PAUSE_S > self.limit_s]
-            # On one host no cable can be cut: a store that is silent, but there, is a torchrun that was stopped.
-            if self.unanswered * PAUSE_S > self.limit_s and (self.store_is_gone or not self.one_host):
+            # On one host the network cannot fail: a store that does not answer is then a torchrun that was stopped.
+            if self.unanswered * PAUSE_S > self.limit_s and (self.store_is_dead or not self.one_host):
                 found = f"the store on {self.host}, where rank 0 is, cannot be reached"
             elif silent and not self.stopped.is_set():
                 found = f"rank {', '.join(map(str, silent))} has given no sign of life"

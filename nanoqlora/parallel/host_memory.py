@@ -86,7 +86,8 @@ class HostEmbedding(nn.Embedding):
 
     def __init__(self, weight: Tensor) -> None:
         table = weight.cpu()
-        super().__init__(*table.shape, _weight=table.pin_memory() if weight.is_cuda else table, _freeze=True)
+        pinned = table.pin_memory() if weight.is_cuda else table
+        super().__init__(table.shape[0], table.shape[1], _weight=pinned, _freeze=True)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return ops.embedding_from_host(tokens, self.weight)

@@ -143,9 +143,9 @@ def test_a_name_that_is_no_utf_8_is_one_line():
     [
         ({"WORLD_SIZE": "2"}, "RANK is not set"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is not set"),
-        ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many is no number"),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many is not a number"),
         ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK does not fit"),
-        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x is no number"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x is not a number"),
     ],
 )
 def test_variables_of_torchrun_without_torchrun_are_one_line(monkeypatch, run_file, variables, said):

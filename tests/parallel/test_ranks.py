@@ -196,7 +196,7 @@ def test_any_number_of_ranks_in_either_mode_is_the_same_run(model, tmp_path):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
             assert all(a[key] == b[key] for key in ("step", "epoch", "learning_rate", "supervised_tokens"))
-    assert "each of 3 ranks holds its part" in said["parts on 3"]
+    assert "the base is sharded over 3 ranks" in said["parts on 3"]
 
     # Evaluations and answers, before and after, go over all ranks too.
     scored = [name for name in splits if name != "parts on 2"]

@@ -158,7 +158,7 @@ def peer_figures(command: str) -> dict[str, Any]:
 
 
 def floor_ms(config: ModelConfig, B: int, T: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Milliseconds of a step's unavoidable work: base and head products forward and back, and attention.
+    """Milliseconds of a step's unavoidable work: base and head matmuls forward and backward, and attention.
 
     All of it in one go, as often and so as long as a step does it: a GPU's clock falls when it multiplies for more than
     a few milliseconds, and what it does in a burst of one block is up to a tenth faster than a step can be.

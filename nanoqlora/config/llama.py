@@ -124,7 +124,7 @@ def _rope_kind(key: str, given: dict[str, Any], outside: Any, positions: int) ->
     """`rope_type` and the numbers of this kind.
 
     Args:
-        key: where it stands in config.json. outside: original_max_position_embeddings beside it.
+        key: of this map in config.json. outside: original_max_position_embeddings beside it.
         positions: max_position_embeddings, which replaces that number where both places lack it.
     """
     rope, context = dict(given), "original_max_position_embeddings"

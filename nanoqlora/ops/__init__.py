@@ -29,7 +29,7 @@ from .fast import elementwise as elementwise_fast
 from .fast import lora as lora_fast
 from .fast import loss as loss_fast
 from .fast import nf4 as nf4_fast
-from .lora import Dropout, Rebuild, token_numbers
+from .lora import Dropout, Rebuild, frozen_linear, token_numbers
 from .lora_parts import RowDropout
 
 __all__ = [
@@ -191,11 +191,6 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
     """The results of `quantize_absmax` -> absmax float32."""
     return (nf4_fast if _fast else nf4).dequantize_absmax(codes, nested_absmax, nested_offset)
-
-
-def frozen_linear(x: Tensor, rebuild: Rebuild) -> Tensor:
-    """y = x W^T for a frozen W, which `rebuild(dtype)` gives."""
-    return lora.frozen_linear(x, rebuild)
 
 
 def lora_linear(

@@ -1,4 +1,4 @@
-"""The fast twin of `ops/lora.py`: one autograd node for the whole layer.
+"""The fast twin of `ops/lora.py`: one autograd node for the complete layer.
 
 It saves x and the small x A^T for the backward pass, adds the update to y and dx within the matmul (addmm) instead of
 in a second pass over them, casts A and B once, and computes the gradient of x only where it is needed.

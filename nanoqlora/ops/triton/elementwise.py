@@ -190,7 +190,7 @@ def swiglu_backward_(dact: Tensor, gate_up: Tensor) -> None:
 def embedding_from_host(tokens: Tensor, table: Tensor) -> Tensor:
     """Rows of `table` (V, D), contiguous, for `tokens` of any shape: (..., D) beside the tokens.
 
-    The table may lie in pinned memory of the host: a GPU reads such addresses as its own, only slower.
+    The table may be in pinned host memory: a GPU reads it like its own memory, only slower.
     """
     D = table.shape[1]
     rows = torch.empty((*tokens.shape, D), dtype=table.dtype, device=tokens.device)

@@ -41,7 +41,7 @@ ALIGNMENT = 256  # bytes: where tensors begin in the buffer, for the kernels tha
 
 
 def frozen_tensors(block: nn.Module) -> Iterator[tuple[Any, str, Tensor, int]]:
-    """(layer, name, tensor, where it begins in the block's bytes) of all that its linear layers never change."""
+    """(layer, name, tensor, its first byte in the block's buffer) of all frozen tensors of its linear layers."""
     start = 0
     for name, layer in block.named_modules():
         if name.endswith("_proj"):
@@ -103,7 +103,7 @@ class BlockStore(nn.Module):
         return self.get_buffer(f"shard{i}")
 
     def attach(self, model: Llama) -> None:
-        """Have the blocks, as they will train, unshard their weights before each forward and backward pass."""
+        """Make the blocks, fused or not, unshard their weights before each forward and backward pass."""
         blocks: list[Any] = [*model.model.layers]
         for i, block in enumerate(blocks):
             if hasattr(block, "unshard_weights"):
@@ -115,8 +115,8 @@ class BlockStore(nn.Module):
     def unshard(self, i: int) -> None:
         """Return when block i is in its slot, for the current stream; prefetch the block that is needed next.
 
-        Every rank has to come here for the same blocks in the same order. A backward pass asks for blocks in falling
-        order, for some of them twice: a block that is computed again asks as in a forward pass.
+        Every rank has to call this for the same blocks in the same order. A backward pass calls it in descending order,
+        for some blocks twice: a block that is recomputed calls it as in a forward pass.
         """
         backward, self.last = 0 < i <= self.last, i
         if self.gathered[i % 2] != i:
@@ -135,7 +135,7 @@ class BlockStore(nn.Module):
         """Begin to fill the slot of block i. NCCL waits until the current stream has used what it holds."""
         slot, shard = i % 2, self.shard(i)
         self._wait(slot)
-        block, self.gathered[slot] = self.slots.data[slot], i  # .data: autograd need not know
+        block, self.gathered[slot] = self.slots.data[slot], i  # .data: outside of autograd
         if shard.device == block.device or self.copies is None:
             self.waits[slot] = collectives.all_gather(block, shard)
             return
@@ -147,7 +147,7 @@ class BlockStore(nn.Module):
 
 
 def share_outside_blocks(model: Llama, device: torch.device) -> None:
-    """Give embedding, head and norms of the first rank, which has read them, to every rank."""
+    """Broadcast embedding, head and norms from the first rank, which has read them."""
     for name, parameter in list(model.named_parameters()):
         path, _, attribute = name.rpartition(".")
         if not path.endswith("_proj"):
@@ -192,10 +192,12 @@ def fill_over_ranks(
         embedding_to_host(model)
     num_bytes, store = block_bytes(layers[0], ranks), None
     if sharding == "full_shard":
-        store = model.store = store_type(rank, ranks, len(layers), num_bytes, offload, device)  # its memory counts
+        store = model.store = store_type(
+            rank, ranks, len(layers), num_bytes, offload, device
+        )  # in the model, so that `held_bytes` counts it
     rounds = range(0, len(layers), ranks)
     for first in tqdm(rounds, "loading", disable=None if rank == 0 else True, leave=False):  # None: on a terminal
-        mine = min(first + rank, len(layers) - 1)  # in the last round some read the last block along with its reader
+        mine = min(first + rank, len(layers) - 1)  # in the last round several ranks may read the last block
         with collectives.together():
             fill(mine)
         if ranks == 1 and store is None:
@@ -210,5 +212,5 @@ def fill_over_ranks(
             store.shard(i).copy_(shard)
             point_at(layers[i], store.slots[i % 2], resident=False)
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # the 16-bit tensors left holes of every size
+        torch.cuda.empty_cache()  # the 16-bit tensors have fragmented it
     return store

@@ -7,7 +7,7 @@ summed once a step as always. PyTorch's hooks gather a block before its forward 
 reshard it after each; so nothing in the blocks changes, also where a fused block computes its backward pass by hand.
 
 PyTorch frees the storage of a gathered parameter and fills the same one again. So the layers' tensors, views of it,
-are made once.
+are created once.
 """
 
 import warnings

@@ -10,9 +10,12 @@ MISTRAL_SHA256 := dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e1340
 RUN := outputs/pirate
 # FILE SHA256: fails unless the file has this checksum; not every system has sha256sum
 CHECK := .venv/bin/python -c 'import hashlib, sys; sys.exit(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest() != sys.argv[2] and f"error: {sys.argv[1]} is damaged")'
+# A file's tests share fixtures, so they stay together; the longest files come first.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+FAST := tests/test_*.py $(addprefix tests/,config data fast gguf ops tokenizer weights)
 QUESTION := Why is the sea salty?
 
-.PHONY: help setup witnesses demo test test-gpu lint format bench clean
+.PHONY: help setup witnesses demo test test-fast test-gpu lint format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,8 +40,11 @@ demo: setup ## train a real 135M model to talk like a pirate, merge it, export i
 	@echo; grep -h '^\*\*Held-out' $(RUN)/report.md | tr -d '*' | sed 's/Held-out loss.*//'
 	@echo "Results: $(RUN)/report.md  $(RUN)/Fine-Tuning.png  $(RUN)/merged/  $(RUN)/model-q8_0.gguf  $(RUN)/Modelfile"
 
-test: setup witnesses ## the whole suite, on a CPU
-	$(PY) -m pytest -q
+test: setup witnesses ## all tests, on a CPU, with a process for each core
+	$(PY) -m pytest -q $(PARALLEL)
+
+test-fast: setup witnesses ## about a minute, for the edit loop: no complete runs, processes, kernels, large models
+	$(PY) -m pytest -q $(PARALLEL) -m "not slow" $(FAST)
 
 test-gpu: setup witnesses ## the tests that need a CUDA device
 	$(PY) -m pytest -q -m gpu

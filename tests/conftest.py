@@ -3,18 +3,19 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-
-# Before torch is imported: pytest-xdist starts a worker for each core, and sums of one thread have the same bits in
-# this process as in those that the tests start.
-os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-import torch
 from paths import ROOT
 
-from nanoqlora.data.prompts import CHAT_TEMPLATES
-from nanoqlora.tokenizer.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+if TYPE_CHECKING:  # xdist's main process reads this file too, and runs no test: torch would cost it seconds
+    import torch
+
+    from nanoqlora.tokenizer.tokenizer import Tokenizer
+
+# Before torch is imported: xdist starts a worker for each core, and sums of one thread have the same bits here as in
+# the processes that the tests start.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -45,21 +46,27 @@ def mistral_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tok(smollm2_path: Path) -> Tokenizer:
+def tok(smollm2_path: Path) -> "Tokenizer":
+    from nanoqlora.tokenizer.tokenizer import load_tokenizer
+
     return load_tokenizer(smollm2_path)
 
 
 @pytest.fixture(scope="session")
-def llama3(tok: Tokenizer) -> Tokenizer:
+def llama3(tok: "Tokenizer") -> "Tokenizer":
     """The same vocabulary with the names, the BOS and the template of Llama-3."""
+    from nanoqlora.data.prompts import CHAT_TEMPLATES
+
     names = ["<|end_of_text|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
     vocab = [*names, *tok.vocab[len(names) :]]
     return replace(tok, vocab=vocab, bos_id=1, eos_id=0, add_bos=True, chat_template=CHAT_TEMPLATES["llama3"])
 
 
 @pytest.fixture(scope="session")
-def hf(tok: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
+def hf(tok: "Tokenizer", tmp_path_factory: pytest.TempPathFactory):
     from transformers import AutoTokenizer
+
+    from nanoqlora.tokenizer.tokenizer import save_tokenizer
 
     folder = tmp_path_factory.mktemp("smollm2")
     save_tokenizer(tok, folder)
@@ -67,8 +74,10 @@ def hf(tok: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="session")
-def llama3_hf(llama3: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
+def llama3_hf(llama3: "Tokenizer", tmp_path_factory: pytest.TempPathFactory):
     from transformers import AutoTokenizer
+
+    from nanoqlora.tokenizer.tokenizer import save_tokenizer
 
     folder = tmp_path_factory.mktemp("llama3")
     save_tokenizer(llama3, folder)
@@ -107,12 +116,16 @@ def hub(tmp_path, monkeypatch, model_files):
 
 
 @pytest.fixture
-def rng() -> torch.Generator:
+def rng() -> "torch.Generator":
+    import torch
+
     return torch.Generator().manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` need a CUDA device; on other machines they are counted as skipped."""
+    import torch
+
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

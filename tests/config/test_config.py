@@ -1,7 +1,7 @@
 """Every key, every rule between keys, every table of other keys; and their door: types, ranges, spelling, lines."""
 
+import ast
 import operator
-import re
 import textwrap
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -295,12 +295,22 @@ def test_no_key_has_two_fates():
         assert {*fates.old_values, *fates.refused_values} <= set(fields)
 
 
+def names_read() -> set[str]:
+    """Attributes of a configuration, by the names that such objects have, and keys of one as a mapping."""
+    found, owners = set(), ("config", "c", "self", "dataset", "special_tokens", "fsdp_config")
+    for path in [ROOT / "train.py", *ROOT.glob("nanoqlora/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", None)
+                found |= {node.attr} if owner in owners else set()
+            elif isinstance(node, ast.Subscript) and getattr(node.value, "id", None) == "config":
+                found.add(getattr(node.slice, "value", None))
+    return found
+
+
 def test_every_field_is_read_somewhere():
     """A key that nothing reads would be accepted and do nothing, unless it says that it is only accepted."""
-    code = "\n".join(path.read_text("utf-8") for path in [ROOT / "train.py", *ROOT.glob("nanoqlora/**/*.py")])
-    words = set(
-        re.findall(r"(?:\b(?:config|c|self|dataset)(?:\.special_tokens|\.fsdp_config)?\.|config\[\")(\w+)", code)
-    )
+    words = names_read()
     words |= {f"{name}_token" for name in ("bos", "eos", "pad", "unk")}  # the names are put together there
     words |= {"ds_type", "data_files", "split", "name", "revision", "tokens", "eot_tokens"}  # handed on together
     only_accepted = ("accepted", "wanted", "what is best")

@@ -301,6 +301,7 @@ def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_processes_give_what_one_gives(many, monkeypatch):
     encoding = Encoding(PromptFormat(type="completion"), BYTES, 100, "drop")
     files = find_files(many)
@@ -315,6 +316,7 @@ def test_processes_give_what_one_gives(many, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_the_first_wrong_row_is_told_though_later_ones_are_read(many):
     rows = many.read_text().splitlines()
     rows[20_000] = rows[29_000] = '{"text": 5}'
@@ -370,6 +372,7 @@ def test_a_process_that_is_ended_from_outside_is_told(many, monkeypatch, number)
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.slow
 def test_what_is_noted_of_rows_is_counted_over_processes_and_kept(many, monkeypatch):
     """A note for every 10,000th row, and another for two of them; the same from the folder that keeps the samples."""
     encode_row = PromptFormat.encode_row
@@ -496,6 +499,7 @@ def test_a_run_that_fails_leaves_nothing_in_the_folder(data):
         prepared(data)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_data(tmp_path, monkeypatch):
     """Four times as much data: the peak of all Python and numpy objects is the same, but for the lengths."""
     monkeypatch.setattr(rows, "BLOCK_BYTES", 1 << 16)

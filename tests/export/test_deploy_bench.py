@@ -2,8 +2,8 @@
 
 import json
 import shutil
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from small_runs import merged, run_here
@@ -11,7 +11,6 @@ from small_runs import merged, run_here
 import bench
 import export_gguf
 from nanoqlora.export import answer_speed
-from nanoqlora.export import answer_speed as deploy_bench
 from nanoqlora.weights.pretrained import load_model
 
 
@@ -33,17 +32,18 @@ def test_every_form_of_a_run_is_measured(run: Path, tmp_path: Path, monkeypatch:
 
 
 def test_speeds_are_tokens_a_second(run: Path, monkeypatch: pytest.MonkeyPatch):
-    """With a model that takes 20 ms for a prompt and 10 ms for a token."""
+    """By a clock that a prompt moves by 20 ms and every further token by 10 ms."""
+    clock = [0.0]
 
-    def slow(model, ids, stop_ids, max_new_tokens):
-        time.sleep(0.02)
-        for _ in range(max_new_tokens):
+    def generate(model, ids, stop_ids, max_new_tokens):
+        for i in range(max_new_tokens):
+            clock[0] += 0.01 if i else 0.02
             yield 0
-            time.sleep(0.01)
 
-    monkeypatch.setattr(deploy_bench, "generate", slow)
+    monkeypatch.setattr(answer_speed, "generate", generate)
+    monkeypatch.setattr(answer_speed, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     speeds = answer_speed.speed_of(load_model(run / "model"), prompt_tokens=100, new_tokens=8)
-    assert 500 < speeds["prefill"] <= 5000 and 10 < speeds["decode"] <= 100
+    assert speeds == pytest.approx({"prefill": 5000, "decode": 100}, rel=1e-9)
 
 
 def test_folder_that_is_no_run_is_refused(tmp_path: Path):

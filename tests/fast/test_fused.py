@@ -11,6 +11,8 @@ from nanoqlora.fast.block import can_fuse
 from nanoqlora.ops import Segments
 from nanoqlora.qlora import lora_layers
 
+pytestmark = pytest.mark.slow
+
 
 def results(model: nq.Llama, lengths: tuple) -> list[torch.Tensor]:
     """Hidden states, the gradient of the embeddings, and every gradient of A and B, in float64."""

@@ -423,6 +423,7 @@ def test_older_spellings_of_linear_scaling_and_divisors_of_one(tmp_path: Path):
 # ------------------------------------------------------------------------------------------------ a real file
 
 
+@pytest.mark.slow
 def test_real_file(smollm2_path: Path):
     """SmolLM2-135M-Instruct as published: its config, and every value as the gguf package reads it."""
     gguf = read_gguf(smollm2_path)

@@ -13,7 +13,7 @@ from nanoqlora.ops.triton import elementwise as elementwise_triton
 from nanoqlora.ops.triton import lora as lora_triton
 from nanoqlora.ops.triton.lora import Tile
 
-pytestmark = [pytest.mark.usefixtures("triton_kernels"), *([pytest.mark.gpu] if CUDA else [])]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("triton_kernels"), *([pytest.mark.gpu] if CUDA else [])]
 
 # (B, T, n_in, R), small tiles: 1, 33, 130 and 132 rows.
 SHAPES = [

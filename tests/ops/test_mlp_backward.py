@@ -7,7 +7,7 @@ from triton_kernels import CUDA, STEP, Case, U, rms
 from nanoqlora.ops import mlp_backward
 from nanoqlora.ops.triton import mlp_backward as mlp_backward_triton
 
-pytestmark = [pytest.mark.usefixtures("triton_kernels"), *([pytest.mark.gpu] if CUDA else [])]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("triton_kernels"), *([pytest.mark.gpu] if CUDA else [])]
 
 
 def operands(N_T: tuple[int, int], FF: int, r: int, r_gate: int, r_up: int, p: float) -> tuple[Case, dict]:

@@ -16,6 +16,7 @@ from nanoqlora.ops.triton import nf4 as nf4_triton
 from nanoqlora.ops.triton.elementwise import Launch
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("triton_kernels"),
     pytest.mark.filterwarnings("ignore:overflow encountered in exp"),
     *([pytest.mark.gpu] if CUDA else []),

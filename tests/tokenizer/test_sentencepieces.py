@@ -16,6 +16,7 @@ from go_text import go_write, needs_go
 from hard_texts import CHATS, HARD, TEXTS, as_text
 from llama_cpp import LlamaCpp
 from sentencepiece_models import train
+from small_runs import PIRATE
 from tiny import save_random_llama
 from transformers import AutoTokenizer
 
@@ -75,6 +76,7 @@ def gguf_file(path: Path, tok: Tokenizer, fmt: PromptFormat = COMPLETION) -> Pat
 # Text
 
 
+@pytest.mark.slow
 def test_text_gets_the_ids_of_sentencepiece_tokenizers_and_llama_cpp(mistral, mistral_folder, tmp_path):
     spm = sentencepiece.SentencePieceProcessor(model_file=str(mistral_folder / "tokenizer.model"))
     save_tokenizer(mistral, tmp_path)  # the tokenizers package gets the file that we write
@@ -165,7 +167,7 @@ def test_a_vocabulary_that_the_tokenizers_package_learnt(tmp_path):
     trained.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     bytes_and_more = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=800, special_tokens=bytes_and_more, show_progress=False)
-    trained.train_from_iterator([Path(__file__).read_text(encoding="utf-8"), *HARD], trainer)
+    trained.train_from_iterator([*PIRATE[:200], *HARD], trainer)
     data = json.loads(trained.to_str())
     data["added_tokens"] = data["added_tokens"][:2]
     (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
@@ -185,6 +187,7 @@ def test_a_vocabulary_that_the_tokenizers_package_learnt(tmp_path):
 # Chats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("legacy", [True, False])
 def test_chats_get_the_ids_of_transformers(mistral_folder, tmp_path, legacy):
     """A tokenizer.model alone; transformers gets the files that we write of it."""
@@ -364,6 +367,7 @@ def test_what_a_gguf_file_must_say(small, tmp_path):
             read_gguf_metadata(sound | {f"tokenizer.ggml.{name}": value}, tmp_path)
 
 
+@pytest.mark.slow
 def test_no_damage_to_json_ends_in_a_traceback(small, tmp_path):
     """Anything at any place: the tokenizer loads and encodes, or a line says what is wrong."""
     save_tokenizer(load_tokenizer(write_folder(tmp_path / "model", small, chat_template=LLAMA2_CHAT)), tmp_path)

@@ -15,6 +15,7 @@ import tiktoken.load
 import tokenizers
 from hard_texts import CHATS, HARD, PAIRS, TEXTS, as_text
 from llama_cpp import LlamaCpp
+from small_runs import PIRATE
 from transformers import AutoTokenizer
 
 from nanoqlora.config.errors import UserError
@@ -51,6 +52,7 @@ def llama_cpp(smollm2_path: Path):
         yield model
 
 
+@pytest.mark.slow
 def test_text_gets_the_ids_of_transformers_and_llama_cpp(tok, hf, llama_cpp):
     assert len({*HARD, *PAIRS}) > 300
     for text, witness in zip(TEXTS, as_text(hf.backend_tokenizer, TEXTS), strict=True):
@@ -60,6 +62,7 @@ def test_text_gets_the_ids_of_transformers_and_llama_cpp(tok, hf, llama_cpp):
         assert not set(ids) & set(tok.special_tokens.values()), text
 
 
+@pytest.mark.slow
 def test_special_tokens_in_text_are_found_when_asked_for(tok, hf, llama_cpp):
     found = 0
     for text, witness in zip(TEXTS, hf(TEXTS, add_special_tokens=False)["input_ids"], strict=True):
@@ -174,6 +177,7 @@ def test_a_template_that_fails_is_a_user_error(tok, template, said):
         tok.encode_chat([{"role": "user", "content": "hi"}], chat_template=template)
 
 
+@pytest.mark.slow
 def test_saved_and_loaded_it_is_equal(tok, hf, hf_folder, tmp_path):
     again = load_tokenizer(hf_folder)
     assert again == tok and again.chat_template == tok.chat_template
@@ -198,13 +202,13 @@ LLAMA3_CHAT = (
 
 
 def train_bpe(pre: str, special: list[str]) -> tokenizers.Tokenizer:
-    """A vocabulary of 900 tokens, learnt by the tokenizers package from this file and the hard texts."""
+    """A vocabulary of 900 tokens, learnt by the tokenizers package from the pirate chats and the hard texts."""
     trained = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=SPLIT_RULES[pre].whole_words))
     trained.pre_tokenizer = pre_tokenizer(pre)
     trained.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
-    trained.train_from_iterator([Path(__file__).read_text(encoding="utf-8"), *TEXTS], trainer)
+    trained.train_from_iterator([*PIRATE[:200], *TEXTS], trainer)
     trained.add_special_tokens(special)
     return trained
 
@@ -391,6 +395,15 @@ def meta(llama3_ranks_folder) -> Tokenizer:
     return load_tokenizer(llama3_ranks_folder)
 
 
+@pytest.fixture(scope="module")
+def meta_folder(meta, tmp_path_factory) -> Path:
+    """The same in Hugging Face's format, with its merges."""
+    folder = tmp_path_factory.mktemp("meta")
+    save_tokenizer(meta, folder)
+    return folder
+
+
+@pytest.mark.slow
 def test_metas_list_gets_the_ids_of_tiktoken(meta, llama3_ranks_folder):
     """The witness is tiktoken with Meta's own reader of the file, and Meta's pattern."""
     pattern = (
@@ -411,26 +424,27 @@ def test_metas_list_gets_the_ids_of_tiktoken(meta, llama3_ranks_folder):
     ]
 
 
-def test_the_merges_of_metas_list_give_the_same_ids(meta, tmp_path):
+@pytest.mark.slow
+def test_the_merges_of_metas_list_give_the_same_ids(meta, meta_folder, tmp_path):
     """Saved in Hugging Face's format, for transformers and llama.cpp, which want merges."""
-    save_tokenizer(meta, tmp_path)
-    witness = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    witness = tokenizers.Tokenizer.from_file(str(meta_folder / "tokenizer.json"))
     assert as_text(witness, TEXTS) == [meta.encode(text) for text in TEXTS]
-    again = load_tokenizer(tmp_path)
+    again = load_tokenizer(meta_folder)
     assert len(again.merges) > 127_000 and again == replace(meta, merges=again.merges)
     assert [again.encode(text, bos=True, special=True) for text in HARD] == [witness.encode(text).ids for text in HARD]
     with LlamaCpp(write_gguf(tmp_path / "llama3.gguf", again), vocab_only=True) as llama_cpp:
         for text in TEXTS:
             assert meta.encode(text) == llama_cpp.tokenize(text), text
-    assert not (tmp_path / "tokenizer.model").exists()  # other programs would take it for sentencepiece's
+    assert not (meta_folder / "tokenizer.model").exists()  # other programs would take it for sentencepiece's
 
 
-def test_ignore_merges_is_read(meta, tmp_path):
+@pytest.mark.slow
+def test_ignore_merges_is_read(meta, meta_folder, tmp_path):
     """Llama-3's vocabulary without whole words: every fortieth token alone and within a word, and hard texts.
 
     Some tokens are made by no merges, and a word that is one has other ids then.
     """
-    save_tokenizer(meta, tmp_path)
+    shutil.copytree(meta_folder, tmp_path, dirs_exist_ok=True)
     data = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     texts = [meta.decode([id]) for id in range(0, LLAMA3_RANKS, 40)]
     texts += [f"a{text}b" for text in texts[::4]] + TEXTS

@@ -266,6 +266,7 @@ def is_all_used(config: dict[str, Any], used: dict[str, Any]) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_rope_is_the_one_that_transformers_takes():
     """Every map as rope_scaling, as rope_parameters and both, with and without rope_theta on top."""
     read = refused = 0
@@ -320,7 +321,7 @@ def byte_level(added: list[str]) -> dict[str, Any]:
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=290, initial_alphabet=part.ByteLevel.alphabet(), show_progress=False, special_tokens=["<s>", "</s>"]
     )
-    trained.train_from_iterator([TEXT * 3, Path(__file__).read_text()], trainer)
+    trained.train_from_iterator([TEXT * 3, *small_runs.PIRATE[:200]], trainer)
     data = json.loads(trained.to_str())
     data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in added]
     return data

@@ -17,6 +17,8 @@ from nanoqlora.gguf.config import hf_config
 from nanoqlora.gguf.reader import read_gguf
 from nanoqlora.tokenizer.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.1}
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config.errors import UserError as UserError
+    from .export.gguf_model import export_gguf as export_gguf
+    from .export.merge import merge as merge
     from .model import ModelConfig as ModelConfig
     from .ops import dequantize_nf4 as dequantize_nf4
     from .ops import quantize_nf4 as quantize_nf4
@@ -22,9 +24,11 @@ PUBLIC = {  # name -> the module that has it
     "ModelConfig": "model",
     "UserError": "config.errors",
     "dequantize_nf4": "ops",
+    "export_gguf": "export.gguf_model",
     "inject_lora": "qlora",
     "load_adapter": "weights.adapter",
     "load_tokenizer": "tokenizer.tokenizer",
+    "merge": "export.merge",
     "quantize_nf4": "ops",
     "save_adapter": "weights.adapter",
 }

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-import merge
 from nanoqlora.export.forms import Merged
+from nanoqlora.export.merge import write_weights
 from nanoqlora.weights.adapter import read_updates
 from nanoqlora.weights.checkpoint import open_weights
 
@@ -26,7 +26,7 @@ def main() -> None:
     model, adapter, out, base = *sys.argv[1:4], *(sys.argv[4:] or ["nf4"])
     merged = Merged(
         open_weights(model),
-        read_updates(Path(adapter))[1],
+        read_updates(Path(adapter)),
         base == "nf4",
         torch.bfloat16,
         torch.bfloat16,
@@ -42,7 +42,7 @@ def main() -> None:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    merge.write_merged(merged, Path(out), int(5e9))
+    write_weights(merged, Path(out), int(5e9))
     done.set()
     thread.join()
     print(peak[0] - start)

@@ -1,6 +1,8 @@
 """What leaves a run: merged weights in each form, GGUF files, Ollama's template, and the proof of what is in them.
 
+    merge.py                                                 an adapter merged into its base
     gguf_model.py, gguf_adapter.py, tokenizer_metadata.py    model, adapter and vocabulary as GGUF
+    gguf_file.py                                             the file itself, and the Modelfile beside it
     go_template.py                                           the prompt in Ollama's template language
     forms.py, certificate.py, held_out.py                    each form of the model, scored on held-out texts
     proof.py, llama_cpp.py                                   a GGUF file, asked by our reader and by real llama.cpp

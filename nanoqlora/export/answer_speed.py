@@ -69,12 +69,12 @@ def bench_deploy(folder: Path, prompt_tokens: int, new_tokens: int) -> list[dict
         trained = yaml.safe_load(run.read_text("utf-8"))
         base, in_4bit = str(trained["base_model"]), trained.get("load_in_4bit", True) is True
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{run}: cannot be read ({type(error).__name__}: {str(error)[:200]!r}), so what was trained is not known."
-        ) from error
-    forms = [("base", base, None, False)]
-    forms.append((f"adapter on {'4-bit ' * in_4bit}base", base, folder, in_4bit))
-    forms += [("merged", folder / "merged", None, False)] * (folder / "merged").exists()
+        reason = f"{type(error).__name__}: {str(error)[:200]!r}"
+        raise UserError(f"{run}: cannot be read ({reason}), so what was trained is not known.") from error
+    options: dict[str, dict[str, Any]] = {"base": {"model": base}}
+    options[f"adapter on {'4-bit ' * in_4bit}base"] = {"model": base, "adapter": str(folder), "load_in_4bit": in_4bit}
+    if (folder / "merged").exists():
+        options["merged"] = {"model": str(folder / "merged")}
     rows = []
     print(f"{prompt_tokens} tokens of prompt, {new_tokens} of answer, {torch.get_num_threads()} threads, tokens/s")
     print(f"{'':34}  {'prefill':>9}  {'decode':>9}")
@@ -83,10 +83,8 @@ def bench_deploy(folder: Path, prompt_tokens: int, new_tokens: int) -> list[dict
         rows.append({"form": name, **speeds})
         print(f"{name:34}  {speeds['prefill']:9.1f}  {speeds['decode']:9.1f}", flush=True)
 
-    for name, model, adapter, load_in_4bit in forms:
-        used = load_for_use(
-            ModelOptions(model=model, adapter=adapter, load_in_4bit=load_in_4bit, bf16=trained.get("bf16", "auto"))
-        )
+    for name, given in options.items():
+        used = load_for_use(ModelOptions.model_validate(given | {"bf16": trained.get("bf16", "auto")}))
         add(name, speed_of(used.model, prompt_tokens, new_tokens))
     for file in sorted(folder.glob("model-*.gguf")):
         try:
@@ -94,7 +92,5 @@ def bench_deploy(folder: Path, prompt_tokens: int, new_tokens: int) -> list[dict
         except NotAsked as error:
             print(f"{file.name} in llama.cpp: not asked, because {error}")
         except Refused as error:
-            raise UserError(
-                f"{file}: llama.cpp refuses it ({error}), so it cannot be measured. Export it again."
-            ) from error
+            raise UserError(f"{file}: llama.cpp refuses it ({error}). Export it again.") from error
     return rows

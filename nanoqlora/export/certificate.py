@@ -25,8 +25,9 @@ from torch import Tensor
 from ..config.errors import UserError
 from ..data.batches import Batch, Sample, collate
 from ..data.packing import pack
+from ..gguf.config import model_config
 from ..model import Block, RMSNorm, rope_frequencies
-from ..weights.checkpoint import Weights, model_config
+from ..weights.checkpoint import Tensors
 
 ROW_TOKENS = 1024  # of a row when the samples are short
 CHUNK_TOKENS = 64  # whose logits are held at once: for a vocabulary of 128,000 33 MB each
@@ -40,7 +41,7 @@ class Form(NamedTuple):
     """Something to score."""
 
     name: str
-    weights: Weights
+    weights: Tensors
     num_bytes: int  # that it takes on a disk
     states: tuple[Tensor, Tensor] | None = None  # what `hidden_states` gives, where that is known
 
@@ -65,7 +66,7 @@ class Texts:
     @classmethod
     def of(cls, samples: Iterable[Sample], max_tokens: int) -> "Texts":
         """The first samples, up to so many tokens in all, but at least one sample."""
-        chosen, total = [], 0
+        chosen, total = list[Sample](), 0
         for sample in samples:
             if chosen and total + len(sample) > max_tokens:
                 break
@@ -82,7 +83,7 @@ class Texts:
 
 
 @torch.no_grad()
-def hidden_states(weights: Weights, texts: Texts, device: torch.device) -> tuple[Tensor, Tensor]:
+def hidden_states(weights: Tensors, texts: Texts, device: torch.device) -> tuple[Tensor, Tensor]:
     """What the head reads at the supervised positions, (N, D), and the head, (V, D); float32 on the device."""
     config = model_config(weights.config, weights.where)
 
@@ -215,14 +216,12 @@ def verdict_of_merge(out: object, form: str, record: dict[str, Any]) -> str:
     trained, *_ = forms = record.get("forms", [None])
     found = next((score for score in forms if score and score["form"] == form), None)
     if found is None:
-        return (
-            f"verdict: not proven: {out} was not compared with the trained model; not asked: answers on held-out texts"
-        )
+        gap = "was not compared with the trained model; not asked: answers on held-out texts"
+        return f"verdict: not proven: {out} {gap}"
     far = f"{found['mean_kl']:.2g} nats a token from it on {record['held_out']['tokens']} held-out tokens"
     if form == ON_ORIGINAL and trained["form"] == TRAINED:
         return f"verdict: {out} is what --base original asks for, which is not the model that was trained: {far}"
     if not found["mean_kl"] <= MAX_KL:
-        return (
-            f"verdict: NOT what was trained: {out}: {far}, more than a rounding of its weights costs. Do not serve it."
-        )
+        why = f"{far}, more than a rounding of its weights costs"
+        return f"verdict: NOT what was trained: {out}: {why}. Do not serve it."
     return f"verdict: {out} is what was trained: {far}"

@@ -3,55 +3,45 @@
     Merged(base, updates, ...)      base and adapter as one weight: what merge.py writes, what training computed with
     Rounded(weights, "Q4_K_M")      the same after a trip through the block formats of a GGUF file
 
-Both have the face of an opened checkpoint (`checkpoint.Weights`), so a form can be written, loaded or scored alike, and
-none of them is ever whole in memory.
+Both have the interface of an opened checkpoint (`checkpoint.Tensors`), so a form can be written, loaded or scored
+alike, and none of them is ever complete in memory.
 """
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config.errors import UserError
-from ..gguf.file_types import tensor_type
+from ..gguf.config import model_config
+from ..gguf.file_types import tensor_types
 from ..gguf.ggml_blocks import FORMATS, dequantize, quantize_checked
-from ..gguf.names import gguf_name, tensor_shapes
+from ..gguf.names import tensor_shapes
 from ..qlora import ROWS_AT_A_TIME, QLoRALinear, check_width
 from ..weights.adapter import Update
 from ..weights.adapter_files import read_trained
-from ..weights.checkpoint import Weights, model_config
+from ..weights.checkpoint import Tensors, Weights
 from .certificate import GGUF, ON_NF4, ON_ORIGINAL, TRAINED, Form
 
 
+@dataclass
 class Merged:
-    """W + s B A, summed in float32 and rounded once.
+    """W + s B A, summed in float32 and rounded once."""
 
-    Args:
-        base: where W comes from.
-        updates: of the adapter, by the name of the layer; none leaves the base alone.
-        in_4bit: W of the blocks' linear layers goes through NF4 and back first, as in training.
-        seen: the dtype that training computed in: a weight was rounded to it before every product.
-        dtype: of the result; float32 keeps the sum as it is.
-        device: where the arithmetic is done, and where the result is.
-    """
+    base: Weights  # where W comes from
+    updates: dict[str, Update]  # of the adapter, by the name of the layer; none leaves the base alone
+    in_4bit: bool  # W of the blocks' linear layers goes through NF4 and back first, as in training
+    seen: torch.dtype  # that training computed in: a weight was rounded to it before every matmul
+    dtype: torch.dtype  # of the result; float32 keeps the sum as it is
+    device: torch.device  # where the arithmetic is done, and where the result is
 
-    def __init__(
-        self,
-        base: Weights,
-        updates: dict[str, Update],
-        in_4bit: bool,
-        seen: torch.dtype,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.base, self.updates, self.in_4bit = base, updates, in_4bit
-        self.seen, self.dtype, self.device = seen, dtype, device
-        self.config: dict[str, Any] = base.config
-        self.where: Path = base.where
-        self.shapes = tensor_shapes(model_config(base.config, base.where))
+    def __post_init__(self) -> None:
+        self.config, self.where = self.base.config, self.base.where
+        self.shapes = tensor_shapes(model_config(self.config, self.where))
         self.changes: dict[str, float] = {}  # by layer: the norm of what was added over the norm of W
-        for layer in updates:
+        for layer in self.updates:
             if f"{layer}.weight" not in self.shapes:
                 raise UserError(f"adapter: has an update of {layer}, which {self.where} has not. Wrong base?")
 
@@ -60,7 +50,7 @@ class Merged:
 
     @property
     def num_bytes(self) -> int:
-        return sum(_count(shape) for shape in self.shapes.values()) * self.dtype.itemsize
+        return sum(map(math.prod, self.shapes.values())) * self.dtype.itemsize
 
     def load(self, name: str) -> Tensor:
         """One tensor of the merged model.
@@ -68,24 +58,16 @@ class Merged:
         Raises:
             UserError: the adapter does not fit, changes nothing there, or the result holds NaN or infinity.
         """
-        w, layer = self.base.load(name), name.removesuffix(".weight")
-        if tuple(w.shape) != self.shapes[name]:
-            raise UserError(
-                f"{self.where}: {name} has shape {tuple(w.shape)}, and by its configuration it should have "
-                f"{self.shapes[name]}. Get a whole, matching checkpoint."
-            )
-        w = w.to(self.device)
+        w, layer = self.base.load(name).to(self.device), name.removesuffix(".weight")
         is_linear = ".layers." in name and w.ndim == 2
         merged = self._merged_linear(name, layer, w) if is_linear else w.to(self.seen).to(self.dtype)
         if not torch.isfinite(torch.stack(merged.aminmax())).all():
-            raise UserError(
-                f"{name}: holds NaN or infinite values in {self.dtype}, which would be in every answer. Base or "
-                f"adapter is damaged, or a value is too large for this --dtype."
-            )
+            why = "Base or adapter is damaged, or a value is too large for this --dtype"
+            raise UserError(f"{name}: holds NaN or infinite values in {self.dtype}, so every answer would. {why}.")
         return merged
 
     def as_training_saw(self, name: str, w: Tensor) -> QLoRALinear:
-        """A linear layer with the values that every product of the training had, from its weight in the file."""
+        """A linear layer with the values that every matmul of the training had, from its weight in the file."""
         linear = QLoRALinear(w)
         if self.in_4bit:
             check_width(f"{self.where}: {name}", w)
@@ -96,7 +78,7 @@ class Merged:
         """Some rows at a time, so that float32 copies stay small beside the weight."""
         linear, update = self.as_training_saw(name, w), self.updates.get(layer)
         if update:
-            update = Update(*(part.to(self.device) if isinstance(part, Tensor) else part for part in update))
+            update = update.to(self.device)
             a, b = update.lora_A, update.lora_B
             if (b.shape[0], a.shape[1]) != w.shape:
                 raise UserError(
@@ -110,11 +92,11 @@ class Merged:
             base = linear.rebuild(self.seen, rows).float()
             merged[rows] = base
             if update:
-                plain, whole = merged[rows].clone(), update.rows(rows).merged(base)
-                merged[rows] = whole
+                plain, exact = merged[rows].clone(), update.rows(rows).merged(base)
+                merged[rows] = exact
                 is_changed = is_changed or not torch.equal(merged[rows], plain)
                 before = before + base.norm().double() ** 2
-                after = after + (whole - base).norm().double() ** 2
+                after = after + (exact - base).norm().double() ** 2
         is_zero = update and not (update.lora_A.any() and update.lora_B.any())  # as training starts
         if update and not is_changed and not is_zero:
             raise UserError(
@@ -132,18 +114,12 @@ class Rounded:
     Rows of q_proj and k_proj stand in another order in a file, and blocks run along rows, so the values are the same.
     """
 
-    def __init__(self, weights: Weights, file_type: str, device: torch.device) -> None:
+    def __init__(self, weights: Tensors, file_type: str, device: torch.device) -> None:
         self.weights, self.device = weights, device
         self.config, self.where = weights.config, weights.where
         config = model_config(weights.config, weights.where)
-        is_gqa, is_tied = config.num_key_value_heads < config.num_attention_heads, config.tie_word_embeddings
-        self.types = {
-            name: tensor_type(gguf_name(name), shape, file_type, is_tied, config.num_hidden_layers, is_gqa)
-            for name, shape in tensor_shapes(config).items()
-        }
-        self.num_bytes = sum(
-            FORMATS[self.types[name]].num_bytes(_count(shape)) for name, shape in tensor_shapes(config).items()
-        )
+        self.types, shapes = tensor_types(config, file_type), tensor_shapes(config)
+        self.num_bytes = sum(FORMATS[self.types[name]].num_bytes(math.prod(shape)) for name, shape in shapes.items())
 
     def names(self) -> list[str]:
         return self.weights.names()
@@ -153,23 +129,19 @@ class Rounded:
         return dequantize(quantize_checked(w, self.types[name], name), self.types[name], tuple(w.shape))
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
-
-
-def trained_form(base: Weights, updates: dict[str, Update], adapter: Path, device: torch.device) -> Form:
+def trained_form(base: Weights, updates: dict[str, Update], adapter: str | Path, device: torch.device) -> Form:
     """Base and adapter as training computed with them, in float32, and what they take: NF4 and the small update."""
     in_4bit, seen, _ = read_trained(adapter)
     weights = Merged(base, updates, in_4bit, seen, torch.float32, device)
     total = 0.0
     for name, shape in weights.shapes.items():
         in_nf4 = in_4bit and ".layers." in name and len(shape) == 2
-        total += _count(shape) * (0.5 + 1 / 64 + 4 / 64 / 256 if in_nf4 else 2)
+        total += math.prod(shape) * (0.5 + 1 / 64 + 4 / 64 / 256 if in_nf4 else 2)
     total += sum(4 * (update.lora_A.numel() + update.lora_B.numel()) for update in updates.values())
     return Form(TRAINED if in_4bit else "adapter on base", weights, round(total))
 
 
-def all_forms(merged: Merged, written: Weights, adapter: Path, types: list[str], num_bytes: int) -> list[Form]:
+def all_forms(merged: Merged, written: Weights, adapter: str | Path, types: list[str], num_bytes: int) -> list[Form]:
     """The trained model first; then what was written, what `--base` could have been instead, and the GGUF types.
 
     Args:

@@ -14,7 +14,7 @@ from ..gguf.modelfile import go_text, quoted
 from ..tokenizer.chat_template import Messages
 from ..tokenizer.tokenizer import Tokenizer
 from ..tokenizer.vocabulary import CONTROL, USER_DEFINED
-from .tokenizer_metadata import PROBES, _spaces, _takes
+from .tokenizer_metadata import probes, spaces, takes
 
 
 class GoTemplate(NamedTuple):
@@ -42,30 +42,32 @@ def go_template(fmt: PromptFormat, tok: Tokenizer, ends: Sequence[int] = ()) -> 
 
     def render(messages: Messages) -> str:
         text = fmt.render(tok, messages, add_generation_prompt=True)
-        return text.removeprefix(tok.vocab[tok.bos_id]) if tok.add_bos else text  # SmolLM2's BOS is <|im_start|>: stays
+        if tok.add_bos and tok.bos_id is not None:
+            return text.removeprefix(tok.vocab[tok.bos_id])
+        return text  # SmolLM2's BOS is <|im_start|>: stays
 
     if fmt.type != "chat_template":  # then the last message alone is prompted with
-        words = map(go_text, render(say("user", "\0")).split("\0"))
+        texts = map(go_text, render(say("user", "\0")).split("\0"))
         last = '{{ $last := "" }}{{ range .Messages }}{{ $last = .Content }}{{ end }}'
-        return GoTemplate(last + "{{ $last }}".join(words), None, stops)
+        return GoTemplate(last + "{{ $last }}".join(texts), None, stops)
 
-    if "strftime_now" in fmt.jinja(tok):
+    if "strftime_now" in (fmt.jinja(tok) or ""):
         raise _inexpressible("it writes today's date")
     joints = Joints.read(render)
     turns = Turns.read(joints, render)
-    probes = [chat for chat in PROBES if _takes(render, chat)]
-    writer = next((w for w in (turns, joints) if w and all(w.write(chat) == render(chat) for chat in probes)), None)
+    chats = probes(render)
+    writer = next((w for w in (turns, joints) if w and all(w.write(chat) == render(chat) for chat in chats)), None)
     if writer is None:
         raise _inexpressible("what it writes around a message depends on more than the message before")
     stops = stops or [joints.gaps["assistant", "user"].strip()]
-    template = _spaces(tok, fmt)[1] + writer.go()
+    template = spaces(tok, fmt)[1] + writer.go()
     return GoTemplate(template, writer.system if _as_system(writer.system) else None, stops)
 
 
 def _as_system(text: str | None) -> bool:
     """Whether SYSTEM can hold a system message of the template's own; in the template it is right as well."""
     # Ollama may run the Jinja instead, which gets SYSTEM as a message, and may strip white space off its ends.
-    return bool(text) and quoted(text) is not None and text == text.strip()
+    return text is not None and text != "" and quoted(text) is not None and text == text.strip()
 
 
 def stop_texts(fmt: PromptFormat, tok: Tokenizer, ends: Sequence[int] = ()) -> list[str]:
@@ -81,7 +83,7 @@ class Joints(NamedTuple):
 
     gaps: dict[tuple[str, str], str]
     around_system: tuple[str, str] | None = None  # where a system message goes to the question at the end, as Mistral's
-    system = None  # a message that the template puts in by itself is in the gap at the beginning
+    system: str | None = None  # a message that the template puts in by itself is in the gap at the beginning
 
     @classmethod
     def read(cls, render: Callable[[Messages], str]) -> "Joints":
@@ -93,9 +95,9 @@ class Joints(NamedTuple):
             raise _inexpressible("it leaves out a message")
         if not gaps["assistant", "user"]:
             raise _inexpressible("nothing stands between two messages")
-        if _takes(render, turns[:2]):
+        if takes(render, turns[:2]):
             gaps |= _gaps(render(turns[:2]), turns[:2]) or {}
-        if not _takes(render, system + turns):
+        if not takes(render, system + turns):
             return cls(gaps)
         with_system = render(system + turns)
         if more := _gaps(with_system, system + turns):
@@ -117,8 +119,8 @@ class Joints(NamedTuple):
             if (role, message["role"]) not in self.gaps:
                 return None
             text, role = text + self.gaps[role, message["role"]], message["role"]
-            if system is not None and role == "user" and i == len(messages) - 1:
-                text += self.around_system[0] + system + self.around_system[1]
+            if self.around_system and system is not None and role == "user" and i == len(messages) - 1:
+                text += system.join(self.around_system)
             text += message["content"]
         return text + self.gaps.get((role, ""), "")
 
@@ -165,7 +167,7 @@ class Turns(NamedTuple):
     after: str
     end: str
     intro: str  # stands in front of every system message, in some Llama-3 templates
-    system: str | None = None  # what the template says by itself where no system message is given
+    system: str | None = None  # what the template writes where no system message is given
 
     @classmethod
     def read(cls, joints: Joints, render: Callable[[Messages], str]) -> "Turns | None":

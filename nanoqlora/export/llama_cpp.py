@@ -70,6 +70,8 @@ class Server:
         self.judge, self.log = judge, tempfile.TemporaryFile()
         command = [sys.executable, "-P", __file__, str(file), json.dumps(settings)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
+        assert self.process.stdin and self.process.stdout
+        self.pipes = self.process.stdin, self.process.stdout
         lines = (line.decode("utf-8", "replace").strip() for line in self.process.stdout)
         address = next((line for line in lines if line.startswith("http://")), None)
         if address is None:
@@ -85,8 +87,8 @@ class Server:
 
     def close(self) -> None:
         """End the process."""
-        self.process.stdin.close()
-        self.process.stdout.close()
+        for pipe in self.pipes:
+            pipe.close()
         self.process.kill()
         self.process.wait()
         self.log.close()
@@ -125,13 +127,13 @@ class Server:
             raise Refused(" ".join(str(answer.get("error", {}).get("message")).split()))
         return answer
 
-    def prompt(self, messages: list[dict[str, Any]], tools: list[Any] | None = None, answer: bool = True) -> str:
-        """What the template in the file makes of a conversation; `answer`: with the header of the answer."""
+    def prompt(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
+        """What the template in the file makes of a conversation, with the header of the answer."""
         given = {"tools": tools} if tools else {}
-        return self.ask("/apply-template", messages=messages, add_generation_prompt=answer, **given)["prompt"]
+        return self.ask("/apply-template", messages=messages, add_generation_prompt=True, **given)["prompt"]
 
     def tokenize(self, text: str, add_special: bool = False, parse_special: bool = False) -> list[int]:
-        """Text -> ids. `add_special`: BOS in front if the file says so; `parse_special`: <|x|> is a token, not text."""
+        """Text -> ids. `add_special`: BOS in front as the file has it; `parse_special`: <|x|> is a token, not text."""
         return self.ask("/tokenize", content=text, add_special=add_special, parse_special=parse_special)["tokens"]
 
     def hidden_states(self, ids: list[int]) -> list[list[float]]:
@@ -205,12 +207,8 @@ def serve(file: str, n_ctx: int, exact: bool, hidden: bool, threads: int) -> Non
             settings |= {"cache_type_k": f32, "cache_type_v": f32, "no_extra_bufts": True}
             settings["flash_attn_type"] = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if hidden:  # all tokens of a text in one batch
-            settings |= {
-                "n_batch": n_ctx,
-                "n_ubatch": n_ctx,
-                "embedding": True,
-                "pooling_type": xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE,
-            }
+            settings |= {"n_batch": n_ctx, "n_ubatch": n_ctx, "embedding": True}
+            settings["pooling_type"] = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
         for name, value in settings.items():
             setattr(params, name, value)
     except Exception as error:
@@ -237,9 +235,7 @@ def main() -> None:
             prompt = llama.prompt([{"role": "user", "content": args.question}])
             print(llama.complete(prompt, args.max_tokens)["content"].strip())
     except Refused as error:
-        raise UserError(
-            f"{args.model}: llama.cpp refuses it ({error}), so nothing can answer. Export again."
-        ) from error
+        raise UserError(f"{args.model}: llama.cpp refuses it ({error}). Export it again.") from error
     except NotAsked as error:
         raise Failed(f"llama.cpp was not asked: {error}. It does not depend on {args.model}.") from error
 

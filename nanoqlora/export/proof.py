@@ -25,6 +25,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,98 +36,39 @@ from torch import Tensor
 from ..config.errors import UserError, visible
 from ..config.files import read_json, write_text
 from ..config.schema import Config
-from ..data.messages import say
 from ..data.prompts import PromptFormat
 from ..data.rows import read_rows
+from ..gguf.config import model_config
 from ..model import rope_frequencies
 from ..run.inputs import data_files, prompt_format_of
+from ..run.usable import talking
 from ..tokenizer.chat_template import Messages
 from ..tokenizer.tokenizer import Tokenizer, load_tokenizer
 from ..weights.adapter import read_updates
 from ..weights.adapter_files import adapter_hash, read_trained
-from ..weights.checkpoint import GGUFWeights, Weights, fingerprint, model_config, open_weights
+from ..weights.checkpoint import GGUFWeights, Weights, fingerprint, open_weights
 from ..weights.generation import end_ids, read_generation
+from ..weights.hub import local_path
 from .certificate import GGUF, MAX_KL, TRAINED, Form, Texts, compare, hidden_states, score_forms
 from .forms import Merged, Rounded, bytes_on_disk, trained_form
+from .gguf_file import prompt_format, usual_format
+from .gguf_model import export_gguf
+from .held_out import held_out_texts
 from .llama_cpp import NotAsked, Refused, Server
-from .tokenizer_metadata import tokenizer_metadata
+from .tokenizer_metadata import end_of_answer, tokenizer_metadata, without_bos
 
-WORDS = [
-    *(
-        "",
-        " ",
-        "  \n\n\t ",
-        "Hello world",
-        "a  b   c",
-        "line\r\nbreak\n\n\nend ",
-        "it's they'll we'VE",
-        "x = 12345 + 6.78e9;",
-    ),
-    *(
-        "\u00fc\u00df\u0153 na\u00efve",
-        "\u4f60\u597d\uff0c\u4e16\u754c",
-        "\u0645\u0631\u062d\u0628\u0627",
-        "\U0001f642\U0001f468\u200d\U0001f469",
-    ),
-    *(
-        "def f(x):\n    return x\n",
-        "<|im_start|>user</s>[INST]",
-        "https://a.b/c?d=e&f",
-        "\u00a0\u2003\u3000",
-        "!?...---___",
-    ),
-]
-TOOL = {
-    "name": "read_tide",
-    "description": 'The height of the "tide", caf\u00e9 <b>included</b>.',
-    "parameters": {
-        "type": "object",
-        "properties": {
-            "harbour": {"type": "string", "description": "Where"},
-            "hours": {"type": "integer", "enum": [1, 2]},
-        },
-        "required": ["harbour"],
-    },
-}
-TOOLS = [{"type": "function", "function": TOOL}]
-CALL = {"id": "tidecall1", "type": "function", "function": {"name": "read_tide", "arguments": {"harbour": "Brest"}}}
-ASKED = [
-    *say("system", "Be brief.\n\nBe kind.", "user", "How high is the tide?"),
-    {"role": "assistant", "content": None, "tool_calls": [CALL]},
-    {"role": "tool", "tool_call_id": "tidecall1", "name": "read_tide", "content": '{"metres": 4.2}'},
-]
-Chat = tuple[str, Messages, list[Any] | None]  # what it is called, its messages, its tools
+_asked = json.loads(files(__package__).joinpath("asked.json").read_text("utf-8"))
+WORDS: list[str] = _asked["texts"]
+Chat = tuple[str, Messages, list[Any] | None]  # its name, its messages, its tools
 CHATS: list[Chat] = [
-    ("a question", say("user", "Who are you? \u00fc \u4f60 \U0001f642"), None),
-    ("a system message", say("system", "Be brief.\n\nBe kind.", "user", "one\n\ntwo"), None),
-    (
-        "several turns",
-        say("user", "{{ .Content }} {% if %}", "assistant", "'quoted' \"text\" \\n", "user", "<b>bold</b> &amp;"),
-        None,
-    ),
-    (
-        "several turns behind a system message",
-        say("system", "Rhyme!", "user", "first", "assistant", "second", "user", "third", "assistant", "fourth")
-        + say("user", "fifth"),
-        None,
-    ),
-    (
-        "an answer with its thoughts",
-        say("user", "Is it so?", "assistant", "<think>hm</think> It is so.", "user", "And now?"),
-        None,
-    ),
-    ("tools", ASKED[:2], TOOLS),
-    ("a tool's result", ASKED, TOOLS),
-    ("a complete tool turn", [*ASKED, *say("assistant", "It is 4.2 m high.", "user", "Thank you.")], TOOLS),
+    (chat["name"], chat["messages"], _asked["tools"] * chat["with_tools"] or None) for chat in _asked["conversations"]
 ]
 AGAIN = "merge and export again, and if that does not help, report this line"
-ALIKE = (
-    "train with a chat template and rows that llama.cpp writes alike, or serve with a program that runs Jinja itself"
-)
+ALIKE = "train with a chat template that llama.cpp writes alike, or serve with a program that runs Jinja itself"
 IN_LLAMA_CPP = "the same in llama.cpp"
 NUM_ROWS = 8  # of the run's data, whose conversations are asked
 NEAR = 1e-6  # of a number that is rounded to float32 in a file
-NOISE = 2.0**-16  # of the largest weight of a tensor: two float32 sums in another order, with room to spare
+NOISE = 2.0**-16  # of the largest weight of a tensor: two float32 sums in another order, several times over
 OTHER_CODES = 1e-3  # of the weights of a layer that went through NF4: another device may round a tie the other way
 ONE_CODE = 0.31  # of the largest weight: how far apart two NF4 codes can be
 
@@ -170,14 +112,42 @@ class Proof:
         elif self.trained is None:
             line = f"verdict: not proven: {self.file.name} is the model in {self.model}, as {self.facts['type']}{gaps}"
         else:
-            what = "what was trained"
+            what, option = "what was trained", "--other_base" if self.is_on_other else "--base original"
             if self.is_on_other or (self.is_on_original and self.trained.name == TRAINED):
-                option = "--other_base" if self.is_on_other else "--base original"
                 what = f"what {option} merged, which is not the model that was trained"
-            found = next((form for form in self.facts.get("forms", ()) if form["form"].startswith(GGUF)), None)
-            far = f", {found['mean_kl']:.2g} nats a token from the trained model" if found else ""
+            kls = [form["mean_kl"] for form in self.facts.get("forms", ()) if form["form"].startswith(GGUF)]
+            far = f", {kls[0]:.2g} nats a token from the trained model" if kls else ""
             line = f"verdict: {self.file.name} is {what}: base and adapter, merged, as {self.facts['type']}{far}{gaps}"
         return visible(" ".join(line.split()))
+
+
+def export_and_prove(
+    model: str | Path, out: str | Path, type: str, config: Config | None, data: str | None, max_tokens: int
+) -> None:
+    """Write the file as `export_gguf` does, and prove it; what can be wrong with the run is found before.
+
+    Args:
+        config: of the run that the user named.
+        data: held-out texts of the user's, else those of the run; `max_tokens` of them.
+    """
+    tok, fmt = trained_talk(model, config)
+    texts = held_out_texts(config, tok, fmt, data, max_tokens) if max_tokens else None
+    export_gguf(model, out, type)
+    prove_file(Proof(Path(out), type.upper(), local_path(model), tok, fmt, config), texts)
+
+
+def trained_talk(model: str | Path, config: Config | None) -> tuple[Tokenizer, PromptFormat]:
+    """Tokenizer and prompt format of the run that the user named; without one, of the model.
+
+    Raises:
+        UserError: among others, the run's base cannot be opened.
+    """
+    if config is None or adapter_hash(Path(config.output_dir).absolute()) is None:  # which is no hub name
+        tok = load_tokenizer(model)
+        return tok, prompt_format(local_path(model), tok)
+    base = open_weights(config.base_model)
+    tok, fmt, _ = talking(config.base_model, config.output_dir, model_config(base.config, base.where).vocab_size)
+    return tok, fmt or usual_format(tok)
 
 
 def prove_file(proof: Proof, texts: tuple[str, Texts] | None) -> None:
@@ -196,8 +166,6 @@ def prove_file(proof: Proof, texts: tuple[str, Texts] | None) -> None:
     proof.trained = trained_model(proof)
     try:
         compare_all(proof, source, texts)
-        if proof.trained:
-            compare_run(proof, GGUFWeights(proof.file), proof.trained.weights.base)
     except UserError as error:
         proof.fail(str(error).rstrip("."))
     line = proof.verdict()
@@ -220,24 +188,31 @@ def compare_all(proof: Proof, source: Weights, texts: tuple[str, Texts] | None) 
     stored = GGUFWeights(proof.file)
     compare_tensors(proof, stored, source)
     compare_words(proof, load_tokenizer(proof.file).encode)
-    if proof.trained:
-        compare_merged(proof, source, proof.trained.weights)
+    trained = proof.trained.weights if proof.trained else None
+    if isinstance(trained, Merged):
+        compare_merged(proof, source, trained)
     if texts is None:
         proof.not_asked.append("answers on held-out texts (--data names a file)")
-        ask_llama_cpp(proof, None, None)
-        return
-    own = hidden_states(stored, texts[1], proof.device)
-    theirs = ask_llama_cpp(proof, texts[1], own)
+        ask_llama_cpp(proof)
+    else:
+        compare_answers(proof, stored, source, *texts)
+    if isinstance(trained, Merged):
+        compare_run(proof, stored, trained.base)
+
+
+def compare_answers(proof: Proof, stored: GGUFWeights, source: Weights, name: str, texts: Texts) -> None:
+    """What the trained model, the exported one and the file answer on held-out texts, of the file by llama.cpp too."""
+    own = hidden_states(stored, texts, proof.device)
+    theirs = ask_llama_cpp(proof, texts, own)
     num_bytes = proof.file.stat().st_size
-    forms = [Form(f"{GGUF}{proof.file.name}"[:26], stored, num_bytes, own)]
+    forms = [proof.trained] if proof.trained else []
     if proof.model.is_dir():
-        forms.insert(0, Form("merged" if proof.record else "exported", source, bytes_on_disk(proof.model)))
-    if proof.trained:
-        forms.insert(0, proof.trained)
+        forms.append(Form("merged" if proof.record else "exported", source, bytes_on_disk(proof.model)))
+    forms.append(Form(f"{GGUF}{proof.file.name}"[:26], stored, num_bytes, own))
     if theirs:
         forms.append(Form(IN_LLAMA_CPP, stored, num_bytes, theirs))
-    scores = score_forms(forms, texts[1], proof.device)
-    proof.facts |= {"held_out": texts[0], "forms": [vars(score) for score in scores if score.form != IN_LLAMA_CPP]}
+    scores = score_forms(forms, texts, proof.device)
+    proof.facts |= {"held_out": name, "forms": [vars(score) for score in scores if score.form != IN_LLAMA_CPP]}
     if theirs:
         proof.facts["llama_cpp"] |= vars(scores[-1])
     if proof.trained and not proof.is_on_original and not scores[1].mean_kl <= MAX_KL:
@@ -297,7 +272,7 @@ def trained_model(proof: Proof) -> Form | None:
     proof.is_on_other = trained_on not in (None, proof.facts["base_fingerprint"])
     if trained_on is None:
         proof.not_asked.append(f"whether {adapter} was trained on these weights of {base} (it has no fingerprint)")
-    return trained_form(weights, read_updates(adapter)[1], adapter, proof.device)
+    return trained_form(weights, read_updates(adapter), adapter, proof.device)
 
 
 def compare_merged(proof: Proof, source: Weights, trained: Merged) -> None:
@@ -337,7 +312,7 @@ def compare_words(proof: Proof, encode: Callable[[str], list[int]], by: str = "i
 
 def compare_run(proof: Proof, stored: GGUFWeights, base: Weights) -> None:
     """What the file has besides tensors, against the run: the base's configuration, the run's tokenizer and prompts."""
-    if not compare_configs(proof, stored, base, "the trained model"):
+    if proof.config is None or not compare_configs(proof, stored, base, "the trained model"):
         return
     tok, fmt, written = proof.tok, proof.fmt, stored.file.metadata
     ends = end_ids(read_generation(base), first=(fmt.end_id(tok), tok.eos_id))
@@ -352,7 +327,9 @@ def compare_run(proof: Proof, stored: GGUFWeights, base: Weights) -> None:
 # ------------------------------------------------------------------------------------------------ real llama.cpp
 
 
-def ask_llama_cpp(proof: Proof, texts: Texts | None, own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+def ask_llama_cpp(
+    proof: Proof, texts: Texts | None = None, own: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor] | None:
     """Words, prompts and the end token; and `hidden_states` of held-out texts, where `own` are ours of the file."""
     documents = []  # (ids, places of what is supervised)
     for row in texts.rows if texts else []:
@@ -360,7 +337,7 @@ def ask_llama_cpp(proof: Proof, texts: Texts | None, own: tuple[Tensor, Tensor] 
             places = [i - start for i in row.supervised.tolist() if start <= i < end]
             documents.append((row.tokens.flatten()[start:end].tolist(), places))
     longest = max((len(ids) for ids, _ in documents), default=0)
-    if longest >= model_config(open_weights(proof.file).config, proof.file).max_position_embeddings:
+    if longest >= open_weights(proof.file).config["max_position_embeddings"]:
         proof.not_asked.append(f"answers in llama.cpp (a held-out text of {longest} tokens is longer than its context)")
         documents = []
     before = len(proof.wrong)
@@ -379,7 +356,7 @@ def ask_llama_cpp(proof: Proof, texts: Texts | None, own: tuple[Tensor, Tensor] 
     proof.facts["llama_cpp"] = {"texts": len(WORDS), "conversations": count}
     if len(proof.wrong) == before:
         print(f"prompts   {count} conversations have the ids of training in llama.cpp, and it stops where they end")
-    if not states:
+    if not states or not texts or not own:
         return None
     theirs = torch.cat(states).to(own[0]), own[1]
     kl = max(0.0, compare(own, theirs, texts.targets)[0])
@@ -400,15 +377,13 @@ def compare_prompts(proof: Proof, llama: Server) -> int:
             proof.fail(f"llama.cpp refuses {name} with the chat template in it ({error})", ALIKE)
             continue
         if ids != fmt.encode_prompt(tok, messages, tools):
-            text = fmt.render(tok, messages, True, tools)
-            text = text.removeprefix(tok.vocab[tok.bos_id]) if fmt.add_bos(tok) else text
+            text = without_bos(tok, fmt, fmt.render(tok, messages, True, tools))
             at = len(os.path.commonprefix([prompt, text]))
             theirs, ours = (repr(x[max(0, at - 20) : at + 20]) for x in (prompt, text))
             what = "other token ids" if prompt == text else f"{theirs} where training has {ours}"
             proof.fail(f"llama.cpp makes {what} of {name}", ALIKE)
         count += 1
-    end = fmt.end_id(tok)
-    end = tok.eos_id if end is None else end
+    end = end_of_answer(tok, fmt)
     if llama.complete([end], 2, logit_bias=[[end, 1e4]])["stop_type"] != "eos":
         proof.fail(f"llama.cpp does not stop at {tok.vocab[end]!r}, which ends an answer in training")
     return count

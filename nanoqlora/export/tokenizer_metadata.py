@@ -41,28 +41,21 @@ def tokenizer_metadata(
     """
     pieces, kinds = list(tok.vocab), list(tok.kinds)
     if len(pieces) > num_rows:
-        raise UserError(
-            f"{model}: the tokenizer has {len(pieces)} tokens and the embedding {num_rows} rows, so some tokens would "
-            f"have no vector. Take both from one model."
-        )
+        what = f"the tokenizer has {len(pieces)} tokens and the embedding {num_rows} rows"
+        raise UserError(f"{model}: {what}, so some tokens would have no vector. Take both from one model.")
     pieces += [f"[PAD{id}]" for id in range(len(pieces), num_rows)]
     kinds += [UNUSED] * (num_rows - len(kinds))
-    end = fmt.end_id(tok)
-    end = tok.eos_id if end is None else end
-    if end is None:
-        raise UserError(f"{model}: nothing says which token ends an answer. Set eos_token in tokenizer_config.json.")
-    puts_spaces, lead = _spaces(tok, fmt)
+    end = end_of_answer(tok, fmt, model)
+    puts_spaces, lead = spaces(tok, fmt)
     # As an expression, because Jinja drops spaces in front of a block.
-    jinja = (lead and f"{{{{ {lead!r} }}}}") + (fmt.jinja(tok) or jinja_of_words(fmt, tok))
+    jinja = (lead and f"{{{{ {lead!r} }}}}") + (fmt.jinja(tok) or jinja_of_text(fmt, tok))
     for name in GIVEN_BY_SERVERS:
         if name in jinja:
             jinja = f"{{% set {name} = not_given %}}{jinja}"
+    ranking: Metadata = {"tokenizer.ggml.merges": ("string[]", [] if tok.is_sentencepiece else merges_of(tok))}
     if tok.is_sentencepiece:
-        scores = tok.scores + [UNREACHED] * (num_rows - len(tok.scores))
-        words = {"scores": ("f32[]", scores)}
-    else:
-        words = {"merges": ("string[]", merges_of(tok))}
-    for text in (jinja, *(fmt.render(tok, chat) for chat in PROBES if _takes(partial(fmt.render, tok), chat))):
+        ranking = {"tokenizer.ggml.scores": ("f32[]", tok.scores + [UNREACHED] * (num_rows - len(tok.scores)))}
+    for text in (jinja, *(fmt.render(tok, chat) for chat in probes(partial(fmt.render, tok)))):
         if half := re.search("[\ud800-\udfff]", text):
             raise UserError(
                 f"{model}: the chat template writes {half[0]!a}, half of a surrogate pair, which is no character and "
@@ -76,7 +69,7 @@ def tokenizer_metadata(
         "tokenizer.ggml.pre": ("string", tok.pre),
         "tokenizer.ggml.tokens": ("string[]", pieces),
         "tokenizer.ggml.token_type": ("i32[]", kinds),
-        **{f"tokenizer.ggml.{name}": value for name, value in words.items()},
+        **ranking,
         # Without these llama.cpp takes token 11 for both, or the first marker that it happens to find.
         "tokenizer.ggml.bos_token_id": ("u32", bos),
         "tokenizer.ggml.eos_token_id": ("u32", end),
@@ -91,6 +84,22 @@ def tokenizer_metadata(
         if id is not None:
             metadata[f"tokenizer.ggml.{name}_token_id"] = ("u32", id)
     return metadata
+
+
+def end_of_answer(tok: Tokenizer, fmt: PromptFormat, model: str | Path = "model") -> int:
+    """The token that ends an answer in training."""
+    end = fmt.end_id(tok)
+    end = tok.eos_id if end is None else end
+    if end is None:
+        raise UserError(
+            f"{model}: no file names the token at which answers end. Set eos_token in tokenizer_config.json."
+        )
+    return end
+
+
+def without_bos(tok: Tokenizer, fmt: PromptFormat, text: str) -> str:
+    """A prompt without the BOS that the tokenizer will add."""
+    return text.removeprefix(tok.vocab[tok.bos_id]) if fmt.add_bos(tok) and tok.bos_id is not None else text
 
 
 def _set_names(tok: Tokenizer, served: dict[str, str], jinja: str) -> str:
@@ -115,7 +124,7 @@ def unnamed_ends(tok: Tokenizer, ends: Sequence[int]) -> list[int]:
     return [id for id in ends if id < len(tok.vocab) and tok.vocab[id] not in STOPS_BY_NAME]
 
 
-def _spaces(tok: Tokenizer, fmt: PromptFormat) -> tuple[bool, str]:
+def spaces(tok: Tokenizer, fmt: PromptFormat) -> tuple[bool, str]:
     """What gives prompts the ids in llama.cpp that they had in training, as to sentencepiece's space in front of text.
 
     llama.cpp puts one in front of every stretch of text between special tokens, or of none. A tokenizer that does so
@@ -129,7 +138,7 @@ def _spaces(tok: Tokenizer, fmt: PromptFormat) -> tuple[bool, str]:
     """
     if not tok.is_sentencepiece:
         return False, ""
-    chats = [chat for chat in PROBES if _takes(partial(fmt.render, tok), chat)]
+    chats = probes(partial(fmt.render, tok))
     for is_wanted, lead in ((True, ""), (False, ""), (False, " ")):
         served = replace(tok, space_before="every" if is_wanted else "never", space_before_space=True)
         if all(served_ids(served, fmt, chat, lead) == fmt.encode_prompt(tok, chat) for chat in chats):
@@ -141,7 +150,12 @@ def _spaces(tok: Tokenizer, fmt: PromptFormat) -> tuple[bool, str]:
     )
 
 
-def _takes(render: Callable[[Messages], str], messages: Messages) -> bool:
+def probes(render: Callable[[Messages], str]) -> list[Messages]:
+    """Conversations of each kind that a template writes."""
+    return [chat for chat in PROBES if takes(render, chat)]
+
+
+def takes(render: Callable[[Messages], str], messages: Messages) -> bool:
     """Whether a template writes such a conversation: some allow no system message."""
     try:
         return bool(render(messages))
@@ -156,13 +170,11 @@ def served_ids(tok: Tokenizer, fmt: PromptFormat, messages: Messages, lead: str 
         lead: goes in front of the template.
     """
     text = lead + fmt.render(tok, messages, add_generation_prompt=True)
-    if not fmt.add_bos(tok):
-        return tok.encode(text, special=True)
-    return tok.encode(text.removeprefix(tok.vocab[tok.bos_id]), bos=True, special=True)
+    return tok.encode(without_bos(tok, fmt, text), bos=fmt.add_bos(tok), special=True)
 
 
-def jinja_of_words(fmt: PromptFormat, tok: Tokenizer) -> str:
-    """Jinja for a format that has none: its words before and behind the last message, alpaca's for example."""
+def jinja_of_text(fmt: PromptFormat, tok: Tokenizer) -> str:
+    """Jinja for a format that has none: its text before and behind the last message, alpaca's for example."""
     words = [json.dumps(text, ensure_ascii=False) for text in fmt.render(tok, say("user", "\0")).split("\0")]
     # As an expression, because Jinja drops a line break at the very end of a template, where alpaca has one.
     return "{{ " + " + messages[-1]['content'] + ".join(words) + " }}"
@@ -172,9 +184,8 @@ PROBES = [
     say("user", "question?"),
     say("system", "Be brief.", "user", "one\n\ntwo"),
     say("user", "{{ .Content }} {% if %}", "assistant", "'quoted' \"text\" \\n", "user", "<b>&amp;</b>"),
-    say(
-        "system", "s", "user", "u", "assistant", "a", "user", "\u00fc \u4f60 \U0001f642", "assistant", "b", "user", "v"
-    ),
+    say("system", "s", "user", "u", "assistant", "a", "user", "\u00fc \u4f60 \U0001f642")
+    + say("assistant", "b", "user", "v"),
     say("user", "u", "assistant", "an answer to go on with"),
     say("user", "u", "assistant", "<think>hm</think> so", "user", "v", "assistant", "w", "user", "x" * 500),
 ]

@@ -1,4 +1,4 @@
-"""config.json from the metadata of a GGUF file, and back.
+"""config.json from the metadata of a GGUF file, and the inverse.
 
 All numbers of a config.json are there as `llama.*`, except the llama3 kind of RoPE scaling, which is a tensor of
 divisors, `rope_freqs.weight`. What is not a Llama that we compute is refused.
@@ -6,6 +6,7 @@ divisors, `rope_freqs.weight`. What is not a Llama that we compute is refused.
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,38 +17,64 @@ from ..config.errors import UserError
 from ..model import ModelConfig, rope_frequencies
 from .container import Metadata
 from .file_types import FILE_TYPES
-from .names import ROPE_DIVISORS, gguf_name, hf_name, tensor_shapes
-from .reader import GGUFFile, _short
+from .names import ROPE_DIVISORS, check_tensors, gguf_name
+from .reader import GGUFFile, short
+
+NUMBERS = (  # field of config.json, its key as `llama.*`, its type there
+    ("num_hidden_layers", "block_count", "u32"),
+    ("max_position_embeddings", "context_length", "u32"),
+    ("hidden_size", "embedding_length", "u32"),
+    ("intermediate_size", "feed_forward_length", "u32"),
+    ("vocab_size", "vocab_size", "u32"),
+    ("num_attention_heads", "attention.head_count", "u32"),
+    ("num_key_value_heads", "attention.head_count_kv", "u32"),
+    ("head_dim", "attention.key_length", "u32"),
+    ("head_dim", "attention.value_length", "u32"),
+    ("rms_norm_eps", "attention.layer_norm_rms_epsilon", "f32"),
+    ("head_dim", "rope.dimension_count", "u32"),
+    ("rope_theta", "rope.freq_base", "f32"),
+)
+CONFIG_ORDER = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta"),
+)
+
+
+def model_config(config: dict[str, Any], where: str | Path) -> ModelConfig:
+    """config.json as ModelConfig; an error names the checkpoint."""
+    try:
+        return ModelConfig.from_hf(config)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}. Use a plain Llama or Mistral, and a complete copy of its files.") from error
 
 
 def hf_config(gguf: GGUFFile) -> dict[str, Any]:
-    """What config.json would say of this model, with the older RoPE keys that every reader knows.
+    """config.json of this model, with the older RoPE keys that every reader knows.
 
     Raises:
         UserError: not a plain Llama, or numbers or tensors of it are missing.
     """
     meta = gguf.metadata
     _refuse_other_models(gguf)
-    num_layers, num_heads = gguf.number("llama.block_count", int), gguf.number("llama.attention.head_count", int)
-    hidden_size = gguf.number("llama.embedding_length", int)
-    head_dim = gguf.number("llama.attention.key_length", int, hidden_size // num_heads)
-    is_tied = "output.weight" not in gguf.tensors
-
+    found: dict[str, Any] = {"rope_theta": 10000.0}  # as llama.cpp takes what is not there
+    for field, key, kind in NUMBERS:
+        if field == "vocab_size":
+            continue  # the embedding has it, and some files lack the number
+        value = gguf.number(f"llama.{key}", float if kind == "f32" else int, found.get(field))
+        if field == "head_dim" and value != found[field] and key != "attention.key_length":
+            what = f"metadata llama.{key} is {value} where a head has {found[field]} dimensions"
+            raise UserError(f"{gguf.path}: {what}, and in a Llama these are equal. Use another model.")
+        found[field] = value
+        if field == "num_attention_heads":
+            found |= {"num_key_value_heads": value, "head_dim": found["hidden_size"] // value}
+    embedding = gguf.tensors.get("token_embd.weight")
+    found["vocab_size"] = embedding.shape[0] if embedding else 1
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": hidden_size,
-        "intermediate_size": gguf.number("llama.feed_forward_length", int),
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": gguf.number("llama.attention.head_count_kv", int, num_heads),
-        "head_dim": head_dim,
-        "vocab_size": gguf.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in gguf.tensors else 1,
-        "max_position_embeddings": gguf.number("llama.context_length", int),
-        "rms_norm_eps": gguf.number("llama.attention.layer_norm_rms_epsilon", float),
-        "rope_theta": gguf.number("llama.rope.freq_base", float, 10000.0),
+        **{field: found[field] for field in CONFIG_ORDER},
         "rope_scaling": None,
-        "tie_word_embeddings": is_tied,
+        "tie_word_embeddings": "output.weight" not in gguf.tensors,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -55,22 +82,17 @@ def hf_config(gguf: GGUFFile) -> dict[str, Any]:
         "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
     }
-    ends = dict.fromkeys(meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-    if len(ends := [id for id in ends if id is not None]) > 1:
+    ids = [meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    if len(ends := [id for id in dict.fromkeys(ids) if id is not None]) > 1:
         config["eos_token_id"] = ends
-    for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
-        if gguf.number(key, int, head_dim) != head_dim:
-            raise UserError(
-                f"{gguf.path}: metadata {key} is {meta[key]} where a head has {head_dim} dimensions, and in a Llama "
-                f"these are equal. Use another model."
-            )
-    _check_tensors(gguf, config)
+    shapes = {name: info.shape for name, info in gguf.tensors.items()}
+    check_tensors(gguf.path, model_config(config, gguf.path), shapes, gguf_name)
     kind = meta.get("llama.rope.scaling.type", "linear" if "llama.rope.scale_linear" in meta else "none")
     if kind == "linear":
         factor = gguf.number("llama.rope.scaling.factor", float, meta.get("llama.rope.scale_linear"))
         config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     elif kind != "none":
-        raise UserError(f"{gguf.path}: RoPE scaling {_short(kind)} is not supported; known are linear and llama3.")
+        raise UserError(f"{gguf.path}: RoPE scaling {short(kind)} is not supported; known are linear and llama3.")
     if ROPE_DIVISORS in gguf.tensors:
         config["rope_scaling"] = _llama3_scaling(gguf, config)
     return config
@@ -80,43 +102,16 @@ def _refuse_other_models(gguf: GGUFFile) -> None:
     meta = gguf.metadata
     if meta.get("general.architecture") != "llama":
         raise UserError(
-            f"{gguf.path}: metadata general.architecture is {_short(meta.get('general.architecture'))}; only llama can "
+            f"{gguf.path}: metadata general.architecture is {short(meta.get('general.architecture'))}; only llama can "
             f"be read here, because other architectures compute something else. Use a Llama, Mistral or SmolLM file."
         )
     if meta.get("general.type", "model") != "model":
-        raise UserError(f"{gguf.path}: holds a {_short(meta['general.type'])}, not a model. Give the model's file.")
+        raise UserError(f"{gguf.path}: holds a {short(meta['general.type'])}, not a model. Give the model's file.")
     if meta.get("split.count", 1) not in (0, 1):
-        raise UserError(
-            f"{gguf.path}: is one of {meta['split.count']} parts of a model, and only whole files can be read here. "
-            f"Join them with llama.cpp's gguf-split --merge."
-        )
+        what = f"is one of {meta['split.count']} parts of a model"
+        raise UserError(f"{gguf.path}: {what}. Join them with llama.cpp's gguf-split --merge.")
     if meta.get("llama.expert_count", 0):
         raise UserError(f"{gguf.path}: a mixture of {meta['llama.expert_count']} experts; only dense Llamas are read.")
-
-
-def _check_tensors(gguf: GGUFFile, config: dict[str, Any]) -> None:
-    """The tensors have to be those of this Llama: none missing, none left over, each of the right shape."""
-    num_layers = min(config["num_hidden_layers"], len(gguf.tensors))  # a damaged count would keep us busy for hours
-    try:
-        shapes = tensor_shapes(ModelConfig.from_hf(config | {"num_hidden_layers": num_layers}))
-    except ValueError as error:
-        raise UserError(f"{gguf.path}: by its metadata {error}.") from error
-    expected = {gguf_name(name): shape for name, shape in shapes.items()}
-    missing = [name for name in expected if name not in gguf.tensors]
-    if missing:
-        raise UserError(
-            f"{gguf.path}: {len(missing)} tensors of a Llama with {config['num_hidden_layers']} layers are missing, "
-            f"{missing[0]} first, and the model cannot be built without them. Get a whole file."
-        )
-    for name, info in gguf.tensors.items():
-        if name == ROPE_DIVISORS:
-            continue
-        hf_name(name)  # raises for a tensor that no Llama has
-        if info.shape != expected.get(name):
-            raise UserError(
-                f"{gguf.path}: tensor {name} has shape {info.shape}, and by the metadata it should have "
-                f"{expected.get(name, 'no place in the model')}. The file contradicts itself: get another one."
-            )
 
 
 def _llama3_scaling(gguf: GGUFFile, config: dict[str, Any]) -> dict[str, Any] | None:
@@ -150,10 +145,8 @@ def _llama3_scaling(gguf: GGUFFile, config: dict[str, Any]) -> dict[str, Any] | 
         rebuilt = rope_divisors(replace(plain, rope_scaling=scaling)).double()
         if rebuilt.shape == divisors.shape and torch.allclose(rebuilt, divisors, rtol=1e-4, atol=0):
             return scaling
-    raise UserError(
-        f"{gguf.path}: {ROPE_DIVISORS} is not what the llama3 kind of RoPE scaling gives for any original context, and "
-        f"config.json knows no other that fits. Take the model from its Hugging Face folder instead."
-    )
+    what = f"{ROPE_DIVISORS} is not what the llama3 kind of RoPE scaling gives for any original context"
+    raise UserError(f"{gguf.path}: {what}. Take the model from its Hugging Face folder instead.")
 
 
 def rope_divisors(config: ModelConfig) -> Tensor:
@@ -162,7 +155,7 @@ def rope_divisors(config: ModelConfig) -> Tensor:
 
 
 def model_metadata(config: ModelConfig, name: str, file_type: str) -> Metadata:
-    """The way back: what a GGUF file says of a model, without its tokenizer.
+    """The inverse: the metadata of a model in a GGUF file, without its tokenizer.
 
     Args:
         file_type: a key of `FILE_TYPES`.
@@ -173,19 +166,8 @@ def model_metadata(config: ModelConfig, name: str, file_type: str) -> Metadata:
         "general.name": ("string", name),
         "general.file_type": ("u32", FILE_TYPES[file_type]),
         "general.quantization_version": ("u32", 2),
-        "llama.block_count": ("u32", config.num_hidden_layers),
-        "llama.context_length": ("u32", config.max_position_embeddings),
-        "llama.embedding_length": ("u32", config.hidden_size),
-        "llama.feed_forward_length": ("u32", config.intermediate_size),
-        "llama.vocab_size": ("u32", config.vocab_size),
-        "llama.attention.head_count": ("u32", config.num_attention_heads),
-        "llama.attention.head_count_kv": ("u32", config.num_key_value_heads),
-        "llama.attention.key_length": ("u32", config.head_dim),
-        "llama.attention.value_length": ("u32", config.head_dim),
-        "llama.attention.layer_norm_rms_epsilon": ("f32", config.rms_norm_eps),
-        "llama.rope.dimension_count": ("u32", config.head_dim),
-        "llama.rope.freq_base": ("f32", config.rope_theta),  # without it readers take 10000
     }
+    metadata |= {f"llama.{key}": (kind, getattr(config, field)) for field, key, kind in NUMBERS}
     if config.rope_scaling.get("rope_type") == "linear":
         metadata["llama.rope.scaling.type"] = ("string", "linear")
         metadata["llama.rope.scaling.factor"] = ("f32", config.rope_scaling["factor"])

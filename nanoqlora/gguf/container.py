@@ -36,6 +36,6 @@ STRUCT_CODES = {  # how `struct` packs those of a fixed size
 Metadata = dict[str, tuple[str, Any]]  # key -> (type, value): ("u32", 32), ("string", "llama"), ("i32[]", [1, 3, 3])
 
 
-def _align(position: int, alignment: int) -> int:
+def align(position: int, alignment: int) -> int:
     """The next multiple of the alignment."""
     return -(-position // alignment) * alignment

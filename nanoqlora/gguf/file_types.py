@@ -1,18 +1,29 @@
 """Which type each tensor of a GGUF file gets: llama.cpp's own mix, so that bytes can be those of its tool.
 
 A file that is called Q4_K_M is not all Q4_K. Where an error does most harm there are more bits: in the head, and in
-`attn_v` and `ffn_down` of the first and last eighth of the blocks and of every third one between. And where a row is no
-whole number of blocks of 256, an older format with blocks of 32 steps in: all of SmolLM2's rows of 576 for example.
+`attn_v` and `ffn_down` of the first and last eighth of the blocks and of every third one between. And where the length
+of a row is not a multiple of 256, an older format with blocks of 32 is taken: all of SmolLM2's rows of 576 for example.
 """
 
+from ..model import ModelConfig
 from .ggml_blocks import FORMATS
+from .names import gguf_name, tensor_shapes
 
-# What `general.file_type` says of a whole file. Not the numbers of tensor types.
+# What `general.file_type` says of a file. Not the numbers of tensor types.
 FILE_TYPES = {
     **{"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9},
     **{"Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18},
 }
 INSTEAD = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # for rows that do not split into blocks of 256
+
+
+def tensor_types(config: ModelConfig, file_type: str) -> dict[str, str]:
+    """The type of each tensor of a model, by Hugging Face's names."""
+    is_tied, is_gqa = config.tie_word_embeddings, config.num_key_value_heads < config.num_attention_heads
+    return {
+        name: tensor_type(gguf_name(name), shape, file_type, is_tied, config.num_hidden_layers, is_gqa)
+        for name, shape in tensor_shapes(config).items()
+    }
 
 
 def tensor_type(name: str, shape: tuple[int, ...], file_type: str, is_tied: bool, num_blocks: int, is_gqa: bool) -> str:

@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,27 +39,21 @@ class BlockFormat:
     type_id: int  # the number that stands for the type in a file
     block_size: int  # weights in a block
     block_bytes: int  # bytes that a block takes
+    pack: Callable[[Tensor], Tensor]  # (n, block_size) float32 -> (n, block_bytes) uint8
+    unpack: Callable[[Tensor], Tensor]  # and back
 
     def num_bytes(self, num_weights: int) -> int:
         return num_weights // self.block_size * self.block_bytes
 
 
-FORMATS = {
-    "F32": BlockFormat(0, 1, 4),
-    "F16": BlockFormat(1, 1, 2),
-    "BF16": BlockFormat(30, 1, 2),
-    "Q4_0": BlockFormat(2, 32, 2 + 16),  # d, codes
-    "Q4_1": BlockFormat(3, 32, 2 + 2 + 16),  # d, m, codes
-    "Q5_0": BlockFormat(6, 32, 2 + 4 + 16),  # d, fifth bits, low four bits
-    "Q5_1": BlockFormat(7, 32, 2 + 2 + 4 + 16),  # d, m, fifth bits, low four bits
-    "Q8_0": BlockFormat(8, 32, 2 + 32),  # d, codes
-    "Q4_K": BlockFormat(12, 256, 2 + 2 + 12 + 128),  # d, dmin, 8 pairs of 6 bits, codes
-    "Q5_K": BlockFormat(13, 256, 2 + 2 + 12 + 32 + 128),  # d, dmin, 8 pairs of 6 bits, fifth bits, low four bits
-    "Q6_K": BlockFormat(14, 256, 128 + 64 + 16 + 2),  # low four bits, upper two bits, 16 scales, d
-}
-
 CHUNK_WEIGHTS = 1 << 18  # worked on at a time: 1 MB of float32 and its temporaries stay near the processor
 GPU_CHUNK_WEIGHTS = 1 << 24  # there the start of each operation is what costs
+
+
+def _format(ggml_type: str) -> BlockFormat:
+    if ggml_type not in FORMATS:
+        raise ValueError(f"GGUF type {ggml_type}: unknown here. Use one of {', '.join(FORMATS)}.")
+    return FORMATS[ggml_type]
 
 
 def quantize(w: Tensor, ggml_type: str) -> Tensor:
@@ -66,18 +61,13 @@ def quantize(w: Tensor, ggml_type: str) -> Tensor:
 
     Args:
         w: (..., n_in), any float dtype and device. Its values must be finite.
-        ggml_type: a key of `FORMATS` that has a quantizer here: see `QUANTIZABLE`.
+        ggml_type: a key of `FORMATS`.
     Returns:
         (..., row_bytes) uint8 on the same device, the bytes that llama.cpp would write.
     Raises:
-        ValueError: there is no quantizer for this type, or its blocks do not divide n_in.
+        ValueError: the type is unknown, or its blocks do not divide n_in.
     """
-    if ggml_type not in _QUANTIZE:
-        raise ValueError(
-            f"GGUF type {ggml_type}: no quantizer for it is written here, so weights cannot be stored in it. "
-            f"Choose one of {', '.join(QUANTIZABLE)}."
-        )
-    fmt = FORMATS[ggml_type]
+    fmt = _format(ggml_type)
     if w.shape[-1] % fmt.block_size:
         raise ValueError(
             f"GGUF type {ggml_type}: rows of {w.shape[-1]} weights do not split into blocks of {fmt.block_size}, "
@@ -89,7 +79,7 @@ def quantize(w: Tensor, ggml_type: str) -> Tensor:
 
     @torch.inference_mode()  # thousands of small operations, which nobody will differentiate
     def store(i: int) -> None:
-        raw[i : i + step] = _QUANTIZE[ggml_type](blocks[i : i + step].float())
+        raw[i : i + step] = fmt.pack(blocks[i : i + step].float())
 
     pieces = [partial(store, i) for i in range(0, len(blocks), step)]
     for _ in in_threads(pieces) if w.device.type == "cpu" else (piece() for piece in pieces):
@@ -124,8 +114,8 @@ PLAIN = ("F32", "F16", "BF16")
 def _halves(raw: Tensor, ggml_type: str) -> Tensor:
     """The numbers of 16 bits in the bytes of a tensor: its values, or the scales and minima of its blocks."""
     blocks = raw.reshape(-1, FORMATS[ggml_type].block_bytes)
-    ends = {"Q4_1": 4, "Q5_1": 4, "Q4_K": 4, "Q5_K": 4}.get(ggml_type, 2)
-    numbers = blocks[:, 208:] if ggml_type == "Q6_K" else blocks[:, :ends]
+    has_minima = ggml_type in ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
+    numbers = blocks[:, 208:] if ggml_type == "Q6_K" else blocks[:, : 4 if has_minima else 2]
     return numbers.contiguous().view(torch.bfloat16 if ggml_type == "BF16" else torch.float16)
 
 
@@ -139,22 +129,18 @@ def dequantize(raw: Tensor, ggml_type: str, shape: tuple[int, ...]) -> Tensor:
     Raises:
         ValueError: the type is unknown, or the bytes are not those of such a tensor.
     """
-    if ggml_type not in FORMATS:
-        raise ValueError(
-            f"GGUF type {ggml_type}: unknown here, so its bytes cannot be read. Use one of {', '.join(FORMATS)}."
-        )
-    fmt = FORMATS[ggml_type]
+    fmt = _format(ggml_type)
     num_weights = math.prod(shape)
     if shape[-1] % fmt.block_size or raw.numel() != fmt.num_bytes(num_weights):
         raise ValueError(
             f"GGUF type {ggml_type}: {raw.numel()} bytes cannot hold a tensor of shape {tuple(shape)}, which takes "
-            f"{fmt.num_bytes(num_weights)} bytes in whole blocks of {fmt.block_size}. Check the type and the shape."
+            f"{fmt.num_bytes(num_weights)} bytes in complete blocks of {fmt.block_size}. Check the type and the shape."
         )
     blocks = raw.reshape(-1, fmt.block_bytes)
     w = torch.empty(len(blocks), fmt.block_size, dtype=torch.float32, device=raw.device)
     step = CHUNK_WEIGHTS // fmt.block_size
     for i in range(0, len(blocks), step):
-        w[i : i + step] = _DEQUANTIZE[ggml_type](blocks[i : i + step])
+        w[i : i + step] = fmt.unpack(blocks[i : i + step])
     return w.reshape(shape)
 
 
@@ -177,7 +163,7 @@ def _unpack_nibbles(packed: Tensor) -> Tensor:
 
 
 def _pack_nibbles(codes: Tensor) -> Tensor:
-    """(..., 2k) codes, of which the low four bits count -> (..., k) bytes."""
+    """(..., 2k) codes, of which only the low four bits are kept -> (..., k) bytes."""
     low, high = (codes & 15).chunk(2, dim=-1)
     return low | high << 4
 
@@ -189,35 +175,16 @@ def _unpack_bits(packed: Tensor) -> Tensor:
 
 def _pack_bits(bits: Tensor) -> Tensor:
     """(n, 32) zeros and ones -> (n, 4) bytes, lowest bit first."""
-    # As numbers of 64 bits: the product moves bit i of the result, which is the lowest of byte i, to place 56 + i.
+    # As numbers of 64 bits: multiplying moves bit i of the result, which is the lowest of byte i, to place 56 + i.
     return (bits.contiguous().view(torch.int64) * 0x0102040810204080 >> 56).to(torch.uint8)
 
 
-# ------------------------------------------------------------------------------------------------ plain numbers
+def _to_plain(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).contiguous().view(torch.uint8)
 
 
-def _quantize_f32(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.uint8)
-
-
-def _dequantize_f32(raw: Tensor) -> Tensor:
-    return raw.contiguous().view(torch.float32)
-
-
-def _quantize_f16(x: Tensor) -> Tensor:
-    return _to_half(x)
-
-
-def _dequantize_f16(raw: Tensor) -> Tensor:
-    return _from_half(raw)
-
-
-def _quantize_bf16(x: Tensor) -> Tensor:
-    return x.to(torch.bfloat16).view(torch.uint8)
-
-
-def _dequantize_bf16(raw: Tensor) -> Tensor:
-    return raw.contiguous().view(torch.bfloat16).float()
+def _from_plain(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    return raw.contiguous().view(dtype).float()
 
 
 # ------------------------------------------------------------------------------------------------ blocks of 32
@@ -234,7 +201,7 @@ def _reciprocal(d: Tensor) -> Tensor:
 
 
 def _to_codes(y: Tensor, highest: int) -> Tensor:
-    """Cut non-negative numbers down to whole codes.
+    """Cut non-negative numbers down to integer codes.
 
     Blocks whose weights are all below about 1e-37 arrive as infinities and NaN. Their scale is 0 in half precision, so
     any code reads as 0; 0 is also what C's conversion gives on x86.
@@ -270,7 +237,7 @@ def _quantize_q8_0(x: Tensor) -> Tensor:
     d = _divide(x.abs().amax(dim=-1, keepdim=True), 127)
     y = (x * _reciprocal(d)).nan_to_num(nan=0, posinf=0, neginf=0)
     # Halves go away from zero: add almost a half and cut. torch.round would send them to the even neighbour, and adding
-    # a whole half would send 0.49999997 to 1, because that sum rounds up to 1.
+    # exactly a half would send 0.49999997 to 1, because that sum rounds up to 1.
     codes = y + torch.copysign(y.new_tensor(0.49999997), y)
     return torch.cat([_to_half(d), codes.to(torch.int8).view(torch.uint8)], dim=-1)
 
@@ -279,42 +246,22 @@ def _dequantize_q8_0(raw: Tensor) -> Tensor:
     return _from_half(raw[:, :2]) * raw[:, 2:].view(torch.int8)
 
 
-def _quantize_q4_0(x: Tensor) -> Tensor:
-    d, codes = _codes_around_middle(x, num_levels=16)
-    return torch.cat([_to_half(d), _pack_nibbles(codes)], dim=-1)
+def _quantize_32(x: Tensor, bits: int, has_minimum: bool) -> Tensor:
+    """Q4_0, Q4_1, Q5_0, Q5_1: d, of the _1 types m, of the Q5 types the fifth bits, then the low four bits."""
+    if has_minimum:
+        d, m, codes = _codes_above_minimum(x, 2**bits)
+    else:
+        d, codes = _codes_around_middle(x, 2**bits)
+    head = [_to_half(d), _to_half(m)] if has_minimum else [_to_half(d)]
+    fifth = [_pack_bits(codes >> 4)] if bits == 5 else []
+    return torch.cat([*head, *fifth, _pack_nibbles(codes)], dim=-1)
 
 
-def _dequantize_q4_0(raw: Tensor) -> Tensor:
-    return _from_half(raw[:, :2]) * (_unpack_nibbles(raw[:, 2:]).float() - 8)
-
-
-def _quantize_q4_1(x: Tensor) -> Tensor:
-    d, m, codes = _codes_above_minimum(x, num_levels=16)
-    return torch.cat([_to_half(d), _to_half(m), _pack_nibbles(codes)], dim=-1)
-
-
-def _dequantize_q4_1(raw: Tensor) -> Tensor:
-    return _from_half(raw[:, :2]) * _unpack_nibbles(raw[:, 4:]) + _from_half(raw[:, 2:4])
-
-
-def _quantize_q5_0(x: Tensor) -> Tensor:
-    d, codes = _codes_around_middle(x, num_levels=32)
-    return torch.cat([_to_half(d), _pack_bits(codes >> 4), _pack_nibbles(codes)], dim=-1)
-
-
-def _dequantize_q5_0(raw: Tensor) -> Tensor:
-    codes = _unpack_nibbles(raw[:, 6:]) | _unpack_bits(raw[:, 2:6]) << 4
-    return _from_half(raw[:, :2]) * (codes.float() - 16)
-
-
-def _quantize_q5_1(x: Tensor) -> Tensor:
-    d, m, codes = _codes_above_minimum(x, num_levels=32)
-    return torch.cat([_to_half(d), _to_half(m), _pack_bits(codes >> 4), _pack_nibbles(codes)], dim=-1)
-
-
-def _dequantize_q5_1(raw: Tensor) -> Tensor:
-    codes = _unpack_nibbles(raw[:, 8:]) | _unpack_bits(raw[:, 4:8]) << 4
-    return _from_half(raw[:, :2]) * codes + _from_half(raw[:, 2:4])
+def _dequantize_32(raw: Tensor, bits: int, has_minimum: bool) -> Tensor:
+    d, codes = _from_half(raw[:, :2]), _unpack_nibbles(raw[:, -16:])
+    if bits == 5:
+        codes = codes | _unpack_bits(raw[:, -20:-16]) << 4
+    return d * codes + _from_half(raw[:, 2:4]) if has_minimum else d * (codes.float() - 2 ** (bits - 1))
 
 
 # ------------------------------------------------------------------------------------------------ blocks of 256
@@ -337,7 +284,7 @@ def _group_scales(raw: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pack_group_scales(scales: Tensor, minima: Tensor) -> Tensor:
-    """The way back: 8 scales and minima of 6 bits, (n, 8) uint8 each -> (n, 12) bytes."""
+    """The inverse: 8 scales and minima of 6 bits, (n, 8) uint8 each -> (n, 12) bytes."""
     tops = torch.cat([scales[:, :4] | scales[:, 4:] >> 4 << 6, minima[:, :4] | minima[:, 4:] >> 4 << 6], dim=-1)
     return torch.cat([tops, scales[:, 4:] & 15 | minima[:, 4:] << 4], dim=-1)
 
@@ -370,29 +317,21 @@ def _codes_of_groups(x: Tensor, highest: int, first: float, num_trials: int) -> 
     return torch.cat([d, dmin, _pack_group_scales(scales, minima)], dim=-1), codes
 
 
-def _quantize_q4_k(x: Tensor) -> Tensor:
-    head, codes = _codes_of_groups(x, highest=15, first=-1.0, num_trials=21)
-    return torch.cat([head, _pack_nibbles(codes.view(-1, 4, 64)).flatten(1)], dim=-1)
-
-
-def _dequantize_q4_k(raw: Tensor) -> Tensor:
-    d, m = _group_scales(raw)
-    codes = _unpack_nibbles(raw[:, 16:].reshape(-1, 4, 32)).view(-1, 8, 32)  # 32 bytes hold two groups of 32
-    return (d * codes - m).flatten(1)
-
-
-def _quantize_q5_k(x: Tensor) -> Tensor:
-    head, codes = _codes_of_groups(x, highest=31, first=-0.5, num_trials=16)
+def _quantize_k(x: Tensor, bits: int) -> Tensor:
+    """Q4_K, Q5_K: d, dmin, 8 pairs of 6 bits, of Q5_K the fifth bits, then the low four bits."""
+    first, num_trials = (-1.0, 21) if bits == 4 else (-0.5, 16)
+    head, codes = _codes_of_groups(x, 2**bits - 1, first, num_trials)
     groups = torch.arange(8, dtype=torch.uint8, device=x.device)[:, None]
-    fifth = (codes >> 4 << groups).sum(dim=1, dtype=torch.uint8)  # (n, 32): byte j holds element j of all 8 groups
-    return torch.cat([head, fifth, _pack_nibbles(codes.view(-1, 4, 64)).flatten(1)], dim=-1)
+    fifth = [(codes >> 4 << groups).sum(dim=1, dtype=torch.uint8)] if bits == 5 else []  # byte j: element j of 8 groups
+    return torch.cat([head, *fifth, _pack_nibbles(codes.view(-1, 4, 64)).flatten(1)], dim=-1)
 
 
-def _dequantize_q5_k(raw: Tensor) -> Tensor:
+def _dequantize_k(raw: Tensor, bits: int) -> Tensor:
     d, m = _group_scales(raw)
-    groups = torch.arange(8, dtype=torch.uint8, device=raw.device)[:, None]
-    fifth = raw[:, None, 16:48] >> groups & 1  # (n, 8, 32): byte j holds element j of all 8 groups
-    codes = _unpack_nibbles(raw[:, 48:].reshape(-1, 4, 32)).view(-1, 8, 32) | fifth << 4
+    codes = _unpack_nibbles(raw[:, -128:].reshape(-1, 4, 32)).view(-1, 8, 32)  # 32 bytes hold two groups of 32
+    if bits == 5:
+        groups = torch.arange(8, dtype=torch.uint8, device=raw.device)[:, None]
+        codes = codes | (raw[:, None, 16:48] >> groups & 1) << 4
     return (d * codes - m).flatten(1)
 
 
@@ -425,31 +364,28 @@ def _dequantize_q6_k(raw: Tensor) -> Tensor:
     return (scales[:, :, None] * codes).flatten(1)
 
 
-_DEQUANTIZE: dict[str, Callable[[Tensor], Tensor]] = {
-    "F32": _dequantize_f32,
-    "F16": _dequantize_f16,
-    "BF16": _dequantize_bf16,
-    "Q8_0": _dequantize_q8_0,
-    "Q4_0": _dequantize_q4_0,
-    "Q4_1": _dequantize_q4_1,
-    "Q5_0": _dequantize_q5_0,
-    "Q5_1": _dequantize_q5_1,
-    "Q4_K": _dequantize_q4_k,
-    "Q5_K": _dequantize_q5_k,
-    "Q6_K": _dequantize_q6_k,
-}
+def _plain(type_id: int, dtype: torch.dtype) -> BlockFormat:
+    return BlockFormat(type_id, 1, dtype.itemsize, partial(_to_plain, dtype=dtype), partial(_from_plain, dtype=dtype))
 
-_QUANTIZE: dict[str, Callable[[Tensor], Tensor]] = {
-    "F32": _quantize_f32,
-    "F16": _quantize_f16,
-    "BF16": _quantize_bf16,
-    "Q8_0": _quantize_q8_0,
-    "Q4_0": _quantize_q4_0,
-    "Q4_1": _quantize_q4_1,
-    "Q5_0": _quantize_q5_0,
-    "Q5_1": _quantize_q5_1,
-    "Q4_K": _quantize_q4_k,
-    "Q5_K": _quantize_q5_k,
-    "Q6_K": _quantize_q6_k,
+
+def _of_32(type_id: int, block_bytes: int, **kind: Any) -> BlockFormat:
+    return BlockFormat(type_id, 32, block_bytes, partial(_quantize_32, **kind), partial(_dequantize_32, **kind))
+
+
+def _of_256(type_id: int, block_bytes: int, bits: int) -> BlockFormat:
+    return BlockFormat(type_id, 256, block_bytes, partial(_quantize_k, bits=bits), partial(_dequantize_k, bits=bits))
+
+
+FORMATS = {
+    "F32": _plain(0, torch.float32),
+    "F16": _plain(1, torch.float16),
+    "BF16": _plain(30, torch.bfloat16),
+    "Q4_0": _of_32(2, 2 + 16, bits=4, has_minimum=False),  # d, codes
+    "Q4_1": _of_32(3, 2 + 2 + 16, bits=4, has_minimum=True),  # d, m, codes
+    "Q5_0": _of_32(6, 2 + 4 + 16, bits=5, has_minimum=False),  # d, fifth bits, low four bits
+    "Q5_1": _of_32(7, 2 + 2 + 4 + 16, bits=5, has_minimum=True),  # d, m, fifth bits, low four bits
+    "Q8_0": BlockFormat(8, 32, 2 + 32, _quantize_q8_0, _dequantize_q8_0),  # d, codes
+    "Q4_K": _of_256(12, 2 + 2 + 12 + 128, bits=4),  # d, dmin, 8 pairs of 6 bits, codes
+    "Q5_K": _of_256(13, 2 + 2 + 12 + 32 + 128, bits=5),  # d, dmin, 8 pairs of 6 bits, fifth bits, low four bits
+    "Q6_K": BlockFormat(14, 256, 128 + 64 + 16 + 2, _quantize_q6_k, _dequantize_q6_k),  # low 4 bits, top 2, scales, d
 }
-QUANTIZABLE = tuple(_QUANTIZE)

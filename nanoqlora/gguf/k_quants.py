@@ -2,15 +2,15 @@
 
 The older formats take a group's scale from its largest weight. These try: for about twenty scales near that one, round
 the weights to codes, fit the best line through (code, weight) by weighted least squares, and keep the line with the
-smallest error. Large weights count more, since they move more of a layer's output.
+smallest error. Large weights get more weight, since they move more of a layer's output.
 
     Q4_K, Q5_K   w = scale * q + minimum   a line with an offset; weight of an error: rms of the group + |w|
     Q6_K         w = scale * q             a line through 0;      weight of an error: w ** 2
 
-A group is a column here: x is (P, n), P the 32 or 16 weights of a group. Every step is then a few operations on whole
+A group is a column here: x is (P, n), P the 32 or 16 weights of a group. Every step is then a few operations on
 rows, however many groups there are. For the bytes to be llama.cpp's, three things have to be as in C: float32
 throughout, sums that add one weight after the other (`sum_in_order`), and no fused multiply-add, which would skip a
-rounding: so a product and the sum it goes into are always two operations.
+rounding: so a multiplication and the sum that it goes into are always two operations.
 
 `gguf/ggml_blocks.py` packs what is found here into bytes.
 """
@@ -38,7 +38,7 @@ def sum_in_order(terms: Tensor) -> Tensor:
 
 
 def nearest(y: Tensor) -> Tensor:
-    """Round to whole numbers, halves to even. Infinite and NaN, of groups with next to no weight, become 0 as in C."""
+    """Round to integers, halves to even. Infinite and NaN, of groups with next to no weight, become 0 as in C."""
     return y.nan_to_num(nan=0, posinf=0, neginf=0).round_()
 
 
@@ -118,15 +118,15 @@ def search_scales(x: Tensor, middle: int) -> tuple[Tensor, Tensor]:
     extreme.masked_fill_(is_zero, 1)
     w = x * x
     w_x = w * x
-    q, product = torch.empty_like(x), torch.empty_like(x)
+    q, weighted = torch.empty_like(x), torch.empty_like(x)
 
     def fit(spread: np.float32) -> tuple[Tensor, Tensor, Tensor]:
         """Codes with `spread` of them for the largest weight -> their inverse scale, sum of w x q, sum of w q q."""
         inverse = x.new_tensor(-spread) / extreme
         torch.mul(x, inverse, out=q)
         q.round_().clamp_(-middle, middle - 1)
-        sum_xq = sum_in_order(torch.mul(w_x, q, out=product))
-        return inverse, sum_xq, sum_in_order(torch.mul(w, q, out=product).mul_(q))
+        sum_xq = sum_in_order(torch.mul(w_x, q, out=weighted))
+        return inverse, sum_xq, sum_in_order(torch.mul(w, q, out=weighted).mul_(q))
 
     best_inverse, sum_xq, sum_qq = fit(np.float32(middle))
     scale = torch.where(sum_qq == 0, 0, sum_xq / sum_qq)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config.errors import UserError
-from .container import ALIGNMENT, MAGIC, STRUCT_CODES, TYPE_NAMES, VERSION, _align
+from .container import ALIGNMENT, MAGIC, STRUCT_CODES, TYPE_NAMES, VERSION, align
 from .ggml_blocks import FORMATS, dequantize
 from .names import gguf_name, heads_to_permute, unpermute_rows
 
@@ -50,7 +50,7 @@ class GGUFFile:
         """One tensor by its Hugging Face name, as float32, with its rows in Hugging Face's order."""
         name = gguf_name(hf_name)
         if name not in self.tensors:
-            raise UserError(f"{self.path}: has no tensor {name}, which is {hf_name} of the model. Get a whole file.")
+            raise UserError(f"{self.path}: has no tensor {name}, which is {hf_name} of the model. Get a complete file.")
         w = self.load(name)
         num_heads = self.number("llama.attention.head_count", int)
         heads = heads_to_permute(name, num_heads, self.number("llama.attention.head_count_kv", int, num_heads))
@@ -61,14 +61,14 @@ class GGUFFile:
         value = self.metadata.get(key, default)
         if type(value) is not kind or not value > 0:
             raise UserError(
-                f"{self.path}: metadata {key} is {_short(value)}, and a Llama cannot be built without a number of type "
+                f"{self.path}: metadata {key} is {short(value)}, and a Llama cannot be built without a number of type "
                 f"{kind.__name__} above zero there. Convert the model again with a current converter."
             )
         # 1e-5 comes back from float32 as 9.99999974e-06: take the shortest number that is the same in float32.
         return float(str(np.float32(value))) if kind is float else value
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     text = "missing" if value is None else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -80,33 +80,24 @@ class _Header:
         self.path, self.data, self.position = path, data, 0
 
     def wrong(self, found: str) -> UserError:
-        return UserError(
-            f"{self.path}: {found}, so this is not an intact GGUF file. Download or export it again, and compare "
-            f"its size or checksum with the source."
-        )
+        return UserError(f"{self.path}: {found}, so this is not an intact GGUF file. Download or export it again.")
 
     def take(self, count: int, what: str) -> bytes:
         start, self.position = self.position, self.position + count
-        if self.position > len(self.data):
-            raise self.wrong(
-                f"truncated: it ends after {len(self.data)} bytes, {self.position - len(self.data)} bytes short of "
-                f"the end of {what} at byte {start}"
-            )
+        if missing := max(0, self.position - len(self.data)):
+            raise self.wrong(f"truncated: it ends {missing} bytes short of the end of {what}, at byte {start}")
         return self.data[start : self.position]
 
     def scalars(self, kind: str, count: int, what: str) -> list[Any]:
         code = f"<{count}{STRUCT_CODES[kind]}"
         return list(struct.unpack(code, self.take(struct.calcsize(code), what)))
 
-    def u32(self, what: str) -> int:
-        return self.scalars("u32", 1, what)[0]
-
-    def u64(self, what: str) -> int:
-        return self.scalars("u64", 1, what)[0]
+    def number(self, kind: str, what: str) -> int:
+        return self.scalars(kind, 1, what)[0]
 
     def count(self, what: str, bytes_each: int) -> int:
-        """A u64 that says how many things follow, which take at least so many bytes each."""
-        count, left = self.u64(what), len(self.data) - self.position
+        """A u64: how many things follow, which take at least so many bytes each."""
+        count, left = self.number("u64", what), len(self.data) - self.position
         if count * bytes_each > left:
             raise self.wrong(f"truncated or damaged: {what} is {count}, and only {left} bytes follow")
         return count
@@ -116,7 +107,7 @@ class _Header:
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self.wrong(f"{what} is not UTF-8 text ({_short(data)})") from error
+            raise self.wrong(f"{what} is not UTF-8 text ({short(data)})") from error
 
     def strings(self, count: int, what: str) -> list[str]:
         """Many of them: `string` without its checks wherever nothing is wrong, since a vocabulary has 100,000."""
@@ -129,16 +120,16 @@ class _Header:
             except (struct.error, UnicodeDecodeError, OverflowError, IndexError):
                 end = math.inf
             if end > len(data):
-                self.string(what)  # says what is wrong
+                self.string(what)  # names what is wrong
             self.position = end
         return found
 
     def value(self, what: str) -> Any:
         """A metadata value with its type in front; arrays as lists."""
-        kind = TYPE_NAMES.get(self.u32(f"the type of {what}"))
+        kind = TYPE_NAMES.get(self.number("u32", f"the type of {what}"))
         if kind != "array":
             return self.items(kind, 1, what)[0]
-        kind = TYPE_NAMES.get(self.u32(f"the element type of {what}"))
+        kind = TYPE_NAMES.get(self.number("u32", f"the element type of {what}"))
         return self.items(kind, self.count(f"the length of {what}", bytes_each=1), what)
 
     def items(self, kind: str | None, count: int, what: str) -> list[Any]:
@@ -161,17 +152,15 @@ def read_gguf(path: str | Path) -> GGUFFile:
         with open(path, "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch asks for a map it could write to
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        raise UserError(f"{path}: cannot be opened as a GGUF file ({error}). Give the path of a .gguf file.") from error
+        raise UserError(f"{path}: cannot be opened as a GGUF file ({error}). Give another path.") from error
     header = _Header(path, data)
     if data[:4] != MAGIC:
         raise header.wrong(f"it starts with {data[:4]!r} and not with {MAGIC!r}")
     header.take(len(MAGIC), "the magic")
-    version = header.u32("the version")
+    version = header.number("u32", "the version")
     if version not in (2, VERSION):
-        raise UserError(
-            f"{path}: GGUF version {version}; only 2 and {VERSION} can be read here (a version with many digits is a "
-            f"file for big-endian machines). Convert the model again with a current, little-endian converter."
-        )
+        what = f"GGUF version {version}; only 2 and {VERSION} are read here (a large number: a big-endian file)"
+        raise UserError(f"{path}: {what}. Convert the model again with a current converter.")
     num_tensors = header.count("the number of tensors", bytes_each=8 + 4 + 8 + 4 + 8)
     num_entries = header.count("the number of metadata entries", bytes_each=8 + 4 + 1)
 
@@ -183,7 +172,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
         metadata[key] = header.value(f"metadata {key}")
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise header.wrong(f"metadata general.alignment is {_short(alignment)} and not a power of two")
+        raise header.wrong(f"metadata general.alignment is {short(alignment)} and not a power of two")
 
     tensors: dict[str, TensorInfo] = {}
     for i in range(num_tensors):
@@ -192,7 +181,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
             raise header.wrong(f"tensor {name} appears twice")
         tensors[name] = _read_tensor_info(header, name, alignment)
 
-    start = _align(header.position, alignment)
+    start = align(header.position, alignment)
     tensors = {name: info._replace(offset=start + info.offset) for name, info in tensors.items()}
     _check_data(header, tensors)
     return GGUFFile(path, metadata, tensors, data)
@@ -200,18 +189,16 @@ def read_gguf(path: str | Path) -> GGUFFile:
 
 def _read_tensor_info(header: _Header, name: str, alignment: int) -> TensorInfo:
     """One line of the tensor table, its offset still counted from the start of the data."""
-    num_dims = header.u32(f"the dimensions of tensor {name}")
+    num_dims = header.number("u32", f"the dimensions of tensor {name}")
     if not 1 <= num_dims <= 4:
         raise header.wrong(f"tensor {name} has {num_dims} dimensions, where 1 to 4 are possible")
-    shape = tuple(header.u64(f"the shape of tensor {name}") for _ in range(num_dims))[::-1]
-    type_id = header.u32(f"the type of tensor {name}")
-    offset = header.u64(f"the offset of tensor {name}")
+    shape = tuple(header.number("u64", f"the shape of tensor {name}") for _ in range(num_dims))[::-1]
+    type_id = header.number("u32", f"the type of tensor {name}")
+    offset = header.number("u64", f"the offset of tensor {name}")
     ggml_type = next((name for name, fmt in FORMATS.items() if fmt.type_id == type_id), None)
     if ggml_type is None:
-        raise UserError(
-            f"{header.path}: tensor {name} is of type {type_id}, which cannot be read here. "
-            f"Use a file whose tensors are {', '.join(FORMATS)}."
-        )
+        what = f"tensor {name} is of type {type_id}, which cannot be read here"
+        raise UserError(f"{header.path}: {what}. Use a file whose tensors are {', '.join(FORMATS)}.")
     fmt = FORMATS[ggml_type]
     if 0 in shape or shape[-1] % fmt.block_size:
         raise header.wrong(f"tensor {name} has shape {shape}, impossible for {ggml_type} blocks of {fmt.block_size}")
@@ -230,6 +217,6 @@ def _check_data(header: _Header, tensors: dict[str, TensorInfo]) -> None:
     if end > len(header.data):
         broken = [name for name, info in tensors.items() if info.offset + info.num_bytes > len(header.data)]
         raise header.wrong(
-            f"truncated: it has {len(header.data)} bytes and its tensors need {end}, so {end - len(header.data)} "
-            f"bytes are missing and {len(broken)} of {len(tensors)} tensors are incomplete, {broken[0]} first"
+            f"truncated: its tensors need {end} bytes, so {end - len(header.data)} bytes are missing and "
+            f"{len(broken)} of {len(tensors)} tensors are incomplete, {broken[0]} first"
         )

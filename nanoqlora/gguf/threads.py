@@ -6,7 +6,7 @@ of times a second, and on a busy machine wait for one that is not running.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -27,7 +27,7 @@ def in_threads(pieces: Iterable[Callable[[], T]]) -> Iterator[T]:
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads) as pool:
-            under_way = deque()
+            under_way = deque[Future[T]]()
             for piece in pieces:
                 under_way.append(pool.submit(piece))
                 if len(under_way) > threads:

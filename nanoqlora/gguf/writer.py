@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config.files import whole_file
-from .container import ALIGNMENT, MAGIC, STRUCT_CODES, VALUE_TYPES, VERSION, Metadata, _align
+from .container import ALIGNMENT, MAGIC, STRUCT_CODES, VALUE_TYPES, VERSION, Metadata, align
 from .ggml_blocks import FORMATS
 from .threads import in_threads
 
@@ -25,7 +25,7 @@ class NewTensor(NamedTuple):
 
 
 def write_gguf(path: str | Path, metadata: Metadata, tensors: list[NewTensor]) -> None:
-    """Write a GGUF file, whole or not at all.
+    """Write a GGUF file, complete or not at all.
 
     The table of tensors comes first, from the shapes and types alone. Then each tensor is produced, written and
     forgotten, so the peak memory is one tensor, or on a CPU one for each thread, however large the model.
@@ -41,7 +41,7 @@ def write_gguf(path: str | Path, metadata: Metadata, tensors: list[NewTensor]) -
         table += _encode_string(tensor.name)
         table += struct.pack(f"<I{num_dims}Q", num_dims, *reversed(tensor.shape))
         table += struct.pack("<IQ", fmt.type_id, offset)
-        offset = _align(offset + fmt.num_bytes(math.prod(tensor.shape)), ALIGNMENT)
+        offset = align(offset + fmt.num_bytes(math.prod(tensor.shape)), ALIGNMENT)
 
     header = MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata))
     header += b"".join(_encode_string(key) + _encode_value(*value) for key, value in metadata.items())
@@ -54,7 +54,7 @@ def write_gguf(path: str | Path, metadata: Metadata, tensors: list[NewTensor]) -
         for tensor, raw in zip(tensors, made, strict=True):
             num_bytes = FORMATS[tensor.ggml_type].num_bytes(math.prod(tensor.shape))
             assert raw.numel() == num_bytes, f"{tensor.name}: {raw.numel()} bytes, but the table says {num_bytes}"
-            file.write(raw.cpu().contiguous().numpy())
+            file.write(raw.cpu().contiguous().numpy().data)
             _pad(file)  # the last one too: older readers insist
 
 

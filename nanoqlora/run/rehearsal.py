@@ -24,7 +24,7 @@ from ..config.files import write_text
 from ..config.scripts import PROGRAMS
 from ..parallel import collectives
 from ..tokenizer.tokenizer import Tokenizer, save_tokenizer
-from ..weights.checkpoint import ShardWriter, open_weights
+from ..weights.checkpoint import open_weights, write_shards
 from .checkpoints import load_checkpoint, save_checkpoint
 from .figure import plot_metrics
 from .inputs import Data
@@ -94,10 +94,7 @@ def keep_first_block(run: Run, tokenizer: Tokenizer, folder: Path) -> None:
     base.mkdir()
     names = [name for name in weights.names() if ".layers." not in name or ".layers.0." in name]
     kinds = {name: ((w := weights.load(name)).shape, w.dtype) for name in names}
-    writer = ShardWriter(base, kinds, int(5e9))
-    for name in names:
-        writer.add(name, weights.load(name))
-    writer.close()
+    write_shards(base, weights, kinds, int(5e9))
     write_text(base / "config.json", json.dumps(weights.config | {"num_hidden_layers": 1}))
     save_tokenizer(tokenizer, base, tokenizer.chat_template)
     file = folder / "adapter" / "adapter_model.safetensors"

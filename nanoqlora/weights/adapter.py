@@ -23,11 +23,13 @@ from torch import Tensor
 from ..config.errors import UserError
 from ..config.files import whole_file, write_text
 from ..model import Llama
-from ..qlora import ALL_LINEAR, add_update, block_linears, lora_layers, target_layers
+from ..qlora import ALL_LINEAR, QLoRALinear, add_update, block_linears, lora_layers, target_layers
 from .adapter_files import Trained, adapter_file, rank_and_alpha, read_adapter, sort_metadata
 
 PREFIX = "base_model.model."
 PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}  # ours: PEFT's
+MAGNITUDE = PARTS["magnitude"]
+AGAIN = "Save the adapter again."
 
 
 class Update(NamedTuple):
@@ -35,14 +37,22 @@ class Update(NamedTuple):
 
     lora_A: Tensor  # (r, n_in) float32
     lora_B: Tensor  # (n_out, r) float32
-    scaling: float
+    alpha: float
+    use_rslora: bool
     magnitude: Tensor | None  # (n_out,) float32 with DoRA
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(len(self.lora_A)) if self.use_rslora else len(self.lora_A))
+
+    def to(self, device: torch.device) -> "Update":
+        magnitude = None if self.magnitude is None else self.magnitude.to(device)
+        return self._replace(lora_A=self.lora_A.to(device), lora_B=self.lora_B.to(device), magnitude=magnitude)
 
     def rows(self, rows: slice) -> "Update":
         """Of some rows of the layer's weight."""
-        return self._replace(
-            lora_B=self.lora_B[rows], magnitude=None if self.magnitude is None else self.magnitude[rows]
-        )
+        magnitude = None if self.magnitude is None else self.magnitude[rows]
+        return self._replace(lora_B=self.lora_B[rows], magnitude=magnitude)
 
     def merged(self, w: Tensor) -> Tensor:
         """The weight that base and adapter together are, (n_out, n_in) float32, from the base's in float32."""
@@ -60,6 +70,10 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def ranks_of(layers: dict[str, QLoRALinear]) -> dict[str, int]:
+    return {name: layer.lora_A.shape[0] for name, layer in layers.items() if layer.lora_A is not None}
+
+
 def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "", trained: Trained | None = None) -> None:
     """Write adapter_model.safetensors and adapter_config.json as PEFT reads them.
 
@@ -70,10 +84,10 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "", tra
     """
     layers = lora_layers(model)
     first = next(iter(layers.values()))
-    r = Counter(layer.lora_A.shape[0] for layer in layers.values()).most_common(1)[0][0]
-    alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
+    ranks, alphas = ranks_of(layers), {name: layer.alpha for name, layer in layers.items()}
+    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     kinds = {name.rpartition(".")[2] for name in layers}
-    whole = {name for name, _ in block_linears(model) if name.rpartition(".")[2] in kinds} == layers.keys()
+    has_all = {name for name, _ in block_linears(model) if name.rpartition(".")[2] in kinds} == layers.keys()
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -83,13 +97,13 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "", tra
         "lora_dropout": first.dropout_p,
         "use_rslora": first.use_rslora,
         "use_dora": first.magnitude is not None,
-        "target_modules": sorted(kinds if whole else layers),
+        "target_modules": sorted(kinds if has_all else layers),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "rank_pattern": {re.escape(k): v.lora_A.shape[0] for k, v in layers.items() if v.lora_A.shape[0] != r},
-        "alpha_pattern": {re.escape(k): v.alpha for k, v in layers.items() if v.alpha != alpha},
+        "rank_pattern": {re.escape(name): own for name, own in ranks.items() if own != r},
+        "alpha_pattern": {re.escape(name): own for name, own in alphas.items() if own != alpha},
         "modules_to_save": None,
     }
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in adapter_state(model).items()}
@@ -99,11 +113,11 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "", tra
     write_text(Path(folder) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
-def read_updates(folder: str | Path) -> tuple[dict[str, Any], dict[str, Update]]:
-    """adapter_config.json and, by the name of its layer, what the adapter adds there.
+def read_updates(folder: str | Path) -> dict[str, Update]:
+    """By the name of its layer, what an adapter adds there.
 
     Raises:
-        UserError: as `read_adapter`, or tensors that are no whole update.
+        UserError: as `read_adapter`, or tensors that are no complete update.
     """
     config, state = read_adapter(folder)
     path = adapter_file(folder)
@@ -111,38 +125,30 @@ def read_updates(folder: str | Path) -> tuple[dict[str, Any], dict[str, Update]]
     for key, tensor in state.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.({'|'.join(map(re.escape, PARTS.values()))})", key)
         if not match:
-            raise UserError(f"{path}: holds {key}, which is no part of a LoRA update, so it would be lost. Refused.")
+            raise UserError(f"{path}: holds {key}, which is no part of a LoRA update, and would be left out. Refused.")
         layers.setdefault(match[1], {})[match[2]] = tensor.float()
     if not layers:
         raise UserError(f"{path}: holds no update of any layer, so it is no adapter. Save it again.")
+    kind, needed = ("DoRA", {*PARTS.values()}) if config.get("use_dora") else ("LoRA", {*PARTS.values()} - {MAGNITUDE})
     updates = {}
     for name, parts in layers.items():
-        needed = [part for part in PARTS.values() if part != PARTS["magnitude"] or config.get("use_dora")]
-        if parts.keys() != set(needed):
-            wrong = sorted(parts.keys() ^ set(needed))[0]
-            raise UserError(
-                f"{path}: {name} {'has' if wrong in parts else 'lacks'} {wrong}, which does not fit "
-                f"{'DoRA' if config.get('use_dora') else 'LoRA'}, so the adapter is cut or mixed up. Save it again."
-            )
-        a, b = parts[PARTS["lora_A"]], parts[PARTS["lora_B"]]
+        for wrong in sorted(parts.keys() ^ needed):
+            has = "has" if wrong in parts else "lacks"
+            raise UserError(f"{path}: {name} {has} {wrong}, which does not fit {kind}. Save the adapter again.")
         for part, w in parts.items():
-            if w.ndim != (1 if part == PARTS["magnitude"] else 2):
-                raise UserError(
-                    f"{path}: {name} has {part} of shape {tuple(w.shape)}, so it is no update. Save it again."
-                )
+            if w.ndim != (1 if part == MAGNITUDE else 2):
+                raise UserError(f"{path}: {name} has {part} of shape {tuple(w.shape)}, so it is no update. {AGAIN}")
             if not torch.isfinite(w).all():
-                raise UserError(
-                    f"{path}: {name} has {part} with NaN or infinite values, so every answer would be. Train it again."
-                )
+                raise UserError(f"{path}: {name} has {part} with NaN or infinite values. Train it again.")
+        a, b = parts[PARTS["lora_A"]], parts[PARTS["lora_B"]]
         r, alpha = rank_and_alpha(config, name)
         if not len(a) == b.shape[1] == r:
             raise UserError(
                 f"{path}: {name} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} where "
                 f"adapter_config.json says rank {r}, so its scale would be wrong. Take both files from one adapter."
             )
-        scaling = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
-        updates[name] = Update(a, b, scaling, parts.get(PARTS["magnitude"]))
-    return config, updates
+        updates[name] = Update(a, b, alpha, bool(config.get("use_rslora")), parts.get(MAGNITUDE))
+    return updates
 
 
 def load_adapter(model: Llama, folder: str | Path, dropout: float = 0.0) -> None:
@@ -151,22 +157,19 @@ def load_adapter(model: Llama, folder: str | Path, dropout: float = 0.0) -> None
     Raises:
         UserError: as `read_updates`, or the adapter does not fit the model.
     """
-    config, updates = read_updates(folder)
-    path = adapter_file(folder)
+    updates, path = read_updates(folder), adapter_file(folder)
     linears = dict(block_linears(model))
     model.requires_grad_(False)
     for name, update in updates.items():
         if name not in linears:
-            raise UserError(
-                f"{path}: has an update of {name}, and the model has no such linear layer in its blocks, so this "
-                f"adapter is of another model."
-            )
-        r, alpha = rank_and_alpha(config, name)
-        add_update(model, name, r, alpha, dropout, config.get("use_rslora", False), update.magnitude is not None)
-    state = {}
-    for name, update in updates.items():
-        parts = ((theirs, getattr(update, ours)) for ours, theirs in PARTS.items())
-        state |= {f"{PREFIX}{name}.{part}": tensor for part, tensor in parts if tensor is not None}
+            what = f"has an update of {name}, and the blocks have no such linear layer"
+            raise UserError(f"{path}: {what}, so this adapter is of another model.")
+        r, is_dora = len(update.lora_A), update.magnitude is not None
+        add_update(model, name, r, update.alpha, dropout, update.use_rslora, is_dora)
+    parts = {
+        f"{PREFIX}{name}.{PARTS[part]}": getattr(update, part) for name, update in updates.items() for part in PARTS
+    }
+    state = {name: tensor for name, tensor in parts.items() if tensor is not None}
     fill_adapter(model, state, path)
 
 
@@ -178,10 +181,8 @@ def fill_adapter(model: nn.Module, state: dict[str, Tensor], path: Path) -> None
         raise UserError(f"{path}: {here} has {name} and {there} has not, so this adapter is of another model or cut.")
     for name, tensor in ours.items():
         if tensor.shape != state[name].shape:
-            raise UserError(
-                f"{path}: {name} has shape {tuple(state[name].shape)} and the model needs {tuple(tensor.shape)}, "
-                f"so this adapter is of another model."
-            )
+            what = f"{name} has shape {tuple(state[name].shape)} and the model needs {tuple(tensor.shape)}"
+            raise UserError(f"{path}: {what}, so this adapter is of another model.")
         tensor.copy_(state[name])
 
 
@@ -197,8 +198,8 @@ def continue_adapter(model: Llama, folder: str | Path, dropout: float, **wanted:
     load_adapter(model, folder, dropout)
     layers = lora_layers(model)
     kinds = [kind for kind in ALL_LINEAR if any(name.endswith(kind) for name in layers)]
-    found = {
-        "lora_r": sorted({layer.lora_A.shape[0] for layer in layers.values()}),
+    found: dict[str, list[Any]] = {
+        "lora_r": sorted(set(ranks_of(layers).values())),
         "lora_alpha": sorted({layer.alpha for layer in layers.values()}),
         "lora_target_modules": [tuple(kinds)],
         "peft_use_rslora": [next(iter(layers.values())).use_rslora],

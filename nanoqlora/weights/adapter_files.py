@@ -16,9 +16,8 @@ import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import regex
 import torch
@@ -30,11 +29,12 @@ from torch import Tensor
 from ..config.errors import UserError, visible
 from ..config.files import read_json
 from ..config.scripts import script_command
+from ..gguf.reader import short
 from .checkpoint import Weights, fingerprint
 from .hub import ADAPTER_FILES, local_path
 
 HANDLED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"}
-SAYS_NOTHING = {  # about what is computed: the file itself says which layers learnt
+NOT_COMPUTED = {  # of no effect here: the tensors show which layers learnt
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "eva_config"),
     *("megatron_core", "qalora_group_size", "runtime_config"),
@@ -95,9 +95,8 @@ def _reading(path: Path) -> Iterator[None]:
     except pickle.UnpicklingError as error:  # PyTorch's text advises to run what is in it
         raise UserError(f"{path}: holds more than tensors, or is damaged; nothing of it was run. Refused.") from error
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(
-            f"{path}: not a complete file of tensors ({str(error).splitlines()[0]}). Save or copy the adapter again."
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a complete file of tensors ({reason}). Save or copy it again.") from error
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -109,45 +108,37 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
     path = adapter_file(folder)
     config = read_config(path.with_name("adapter_config.json"))
     with _reading(path):
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        is_pickle = path.suffix == ".bin"
+        state = torch.load(path, map_location="cpu", weights_only=True) if is_pickle else load_file(path)
     if not isinstance(state, dict) or not all(isinstance(w, Tensor) and isinstance(k, str) for k, w in state.items()):
         raise UserError(f"{path}: holds something else than named tensors, so it is no adapter. Save it again.")
     for name, w in state.items():
         if w.dtype not in (torch.float64, *DTYPES.values()):
-            raise UserError(
-                f"{path}: {name} is of type {str(w.dtype).removeprefix('torch.')}, and an update is made of floating-"
-                f"point numbers. Save the adapter again."
-            )
+            kind = str(w.dtype).removeprefix("torch.")
+            raise UserError(f"{path}: {name} is of type {kind}, and not of a floating-point type. Save it again.")
     return config, state
 
 
 def read_config(where: Path) -> dict[str, Any]:
     """adapter_config.json, if all that it asks for is built in and of the right type."""
     config = read_json(where)
+
+    def refuse(key: str, why: str) -> NoReturn:
+        raise UserError(f"{where}: {key} is {short(config.get(key))}, {why}")
+
     for key, value in config.items():
-        if value in (None, False, [], {}) or key in HANDLED | SAYS_NOTHING or value in ONLY.get(key, ()):
-            continue
-        raise UserError(
-            f"{where}: {key} is {_short(value)}, which is not built in; without it the adapter would compute something "
-            f"else. LoRA on linear layers of the blocks is read, with rank_pattern, alpha_pattern, rsLoRA and DoRA."
-        )
+        if not (value in (None, False, [], {}) or key in HANDLED | NOT_COMPUTED or value in ONLY.get(key, ())):
+            refuse(key, "which is not built in. LoRA, rsLoRA and DoRA on linear layers of the blocks are read.")
     for key in ("r", "lora_alpha"):
         if not _is_positive(config.get(key)):
-            raise UserError(
-                f"{where}: {key} is {_short(config.get(key))}, and the update's scale needs a number above zero."
-            )
+            refuse(key, "and the update's scale needs a number above zero.")
     for key in ("use_rslora", "use_dora"):
         if config.get(key) not in (None, True, False):
-            raise UserError(f"{where}: {key} is {_short(config[key])}, where true or false is expected.")
+            refuse(key, "where true or false is expected.")
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict) or not all(map(_is_positive, patterns.values())):
-            raise UserError(
-                f"{where}: {key} is {_short(patterns)}, where a map from names to numbers above zero is expected."
-            )
+            refuse(key, "where a map from names to numbers above zero is expected.")
         for pattern in patterns:
             try:
                 counts = [int(count[:9]) for count in re.findall(r"[{,] *(\d+)", pattern)]
@@ -156,9 +147,8 @@ def read_config(where: Path) -> dict[str, Any]:
                 re.compile(pattern)
                 re.compile(_of_ends(pattern))
             except (re.error, ValueError, OverflowError, RecursionError) as error:
-                raise UserError(
-                    f"{where}: {key} has {_short(pattern)}, which is not a regular expression ({error}). Correct it."
-                ) from error
+                what = f"{key} has {short(pattern)}, which is not a regular expression ({error})"
+                raise UserError(f"{where}: {what}. Correct it.") from error
     return config
 
 
@@ -166,20 +156,9 @@ def _is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < LARGEST
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
 def _of_ends(pattern: str) -> str:
     """PEFT's use of a pattern: it has to fit the end of a layer's name."""
     return rf"(.*\.)?({pattern})$"
-
-
-@cache
-def _compiled(pattern: str) -> regex.Pattern:
-    """By an engine that can be told to stop."""
-    return regex.compile(_of_ends(pattern))
 
 
 def rank_and_alpha(config: dict[str, Any], name: str) -> tuple[int, float]:
@@ -189,14 +168,12 @@ def rank_and_alpha(config: dict[str, Any], name: str) -> tuple[int, float]:
         value = config[key]
         for pattern, own in (config.get(pattern_key) or {}).items():
             try:
-                if _compiled(pattern).match(name, timeout=PATTERN_S):
+                if regex.match(_of_ends(pattern), name, timeout=PATTERN_S):
                     value = own
                     break
             except (TimeoutError, regex.error) as error:
-                raise UserError(
-                    f"adapter_config.json: {pattern_key} has {_short(pattern)}, and whether {name} fits it was not "
-                    f"found in {PATTERN_S} s ({error}). Write the names of layers."
-                ) from error
+                what = f"{pattern_key} has {short(pattern)}, and whether {name} fits it was not found in {PATTERN_S} s"
+                raise UserError(f"adapter_config.json: {what} ({error}). Write the names of layers.") from error
         found.append(value)
     return found[0], found[1]
 
@@ -210,7 +187,7 @@ def read_trained(folder: str | Path) -> Trained:
     Raises:
         UserError: they are there and cannot be understood.
     """
-    path, about = adapter_file(folder), {}
+    path, about = adapter_file(folder), dict[str, str]()
     if path.suffix == ".safetensors":
         with _reading(path), safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
@@ -250,13 +227,12 @@ def _read_train_yml(run: Path) -> tuple[bool, torch.dtype]:
         about = (yaml.load(run.read_text("utf-8")[:LARGEST_YAML], _Plain) if run.is_file() else None) or {}
         given = {key: about.get(key, usual) for key, usual in {"load_in_4bit": True, "bf16": True}.items()}
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise UserError(
-            f"{run}: cannot be read ({type(error).__name__}: {str(error)[:200]!r}), so it is not known how the adapter "
-            f"was trained. Copy the file again, or remove it: then NF4 and bfloat16 are taken."
-        ) from error
+        reason = f"{type(error).__name__}: {str(error)[:200]!r}"
+        advice = "Copy the file again, or remove it: then NF4 and bfloat16 are taken"
+        raise UserError(f"{run}: cannot be read ({reason}), so the training is not known. {advice}.") from error
     for key, value in given.items():
         if value not in (True, False, None, "auto"):
-            raise UserError(f"{run}: {key} is {_short(value)}, where true or false is expected. Correct or remove it.")
+            raise UserError(f"{run}: {key} is {short(value)}, where true or false is expected. Correct or remove it.")
     return given["load_in_4bit"] is not False, torch.float32 if given["bf16"] is False else torch.bfloat16
 
 
@@ -285,10 +261,8 @@ def check_base(folder: str | Path, base: str | Path, weights: Weights, other_bas
     of = f"{folder}: was trained on other weights than those of {base}{its_name}"
     if other_base:
         return f"note: {of}; used on them, as --other_base asks."
-    raise UserError(
-        f"{of}, so its update means nothing there. Give the base that it was trained on, or --other_base true to use "
-        f"it on this one."
-    )
+    advice = "Give the base that it was trained on, or --other_base true to use it on this one"
+    raise UserError(f"{of}, so its update means nothing there. {advice}.")
 
 
 def hub_or_last_name(path: str | Path) -> str:

@@ -1,7 +1,7 @@
 """Weights in and out, one tensor at a time.
 
-    open_weights(path)     a Hugging Face folder, Meta's or a GGUF file, behind one face: config, names, load(name)
-    ShardWriter            the files of a merged model
+    open_weights(path)     a Hugging Face folder, Meta's or a GGUF file, with one interface: config, names, load(name)
+    write_shards           the files of a merged model
 
 Every error names its file. Files are written atomically. Read next: `pretrained.py`, a Llama from these tensors.
 """
@@ -9,9 +9,8 @@ Every error names its file. Files are written atomically. Read next: `pretrained
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,18 +20,18 @@ from torch import Tensor
 
 from ..config.errors import UserError, note
 from ..config.files import read_json, write_text
-from ..gguf.config import hf_config
-from ..gguf.names import gguf_name, tensor_shapes
+from ..gguf.config import hf_config, model_config
+from ..gguf.names import check_tensors, gguf_name, tensor_shapes
 from ..gguf.reader import read_gguf
-from ..model import ModelConfig
 from .hub import local_path
 from .meta import MetaWeights, is_meta_folder
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+AGAIN = "Download or copy the checkpoint again."
 
 
-class Weights(Protocol):
-    """A checkpoint on disk; names are Hugging Face's.
+class Tensors(Protocol):
+    """Weights by Hugging Face's names, each made when it is asked for.
 
     `config` is config.json as a dict, and `where` its file. Of it, tie_word_embeddings is what the weights are.
     """
@@ -44,6 +43,10 @@ class Weights(Protocol):
 
     def load(self, name: str) -> Tensor: ...
 
+
+class Weights(Tensors, Protocol):
+    """A checkpoint on disk."""
+
     def stored(self, name: str) -> list[tuple[Any, Sequence[int]]]:
         """The parts of a tensor as the files hold them, mapped, to be sliced by rows; each with its shape."""
         ...
@@ -53,19 +56,16 @@ def open_weights(path: str | Path) -> Weights:
     """Open a Hugging Face or Meta folder, a .gguf file, or a model by its hub name, without reading its weights.
 
     Raises:
-        UserError: nothing of these, or by configuration and names of tensors no Llama that can be built here.
+        UserError: nothing of these, or by configuration and tensors no Llama that can be built here.
     """
     path = local_path(path)
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-        kind = GGUFWeights if path.is_file() else MetaWeights if is_meta_folder(path) else FolderWeights
-        weights = kind(path)
-        check_names(weights, model_config(weights.config, weights.where), path)
-        return weights
+    if path.is_dir():
+        return MetaWeights(path) if is_meta_folder(path) else FolderWeights(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return GGUFWeights(path)
     found = "a file of another kind" if path.exists() else "nothing"
-    raise UserError(
-        f"model {path}: found {found} there. A model is a folder with config.json and *.safetensors, or a .gguf file; "
-        f"give the path of one."
-    )
+    kinds = "a folder with config.json and *.safetensors, or a .gguf file"
+    raise UserError(f"model {path}: found {found} there. A model is {kinds}; give the path of one.")
 
 
 def fingerprint(weights: Weights) -> str:
@@ -97,25 +97,21 @@ class FolderWeights:
         self.config = read_json(self.where)
         if about := self.config.get("quantization_config"):
             method = about.get("quant_method") if isinstance(about, dict) else about
-            raise UserError(
-                f"{self.where}: quantization_config.quant_method is {method!r}, so the weights are quantised "
-                f"already in a way that is not read here. Use the folder of the original weights, or a GGUF file."
-            )
+            what = f"quantization_config.quant_method is {method!r}, which is not read here"
+            raise UserError(f"{self.where}: {what}. Use the folder of the original weights, or a GGUF file.")
         self.handles: dict[str, Any] = {}
-        self.places = self._places()
-        tied = self.config.get("tie_word_embeddings")
-        if tied is True and HEAD in self.places:  # as in transformers: a head of its own in the file is the head
+        self.places = self._places()  # of every tensor, the file that it is in and its name there
+        if self.config.get("tie_word_embeddings") is True and HEAD in self.places:
             self.places.setdefault(EMBEDDING, self.places[HEAD])
             if equal_tensors(self.load(HEAD), self.load(EMBEDDING)):
                 del self.places[HEAD]
-            else:
+            else:  # as in transformers: a head of its own in the file is the head
                 self.config["tie_word_embeddings"] = False
+        shapes = {name: self.stored(name)[0][1] for name in self.places}
+        check_tensors(self.where, model_config(self.config, self.where), shapes)
 
     def _places(self) -> dict[str, tuple[str, str]]:
-        """Of every tensor of the checkpoint, the file that it is in and its name there.
-
-        The files are those that transformers reads. Others beside them are named, and what contradicts is refused.
-        """
+        """Those files that transformers reads. Others beside them are named, and what contradicts is refused."""
         folder, single = self.folder, Path(str(self.config.get("transformers_weights") or "model.safetensors")).name
         index = folder / (single if single.endswith(".index.json") else "model.safetensors.index.json")
         weight_map = self._read_index(index) if index.is_file() else {}
@@ -125,27 +121,18 @@ class FolderWeights:
             if other := [file for file in files if file != single]:
                 raise UserError(
                     f"{folder}: holds {single}, and {index.name} beside it names other files, {other[0]} first"
-                    f"{', which is not there' if missing else ''}: two checkpoints in one folder, and nothing tells "
-                    f"which one is meant. Remove the one that is not."
+                    f"{', which is not there' if missing else ''}: two checkpoints in one folder. Remove the wrong one."
                 )
-            files = [single]
+            files, missing = [single], []
         if missing:
-            raise UserError(
-                f"{folder / missing[0]}: {index.name} names this file and it is not in the folder, so weights are "
-                f"missing. Download the checkpoint again."
-            )
+            raise UserError(f"{folder / missing[0]}: {index.name} names this file, and it is missing. {AGAIN}")
         others = sorted({path.name for path in folder.glob("*.safetensors")} - set(files))
         if not files:
             found = others or sorted(path.name for end in ("bin", "pth", "pt") for path in folder.glob(f"*.{end}"))
+            advice = "rename the file if it is the model" if others else "get the weights as safetensors"
             raise UserError(
-                f"{folder}: has config.json but neither {single} nor {index.name}"
-                + (f"; it holds {', '.join(found[:3])}" if found else "")
-                + ". Only safetensors files of these names are read, as in transformers: "
-                + (
-                    "rename the file if it is the model."
-                    if others
-                    else "convert the weights, or get them as safetensors."
-                )
+                f"{folder}: has config.json but neither {single} nor {index.name}; it holds "
+                f"{', '.join(found[:3]) or 'no weights'}. Only these names are read, as in transformers: {advice}."
             )
         if others:
             read = index.name if weight_map else single
@@ -154,23 +141,20 @@ class FolderWeights:
         for file in files:
             for name in self._open(file).keys():  # noqa: SIM118
                 if name in places:
-                    raise UserError(
-                        f"{folder}: tensor {name} is in {places[name][0]} and in {file}, and nothing tells which one "
-                        f"is meant. Download the checkpoint again."
-                    )
+                    raise UserError(f"{folder}: tensor {name} is in {places[name][0]} and in {file}. {AGAIN}")
                 places[name] = file, name
         for name, file in weight_map.items():
             if places.get(name, ("", ""))[0] != file:
                 raise UserError(
-                    f"{folder / file}: tensor {name} cannot be read: {index.name} says that it is in this file, and "
-                    f"it is not. Download the checkpoint again."
+                    f"{folder / file}: tensor {name} cannot be read: {index.name} places it in this file, and it is "
+                    f"not there. {AGAIN}"
                 )
         return places
 
     def _read_index(self, index: Path) -> dict[str, str]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise UserError(f"{index}: weight_map is no map from tensors to files. Download the checkpoint again.")
+            raise UserError(f"{index}: weight_map is no map from tensors to files. {AGAIN}")
         for file in weight_map.values():
             if Path(file).name != file:
                 raise UserError(f"{index}: weight_map names {file}, which is outside of the folder. Refused.")
@@ -178,42 +162,35 @@ class FolderWeights:
 
     def _open(self, file: str) -> Any:
         if file not in self.handles:
-            try:
+            with reading(self.folder / file):
                 self.handles[file] = safe_open(self.folder / file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"{self.folder / file}: not a complete safetensors file ({error}). Download or copy it again."
-                ) from error
         return self.handles[file]
 
     def names(self) -> list[str]:
         return list(self.places)
 
     def load(self, name: str) -> Tensor:
-        if name not in self.places:
-            raise UserError(f"{self.folder}: has no tensor {name}, which the model of its config.json needs.")
         file, in_file = self.places[name]
-        with self._reading(name):
+        with reading(self.folder / file):
             w = self._open(file).get_tensor(in_file)
         if w.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise UserError(
-                f"{self.folder / file}: tensor {name} is of type {str(w.dtype).removeprefix('torch.')}; float32, "
-                f"float16 and bfloat16 are read. Use the folder of the original weights."
-            )
+            what = f"tensor {name} is of type {str(w.dtype).removeprefix('torch.')}"
+            raise UserError(f"{self.folder / file}: {what}; float32, float16 and bfloat16 are read. Use another copy.")
         return w
 
     def stored(self, name: str) -> list[tuple[Any, Sequence[int]]]:
-        with self._reading(name):
-            file, in_file = self.places[name]
+        file, in_file = self.places[name]
+        with reading(self.folder / file):
             part = self._open(file).get_slice(in_file)
             return [(part, part.get_shape())]
 
-    @contextmanager
-    def _reading(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except SafetensorError as error:
-            raise UserError(f"{self.folder / self.places[name][0]}: tensor {name} cannot be read ({error}).") from error
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a complete safetensors file ({error}). {AGAIN}") from error
 
 
 def equal_tensors(a: Tensor, b: Tensor) -> bool:
@@ -229,10 +206,7 @@ class GGUFWeights:
         self.config = hf_config(self.file)
 
     def names(self) -> list[str]:
-        return [name for name in tensor_shapes(model_config(self.config, self.file.path)) if self._has(name)]
-
-    def _has(self, name: str) -> bool:
-        return gguf_name(name) in self.file.tensors
+        return list(tensor_shapes(model_config(self.config, self.where)))
 
     def load(self, name: str) -> Tensor:
         return self.file.load_hf(name)
@@ -242,88 +216,46 @@ class GGUFWeights:
         return [(raw, raw.shape)]
 
 
-def model_config(config: dict[str, Any], where: str | Path) -> ModelConfig:
-    """config.json as ModelConfig; what does not fit is told with the name of the checkpoint."""
-    try:
-        return ModelConfig.from_hf(config)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}. Use a plain Llama or Mistral, and a whole copy of its files.") from error
-
-
-def check_names(weights: Weights, config: ModelConfig, path: str | Path) -> None:
-    """Before anything is read: the tensors have to be those of this Llama, none missing and none left over."""
-    here = set(weights.names())
-    num_layers = min(config.num_hidden_layers, len(here))  # a damaged count would keep us busy for hours
-    expected = list(tensor_shapes(replace(config, num_hidden_layers=num_layers)))
-    missing = [name for name in expected if name not in here]
-    if missing:
-        raise UserError(
-            f"{path}: tensor {missing[0]} is missing, {len(missing)} in all, of the model that {weights.where.name} "
-            f"describes, and it cannot be built without them. Get a whole checkpoint."
-        )
-    left = sorted(name for name in here - set(expected) if not name.endswith("rotary_emb.inv_freq"))  # is computed
-    if left:
-        raise UserError(
-            f"{path}: tensor {left[0]} has no place in the model that {weights.where.name} describes, {len(left)} in "
-            f"all, and it would compute something else without them. Only a Llama without biases and extras is read."
-        )
-
-
 # ------------------------------------------------------------------------------------------------ writing models
 
+DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
-class ShardWriter:
-    """Writes model.safetensors, or several of them with an index, tensor by tensor: memory holds the one at hand.
 
-    A file is the length of its header (u64), the header, and the values of all tensors. The header says where each one
-    lies, so it is made of their shapes before the first of them is there.
+def write_shards(
+    folder: Path, weights: Tensors, tensors: Mapping[str, tuple[Sequence[int], torch.dtype]], max_shard_bytes: int
+) -> None:
+    """Write model.safetensors, or several files with an index; memory holds one tensor at a time.
+
+    A file is the length of its header (u64), the header, and the values of all tensors. The header has the place of
+    each one, so it is made of their shapes before the first of them is loaded.
+
+    Args:
+        weights: each tensor is loaded when its turn to be written has come.
+        tensors: shape and dtype of those to write, in this order.
     """
-
-    def __init__(
-        self, folder: Path, tensors: dict[str, tuple[Sequence[int], torch.dtype]], max_shard_bytes: int
-    ) -> None:
-        """tensors: shape and dtype of everything that will be added, in that order."""
-        self.folder, self.tensors, self.file = folder, tensors, None
-        self.sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in tensors.items()}
-        self.total_bytes = sum(self.sizes.values())
-        shards: list[list[str]] = []
-        for name, size in self.sizes.items():
-            if not shards or sum(self.sizes[other] for other in shards[-1]) + size > max_shard_bytes:
-                shards.append([])
-            shards[-1].append(name)
-        count = len(shards)
-        files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        self.shards = dict(zip(files if count > 1 else ["model.safetensors"], shards, strict=True))
-        self.waiting = [(file, names, name) for file, names in self.shards.items() for name in names][::-1]
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        file, names, expected = self.waiting.pop()
-        shape, dtype = self.tensors[expected]
-        assert (name, tuple(tensor.shape), tensor.dtype) == (expected, tuple(shape), dtype)
-        if name == names[0]:
-            self._begin(file, names)
-        self.file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-
-    def _begin(self, file: str, names: list[str]) -> None:
-        if self.file:
-            self.file.close()
-        header, end = {"__metadata__": {"format": "pt"}}, 0
+    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in tensors.items()}
+    shards: list[list[str]] = []
+    for name, size in sizes.items():
+        if not shards or sum(sizes[other] for other in shards[-1]) + size > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    count, places = len(shards), dict[str, str]()
+    for i, names in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
+        places |= dict.fromkeys(names, file)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
         for name in names:
-            (shape, dtype), start, end = self.tensors[name], end, end + self.sizes[name]
+            (shape, dtype), start, end = tensors[name], end, end + sizes[name]
             header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # so that values stand where their processor wants them
-        self.file = open(self.folder / file, "wb")  # noqa: SIM115
-        self.file.write(struct.pack("<Q", len(text)) + text)
-
-    def close(self) -> None:
-        """End the last file, and write the index if there are several."""
-        assert not self.waiting
-        self.file.close()
-        if len(self.shards) > 1:
-            weight_map = {name: file for file, names in self.shards.items() for name in names}
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            write_text(self.folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-
-
-DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+        with open(folder / file, "wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            for name in names:
+                w = weights.load(name).cpu()
+                assert (tuple(w.shape), w.dtype) == (tuple(tensors[name][0]), tensors[name][1]), name
+                out.write(w.contiguous().view(-1).view(torch.uint8).numpy().data)
+    if count > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")

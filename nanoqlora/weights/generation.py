@@ -19,7 +19,7 @@ NAMED_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def read_generation(weights: Weights) -> dict[str, Any]:
-    """What generation_config.json beside a model's weights says, and config.json where it does not name a token.
+    """generation_config.json beside a model's weights, with config.json's tokens where it names none.
 
     Raises:
         UserError: an end token that is no token, or a setting of `OLLAMA_NAMES` that is not a number.
@@ -30,16 +30,13 @@ def read_generation(weights: Weights) -> dict[str, Any]:
     found = {name: weights.config[name] for name in NAMED_IDS if weights.config.get(name) is not None} | found
     for id in end_ids(found):
         if type(id) is not int or not 0 <= id < num_tokens:
-            raise UserError(
-                f"{where}: eos_token_id holds {json.dumps(id)}, and the "
-                f"tokens are 0 to {num_tokens - 1}. Answers would not end there. Correct or remove it."
-            )
+            what = f"eos_token_id holds {json.dumps(id)}, and the tokens are 0 to {num_tokens - 1}"
+            raise UserError(f"{where}: {what}. Answers would not end there. Correct or remove it.")
     for name in OLLAMA_NAMES:
         value = found.get(name)
         if value is not None and not (type(value) in (int, float) and abs(value) < 1e9):
-            raise UserError(
-                f"{path}: {name} is {json.dumps(value)[:40]}, not a number that it can be. Correct or remove it."
-            )
+            shown = json.dumps(value)[:40]
+            raise UserError(f"{path}: {name} is {shown}, not a number that it can be. Correct or remove it.")
     return found
 
 

@@ -62,16 +62,14 @@ def _check_links(folder: Path, of_adapter: bool) -> None:
         is_inside = target.is_relative_to(home) or target.parent == home.parent.parent / "blobs"
         is_shared = not of_adapter and (target.name == file.name or file.suffix in WEIGHTS and target.suffix in WEIGHTS)
         if not is_inside and not is_shared and target.is_file():
-            raise UserError(
-                f"{file}: is a link to {target}, out of its folder; whoever made the folder would choose which file "
-                f"is read. Put a copy of the file in the place of the link."
-            )
+            why = "whoever made the folder would choose which file is read"
+            raise UserError(f"{file}: is a link to {target}, out of its folder; {why}. Put a copy in its place.")
 
 
 def hub_files(
     name: str, patterns: Sequence[str], kind: Literal["model", "dataset"] = "model", revision: str | None = None
 ) -> Path:
-    """The folder with those files of a hub repository that match one of the patterns, all of them, whole.
+    """The folder with those files of a hub repository that match one of the patterns, all of them, complete.
 
     Args:
         name: owner/name.
@@ -86,35 +84,31 @@ def hub_files(
         import huggingface_hub as hub
         from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
     except ImportError as error:
-        raise UserError(
-            f"{kind} {name}: no such folder here, and the package that reads the hub and its cache is not installed. "
-            f"Run: pip install huggingface_hub. Or give the path of a folder."
-        ) from error
+        what = f"{kind} {name}: no such folder here, and the package that reads the hub's cache is not installed"
+        raise UserError(f"{what}. Run: pip install huggingface_hub. Or give the path of a folder.") from error
     where: dict[str, Any] = {"repo_id": name, "repo_type": kind, "revision": revision}
     try:
-        hub.get_cached_repo_tree(**where)  # without its list of files nobody could say that a cached copy is whole
+        hub.get_cached_repo_tree(**where)  # without its list of files nobody knows whether a cached copy is complete
         return Path(hub.snapshot_download(**where, allow_patterns=list(patterns), local_files_only=True))
     except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
         pass
     try:
-        return _fetch(hub, where, list(patterns))
-    except UserError:
-        raise
+        fetched, folder = _fetch(hub, where, list(patterns))
     except Exception as error:  # the hub's client has many, of three libraries; what they mean to a user is few
         raise UserError(f"{kind} {name}: {_explain(error, name, kind, patterns, revision)}") from error
+    for file in fetched:
+        _check(folder / file)
+    return folder
 
 
-def _fetch(hub: Any, where: dict[str, Any], patterns: list[str]) -> Path:
-    """Download what is missing, and compare it with its hash."""
+def _fetch(hub: Any, where: dict[str, Any], patterns: list[str]) -> tuple[list[str], Path]:
+    """Download what is missing: these files, into this folder."""
     try:
         files = hub.snapshot_download(**where, allow_patterns=patterns, dry_run=True)
         missing = [file.filename for file in files if file.will_download]
     except hub.errors.DryRunError:  # no hub: what follows gives a copy whose list of files is not known, or the reason
         missing = []
-    folder = Path(hub.snapshot_download(**where, allow_patterns=patterns))
-    for file in missing:
-        _check(folder / file)
-    return folder
+    return missing, Path(hub.snapshot_download(**where, allow_patterns=patterns))
 
 
 def _check(path: Path) -> None:
@@ -126,13 +120,10 @@ def _check(path: Path) -> None:
     if not path.is_symlink():
         return  # a file system without links, where the cache keeps no hash
     blob = path.parent / path.readlink()
-    if re.fullmatch("[0-9a-f]{64}", blob.name):
-        digest = hashlib.sha256()
-    else:
-        digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
+    is_large = re.fullmatch("[0-9a-f]{64}", blob.name)
+    start = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
     with open(blob, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+        digest = hashlib.file_digest(file, "sha256" if is_large else lambda: start)
     if digest.hexdigest() != blob.name:
         path.unlink()
         blob.unlink()
@@ -144,24 +135,20 @@ def _explain(error: Exception, name: str, kind: str, patterns: Sequence[str], re
     from huggingface_hub import is_offline_mode
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+    log_in = "run 'hf auth login' or set HF_TOKEN."
+    reasons = {  # the first is a kind of the second
+        GatedRepoError: f"its owner asks you to accept its terms. Accept them on its page of the hub, then {log_in}",
+        RepositoryNotFoundError: "no such folder here, and the hub has no public repository of that name. "
+        f"Check the name; for a private one {log_in}",
+        RevisionNotFoundError: "the hub's repository has no such revision. Check its name.",
+    }
+    if reason := next((text for cls, text in reasons.items() if isinstance(error, cls)), None):
+        return reason
     quoted = (shlex.quote(text) if "'" in text else f"'{text}'" for text in patterns)
     options = [f"--repo-type {kind}"] * (kind != "model")
     options += [f"--revision {shlex.quote(revision)}"] if revision else []
     command = " ".join(["hf download", name, *options, *(f"--include {text}" for text in quoted)])
-    if isinstance(error, GatedRepoError):
-        return (
-            "its owner gives access to those who accept its terms. Accept them on its page of the hub, then run "
-            "'hf auth login' or set HF_TOKEN."
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            "no such folder here, and the hub has no public repository of that name. Check the name; for a private "
-            "one run 'hf auth login' or set HF_TOKEN."
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return "the hub's repository has no such revision. Check its name."
+    found = f"not in the Hugging Face cache, and fetching it failed ({str(error).splitlines()[0]})"
     if is_offline_mode():
-        found = "not whole in the Hugging Face cache, and HF_HUB_OFFLINE forbids to fetch it"
-    else:
-        found = f"not in the Hugging Face cache, and fetching it failed ({str(error).splitlines()[0]})"
+        found = "not complete in the Hugging Face cache, and HF_HUB_OFFLINE forbids to fetch it"
     return f"no such folder here, {found}. Where there is a network, run: {command}"

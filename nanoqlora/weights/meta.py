@@ -1,4 +1,4 @@
-"""Meta's own folder of a Llama, behind the same face as the other kinds of checkpoint.
+"""Meta's own folder of a Llama, with the interface of the other kinds of checkpoint.
 
     params.json               a few numbers
     consolidated.00.pth, ...  the weights, in as many parts as Meta used GPUs
@@ -8,7 +8,7 @@ Three things differ from a Hugging Face folder:
 
 names       `layers.3.attention.wq.weight` is `model.layers.3.self_attn.q_proj.weight`.
 parts       each holds a slice of every matrix: some of its rows, or some of its columns where the layer sums over
-            them. Norms are whole in every part.
+            them. Norms are complete in every part.
 row order   RoPE turns neighbouring dimensions of a head here, and dimension i with i + hd / 2 in Hugging Face's
             models. So the rows of wq and wk are put in the other order inside each head, as for GGUF files.
 
@@ -26,7 +26,8 @@ from torch import Tensor
 
 from ..config.errors import UserError
 from ..config.files import read_json
-from ..gguf.names import unpermute_rows
+from ..gguf.config import model_config
+from ..gguf.names import check_tensors, tensor_shapes, unpermute_rows
 
 TOP_NAMES = {
     "model.embed_tokens.weight": "tok_embeddings.weight",
@@ -64,82 +65,67 @@ class MetaWeights:
         self.where = folder / "params.json"
         self.params = read_json(self.where)
         self.parts = [_open(path) for path in _paths(folder)]
-        self.files = {self.hf_name(name): name for name in self.parts[0] if not name.startswith("rope.")}
+        self.files = {hf_name(name): name for name in self.parts[0] if not name.startswith("rope.")}
         self.config = self._config()
+        config = model_config(self.config, self.where)
+        self.shapes = tensor_shapes(config)
+        check_tensors(self.where, config, dict.fromkeys(self.names()))
 
     def names(self) -> list[str]:
         tied = self.config["tie_word_embeddings"]
         return [name for name in self.files if not (tied and name == "lm_head.weight")]
 
-    def hf_name(self, name: str) -> str:
-        """`layers.3.attention.wq.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names stay."""
-        for hf, meta in TOP_NAMES.items():
-            if name == meta:
-                return hf
-        for hf, meta in BLOCK_NAMES.items():
-            if name.startswith("layers.") and name.endswith(f".{meta}.weight"):
-                return f"model.{name.removesuffix(f'{meta}.weight')}{hf}.weight"
-        return name
-
     def load(self, name: str) -> Tensor:
         """One tensor by Hugging Face's name, joined from its parts, its rows in Hugging Face's order."""
-        if name not in self.files:
-            raise UserError(f"{self.where.parent}: has no tensor {name}, which the model of its params.json needs.")
-        meta = self.files[name]
-        try:
-            slices = [part[meta] for part in self.parts]
-        except KeyError:
-            raise UserError(
-                f"{self.where.parent}: a part has no {meta}, so the parts are of different models."
-            ) from None
+        meta, slices = self.files[name], [w for w, _ in self.stored(name)]
         w = slices[0]
         if len(slices) > 1 and w.ndim == 2:
             by_columns = any(layer in meta for layer in SPLIT_COLUMNS)
             if meta == "tok_embeddings.weight":  # Llama 1 and 2 split each token's vector, Llama 3 the vocabulary
                 by_columns = w.shape[1] != self.params["dim"]
             w = torch.cat(slices, dim=1 if by_columns else 0)
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = self.config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
-            w = unpermute_rows(w, heads)
-        return w
+        if tuple(w.shape) != self.shapes[name]:
+            raise UserError(
+                f"{self.where}: tensor {name} has shape {tuple(w.shape)} in all parts and should have "
+                f"{self.shapes[name]} by {self.where.name}, so they are of different models. Get a matching copy."
+            )
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+        return unpermute_rows(w, self.config[heads]) if heads else w
 
     def stored(self, name: str) -> list[tuple[Any, Sequence[int]]]:
-        slices = [part[self.files[name]] for part in self.parts if self.files[name] in part]
-        return [(w, w.shape) for w in slices]
+        meta = self.files[name]
+        if not all(meta in part for part in self.parts):
+            raise UserError(f"{self.where.parent}: a part has no {meta}, so the parts are of different models.")
+        return [(part[meta], part[meta].shape) for part in self.parts]
 
     def _config(self) -> dict[str, Any]:
-        params = self.params
-        unknown = sorted(key for key in params.keys() - MAY_BE_THERE if params[key] not in (None, False))
-        if unknown:
-            raise UserError(
-                f"{self.where}: {unknown[0]} is {str(params[unknown[0]])[:60]}, which is not built in; without it the "
-                f"model would compute something else. Use a dense text model."
-            )
+        params, part, count = self.params, self.parts[0], len(self.parts)
+        for key in sorted(key for key in params.keys() - MAY_BE_THERE if params[key] not in (None, False)):
+            raise UserError(f"{self.where}: {key} is {str(params[key])[:60]}, which is not built in. Use a text model.")
         for key in NUMBERS:
             if type(params.get(key)) not in (int, float) or not params[key] > 0:
                 raise UserError(f"{self.where}: {key} is {params.get(key)!r}, and a Llama needs a number above zero.")
-        for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
-            if name not in self.parts[0]:
+        names = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight", "layers.0.attention.wq.weight")
+        for name in names:
+            if name not in part:
                 raise UserError(f"{self.where.parent}: its weights have no {name}, so they are not those of a Llama.")
-        embedding, heads = self.parts[0]["tok_embeddings.weight"], params["n_heads"]
-        rows, columns = embedding.shape
+        (rows, columns), (ff_rows, _), (q_rows, _) = (part[name].shape for name in names)
+        heads, tied = params["n_heads"], self._is_tied()
         head_dim = params.get("head_dim") or params["dim"] // heads
-        found = self.parts[0].get("layers.0.attention.wq.weight", embedding).shape[0] * len(self.parts)
-        if found != heads * head_dim:
+        if q_rows * count != heads * head_dim:
             raise UserError(
-                f"{self.where.parent}: its {len(self.parts)} consolidated.*.pth make a wq of {found} rows where "
-                f"n_heads of params.json says {heads * head_dim}: parts are missing or wrong. Get all parts."
+                f"{self.where.parent}: its {count} consolidated.*.pth make a wq of {q_rows * count} rows where "
+                f"n_heads of params.json gives {heads * head_dim}: parts are missing or wrong. Get all parts."
             )
-        tied = self._is_tied()
         scaled = {
             "rope_type": "llama3",
-            # params.json does not say how far: 32 in the published configurations of 3.2 (tied), 8 in those of 3.1.
+            # Not in params.json: 32 in the published configurations of 3.2 (tied), 8 in those of 3.1.
             "factor": params.get("rope_scaling_factor") or (32.0 if tied else 8.0),
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }
-        vocab_size = rows * len(self.parts) if columns == params["dim"] else rows
+        vocab_size = rows * count if columns == params["dim"] else rows
         # Not in the file either: what each generation was trained on.
         context = 131072 if params.get("use_scaled_rope") else 8192 if vocab_size > 100_000 else 4096
         return {
@@ -147,7 +133,7 @@ class MetaWeights:
             "model_type": "llama",
             "hidden_act": "silu",
             "hidden_size": params["dim"],
-            "intermediate_size": self.parts[0]["layers.0.feed_forward.w1.weight"].shape[0] * len(self.parts),
+            "intermediate_size": ff_rows * count,
             "num_hidden_layers": params["n_layers"],
             "num_attention_heads": heads,
             "num_key_value_heads": params.get("n_kv_heads") or heads,
@@ -162,11 +148,18 @@ class MetaWeights:
 
     def _is_tied(self) -> bool:
         """Whether the head is the embedding: left out of the file, or there with the same values."""
-        part = self.parts[0]
-        if "output.weight" not in part:
-            return True
-        embedding, head = part["tok_embeddings.weight"], part["output.weight"]
-        return embedding.shape == head.shape and torch.equal(embedding[0], head[0]) and torch.equal(embedding, head)
+        embedding, head = self.parts[0]["tok_embeddings.weight"], self.parts[0].get("output.weight")
+        if head is None or embedding.shape != head.shape:
+            return head is None
+        return torch.equal(embedding[0], head[0]) and torch.equal(embedding, head)
+
+
+def hf_name(name: str) -> str:
+    """`layers.3.attention.wq.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names stay."""
+    for hf, meta in BLOCK_NAMES.items():
+        if name.startswith("layers.") and name.endswith(f".{meta}.weight"):
+            return f"model.{name.removesuffix(f'{meta}.weight')}{hf}.weight"
+    return {meta: hf for hf, meta in TOP_NAMES.items()}.get(name, name)
 
 
 def _paths(folder: Path) -> list[Path]:
@@ -183,10 +176,8 @@ def _open(path: Path) -> dict[str, Tensor]:
     try:
         part = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{path}: not a whole file of weights ({str(error).splitlines()[0]}). Nothing but tensors is read from it. "
-            f"Download or copy it again."
-        ) from error
+        reason = f"{str(error).splitlines()[0]}). Nothing but tensors is read from it"
+        raise UserError(f"{path}: not a complete file of weights ({reason}. Download or copy it again.") from error
     if not isinstance(part, dict) or not all(isinstance(w, Tensor) for w in part.values()):
         raise UserError(f"{path}: holds something else than named tensors, so it is no part of a Llama.")
     return part

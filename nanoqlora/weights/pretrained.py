@@ -1,6 +1,6 @@
 """A Llama from a checkpoint, tensor by tensor; its blocks quantised on the way if asked.
 
-load_model(path)       the model: nothing is ever held in 16 bits but the tensor at hand
+load_model(path)       the model: nothing is ever held in 16 bits but one tensor
 open_model(path)       the same in two steps, for ranks that share the work (`parallel/fsdp.py`)
 Llama                  the model of `model.py` with `from_pretrained`: what `import nanoqlora` gives
 """
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .. import model as plain
 from ..config.errors import UserError
+from ..gguf.config import model_config
 from ..model import ModelConfig, rope_frequencies
 from ..qlora import QLoRALinear, quantize_model
-from .checkpoint import Weights, model_config, open_weights
+from .checkpoint import Weights, open_weights
 
 
 class Llama(plain.Llama):
@@ -72,13 +73,7 @@ def open_model(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
 
     def load(name: str, shape: torch.Size) -> Tensor:
-        w = weights.load(name)
-        if w.shape != shape:
-            raise UserError(
-                f"{path}: tensor {name} has shape {tuple(w.shape)} where {weights.where.name} says {tuple(shape)}, "
-                f"so the weights and {weights.where.name} are of different models."
-            )
-        w = w.to(device)
+        w = weights.load(name).to(device)
         if not torch.isfinite(w).all():
             raise UserError(f"{path}: tensor {name} holds NaN or infinite values; training on it would give NaN.")
         return w if load_in_4bit and block_of(name) is not None else w.to(dtype)

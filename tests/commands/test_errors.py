@@ -30,6 +30,7 @@ import merge
 import train
 from nanoqlora import chat, evaluate
 from nanoqlora.config.errors import Failed, UserError
+from nanoqlora.export import gguf_model
 from nanoqlora.tokenizer.chat_template import render
 
 
@@ -48,7 +49,7 @@ class World(NamedTuple):
 def right(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("right")
     model = save_tiny_model(root / "model")
-    export_gguf.export(model, root / "model.gguf", "F32")
+    gguf_model.export_gguf(model, root / "model.gguf", "F32")
     save_random_adapter(model, root / "out")
     for name in ("metrics.jsonl", "report.md"):
         (root / "out" / name).write_text("of an earlier run\n")

@@ -25,11 +25,11 @@ from nanoqlora.config.commands import run_command
 from nanoqlora.config.errors import UserError
 from nanoqlora.data.prompts import CHAT_TEMPLATES, PromptFormat
 from nanoqlora.data.row_format import Frame
-from nanoqlora.export import gguf_model
+from nanoqlora.export import gguf_file, gguf_model
 from nanoqlora.export.llama_cpp import Server
 from nanoqlora.gguf.config import hf_config
 from nanoqlora.gguf.file_types import FILE_TYPES, tensor_type
-from nanoqlora.gguf.ggml_blocks import QUANTIZABLE, dequantize, quantize, quantize_checked
+from nanoqlora.gguf.ggml_blocks import FORMATS, dequantize, quantize, quantize_checked
 from nanoqlora.gguf.modelfile import NO_GUESS
 from nanoqlora.gguf.names import hf_name
 from nanoqlora.gguf.reader import read_gguf
@@ -92,7 +92,7 @@ def models(tok: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 @pytest.fixture
 def known_tokenizer(tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most models here have the same tokenizer, and reading it takes most of an export's time."""
-    monkeypatch.setattr(export_gguf, "load_tokenizer", lambda path: tok)
+    monkeypatch.setattr(gguf_model, "load_tokenizer", lambda path: tok)
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_f32_logits_equal_transformers(name: str, models: dict, tmp_path: Path):
     """Both compute in float32 and differ in the order of sums. Measured: 4e-5 on logits of deviation 0.8."""
-    export_gguf.export(models[name].folder, tmp_path / "model.gguf", "F32")
+    gguf_model.export_gguf(models[name].folder, tmp_path / "model.gguf", "F32")
     expected = reference_logits(models[name])
     assert expected.std() > 0.3
     error = np.abs(llama_cpp_logits(tmp_path / "model.gguf") - expected).max()
@@ -158,7 +158,7 @@ MISTAKES = {
         lambda *args: {**GOOD(*args), "llama.attention.layer_norm_rms_epsilon": ("f32", 1e-2)},
     ),
 }
-GOOD = export_gguf.model_metadata
+GOOD = gguf_model.model_metadata
 
 
 @pytest.mark.usefixtures("known_tokenizer")
@@ -166,8 +166,8 @@ GOOD = export_gguf.model_metadata
 def test_the_comparison_would_notice(mistake: str, models: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """All of these load without a word, so the comparison above has to see them: by far, not just."""
     name, wrong = MISTAKES[mistake]
-    monkeypatch.setattr(export_gguf if hasattr(export_gguf, name) else gguf_model, name, wrong)
-    export_gguf.export(models["llama3"].folder, tmp_path / "model.gguf", "F32")
+    monkeypatch.setattr(gguf_model, name, wrong)
+    gguf_model.export_gguf(models["llama3"].folder, tmp_path / "model.gguf", "F32")
     error = np.abs(llama_cpp_logits(tmp_path / "model.gguf") - reference_logits(models["llama3"])).max()
     assert error > 100 * 1e-4, f"only {error}"
 
@@ -179,7 +179,7 @@ def test_rows_of_whole_big_blocks(tok: Tokenizer, tmp_path: Path):
     save_random_llama(tmp_path, vocab_size=VOCAB, **sizes)
     save_tokenizer(tok, tmp_path)
     for file_type, bound in {"Q4_K_M": 0.1, "Q5_K_S": 0.1, "Q6_K": 0.1}.items():
-        export_gguf.export(tmp_path, tmp_path / "model.gguf", file_type)
+        gguf_model.export_gguf(tmp_path, tmp_path / "model.gguf", file_type)
         gguf = read_gguf(tmp_path / "model.gguf")
         kinds = {info.ggml_type for info in gguf.tensors.values()}
         assert kinds == {"F32", "Q6_K", file_type[:4]}
@@ -193,7 +193,7 @@ def test_rows_of_whole_big_blocks(tok: Tokenizer, tmp_path: Path):
 def test_no_space_is_noticed_before(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1_000_000))
     with pytest.raises(UserError, match=r"model.gguf: takes \d+.\d\d MB and its disk has 1.00 MB free"):
-        export_gguf.export(folder, tmp_path / "model.gguf", "Q8_0")
+        gguf_model.export_gguf(folder, tmp_path / "model.gguf", "Q8_0")
     assert not (tmp_path / "model.gguf").exists() and not (tmp_path / "Modelfile").exists()
 
 
@@ -202,7 +202,7 @@ def test_no_space_is_noticed_before(folder: Path, tmp_path: Path, monkeypatch: p
 def test_weights_of_every_type(file_type: str, models: dict, tmp_path: Path):
     """In the file is each weight, rounded once, and llama.cpp computes with what is in the file."""
     path = tmp_path / "model.gguf"
-    export_gguf.export(models["linear"].folder, path, file_type)
+    gguf_model.export_gguf(models["linear"].folder, path, file_type)
     gguf = read_gguf(path)
     state = {name: w for name, w in models["linear"].state_dict().items() if name != "lm_head.weight"}
     assert {hf_name(name) for name in gguf.tensors} == state.keys()
@@ -224,7 +224,7 @@ def test_weights_of_every_type(file_type: str, models: dict, tmp_path: Path):
 def test_what_is_exported_opens_as_the_same_model(models: dict, tmp_path: Path):
     """The file is a model like any other: our own reader gives back config, weights and tokenizer."""
     for name, model in models.items():
-        export_gguf.export(model.folder, tmp_path / "model.gguf", "F32")
+        gguf_model.export_gguf(model.folder, tmp_path / "model.gguf", "F32")
         weights, source = open_weights(tmp_path / "model.gguf"), open_weights(model.folder)
         assert ModelConfig.from_hf(weights.config) == replace(
             ModelConfig.from_hf(source.config), rope_scaling=ModelConfig.from_hf(weights.config).rope_scaling
@@ -237,8 +237,8 @@ def test_what_is_exported_opens_as_the_same_model(models: dict, tmp_path: Path):
 
 @pytest.mark.usefixtures("known_tokenizer")
 def test_a_gguf_file_can_be_exported_too(models: dict, tmp_path: Path):
-    export_gguf.export(models["llama3"].folder, tmp_path / "model.gguf", "Q8_0")
-    export_gguf.export(tmp_path / "model.gguf", tmp_path / "again.gguf", "Q8_0")
+    gguf_model.export_gguf(models["llama3"].folder, tmp_path / "model.gguf", "Q8_0")
+    gguf_model.export_gguf(tmp_path / "model.gguf", tmp_path / "again.gguf", "Q8_0")
     first, again = read_gguf(tmp_path / "model.gguf"), read_gguf(tmp_path / "again.gguf")
     assert hf_config(first) == hf_config(again) and first.tensors.keys() == again.tensors.keys()
 
@@ -249,7 +249,7 @@ def test_a_gguf_file_can_be_exported_too(models: dict, tmp_path: Path):
 def test_metadata_as_the_gguf_package_reads_it(models: dict, tok: Tokenizer, tmp_path: Path):
     """Names, values and types: llama.cpp takes no u64 for a u32."""
     package = pytest.importorskip("gguf")
-    export_gguf.export(models["linear"].folder, tmp_path / "model.gguf", "Q8_0")
+    gguf_model.export_gguf(models["linear"].folder, tmp_path / "model.gguf", "Q8_0")
     fields = package.GGUFReader(tmp_path / "model.gguf").fields
     expected = {
         "general.architecture": ("STRING", "llama"),
@@ -338,7 +338,7 @@ def test_prompts_are_those_of_training(case: str, by: str, folder: Path, tok: To
     tok = make(tok)
     save_tokenizer(tok, folder)
     (folder / "prompt.json").write_text(fmt.to_json())
-    export_gguf.export(folder, tmp_path / "model.gguf", "F16")
+    gguf_model.export_gguf(folder, tmp_path / "model.gguf", "F16")
     recipe = read_modelfile(tmp_path / "Modelfile")
     assert recipe["FROM"] == ["./model.gguf"]
     folders = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]  # of transformers: 2
@@ -363,7 +363,7 @@ def test_prompts_are_those_of_training(case: str, by: str, folder: Path, tok: To
 
 
 def test_llama_cpp_tokenizes_as_we_do(models: dict, tok: Tokenizer, tmp_path: Path):
-    export_gguf.export(models["linear"].folder, tmp_path / "model.gguf", "Q8_0")
+    gguf_model.export_gguf(models["linear"].folder, tmp_path / "model.gguf", "Q8_0")
     with LlamaCpp(tmp_path / "model.gguf", vocab_only=True) as llama:
         for text in HARD_TEXTS:
             for special in (False, True):
@@ -379,7 +379,7 @@ def test_padded_embedding(folder: Path, tok: Tokenizer, tmp_path: Path):
     more = torch.cat([w, torch.zeros(64, w.shape[1])])
     change_tensors(folder, lm_head__weight=more, model__embed_tokens__weight=more.clone())
     change_config(folder, vocab_size=VOCAB + 64)
-    export_gguf.export(folder, tmp_path / "model.gguf", "F16")
+    gguf_model.export_gguf(folder, tmp_path / "model.gguf", "F16")
     metadata = read_gguf(tmp_path / "model.gguf").metadata
     assert metadata["tokenizer.ggml.tokens"][VOCAB:] == [f"[PAD{id}]" for id in range(VOCAB, VOCAB + 64)]
     assert metadata["tokenizer.ggml.token_type"][VOCAB:] == [5] * 64
@@ -391,7 +391,7 @@ def test_a_template_that_go_cannot_write(folder: Path, tmp_path: Path, capsys):
     """The Modelfile leaves it to Ollama to run the Jinja, which stands in the file so that Ollama guesses no other."""
     fmt = replace(CHAT, chat_template=CHAT_TEMPLATES["chatml"].replace("<|im_end|>", "<|im_end|>{{ loop.index }}"))
     (folder / "prompt.json").write_text(fmt.to_json())
-    export_gguf.export(folder, tmp_path / "model.gguf", "F16")
+    gguf_model.export_gguf(folder, tmp_path / "model.gguf", "F16")
     said = capsys.readouterr().out
     assert "no TEMPLATE, so it needs Ollama 0.30 or newer, which runs the Jinja in the file" in said
     assert "depends on more than the message before" in said
@@ -407,15 +407,15 @@ def test_half_of_a_surrogate_pair_in_a_template(spelling: str, folder: Path, tmp
     """In the template itself, or only in what it writes."""
     (folder / "prompt.json").write_text(json.dumps({"type": "chat_template", "chat_template": spelling + CHATML}))
     with pytest.raises(UserError, match="half of a surrogate pair.*Correct chat_template"):
-        export_gguf.export(folder, tmp_path / "new" / "model.gguf", "F16")
+        gguf_model.export_gguf(folder, tmp_path / "new" / "model.gguf", "F16")
     assert not (tmp_path / "new").exists()
 
 
 def test_what_a_model_is_called():
-    assert export_gguf.name_of("nowhere/Llama-3.2-1B") == "Llama-3.2-1B"
-    assert export_gguf.name_of(Path("runs/v1.5/merged")) == "v1.5"
-    assert export_gguf.name_of("a/SmolLM2.Q4_1.gguf") == "SmolLM2.Q4_1"
-    assert export_gguf.name_of("a/\udcff") == "?"  # a name that is not UTF-8
+    assert gguf_file.name_of("nowhere/Llama-3.2-1B") == "Llama-3.2-1B"
+    assert gguf_file.name_of(Path("runs/v1.5/merged")) == "v1.5"
+    assert gguf_file.name_of("a/SmolLM2.Q4_1.gguf") == "SmolLM2.Q4_1"
+    assert gguf_file.name_of("a/\udcff") == "?"  # a name that is not UTF-8
 
 
 # ------------------------------------------------------------------------------------------------ what can be wrong
@@ -427,19 +427,20 @@ def test_tied_head_that_is_in_the_files_too(models: dict, tmp_path: Path):
     folder = shutil.copytree(models["linear"].folder, tmp_path / "model")
     w = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     change_tensors(folder, lm_head__weight=w.clone())
-    export_gguf.export(folder, tmp_path / "model.gguf", "F16")
+    gguf_model.export_gguf(folder, tmp_path / "model.gguf", "F16")
     assert "output.weight" not in read_gguf(tmp_path / "model.gguf").tensors
     change_tensors(folder, lm_head__weight=2 * w)
-    export_gguf.export(folder, tmp_path / "model.gguf", "F32")
+    gguf_model.export_gguf(folder, tmp_path / "model.gguf", "F32")
     assert torch.equal(read_gguf(tmp_path / "model.gguf").load("output.weight"), 2 * w)
 
 
 HUGE = torch.cat([torch.zeros(191, 64), torch.full((1, 64), 1e6)])
+FEW_ROWS = {f"{name}__weight": torch.zeros(1000, 64) for name in ("model__embed_tokens", "lm_head")}
 WRONG = {
     "NaN": ({"model__norm__weight": torch.full((64,), torch.nan)}, {}, "Q8_0", "model.norm.weight holds NaN"),
     "too large": ({"lm_head__weight": torch.full((VOCAB, 64), 7e4)}, {}, "F16", "lm_head.weight holds.*export as bf16"),
     "a scale": ({"model__layers__0__mlp__up_proj__weight": HUGE}, {}, "Q4_0", "0.mlp.up_proj.weight holds.*in Q4_0"),
-    "missing": ({"lm_head__weight": None}, {}, "Q8_0", "lm_head.weight is missing"),
+    "missing": ({"lm_head__weight": None}, {}, "Q8_0", "lm_head.weight of it is missing"),
     "more": (
         {"model__layers__0__mlp__up_proj__bias": torch.zeros(192)},
         {},
@@ -447,13 +448,13 @@ WRONG = {
         "up_proj.bias has no place in the model",
     ),
     "layers": ({}, {"num_hidden_layers": 1}, "Q8_0", r"model.layers.1.*has no place in the model"),
-    "shape": ({}, {"intermediate_size": 96}, "Q8_0", r"has shape \(192, 64\), but config.json makes it \(96, 64\)"),
-    "vocabulary": ({}, {"vocab_size": 1000}, "Q8_0", "49152 tokens and the embedding 1000 rows"),
+    "shape": ({}, {"intermediate_size": 96}, "Q8_0", r"has shape \(192, 64\) and should have \(96, 64\)"),
+    "vocabulary": (FEW_ROWS, {"vocab_size": 1000}, "Q8_0", "49152 tokens and the embedding 1000 rows"),
     "activation": ({}, {"hidden_act": "gelu"}, "Q8_0", "hidden_act is .gelu."),
 }
 
 
-@pytest.mark.parametrize("ggml_type", QUANTIZABLE)
+@pytest.mark.parametrize("ggml_type", FORMATS)
 def test_what_a_type_cannot_hold_is_refused(ggml_type: str, rng: torch.Generator):
     """The largest value that is read back finite is written, and one above is refused by the tensor's name."""
     for width, sign, exponent in itertools.product((1, 192), (1, -1), (0, *range(13, 33), 40, 64, 126)):
@@ -478,7 +479,7 @@ def test_wrong_models_are_refused_and_nothing_changes(case: str, folder: Path, t
     for name in ("model.gguf", "Modelfile"):
         (tmp_path / name).write_text("old")
     with pytest.raises(UserError, match=message):
-        export_gguf.export(folder, tmp_path / "model.gguf", file_type)
+        gguf_model.export_gguf(folder, tmp_path / "model.gguf", file_type)
     assert [(tmp_path / name).read_text() for name in ("model.gguf", "Modelfile")] == ["old", "old"]
     assert not list(tmp_path.glob(".*"))
 
@@ -488,18 +489,18 @@ def test_a_file_of_the_users_own_is_kept(folder: Path, smollm2_path: Path, tmp_p
     """Also one of another program's, while ours are replaced, and a Modelfile under a name that would be ours."""
     out, kept = tmp_path / "model.gguf", tmp_path / "model.gguf.old"
     out.write_text("my notes")
-    export_gguf.export(folder, out, "F16")
+    gguf_model.export_gguf(folder, out, "F16")
     assert f"is kept as {kept}" in capsys.readouterr().out and kept.read_text() == "my notes"
-    export_gguf.export(folder, out, "Q8_0")
+    gguf_model.export_gguf(folder, out, "Q8_0")
     assert "kept" not in capsys.readouterr().out and read_gguf(out).metadata["general.file_type"] == 7
     shutil.copy(smollm2_path, out)
-    export_gguf.export(folder, out, "Q8_0")
+    gguf_model.export_gguf(folder, out, "Q8_0")
     assert (tmp_path / "model.gguf.old1").read_bytes() == smollm2_path.read_bytes()
     with pytest.raises(UserError, match="is a folder"):
-        export_gguf.export(folder, tmp_path, "F16")
+        gguf_model.export_gguf(folder, tmp_path, "F16")
     (tmp_path / "Modelfile-x").write_text("FROM llama3\n")
     with pytest.raises(UserError, match="Modelfile-x: is not one that export_gguf.py wrote.*Rename it"):
-        export_gguf.export(folder, tmp_path / "x.gguf", "F16")
+        gguf_model.export_gguf(folder, tmp_path / "x.gguf", "F16")
     assert not (tmp_path / "x.gguf").exists() and (tmp_path / "Modelfile-x").read_text() == "FROM llama3\n"
 
 

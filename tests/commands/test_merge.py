@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -26,10 +27,11 @@ import merge
 import nanoqlora as nq
 from nanoqlora import chat
 from nanoqlora.data.prompts import PromptFormat
+from nanoqlora.export import gguf_model
 from nanoqlora.gguf.names import tensor_shapes
 from nanoqlora.model import ModelConfig
 from nanoqlora.qlora import inject_lora, lora_layers
-from nanoqlora.weights.checkpoint import ShardWriter
+from nanoqlora.weights.checkpoint import write_shards
 
 U = 2.0**-8  # unit roundoff of bfloat16, which has 8 significant bits
 TOKENS = torch.randint(300, (2, 60), generator=torch.Generator().manual_seed(5))
@@ -208,10 +210,10 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path):
     for folder in (model, adapter):
         folder.mkdir()
     (model / "config.json").write_text(json.dumps(config))
-    writer = ShardWriter(model, {name: (shape, torch.bfloat16) for name, shape in shapes.items()}, 10**9)
-    for name, shape in shapes.items():
-        writer.add(name, torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.05, 0.05))
-    writer.close()
+    load = lambda name: torch.empty(shapes[name], dtype=torch.bfloat16).uniform_(-0.05, 0.05)  # noqa: E731
+    tensors = {name: (shape, torch.bfloat16) for name, shape in shapes.items()}
+    write_shards(model, SimpleNamespace(load=load), tensors, 10**9)
+    total_bytes = (model / "model.safetensors").stat().st_size
     layers = [name.removesuffix(".weight") for name in shapes if name.endswith("_proj.weight")]
     state = {}
     for layer in layers:
@@ -223,7 +225,7 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps(about))
     line = [sys.executable, "-m", "tests.memory_of_merge", model, adapter, tmp_path / "out", "original"]
     ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    assert int(ended.stdout) < 1.5 * 17e6 + 80e6 < 0.7 * writer.total_bytes, ended.stderr
+    assert int(ended.stdout) < 1.5 * 17e6 + 80e6 < 0.7 * total_bytes, ended.stderr
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == shapes.keys()
 
 
@@ -271,7 +273,7 @@ def test_merge_onto_a_gguf_file(model, adapter, tmp_path):
 
     Its config.json is made from the file's metadata; transformers loads it.
     """
-    export_gguf.export(model, tmp_path / "base.gguf", "F32")
+    gguf_model.export_gguf(model, tmp_path / "base.gguf", "F32")
     assert merged(model, adapter, tmp_path / "of folder").code == 0
     ended = merged(tmp_path / "base.gguf", adapter, tmp_path / "of file")
     assert ended.code == 0, ended.err

@@ -20,6 +20,7 @@ import merge
 import nanoqlora as nq
 import train
 from nanoqlora import chat, evaluate
+from nanoqlora.export import gguf_model
 from nanoqlora.weights.checkpoint import fingerprint, open_weights
 
 CHAT = ("--prompt", "Who sails?", "--temperature", 0, "--max_new_tokens", 4)
@@ -80,8 +81,8 @@ def test_a_fingerprint_knows_the_same_weights_in_other_files(world, tmp_path):
 
 
 def test_a_fingerprint_of_a_gguf_file(world, tmp_path):
-    export_gguf.export(world.model, tmp_path / "a.gguf", "Q8_0")
-    export_gguf.export(world.other, tmp_path / "b.gguf", "Q8_0")
+    gguf_model.export_gguf(world.model, tmp_path / "a.gguf", "Q8_0")
+    gguf_model.export_gguf(world.other, tmp_path / "b.gguf", "Q8_0")
     shutil.copy(tmp_path / "a.gguf", tmp_path / "c.gguf")
     a, b, c = (fingerprint(open_weights(tmp_path / f"{name}.gguf")) for name in "abc")
     assert a == c != b

@@ -14,7 +14,9 @@ from small_runs import alpaca_rows, merged, run_here, snapshot, write_rows, writ
 
 import merge
 from nanoqlora.config.load import load_config
+from nanoqlora.export import merge as merge_module
 from nanoqlora.export.certificate import GGUF, ON_NF4, ON_ORIGINAL, TRAINED, Score, recommend
+from nanoqlora.export.forms import Merged
 from nanoqlora.qlora import QLoRALinear
 from nanoqlora.run.inputs import prepare_data
 from nanoqlora.tokenizer.tokenizer import load_tokenizer
@@ -99,10 +101,10 @@ def test_too_far_from_the_trained_model_writes_nothing(run, tmp_path):
 
 def test_default_limit_holds_what_is_not_the_trained_model(run, tmp_path, monkeypatch):
     """As if the merge had taken weights that training never saw."""
-    good = merge.Merged.as_training_saw
-    monkeypatch.setattr(merge, "MAX_KL", 1e-4)
+    good = Merged.as_training_saw
+    monkeypatch.setattr(merge_module, "MAX_KL", 1e-4)
     monkeypatch.setattr(
-        merge.Merged,
+        Merged,
         "as_training_saw",
         lambda self, name, w: QLoRALinear(w) if self.dtype == torch.bfloat16 else good(self, name, w),
     )
@@ -126,9 +128,9 @@ def test_verdict_is_the_last_line_and_the_exit_code(run, tmp_path, monkeypatch):
     code, line = verdict("--max_tokens", 0)
     assert code == 0 and line.startswith("verdict: not proven: ")
     # A limit that the user has lifted does not make another model the trained one.
-    good = merge.Merged.as_training_saw
+    good = Merged.as_training_saw
     other = lambda self, name, w: good(self, name, w * (-1 if self.dtype == torch.bfloat16 else 1))  # noqa: E731
-    monkeypatch.setattr(merge.Merged, "as_training_saw", other)
+    monkeypatch.setattr(Merged, "as_training_saw", other)
     code, line = verdict("--dtype", "bf16", "--max_kl", 100)
     assert code == 1 and line.startswith(f"verdict: NOT what was trained: {out}: ") and "Do not serve it" in line
 

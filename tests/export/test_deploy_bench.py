@@ -9,8 +9,7 @@ import pytest
 from small_runs import merged, run_here
 
 import bench
-import export_gguf
-from nanoqlora.export import answer_speed
+from nanoqlora.export import answer_speed, gguf_model
 from nanoqlora.weights.pretrained import load_model
 
 
@@ -18,7 +17,7 @@ def test_every_form_of_a_run_is_measured(run: Path, tmp_path: Path, monkeypatch:
     pytest.importorskip("llama_cpp")
     folder = shutil.copytree(run / "out", tmp_path / "out")
     assert merged(run, folder / "merged", "--max_tokens", 0).code == 0
-    export_gguf.export(folder / "merged", folder / "model-q8_0.gguf", "Q8_0")
+    gguf_model.export_gguf(folder / "merged", folder / "model-q8_0.gguf", "Q8_0")
     ended = run_here(bench.main, "--deploy", folder, "--json", tmp_path / "rows.json")
     assert ended.code == 0, ended.err
     rows = json.loads((tmp_path / "rows.json").read_text())

@@ -18,6 +18,7 @@ from tiny import save_random_llama
 
 import export_gguf
 from nanoqlora.data.prompts import PromptFormat
+from nanoqlora.export import gguf_model
 from nanoqlora.export.go_template import go_template
 from nanoqlora.gguf.reader import read_gguf
 from nanoqlora.tokenizer.tokenizer import load_tokenizer, save_tokenizer
@@ -35,7 +36,7 @@ def base(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_random_llama(folder, vocab_size=VOCAB, num_hidden_layers=2, hidden_size=64, tie_word_embeddings=True)
     tok = load_tokenizer(smollm2_path)
     save_tokenizer(tok, folder)
-    export_gguf.export(folder, folder.parent / "base-bf16.gguf", "F32")
+    gguf_model.export_gguf(folder, folder.parent / "base-bf16.gguf", "F32")
     return folder
 
 
@@ -135,8 +136,8 @@ def test_what_such_a_file_cannot_express_is_refused(base: Path, tmp_path: Path):
         (plain, other, [], "adapter of another model"),
         (half, base, [], "q_proj lacks lora_B"),
         (plain, base, ["--type", "q4_k_m"], "--type q4_k_m"),
-        (plain, base, ["--type", "q9"], "--type q9"),
-        (plain, base, ["--prove"], "--prove compares a whole model"),
+        (plain, base, ["--type", "q9"], '--type is "q9"'),
+        (plain, base, ["--prove"], "--prove compares a complete model"),
         (plain, tmp_path / "nowhere", [], "nowhere"),
     ):
         ended = exported(model, folder, *words)

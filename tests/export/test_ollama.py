@@ -25,6 +25,7 @@ import export_gguf
 from nanoqlora.data.messages import say
 from nanoqlora.data.prompts import CHAT_TEMPLATES, PromptFormat
 from nanoqlora.data.row_format import Frame
+from nanoqlora.export import gguf_model
 from nanoqlora.tokenizer.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 pytestmark = needs_ollama
@@ -106,7 +107,7 @@ def test_prompts_are_those_of_training(name, ollama, weights, tok, tmp_path, cap
     is_llama3, fmt = FORMATS[name]
     tok = llama3_tokenizer(tok) if is_llama3 else tok
     model = model_of(tmp_path / "my model", weights, tok, fmt)
-    export_gguf.export(model, model / 'a "b" c.gguf', "F16")
+    gguf_model.export_gguf(model, model / 'a "b" c.gguf', "F16")
     said = capsys.readouterr().out
     created(ollama, said)
     assert ("no TEMPLATE" in said) == name.startswith("no Go")
@@ -122,7 +123,7 @@ def test_ends_and_sampling_are_ollamas(ollama, weights, tok, tmp_path, capsys):
     model = model_of(tmp_path / "model", weights, tok, CHAT)
     settings = {"eos_token_id": [0, 2], "do_sample": True, "temperature": 0.25, "top_k": 7, "repetition_penalty": 1.5}
     (model / "generation_config.json").write_text(json.dumps(settings))
-    export_gguf.export(model, tmp_path / "model.gguf", "F16")
+    gguf_model.export_gguf(model, tmp_path / "model.gguf", "F16")
     created(ollama, capsys.readouterr().out)
     shown = ollama.post("/api/show", model="NAME")
     found = [tuple(line.split(None, 1)) for line in shown["parameters"].splitlines()]

@@ -17,6 +17,7 @@ import export_gguf
 import merge
 from nanoqlora.data.prompts import PromptFormat
 from nanoqlora.export import gguf_model, llama_cpp, proof
+from nanoqlora.export import merge as merge_module
 from nanoqlora.weights import adapter_files
 
 
@@ -94,8 +95,8 @@ def test_folder_without_certificate_gets_a_file_of_its_own(run: Path, tmp_path: 
 
 def change_metadata(monkeypatch: pytest.MonkeyPatch, **changes: tuple[str, object]) -> None:
     changes = {key.replace("__", "."): value for key, value in changes.items()}
-    good = export_gguf.tokenizer_metadata
-    monkeypatch.setattr(export_gguf, "tokenizer_metadata", lambda *args: good(*args) | changes)
+    good = gguf_model.tokenizer_metadata
+    monkeypatch.setattr(gguf_model, "tokenizer_metadata", lambda *args: good(*args) | changes)
 
 
 def worse(w: torch.Tensor, ggml_type: str, where: str, good=gguf_model.quantize_checked) -> torch.Tensor:
@@ -103,8 +104,8 @@ def worse(w: torch.Tensor, ggml_type: str, where: str, good=gguf_model.quantize_
 
 
 def change_model(monkeypatch: pytest.MonkeyPatch, **changes: tuple[str, object]) -> None:
-    good, changes = export_gguf.model_metadata, {key.replace("__", "."): value for key, value in changes.items()}
-    monkeypatch.setattr(export_gguf, "model_metadata", lambda *args: good(*args) | changes)
+    good, changes = gguf_model.model_metadata, {key.replace("__", "."): value for key, value in changes.items()}
+    monkeypatch.setattr(gguf_model, "model_metadata", lambda *args: good(*args) | changes)
 
 
 def another_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +234,7 @@ def test_merge_on_the_original_base_is_not_called_what_was_trained(run: Path, mo
 
 def test_merge_onto_another_base_is_not_called_what_was_trained(run: Path, model: Path, monkeypatch):
     trained_on = lambda folder, good=proof.read_trained: good(folder)._replace(base="0" * 64)  # noqa: E731
-    for module in (proof, merge, adapter_files):
+    for module in (proof, merge_module, adapter_files):
         monkeypatch.setattr(module, "read_trained", trained_on)
     ended = merged(run, model, "--max_tokens", 0)
     assert ended.code == 2 and "--other_base" in ended.err
@@ -437,7 +438,7 @@ BROKEN: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_files_that_llama_cpp_refuses_are_at_fault(case: str, model: Path):
     pytest.importorskip("llama_cpp")
-    export_gguf.export(model, model / "good.gguf", "F32")
+    gguf_model.export_gguf(model, model / "good.gguf", "F32")
     good = (model / "good.gguf").read_bytes()
     broken = BROKEN[case](good)
     assert broken != good

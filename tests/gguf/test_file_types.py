@@ -7,8 +7,8 @@ import pytest
 import torch
 from llama_quantize import LIBRARIES, quantize_file
 
-import export_gguf
 from nanoqlora.config.options import Types
+from nanoqlora.export import gguf_model
 from nanoqlora.gguf.file_types import FILE_TYPES, tensor_type
 from nanoqlora.gguf.reader import read_gguf
 
@@ -75,9 +75,9 @@ def test_real_model_is_quantized_as_by_llama_cpp(file_type: str, smollm2_path: P
     """Of SmolLM2 as a file of float32, both make the same tensors: types and bytes."""
     source = tmp_path_factory.getbasetemp() / "smollm2-f32.gguf"
     if not source.exists():
-        export_gguf.export(smollm2_path, source, "F32")
+        gguf_model.export_gguf(smollm2_path, source, "F32")
     ours, theirs = source.with_name("ours.gguf"), source.with_name("theirs.gguf")
-    export_gguf.export(source, ours, file_type)
+    gguf_model.export_gguf(source, ours, file_type)
     quantize_file(source, theirs, file_type, torch.get_num_threads())
     a, b = read_gguf(ours), read_gguf(theirs)
     assert a.metadata["general.file_type"] == b.metadata["general.file_type"]

@@ -13,7 +13,7 @@ import torch
 
 from nanoqlora.config.errors import UserError
 from nanoqlora.gguf.config import hf_config, model_metadata, rope_divisors
-from nanoqlora.gguf.ggml_blocks import FORMATS, QUANTIZABLE, quantize
+from nanoqlora.gguf.ggml_blocks import FORMATS, quantize
 from nanoqlora.gguf.names import gguf_name, heads_to_permute, hf_name, permute_rows, tensor_shapes, unpermute_rows
 from nanoqlora.gguf.reader import read_gguf
 from nanoqlora.gguf.writer import NewTensor, write_gguf
@@ -43,7 +43,7 @@ def new_tensor(name: str, w: torch.Tensor, ggml_type: str = "F32") -> NewTensor:
 def weights() -> dict[str, torch.Tensor]:
     """One tensor of each type that can be written, some of a size that leaves padding behind."""
     g = torch.Generator().manual_seed(0)
-    return {name: torch.randn(3, 256, generator=g) for name in QUANTIZABLE} | {"odd": torch.randn(5, generator=g)}
+    return {name: torch.randn(3, 256, generator=g) for name in FORMATS} | {"odd": torch.randn(5, generator=g)}
 
 
 @pytest.fixture
@@ -386,12 +386,12 @@ REFUSED = {  # changes of the metadata, changes of the tensors, what is said
     "zero heads": ({"llama.attention.head_count": ("u32", 0)}, {}, "llama.attention.head_count is 0"),
     "float": ({"llama.block_count": ("f32", 2.0)}, {}, "llama.block_count is 2.0.*type int"),
     "heads by layer": ({"llama.attention.head_count_kv": ("u32[]", [2, 1])}, {}, r"head_count_kv is \[2, 1\]"),
-    "more layers": ({"llama.block_count": ("u32", 3)}, {}, "9 tensors.*3 layers are missing, blk.2.attn_norm"),
-    "absurd layers": ({"llama.block_count": ("u32", 2**31)}, {}, "are missing, blk.2.attn_norm"),
+    "more layers": ({"llama.block_count": ("u32", 3)}, {}, "3 layers, and tensor blk.2.attn_norm.* missing, 9 in all"),
+    "absurd layers": ({"llama.block_count": ("u32", 2**24)}, {}, "blk.2.attn_norm.* missing"),
     "fewer layers": ({"llama.block_count": ("u32", 1)}, {}, "blk.1.*no place in the model"),
-    "missing tensor": ({}, {"blk.1.ffn_up.weight": None}, "1 tensors.*missing, blk.1.ffn_up.weight"),
-    "no embedding": ({}, {"token_embd.weight": None}, "missing, token_embd.weight"),
-    "bias": ({}, {"blk.0.attn_q.bias": torch.zeros(512)}, "blk.0.attn_q.bias: not a part of a plain Llama"),
+    "missing tensor": ({}, {"blk.1.ffn_up.weight": None}, "blk.1.ffn_up.weight .*missing, 1 in all"),
+    "no embedding": ({}, {"token_embd.weight": None}, "token_embd.weight .*missing"),
+    "bias": ({}, {"blk.0.attn_q.bias": torch.zeros(512)}, "blk.0.attn_q.bias has no place in the model"),
     "wrong shape": ({}, {"blk.0.attn_k.weight": torch.zeros(512, 32)}, r"\(512, 32\).*should have \(256, 32\)"),
     "strange RoPE": ({}, {"rope_freqs.weight": torch.rand(64) + 1}, "not what the llama3 kind"),
     "broken RoPE": (
@@ -410,7 +410,7 @@ def test_models_we_cannot_build_are_refused(case: str, tmp_path: Path):
     path = write_model(tmp_path / "model.gguf", PLAIN, metadata, tensors)
     with pytest.raises(UserError, match=message) as error:
         hf_config(read_gguf(path))
-    assert str(path) in str(error.value) or "not a part" in message
+    assert str(path) in str(error.value)
 
 
 def test_older_spellings_of_linear_scaling_and_divisors_of_one(tmp_path: Path):

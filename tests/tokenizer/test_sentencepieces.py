@@ -20,10 +20,10 @@ from small_runs import PIRATE
 from tiny import save_random_llama
 from transformers import AutoTokenizer
 
-import export_gguf
 from nanoqlora import Llama
 from nanoqlora.config.errors import UserError
 from nanoqlora.data.prompts import CHAT_TEMPLATES, PromptFormat
+from nanoqlora.export import gguf_model
 from nanoqlora.export.go_template import go_template
 from nanoqlora.export.llama_cpp import Server, write_small
 from nanoqlora.export.tokenizer_metadata import served_ids, tokenizer_metadata
@@ -274,7 +274,7 @@ def test_prompts_have_the_same_ids_in_ollama(small, tmp_path, name, space_before
 def test_a_whole_model_with_such_a_tokenizer_in_llama_cpp(small, tmp_path):
     folder = write_folder(tmp_path, small, legacy=True, chat_template=LLAMA2_CHAT, tokenizer_class="LlamaTokenizer")
     save_random_llama(folder, vocab_size=960)  # more rows than tokens
-    export_gguf.export(folder, folder / "model.gguf", "F32")
+    gguf_model.export_gguf(folder, folder / "model.gguf", "F32")
     tok, chat = load_tokenizer(folder), CHATS[3]
     ids = tok.encode_chat(chat, add_generation_prompt=True)
     with torch.no_grad():

@@ -133,7 +133,7 @@ def test_an_update_merged_is_the_layer(tmp_path):
             if use_dora:
                 layer.magnitude.data *= 1.1
         nq.save_adapter(model, tmp_path / "adapter")
-        _, updates = read_updates(tmp_path / "adapter")
+        updates = read_updates(tmp_path / "adapter")
         for name, layer in lora_layers(model).items():
             x = torch.eye(layer.in_features).unsqueeze(0)
             merged = updates[name].merged(layer.weight)

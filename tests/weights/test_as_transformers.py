@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from tiny import CONFIG, save_random_llama
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-import merge
 import nanoqlora as nq
 from nanoqlora.config.errors import UserError
 from nanoqlora.data.prompts import PromptFormat
 from nanoqlora.export.llama_cpp import Server, write_small
+from nanoqlora.export.merge import merged_config
 from nanoqlora.export.tokenizer_metadata import tokenizer_metadata
 from nanoqlora.model import ModelConfig, rope_frequencies
 from nanoqlora.tokenizer.tokenizer import save_tokenizer
@@ -135,7 +135,7 @@ def test_the_head_is_the_one_that_transformers_takes(tmp_path, states, form):
         out = tmp_path / "out"
         out.mkdir(exist_ok=True)
         save_file({name: weights.load(name) for name in weights.names()}, out / "model.safetensors", {"format": "pt"})
-        write_json(out / "config.json", merge.hf_config(weights.config, torch.float32, {}))
+        write_json(out / "config.json", merged_config(weights.config, torch.float32, {}))
         assert_same(theirs, their_logits(out), case)
     assert both == 9
 
@@ -284,7 +284,7 @@ def test_rope_is_the_one_that_transformers_takes():
             continue
         assert wanted, (theta, scaling, parameters, theirs)
         assert torch.allclose(rope_frequencies(ours), theirs[1], rtol=1e-6), (theta, scaling, parameters)
-        written = merge.hf_config(config, torch.float32, {})
+        written = merged_config(config, torch.float32, {})
         assert "rope_parameters" not in written and written["rope_theta"] == ours.rope_theta
         assert torch.allclose(what_transformers_makes(written)[1], theirs[1], rtol=1e-6), written
         read += 1

@@ -248,11 +248,11 @@ META_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "last part missing": (lambda f: (f / "consolidated.01.pth").unlink(), "wq of 32 rows where n_heads .* 64"),
     "half a part": (
         lambda f: (f / "consolidated.01.pth").write_bytes((f / "consolidated.01.pth").read_bytes()[:9000]),
-        r"consolidated\.01\.pth: not a whole file",
+        r"consolidated\.01\.pth: not a complete file",
     ),
     "a program": (
         lambda f: torch.save({"x": Bomb()}, f / "consolidated.00.pth"),
-        r"consolidated\.00\.pth: not a whole",
+        r"consolidated\.00\.pth: not a complete",
     ),
     "a list": (
         lambda f: torch.save([torch.ones(2)], f / "consolidated.00.pth"),

@@ -13,6 +13,7 @@ from small_runs import assert_refused, run_here, save_tiny_model, snapshot
 import export_gguf
 import merge
 from nanoqlora.data.prompts import PromptFormat
+from nanoqlora.export import gguf_model
 from nanoqlora.gguf.config import hf_config
 from nanoqlora.gguf.reader import read_gguf
 from nanoqlora.tokenizer.tokenizer import load_tokenizer
@@ -72,7 +73,7 @@ def test_merge_keeps_end_tokens_and_sampling(generation, config, ends, tmp_path)
 
 def exported(model: Path) -> tuple[list[tuple[str, str]], dict[str, Any]]:
     """The Modelfile without FROM and TEMPLATE, and the metadata of the file."""
-    export_gguf.export(model, model.parent / "model.gguf", "F32")
+    gguf_model.export_gguf(model, model.parent / "model.gguf", "F32")
     found = parse((model.parent / "Modelfile").read_text())
     metadata = read_gguf(model.parent / "model.gguf").metadata
     return [pair for pair in found if pair[0] not in ("from", "template")], metadata

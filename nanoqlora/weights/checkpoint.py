@@ -256,6 +256,7 @@ def write_shards(
                 w = weights.load(name).cpu()
                 assert (tuple(w.shape), w.dtype) == (tuple(tensors[name][0]), tensors[name][1]), name
                 out.write(w.contiguous().view(-1).view(torch.uint8).numpy().data)
+                del w  # else it would be held while the next one is loaded
     if count > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")

@@ -133,7 +133,7 @@ KINDS = {
 }
 
 
-def breakdown(step: Callable[[], None], device: torch.device) -> dict[str, float]:
+def breakdown(step: Callable[[], object], device: torch.device) -> dict[str, float]:
     """Milliseconds of one step by kind, as the profiler counts them; whatever has no kind is elementwise."""
     activities = [ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]
     with profile(activities=activities) as recorded:
@@ -225,7 +225,14 @@ def useful_flops(config: ModelConfig, num_lora: int, B: int, T: int) -> float:
 
 def config_of(args: BenchOptions) -> Config:
     """The run that is timed, as its YAML file would describe it."""
-    given = ("micro_batch_size", "sequence_len", "lora_r", "lora_alpha", "lora_dropout", "gradient_checkpointing")
+    given: tuple[str, ...] = (
+        "micro_batch_size",
+        "sequence_len",
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "gradient_checkpointing",
+    )
     given += ("shard_optimizer_state", "optimizer", "bf16")
     values = {key: getattr(args, key) for key in given} | ({} if args.fsdp == "auto" else {"fsdp": [args.fsdp]})
     data = {"path": "random tokens", "type": "completion"}
@@ -258,7 +265,7 @@ class Times(Metrics):
 WARM_UP = 3  # steps before those that count: the first one compiles, the second one records graphs
 
 
-def prepare(args: BenchOptions, rank: int, ranks: int, device: torch.device) -> tuple[Run, float]:
+def prepare(args: BenchOptions, metrics: Metrics, rank: int, ranks: int, device: torch.device) -> tuple[Run, float]:
     """The run that is timed, and the seconds that it took to build."""
     if args.memory_gib and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
@@ -276,7 +283,7 @@ def prepare(args: BenchOptions, rank: int, ranks: int, device: torch.device) -> 
         samples=samples,
         held_out=samples.take(np.arange(0)),
         plan=BatchSchedule([rows], rows_per_step, num_steps),
-        metrics=Times(),
+        metrics=metrics,
         rank=rank,
         ranks=ranks,
         device=device,
@@ -288,12 +295,13 @@ def prepare(args: BenchOptions, rank: int, ranks: int, device: torch.device) -> 
 def measure(args: BenchOptions, rank: int, ranks: int, device: torch.device) -> dict[str, Any]:
     """Time, memory and floor of the step; the JSON line of the contract with users' scripts."""
     B, T = args.micro_batch_size, args.sequence_len
-    run, load_s = prepare(args, rank, ranks, device)
+    times_of = Times()
+    run, load_s = prepare(args, times_of, rank, ranks, device)
     config, dtype = run.model.config, run.model.model.norm.weight.dtype
     base_gib = held_bytes(run.model) / GIB
     started, display = time.perf_counter(), Display(len(run.plan), 0, rank=1)  # which shows nothing
     train_loop(run, 0, [], display)
-    written, rows = run.metrics.written, run.metrics.rows[WARM_UP:]
+    written, rows = times_of.written, run.metrics.rows[WARM_UP:]
     times = [(end - start) * 1e3 for start, end in itertools.pairwise(written[WARM_UP - 1 :])]
     kinds = breakdown(lambda: train_loop(run, len(run.plan) - 1, [], display), device)
     floor = None if args.memory_gib else floor_ms(config, B, T, dtype, device)  # it needs memory of its own
@@ -346,21 +354,19 @@ def main() -> None:
     if args.json_file:
         check_file(args.json_file, "--json")
     if args.deploy:
-        figures = bench_deploy(Path(args.deploy), prompt_tokens=256, new_tokens=32)
-    else:
-        if args.peer and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(
-                "--peer: under torchrun every rank would start it. Run the peer by itself, before or after."
-            )
-        peers = [peer_figures(command) for command in args.peer]  # before we take any memory
-        rank, ranks, device = distributed.start()
-        figures = measure(args, rank, ranks, device)
-        distributed.stop()
-        if rank == 0:
-            report(figures, peers)
-        assert math.isfinite(figures["loss"])
-    if args.json_file and (args.deploy or rank == 0):
+        rows = bench_deploy(Path(args.deploy), prompt_tokens=256, new_tokens=32)
+        return write_text(args.json_file, json.dumps(rows) + "\n") if args.json_file else None
+    if args.peer and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--peer: under torchrun every rank would start it. Run the peer by itself, before or after.")
+    peers = [peer_figures(command) for command in args.peer]  # before we take any memory
+    rank, ranks, device = distributed.start()
+    figures = measure(args, rank, ranks, device)
+    distributed.stop()
+    if rank == 0:
+        report(figures, peers)
+    if args.json_file and rank == 0:
         write_text(args.json_file, json.dumps(figures) + "\n")
+    assert math.isfinite(figures["loss"])
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ import math
 import os
 import shlex
 import signal
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -68,7 +70,7 @@ def train_loop(run: Run, start: int, stop: list[bool], display: Display) -> int:
         stopwatch.start()
 
         # Forward and backward over this rank's micro-batches.
-        run.flat.grad.zero_()
+        run.grad.zero_()
         losses: dict[int, torch.Tensor] = {}
         for first_row, batch in run.micro_batches(number):
             hidden = run.body(batch.tokens, batch.segments).flatten(0, 1)  # (B * T, D)
@@ -79,7 +81,7 @@ def train_loop(run: Run, start: int, stop: list[bool], display: Display) -> int:
                 losses[first_row] = loss.detach()
 
         # Sum over the ranks, clip, and AdamW's step. A number that is not finite changes nothing, on any rank.
-        own_norm = run.flat.grad.norm()
+        own_norm = run.grad.norm()
         grad_norm = sum_and_clip(run.flat, run.optimizer, config.max_grad_norm).item()
         total = collectives.sum_over_ranks(sum(losses.values(), torch.zeros((), device=run.device))).item()
         rate = learning_rate(number)
@@ -136,6 +138,7 @@ def main() -> None:
     with collectives.naming_lost_ranks():
         with collectives.together():
             config, options = load_command(TrainOptions)
+            assert config is not None  # there is always a file
         try:
             train(config, options, rank, ranks, device)
         except torch.OutOfMemoryError as error:
@@ -190,16 +193,20 @@ def train(config: Config, options: TrainOptions, rank: int, ranks: int, device: 
             say(f"auto_resume_from_checkpoints: {config.output_dir} has no checkpoint, so the run begins with step 1")
         dtype = str(run.model.model.embed_tokens.weight.dtype).removeprefix("torch.")
         say(f"{num_trained(run.model):,} trained values, {len(run.plan)} steps, computing in {dtype}")
-        train_to_the_end(run, data, tokenizer, start, forecast, say)
+        with told_to_stop(rank) as stop:
+            train_to_the_end(run, data, tokenizer, start, forecast, stop, say)
 
 
 def train_to_the_end(
-    run: Run, data: Data, tokenizer: Tokenizer, start: int, forecast: Forecast, say: Callable[..., None]
+    run: Run,
+    data: Data,
+    tokenizer: Tokenizer,
+    start: int,
+    forecast: Forecast,
+    stop: list[bool],
+    say: Callable[..., None],
 ) -> None:
     """The steps from `start` on, with what is asked of the model before and after, and the results."""
-    stop: list[bool] = []
-    for received in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(received, partial(stop_after_step, stop, run.rank))
     if start == 0 and run.held_out:
         evaluate(run, 0)
         run.before |= judge(run, data, tokenizer, 0)
@@ -218,6 +225,19 @@ def train_to_the_end(
     distributed.stop()
     if run.rank == 0:
         save_results(run, data, tokenizer, after, forecast.of_part((last - start) / len(run.plan)), seconds, say)
+
+
+@contextmanager
+def told_to_stop(rank: int) -> Iterator[list[bool]]:
+    """A list that Ctrl-C and SIGTERM fill. In a thread, which gets no signals, it stays empty."""
+    stop: list[bool] = []
+    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, partial(stop_after_step, stop, rank)) for number in signals}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stop_after_step(stop: list[bool], rank: int, number: int, frame: object) -> None:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from .ops import dequantize_nf4 as dequantize_nf4
     from .ops import quantize_nf4 as quantize_nf4
     from .qlora import inject_lora as inject_lora
+    from .run.from_python import evaluate as evaluate
+    from .run.from_python import generate as generate
+    from .run.from_python import train as train
     from .tokenizer.tokenizer import load_tokenizer as load_tokenizer
     from .weights.adapter import load_adapter as load_adapter
     from .weights.adapter import save_adapter as save_adapter
@@ -25,12 +28,15 @@ PUBLIC = {  # name -> the module that has it
     "UserError": "config.errors",
     "dequantize_nf4": "ops",
     "export_gguf": "export.gguf_model",
+    "evaluate": "run.from_python",
+    "generate": "run.from_python",
     "inject_lora": "qlora",
     "load_adapter": "weights.adapter",
     "load_tokenizer": "tokenizer.tokenizer",
     "merge": "export.merge",
     "quantize_nf4": "ops",
     "save_adapter": "weights.adapter",
+    "train": "run.from_python",
 }
 __all__ = [*PUBLIC]
 

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -35,6 +36,11 @@ def answer_early(own: type[Keys]) -> None:
 def make_config(values: dict[str, Any], where: str = "configuration") -> Config:
     """A checked Config from a plain dict of YAML keys; for scripts and tests."""
     return _resolve(located(values, where), Map(), where)
+
+
+def override(path: str | Path, keys: dict[str, Any]) -> Config:
+    """The Config of a YAML file, in which `keys` win; for `nq.train`."""
+    return _resolve(read_yaml(str(path)), located(keys, "nq.train"), str(path))
 
 
 def load_config(argv: list[str] | None = None) -> Config:

@@ -129,7 +129,7 @@ class Config(Keys):
 
     base_model: PathText = key("Hugging Face folder, .gguf file, or hub name", group="model")
     adapter: Literal["qlora", "lora"] = key("qlora: over a 4-bit base; lora: over a 16-bit base")
-    load_in_4bit: bool | None = key("quantise the linear layers of the blocks to NF4; unset: true for qlora", None)
+    load_in_4bit: bool = key("quantise the linear layers of the blocks to NF4; unset: true for qlora", None)
     bnb_config_kwargs: BnbConfig = key("accepted: there is one way to quantise", BnbConfig())
     output_dir: PathText = key("folder of the adapter, checkpoints, metrics and report", "./model-out")
     overwrite_output_dir: bool = key("remove the run that output_dir holds; false: refuse to write over it", False)
@@ -142,7 +142,7 @@ class Config(Keys):
     lora_r: int | None = key("rank of the update", None, ge=1, group="LoRA")
     lora_alpha: Amount | None = key("the update is scaled by lora_alpha / lora_r", None, gt=0)
     lora_dropout: float = key("share of an adapter's inputs that is dropped in training", 0.0, ge=0, lt=1)
-    lora_target_linear: bool | None = key("adapt all linear layers of the blocks; unset: if no modules are named", None)
+    lora_target_linear: bool = key("adapt all linear layers of the blocks; unset: if no modules are named", None)
     lora_target_modules: Many[str] = key(
         "the layers to adapt: ends of names such as q_proj, full names, or a regular expression for full names", ()
     )
@@ -186,23 +186,23 @@ class Config(Keys):
     neftune_noise_alpha: float | None = key("NEFTune: noise on the embeddings in training", None, gt=0)
     max_grad_norm: float = key("clip the global gradient norm; 0: do not clip", 1.0, ge=0)
     skip_nonfinite_steps: bool = key("leave out steps whose loss or gradient is NaN or infinite; false: stop", False)
-    gradient_checkpointing: bool | Literal["offload", "auto"] | None = key(
+    gradient_checkpointing: bool | Literal["offload", "auto"] = key(
         "recompute blocks in backward; offload: keep their inputs in host memory; auto: if memory needs it; "
         "unset: as fsdp_config.activation_checkpointing, else false",
         None,
     )
 
     logging_steps: int = key("optimizer steps between log lines", 1, ge=1, group="cadence")
-    eval_strategy: Cadence | None = key("when to evaluate; unset: by the two keys below, else every epoch", None)
+    eval_strategy: Cadence = key("when to evaluate; unset: by the two keys below, else every epoch", None)
     eval_steps: Amount | None = key("steps between evaluations; below 1: a share of all", None, ge=0)
     evals_per_epoch: int | None = key("evaluations in an epoch; 0: none", None, ge=0)
     eval_batch_size: int | None = key("accepted: evaluation takes one packed row at a time", None, ge=1)
-    save_strategy: Cadence | None = key("when to save; unset: by the two keys below, else every epoch", None)
+    save_strategy: Cadence = key("when to save; unset: by the two keys below, else every epoch", None)
     save_steps: Amount | None = key("steps between checkpoints; below 1: a share of all", None, ge=0)
     saves_per_epoch: int | None = key("checkpoints in an epoch; 0: none", None, ge=0)
     save_total_limit: int = key("checkpoints to keep, the newest ones", 4, ge=1)
     save_first_step: bool = key("a checkpoint after the first step too", False)
-    load_best_model_at_end: bool | None = key(
+    load_best_model_at_end: bool = key(
         "keep the checkpoint of the best evaluation and end with it; unset: true with early_stopping_patience", None
     )
     metric_for_best_model: Literal["eval_loss", "loss"] = key("what is best: the held-out loss", "eval_loss")
@@ -213,7 +213,7 @@ class Config(Keys):
     auto_resume_from_checkpoints: bool = key("go on from the newest checkpoint in output_dir, if any", False)
 
     use_tensorboard: bool = key("write event files to output_dir/tensorboard too", False, group="logs")
-    use_wandb: bool | None = key("send metrics to Weights & Biases; unset: if wandb_project is given", None)
+    use_wandb: bool = key("send metrics to Weights & Biases; unset: if wandb_project is given", None)
     wandb_project: str | None = key("its project there", None)
     wandb_entity: str | None = key("user or team there", None)
     wandb_name: str | None = key("name of the run there", None)

@@ -7,7 +7,9 @@ the same files in `nanoqlora/programs/`. They are run by path: a train.py in the
 import runpy
 import shlex
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 from .commands import run_command
 from .errors import UserError
@@ -51,6 +53,17 @@ def this_command(*words: str) -> str:
     if path.parent != PROGRAMS and path.is_relative_to(PACKAGE):
         script = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)  # a module: nanoqlora.evaluate
     return script_command(script, *words) if script in NAMES else shlex.join(("python", sys.argv[0], *words))
+
+
+def load_program(script: str) -> Any:
+    """One of the programs as a module, for `nq.train`."""
+    name = f"nanoqlora.programs.{Path(script).stem}"
+    if name not in sys.modules:
+        spec = spec_from_file_location(name, PROGRAMS / script)
+        assert spec and spec.loader
+        sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def usage() -> str:

@@ -30,7 +30,7 @@ from ..weights.pretrained import Fill
 from .log import Metrics
 from .neftune import add_noise
 from .optim import loraplus_groups, make_optimizer, state_bytes
-from .optimizer_state import BLOCK, PartOptimizer
+from .optimizer_state import BLOCK, Optimizer, PartOptimizer
 from .state import Run
 
 
@@ -154,6 +154,7 @@ def add_lora(config: Config, model: Llama, say: Callable[..., None]) -> None:
     """Inject the run's LoRA, or that of lora_model_dir to train it further."""
     torch.manual_seed(config.seed)
     if not config.lora_model_dir:
+        assert config.lora_r is not None and config.lora_alpha is not None
         targets = (*(ALL_LINEAR if config.lora_target_linear else ()), *config.lora_target_modules)
         variants = config.peft_use_rslora, config.peft_use_dora
         inject_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, targets, *variants)
@@ -181,9 +182,7 @@ def make_fast(model: Llama, keeps: list[Keep], is_resident: bool, say: Callable[
         say("kept for the backward pass: " + ", ".join(f"{keeps.count(k)} x {k}" for k in dict.fromkeys(keeps)))
 
 
-def build_optimizer(
-    config: Config, model: Llama, *, rank: int, ranks: int
-) -> tuple[torch.nn.Parameter, torch.optim.Optimizer | PartOptimizer]:
+def build_optimizer(config: Config, model: Llama, *, rank: int, ranks: int) -> tuple[torch.nn.Parameter, Optimizer]:
     """The flat buffer of all trained values, and AdamW on it or on this rank's part of it."""
     sharded = config.shard_optimizer_state and ranks > 1
     flat = flatten_trainable(model, multiple=ranks * BLOCK if sharded else 1)

@@ -47,8 +47,8 @@ def save_checkpoint(run: Run, step: int) -> None:
         except (OSError, SafetensorError, RuntimeError) as error:
             if not is_disk_error(error):
                 raise
-            state = [x for values in run.optimizer.state.values() for x in values.values() if torch.is_tensor(x)]
-            needed = run.flat.nbytes + sum(x.nbytes for x in state)
+            kept = [x for values in run.optimizer.state.values() for x in values.values() if torch.is_tensor(x)]
+            needed = run.flat.nbytes + sum(x.nbytes for x in kept)
             raise Failed(cannot_write(folder, f"checkpoint-{step}", error, needed)) from error
         best = run.progress.best_step if run.config.load_best_model_at_end else None
         for old in checkpoints(folder)[: -run.config.save_total_limit]:

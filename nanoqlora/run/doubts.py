@@ -36,7 +36,9 @@ def _positions(data: Data, model: ModelConfig) -> str:
         limit = int(limit * scaling.get("factor", 1))
     lengths = np.concatenate([data.samples.lengths, data.held_out.lengths])
     count = int((lengths > limit).sum())
-    return count and (
+    if not count:
+        return ""
+    return (
         f"{count} of {len(lengths)} samples are longer than the {limit} positions that the model was made for "
         f"(max_position_embeddings; the longest sample has {lengths.max()} tokens). A sequence_len of at most {limit} "
         f"avoids that"
@@ -58,7 +60,9 @@ def _repeated(config: Config, data: Data) -> list[str]:
 
 def _leak(data: Data) -> str:
     count = shared(data.samples, data.held_out)
-    return count and (
+    if not count:
+        return ""
+    return (
         f"{count} of {len(data.held_out)} evaluation samples are in the training data too, token for token: the "
         f"held-out loss will look better than it is"
     )
@@ -78,7 +82,7 @@ def _hashes(samples: Samples, which: np.ndarray) -> list[int]:
 
 
 def _end(config: Config, data: Data, tokenizer: Tokenizer) -> str:
-    ids = {data.prompt_format.end_id(tokenizer), tokenizer.eos_id} - {None}
+    ids = {id for id in (data.prompt_format.end_id(tokenizer), tokenizer.eos_id) if id is not None}
     learnt = np.array([*ids], np.uint32) | SUPERVISED
     unwanted = all(dataset.train_on_eos == "none" for dataset in config.datasets)
     if unwanted or any(np.isin(words, learnt).any() for words in data.samples.words):

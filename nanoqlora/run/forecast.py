@@ -26,7 +26,7 @@ from ..fast.stats import memory_figures
 from ..model import ModelConfig
 from ..parallel import collectives
 from .optim import set_learning_rate, state_bytes
-from .optimizer_state import sum_and_clip
+from .optimizer_state import gradient_of, sum_and_clip
 from .scoring import score_samples
 from .state import Run
 
@@ -99,7 +99,7 @@ def measure(run: Run, num_evals: int, num_saves: int) -> Forecast:
     if run.device.type == "cpu":
         memory = {name: before[name] + HEAP_GROWTH * (gib - before[name]) for name, gib in memory.items()}
     run.optimizer.state.clear()
-    run.flat.grad.zero_()
+    gradient_of(run.flat).zero_()
 
     slope, constant = longest_s / longest[0], 0.0
     if median[0] < 0.75 * longest[0]:  # far enough apart for a line through both
@@ -107,7 +107,7 @@ def measure(run: Run, num_evals: int, num_saves: int) -> Forecast:
         median_s = once(median)
         slope = max(0.0, longest_s - median_s) / (longest[0] - median[0])
         constant = max(0.0, median_s - slope * median[0])
-        run.flat.grad.zero_()
+        gradient_of(run.flat).zero_()
     steps_s = constant * len(costs) + slope * sum(cost for cost, *_ in costs) + optimizer_s * len(run.plan)
     state = round(state_bytes(config.optimizer) * run.flat.numel())
     best = config.load_best_model_at_end
@@ -163,7 +163,7 @@ def _trial_step(run: Run) -> float:
         num_bytes = round(state_bytes(run.config.optimizer) * getattr(run.optimizer, "part", run.flat).numel())
         run.optimizer.state[run.flat] = {"stand_in": torch.empty(num_bytes, dtype=torch.uint8, device=run.device)}
         return 0.0
-    run.flat.grad.zero_()
+    gradient_of(run.flat).zero_()
     set_learning_rate(run.optimizer, 0.0)  # value - 0 * update: every bit stays
 
     def step() -> None:

@@ -1,6 +1,6 @@
 """Answers: token by token, greedy or drawn, with a cache of keys and values."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 
 import torch
@@ -21,7 +21,7 @@ def generate(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
-):
+) -> Iterator[int]:
     """Yield new tokens one at a time until one of `stop_ids`, which is not yielded, or until enough are made.
 
     Args:
@@ -33,7 +33,15 @@ def generate(
         yield from _generate(model, tokens, stop_ids, max_new_tokens, temperature, generator, device)
 
 
-def _generate(model, tokens, stop_ids, max_new_tokens, temperature, generator, device):
+def _generate(
+    model: Llama,
+    tokens: list[int],
+    stop_ids: set[int],
+    max_new_tokens: int,
+    temperature: float,
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> Iterator[int]:
     cache, step = KVCache(), torch.tensor([tokens], device=device)
     for _ in range(max_new_tokens):
         logits = model.lm_head(model.model(step, cache=cache)[0, -1]).float()  # (V,)
@@ -54,7 +62,7 @@ def answer(
     temperature: float = 0.0,
     seed: int = 0,
     ends: Iterable[int] = (),
-):
+) -> Iterator[str]:
     """Yield the model's answer to a conversation piece by piece, as text.
 
     Args:
@@ -63,8 +71,10 @@ def answer(
     prompt_format = used.prompt_format or PromptFormat(type="chat_template")
     ids = prompt_format.encode_prompt(used.tokenizer, messages)
     generator = torch.Generator().manual_seed(seed)
-    stop_ids = {prompt_format.end_id(used.tokenizer), used.tokenizer.eos_id, *ends}
-    new, text, shown = [], "", ""
+    usual = prompt_format.end_id(used.tokenizer), used.tokenizer.eos_id
+    stop_ids = {*ends, *(id for id in usual if id is not None)}
+    new: list[int] = []
+    text, shown = "", ""
     for token in generate(
         used.model, ids, stop_ids, max_new_tokens=max_new_tokens, temperature=temperature, generator=generator
     ):

@@ -118,7 +118,7 @@ def prompt_format_of(config: Config, dataset: DatasetConfig, tokenizer: Tokenize
     part, name = template_in_force(config, dataset)
     jinja = None
     if name == "jinja":
-        jinja = _template_text(part.chat_template_jinja)
+        jinja = _template_text(part.chat_template_jinja or "")
     elif name != "tokenizer_default":
         spare = name.removeprefix("tokenizer_default_fallback_")  # for a tokenizer without a template of its own
         if spare not in CHAT_TEMPLATES:
@@ -141,7 +141,7 @@ def prompt_format_of(config: Config, dataset: DatasetConfig, tokenizer: Tokenize
         system = json.dumps([{"role": "system", "content": config.default_system_message}], ensure_ascii=False)
         start = f"{{% set messages = {system} + messages %}}"
         start = f"{{% if not messages or messages[0]['role'] != 'system' %}}{start}{{% endif %}}"
-        prompt_format = replace(prompt_format, chat_template=start + prompt_format.chat_template)
+        prompt_format = replace(prompt_format, chat_template=f"{start}{prompt_format.chat_template}")
     return prompt_format
 
 
@@ -163,10 +163,9 @@ def _template_text(given: str) -> str:
 
 def row_format(dataset: DatasetConfig) -> PromptFormat:
     """What a data set's own keys say of its rows."""
-    is_custom = not isinstance(dataset.type, str)
     return PromptFormat(
-        type="custom" if is_custom else dataset.type,
-        frame=Frame(**dataset.type.model_dump()) if is_custom else None,
+        type=dataset.type if isinstance(dataset.type, str) else "custom",
+        frame=None if isinstance(dataset.type, str) else Frame(**dataset.type.model_dump()),
         roles_to_train=dataset.roles_to_train,
         train_on_eos=dataset.train_on_eos,
         field=dataset.field,

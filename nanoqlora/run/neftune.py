@@ -21,8 +21,8 @@ class Noise:
 
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
-        self.row_seeds: Tensor | None = None  # (B,) int64
-        self.segments: Segments | None = None  # of the batch to come
+        self.row_seeds: Tensor  # (B,) int64
+        self.segments: Segments  # of the batch to come
 
     def __call__(self, embedding: nn.Module, tokens: tuple[Tensor], x: Tensor) -> Tensor:
         """x (B, T, D) with noise while training; the arguments are those of a forward hook."""
@@ -30,15 +30,18 @@ class Noise:
             return x
         B, T, D = x.shape
         index = torch.arange(T * D, device=x.device, dtype=torch.int32).view(1, T, D)
-        uniform = mix(mix(index) ^ to_32_bits(self.row_seeds ^ SALT).view(B, 1, 1)).float() / 2**31  # [-1, 1)
+        uniform = (
+            mix(mix(index) ^ to_32_bits(torch.bitwise_xor(self.row_seeds, SALT)).view(B, 1, 1)).float() / 2**31
+        )  # [-1, 1)
         lengths = torch.tensor([[n for n in row for _ in range(n)] for row in self.segments.lengths], device=x.device)
         return (x + self.alpha * (lengths * D).rsqrt().unsqueeze(-1) * uniform).to(x.dtype)
 
 
 def add_noise(model: Llama, alpha: float) -> None:
     """Have the embedding's result carry noise in training."""
-    model.model.noise = Noise(alpha)
-    model.model.embed_tokens.register_forward_hook(model.model.noise)
+    noise = Noise(alpha)
+    vars(model.model)["noise"] = noise
+    model.model.embed_tokens.register_forward_hook(noise)
 
 
 def set_noise_rows(model: Llama, row_seeds: Tensor, segments: Segments) -> None:

@@ -5,10 +5,16 @@ state of its own to save or lose.
 """
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+
+class HasGroups(Protocol):
+    """What every optimizer has: groups of parameters, each with its settings."""
+
+    param_groups: list[dict[str, Any]]
 
 
 def learning_rate_at(step: int, num_steps: int, warmup: int, peak: float, scheduler: str, min_ratio: float) -> float:
@@ -41,7 +47,7 @@ def loraplus_groups(model: nn.Module, ratio: float) -> list[dict[str, Any]]:
     ]
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: HasGroups, rate: float) -> None:
     """The rate of the next step; a group with an `lr_ratio` takes so many times as much."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_ratio", 1.0)
@@ -62,8 +68,8 @@ def make_optimizer(
         name: adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_8bit or paged_adamw_32bit.
         groups: views of the buffer that learn at rates of their own, in its place.
     """
-    params = groups or [flat]
-    options = {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    params: list[Any] = [flat] if groups is None else [*groups]
+    options: dict[str, Any] = {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     if name.startswith("adamw_torch"):
         return torch.optim.AdamW(params, fused=name.endswith("fused"), **options)
     from bitsandbytes import optim

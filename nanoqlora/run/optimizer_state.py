@@ -14,6 +14,12 @@ BLOCK = 256  # values that share a scale in bitsandbytes' 8-bit state
 WHOLE, PER_BLOCK = ("exp_avg", "exp_avg_sq", "state1", "state2"), ("absmax1", "absmax2")
 
 
+def gradient_of(flat: nn.Parameter) -> Tensor:
+    """The gradient of the flat buffer, which is always there."""
+    assert flat.grad is not None
+    return flat.grad
+
+
 class PartOptimizer:
     """AdamW for this rank's part of the flat buffer, so that a rank keeps 1 / ranks of its state (ZeRO, stage 1).
 
@@ -24,7 +30,7 @@ class PartOptimizer:
         """flat: (n,) with n a multiple of ranks * BLOCK, of which the first `num_trained` are in use."""
         self.flat, self.num_trained, self.rank, self.ranks = flat, num_trained, rank, ranks
         self.part = nn.Parameter(flat.data.view(ranks, -1)[rank])
-        self.part.grad = flat.grad.view(ranks, -1)[rank]
+        self.part.grad = gradient_of(flat).view(ranks, -1)[rank]
         self.inner = make_optimizer(name, self.part, **options)
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
 
@@ -55,19 +61,22 @@ class PartOptimizer:
         self.state[self.part] = state
 
 
+Optimizer = torch.optim.Optimizer | PartOptimizer
+
+
 def state_kind(name: str) -> str:
     """Optimizers of one kind can take up each other's state."""
     return "8 bits" if "8bit" in name else "32 bits of bitsandbytes" if "32bit" in name else "32 bits of PyTorch"
 
 
-def state_problem(optimizer: torch.optim.Optimizer | PartOptimizer, saved: Any) -> str:
+def state_problem(optimizer: Optimizer, saved: Any) -> str:
     """How a saved state differs from what this optimizer keeps, in words; empty: in nothing.
 
     Kernels take sizes and types for granted: a moment that is too short would be read, and written, beyond its end.
     """
-    is_part = isinstance(optimizer, PartOptimizer)
-    params = [] if is_part else [p for group in optimizer.param_groups for p in group["params"]]
-    shapes = [(optimizer.num_trained,)] if is_part else [tuple(p.shape) for p in params]
+    inner, shapes = optimizer, [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
+    if isinstance(optimizer, PartOptimizer):
+        inner, shapes = optimizer.inner, [(optimizer.num_trained,)]
     states = saved.get("state") if isinstance(saved, dict) else None
     if not isinstance(states, dict) or (states and set(states) != set(range(len(shapes)))):
         return f"it does not hold the state of {len(shapes)} parameters"
@@ -77,8 +86,8 @@ def state_problem(optimizer: torch.optim.Optimizer | PartOptimizer, saved: Any) 
             return f"the state of parameter {i} is no map"
         found = {key: _kind(value) for key, value in (state | nested).items() if key != "__bnb_optimizer_quant_state__"}
         n, moments = math.prod(shapes[i]), (shapes[i], torch.float32)
-        if isinstance(optimizer.inner if is_part else optimizer, torch.optim.AdamW):
-            wanted = {"step": ((), torch.float32), "exp_avg": moments, "exp_avg_sq": moments}
+        if isinstance(inner, torch.optim.AdamW):
+            wanted: dict[str, Any] = {"step": ((), torch.float32), "exp_avg": moments, "exp_avg_sq": moments}
         elif found.get("state1") == (shapes[i], torch.uint8):  # which few values do not get
             moments, scales = (shapes[i], torch.uint8), ((math.ceil(n / BLOCK),), torch.float32)
             wanted = {"step": int, "state1": moments, "state2": moments, "absmax1": scales, "absmax2": scales}
@@ -96,21 +105,21 @@ def _kind(value: Any) -> Any:
     return (tuple(value.shape), value.dtype) if torch.is_tensor(value) else type(value)
 
 
-def load_state(optimizer: torch.optim.Optimizer | PartOptimizer, saved: dict[str, Any]) -> None:
+def load_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """Take up a state that `state_problem` finds right. Betas, weight decay and the rest stay as they are now."""
     if not isinstance(optimizer, PartOptimizer):
         saved = {"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]}
     optimizer.load_state_dict(saved)
 
 
-def sum_and_clip(flat: nn.Parameter, optimizer: torch.optim.Optimizer | PartOptimizer, max_norm: float) -> Tensor:
+def sum_and_clip(flat: nn.Parameter, optimizer: Optimizer, max_norm: float) -> Tensor:
     """Sum the flat gradient over the ranks, or this rank's part of it where each rank has a part; then clip it.
 
     Returns:
         The norm of the whole gradient before, ().
     """
     if not isinstance(optimizer, PartOptimizer):
-        return clip_gradient(collectives.sum_over_ranks(flat.grad), max_norm)
-    part = collectives.sum_to_parts(flat.grad)
+        return clip_gradient(collectives.sum_over_ranks(gradient_of(flat)), max_norm)
+    part = collectives.sum_to_parts(gradient_of(flat))
     norm = collectives.sum_over_ranks(gradient_norm(part).square()).sqrt()
     return clip_gradient(part, max_norm, norm)

@@ -37,7 +37,7 @@ def is_disk_error(error: Exception) -> bool:
 
 def cannot_write(folder: Path, what: str, error: Exception, needed: int = 0) -> str:
     """What to say, and to do, when something in output_dir cannot be written. needed: its bytes, where known."""
-    last = (checkpoints(folder) or [None])[-1]
+    last = max(checkpoints(folder), default=None, key=lambda path: int(path.name[11:]))
     takes = f"it takes {needed / 1e6:.0f} MB and " if needed else ""
     return (
         f"{folder / what} cannot be written ({error}): {takes}its disk has {shutil.disk_usage(folder).free / 1e6:.0f} "

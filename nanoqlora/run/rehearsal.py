@@ -29,6 +29,7 @@ from .checkpoints import load_checkpoint, save_checkpoint
 from .figure import plot_metrics
 from .inputs import Data
 from .log import Metrics
+from .optimizer_state import Optimizer
 from .results import sample_answers, save_trained
 from .state import Run
 
@@ -82,7 +83,7 @@ def save_and_resume(run: Run, folder: Path) -> None:
         raise RuntimeError("the checkpoint that was just written is read back with other values")
 
 
-def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+def state_tensors(optimizer: Optimizer) -> list[torch.Tensor]:
     """Copies of everything that an optimizer keeps, on the CPU."""
     states = optimizer.state_dict()["state"].values()
     return [x.detach().to("cpu", copy=True) for state in states for x in state.values() if torch.is_tensor(x)]

@@ -23,7 +23,7 @@ from ..weights.checkpoint import fingerprint, open_weights
 from .early_stopping import Progress
 from .log import Metrics
 from .neftune import set_noise_rows
-from .optimizer_state import PartOptimizer
+from .optimizer_state import Optimizer, gradient_of
 
 
 @dataclass(kw_only=True)
@@ -39,13 +39,18 @@ class Run:
     store: BlockStore | None  # where the base is sharded over the ranks
     keeps: list[Keep]  # what each block keeps for the backward pass
     flat: torch.nn.Parameter  # every trained value, and its gradient
-    optimizer: torch.optim.Optimizer | PartOptimizer
+    optimizer: Optimizer
     samples: Samples
     held_out: Samples
     plan: BatchSchedule
     metrics: Metrics
     progress: Progress = field(default_factory=Progress)
     before: dict[str, Any] = field(default_factory=dict)  # what the untrained model could do, for the report
+
+    @property
+    def grad(self) -> Tensor:
+        """The gradient of every trained value."""
+        return gradient_of(self.flat)
 
     @cached_property
     def base(self) -> str:

@@ -61,8 +61,9 @@ def talking(
     """
     folder, tokenizer = local_path(adapter, ADAPTER_FILES) if adapter else None, load_tokenizer(base, adapter)
     brings = folder is not None and brings_tokenizer(folder)
-    check_vocabulary(tokenizer, num_rows, adapter if brings else base)
-    note, saved = None, local_path(base) / "prompt.json"
+    check_vocabulary(tokenizer, num_rows, adapter if brings and adapter else base)
+    note: str | None = None
+    saved: Path | None = local_path(base) / "prompt.json"
     if folder is not None and (folder / "prompt.json").is_file():
         saved = folder / "prompt.json"
     elif brings:

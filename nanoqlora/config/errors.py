@@ -54,7 +54,7 @@ def expect(where: str, value: Any, *kinds: type | None, each: tuple[type, ...] =
         items = value.values() if isinstance(value, dict) else value
         kinds, wrong = each, [item for item in items if type(item) not in each]
     if wrong:
-        found, wanted = repr(wrong[0])[:60], " or ".join(KINDS.get(kind, "null") for kind in kinds)
+        found, wanted = repr(wrong[0])[:60], " or ".join(KINDS[kind] if kind else "null" for kind in kinds)
         raise UserError(f"{where} is or holds {found}, where {wanted} is expected. Correct it, or copy the file again.")
     return value
 

@@ -102,9 +102,9 @@ def read_words(
                 raise UserError(f"command line: {word} follows no --option, so it would do nothing. See --help.")
             name = places[0]
             if ... in own.get(name, ()):  # all words that follow are of the last one
-                word = [*result.get(name, ()), word]
-            else:
-                places.pop(0)
+                result.put(name, [*result.get(name, ()), word], f"command line: {name}")
+                continue
+            places.pop(0)
             result.put(name, word, f"command line: {name}")
             continue
         name, equals, text = word.lstrip("-").partition("=")

@@ -49,9 +49,10 @@ test-fast: setup witnesses ## about a minute, for the edit loop: no complete run
 test-gpu: setup witnesses ## the tests that need a CUDA device
 	$(PY) -m pytest -q -m gpu
 
-lint: .venv/ready ## ruff
+lint: .venv/ready ## format, lint, types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
 format: .venv/ready ## ruff, in place
 	.venv/bin/ruff format .

@@ -19,7 +19,7 @@ from ..fast.block import Keep, can_fuse, fuse_blocks, keep_dense_weights
 from ..fast.graphs import GraphedBody, can_record
 from ..fast.memory import dense_fits, keeps_for, memory_budget
 from ..fast.sharding_choice import choose_sharding, embedding_waits
-from ..model import Llama
+from ..model import Block, Llama
 from ..parallel import collectives, devices
 from ..parallel.fsdp import BlockStore, fill_over_ranks
 from ..qlora import ALL_LINEAR, flatten_trainable, inject_lora, start_magnitudes
@@ -172,6 +172,7 @@ def make_fast(model: Llama, keeps: list[Keep], is_resident: bool, say: Callable[
         recomputed = ", and recomputed in the backward pass" if set(keeps) != {"all"} else ""
         say(f"plain blocks are used, which is slower{recomputed}: the fused one needs all seven linear layers, no DoRA")
         for block, keep in zip(model.model.layers, keeps, strict=True):
+            assert isinstance(block, Block)
             block.recompute = keep != "all"
         return
     # With the update merged into W a GPU's step is shorter; a CPU keeps dense weights instead. Dropout forbids it.

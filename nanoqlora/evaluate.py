@@ -7,6 +7,8 @@ its exponential: between how many equally likely tokens the model hesitates.
 import json
 import math
 import sys
+from types import ModuleType
+from typing import Any
 
 from .config.load import answer_early, load_options
 from .config.options import EvaluateOptions
@@ -21,6 +23,7 @@ from .config.splits import split_and_part, split_without_effect
 from .data.files import find_files
 from .data.prepare import Encoding, InvalidRows, read_samples
 from .parallel import distributed
+from .run import from_python
 from .run.scoring import mean_loss, score_samples
 from .run.usable import load_for_use
 
@@ -58,5 +61,14 @@ def main() -> None:
     print(f"loss {loss:.4f}  perplexity {math.exp(loss):.3f}  tokens {tokens}")
 
 
+class _Callable(ModuleType):
+    """Who imports this module has it in the place of the function `nq.evaluate`; so it can be called as that."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        return from_python.evaluate(*arguments, **options)
+
+
 if __name__ == "__main__":
     run_command(main)
+else:
+    sys.modules[__name__].__class__ = _Callable

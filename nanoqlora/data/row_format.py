@@ -132,6 +132,10 @@ class RowFormat:
         except ValidationError as error:
             found = error.errors(include_url=False)[0]
             what, kind = found["msg"].removeprefix("Value error, "), type(found["input"]).__name__
+            if "surrogate" in what or "hex escape" in what:
+                raise UserError(
+                    "prompt.json: it holds half of a surrogate pair, which is not a character. Correct chat_template."
+                ) from error
             where = ".".join(map(str, found["loc"])) or "its start"
             raise UserError(
                 f"prompt.json: {what}, found {kind} at {where}; it says how to prompt the model. Take the file that "

@@ -27,8 +27,9 @@ from small_runs import (
 
 import export_gguf
 import merge
+import nanoqlora.chat as chat
+import nanoqlora.evaluate as evaluate
 import train
-from nanoqlora import chat, evaluate
 from nanoqlora.config.errors import Failed, UserError
 from nanoqlora.export import gguf_model
 from nanoqlora.tokenizer.chat_template import render

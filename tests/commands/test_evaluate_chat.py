@@ -24,7 +24,8 @@ from processes import run_process
 from small_runs import PIRATE, Ended, alpaca_rows, run_here, save_tiny_model, write_rows
 
 import nanoqlora as nq
-from nanoqlora import chat, evaluate
+import nanoqlora.chat as chat
+import nanoqlora.evaluate as evaluate
 from nanoqlora.data.batches import Sample
 from nanoqlora.data.prompts import PromptFormat
 from nanoqlora.run.generate import answer, generate

@@ -18,8 +18,9 @@ from small_runs import Ended, alpaca_rows, run_here, save_tiny_model, snapshot, 
 import export_gguf
 import merge
 import nanoqlora as nq
+import nanoqlora.chat as chat
+import nanoqlora.evaluate as evaluate
 import train
-from nanoqlora import chat, evaluate
 from nanoqlora.export import gguf_model
 from nanoqlora.weights.checkpoint import fingerprint, open_weights
 

@@ -12,14 +12,9 @@ number. So neither accumulation nor the number of ranks changes what is learnt.
 """
 
 import math
-import os
-import shlex
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +28,7 @@ import torch
 
 from nanoqlora import ops
 from nanoqlora.config.commands import run_command
-from nanoqlora.config.errors import Failed, Stopped, visible
+from nanoqlora.config.errors import Failed, visible
 from nanoqlora.config.schema import Config
 from nanoqlora.fast.stats import Stopwatch, memory_figures
 from nanoqlora.parallel import collectives, devices, distributed
@@ -53,6 +48,7 @@ from nanoqlora.run.rehearsal import rehearse
 from nanoqlora.run.results import judge, save_results
 from nanoqlora.run.scoring import loss_over_ranks
 from nanoqlora.run.state import Run
+from nanoqlora.run.stopping import end_early, told_to_stop
 from nanoqlora.run.trackers import make_trackers
 from nanoqlora.tokenizer.tokenizer import Tokenizer
 from nanoqlora.weights.pretrained import open_model
@@ -225,37 +221,6 @@ def train_to_the_end(
     distributed.stop()
     if run.rank == 0:
         save_results(run, data, tokenizer, after, forecast.of_part((last - start) / len(run.plan)), seconds, say)
-
-
-@contextmanager
-def told_to_stop(rank: int) -> Iterator[list[bool]]:
-    """A list that Ctrl-C and SIGTERM fill. In a thread, which gets no signals, it stays empty."""
-    stop: list[bool] = []
-    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, partial(stop_after_step, stop, rank)) for number in signals}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def stop_after_step(stop: list[bool], rank: int, number: int, frame: object) -> None:
-    """Handle Ctrl-C or SIGTERM: the run ends after the step under way, with a checkpoint. Once more ends it at once."""
-    stop.append(True)
-    signal.signal(number, signal.default_int_handler)
-    if rank == 0:  # not by print, which may be what was interrupted
-        os.write(2, b"\nstopping after this step, with a checkpoint; once more ends at once\n")
-
-
-def end_early(run: Run, step: int) -> None:
-    """End a run that was told to stop, after its checkpoint."""
-    distributed.stop()
-    saved = Path(run.config.output_dir) / f"checkpoint-{step}"
-    raise Stopped(
-        f"stopped after step {step} of {len(run.plan)}; it is saved. To go on: "
-        f"--resume_from_checkpoint {shlex.quote(str(saved))}"
-    )
 
 
 if __name__ == "__main__":

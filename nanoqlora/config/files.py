@@ -35,7 +35,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a small text file whole."""
+    """Write a small text file atomically."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -68,7 +68,7 @@ LEFTOVER = re.compile(r"\.(.+)\.(old|[a-z0-9_]{8})\.tmp")
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process has left half-written in a folder; a whole folder gets its name back."""
+    """Remove what a killed process has left half-written in a folder; a complete folder gets its name back."""
     for path in folder.glob(".*.tmp"):
         if found := LEFTOVER.fullmatch(path.name):
             whole = folder / found[1]
@@ -81,7 +81,7 @@ def sweep(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, under another name: a kill in the middle leaves nothing that looks whole."""
+    """Remove a file or a folder, under another name: a kill in the middle leaves nothing that looks complete."""
     temporary = path.with_name(f".{path.name}.removing.tmp")  # which `sweep` takes away
     os.replace(path, temporary)
     if temporary.is_dir():

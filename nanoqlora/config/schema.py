@@ -52,7 +52,7 @@ class DatasetConfig(Keys):
 
     path: str = key("a file, a folder, or the name of a data set on the hub")
     type: Literal["alpaca", "chat_template", "completion", "prompt_completion"] | FrameConfig = key(
-        "how a row becomes text; a map says it for columns and words of your own"
+        "how a row becomes text; a map describes columns and text of your own"
     )
     ds_type: Literal["json", "jsonl", "csv", "parquet", "arrow", "text"] | None = key(
         "file format; unset: by the suffix", None
@@ -111,7 +111,7 @@ class FsdpConfig(Keys):
 
     offload_params: bool = key("keep the shards of the base in host memory", False)
     reshard_after_forward: bool = key("drop gathered weights after the forward, gather again in backward", True)
-    state_dict_type: str | None = key("accepted: an adapter is always saved whole", None)
+    state_dict_type: str | None = key("accepted: an adapter is always saved complete", None)
     cpu_ram_efficient_loading: bool = key("accepted: tensors are always streamed", True)
     auto_wrap_policy: str | None = key("accepted: the unit is always the decoder layer", None)
     transformer_layer_cls_to_wrap: str | None = key("accepted: the unit is always the decoder layer", None)
@@ -252,7 +252,7 @@ class Config(Keys):
 
     @property
     def fsdp_words(self) -> set[str]:
-        """What `fsdp` says, and what `fsdp_config` says in its place."""
+        """The words of `fsdp`, and of `fsdp_config` in its place."""
         strategy = self.fsdp_config and self.fsdp_config.sharding_strategy
         return {*self.fsdp, *([strategy.lower()] if strategy else [])}
 

@@ -1,4 +1,4 @@
-"""Rows of data to tokens, and to a mask that says which of the tokens the model shall learn to write.
+"""Rows of data to tokens, and to a mask of the tokens that the model has to learn to write.
 
 Five kinds of row:
 
@@ -8,9 +8,9 @@ Five kinds of row:
     custom              the same with columns and text around them of your own
     completion          {"text": ...}
 
-A chat may have several turns, a system message, and `tools` with the calls and answers of them; masks.py says which of
-its tokens are supervised. The next three put the columns of a row into a frame of text (`Frame`), and the answer behind
-them is supervised, with its end token. Of a completion every token is.
+A chat may have several turns, a system message, and `tools` with the calls and answers of them; masks.py decides which
+of its tokens are supervised. The next three put the columns of a row into a frame of text (`Frame`), and the answer
+behind them is supervised, with its end token. Of a completion every token is.
 
 The format is saved beside what was trained, as prompt.json: the same file that made the training tokens makes the
 prompt of a chat, and the template of an Ollama Modelfile (export/go_template.py). Left out: content in parts.

@@ -167,7 +167,7 @@ def add_lora(config: Config, model: Llama, say: Callable[..., None]) -> None:
 
 
 def make_fast(model: Llama, keeps: list[Keep], is_resident: bool, say: Callable[..., None]) -> None:
-    """Put fused blocks in place of plain ones, where they can be; and have each keep what `keeps` says."""
+    """Put fused blocks in place of plain ones, where that is possible, each with its entry of `keeps`."""
     if not can_fuse(model):
         recomputed = ", and recomputed in the backward pass" if set(keeps) != {"all"} else ""
         say(f"plain blocks are used, which is slower{recomputed}: the fused one needs all seven linear layers, no DoRA")

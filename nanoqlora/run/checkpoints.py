@@ -27,7 +27,7 @@ FIXED = ("lora_r", "lora_alpha", "peft_use_rslora", "load_in_4bit", "loraplus_lr
 
 
 def save_checkpoint(run: Run, step: int) -> None:
-    """Write checkpoint-STEP whole: adapter, optimizer state and step; then drop the oldest ones.
+    """Write checkpoint-STEP atomically: adapter, optimizer state and step; then drop the oldest ones.
 
     The data order, the schedule and the dropout masks are functions of the seed and the step, so nothing else is
     needed to go on bit for bit.
@@ -93,7 +93,7 @@ def find_checkpoint(config: Config, samples: Samples, plan: BatchSchedule) -> tu
     """The checkpoint that the configuration names, if any, and its trainer_state.json.
 
     Raises:
-        UserError: it is none, or of another run.
+        UserError: it is not a checkpoint, or of another run.
     """
     path = checkpoint_to_resume(config)
     if path is None:
@@ -139,7 +139,7 @@ def load_checkpoint(run: Run) -> int:
     _, adapter = read_adapter(path)
     file = path / "optimizer.pt"
     try:
-        where = "cpu" if run.config.shard_optimizer_state else run.device  # of the whole state, before it is cut
+        where = "cpu" if run.config.shard_optimizer_state else run.device  # of the complete state, before it is cut
         optimizer_state = torch.load(file, map_location=where, weights_only=True)
     except torch.OutOfMemoryError:
         raise

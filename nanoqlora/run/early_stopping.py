@@ -16,7 +16,7 @@ class Progress:
     high: int = 0  # logged losses in a row above the watchdog's threshold
 
     def evaluated(self, step: int, loss: float) -> None:
-        """Held-out loss after `step`; the one before the first step is none of the run's."""
+        """Held-out loss after `step`; the one before the first step does not count."""
         if step and not loss >= self.best_loss and not (self.best_step and math.isnan(loss)):
             self.best_step, self.best_loss, self.since_best = step, loss, 0
         else:

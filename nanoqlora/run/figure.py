@@ -81,7 +81,7 @@ def plot_metrics(rows: list[dict], path: str | Path, name: str | None = None) ->
 
     Args:
         rows: the objects of metrics.jsonl, in any order; none at all gives empty panels.
-        path: the PNG, written whole. 1800 x 1140 pixels.
+        path: the PNG, written atomically. 1800 x 1140 pixels.
         name: of the run, for the subtitle; unset: the folder of `path`.
     """
     name = Path(path).resolve().parent.name if name is None else name

@@ -63,7 +63,9 @@ def operations(config: ModelConfig, rows: Iterable[list[int]], width: int, super
     T = width or max(map(sum, rows))
     squares = sum(n * n for row in rows for n in (*row, T - sum(row)))  # each document attends to itself alone
     tokens = sum(map(sum, rows))
-    per_layer = 4 * block * T * len(rows) + 6 * heads * squares  # attention: 2 products forward, 4 back, half a square
+    per_layer = (
+        4 * block * T * len(rows) + 6 * heads * squares
+    )  # attention: 2 matmuls forward, 4 backward, half a square
     return config.num_hidden_layers * per_layer + 4 * D * config.vocab_size * tokens * supervised
 
 
@@ -186,5 +188,5 @@ def _evaluation_s(run: Run) -> float:
 
 
 def disk_bytes(num_trained: int, optimizer_bytes: int, num_checkpoints: int) -> int:
-    """The adapter in float32, and checkpoints of adapter and optimizer, one more while the oldest is not yet gone."""
+    """The adapter in float32, and checkpoints of adapter and optimizer, one more until the oldest is removed."""
     return 4 * num_trained + (num_checkpoints + 1) * (4 * num_trained + optimizer_bytes)

@@ -1,7 +1,7 @@
 """NEFTune: uniform noise on the embeddings of training tokens, so that answers are learnt less to the letter.
 
 Each number of an embedding gets noise from [-s, s), s = alpha / sqrt(L * D): for L tokens of a document of width D the
-whole noise has a length of about alpha / sqrt(3), however long the document is. L is the document's own length, so
+complete noise has a length of about alpha / sqrt(3), however long the document is. L is the document's own length, so
 packing it with others or padding it changes nothing. Evaluation has no noise.
 Source: NEFTune (arXiv:2310.05914), section 2.
 """

@@ -41,7 +41,7 @@ class PartOptimizer:
             wait()
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state, as one rank would have it. Every rank has to ask for it."""
+        """The complete state, as one rank would have it. Every rank has to ask for it."""
         state = dict(self.state[self.part])
         for key in (*WHOLE, *PER_BLOCK):
             if key in state:
@@ -52,7 +52,7 @@ class PartOptimizer:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take this rank's part of it; another number of ranks may have saved it."""
         state = dict(saved["state"][0])
-        state |= state.pop("__bnb_optimizer_quant_state__", {})  # where bitsandbytes has it, if saved whole
+        state |= state.pop("__bnb_optimizer_quant_state__", {})  # where bitsandbytes has it, if saved by one rank
         for key in (*WHOLE, *PER_BLOCK):
             if key in state:
                 size = len(self.flat) if key in WHOLE else len(self.flat) // BLOCK
@@ -116,7 +116,7 @@ def sum_and_clip(flat: nn.Parameter, optimizer: Optimizer, max_norm: float) -> T
     """Sum the flat gradient over the ranks, or this rank's part of it where each rank has a part; then clip it.
 
     Returns:
-        The norm of the whole gradient before, ().
+        The norm of the complete gradient before, ().
     """
     if not isinstance(optimizer, PartOptimizer):
         return clip_gradient(collectives.sum_over_ranks(gradient_of(flat)), max_norm)

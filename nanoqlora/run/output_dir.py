@@ -30,7 +30,7 @@ from ..parallel import collectives
 
 
 def is_disk_error(error: Exception) -> bool:
-    """Whether a file could not be written, as each of the three writers says it. Whatever else is a fault of ours."""
+    """Whether a file could not be written, as its writer words it. Anything else is a fault of ours."""
     signs = {SafetensorError: ("I/O error",), RuntimeError: ("inline_container", "PytorchStreamWriter", "iostream")}
     return isinstance(error, OSError) or any(sign in str(error) for sign in signs.get(type(error), ()))
 
@@ -47,7 +47,7 @@ def cannot_write(folder: Path, what: str, error: Exception, needed: int = 0) -> 
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, oldest first."""
+    """The complete checkpoints in a folder, oldest first."""
     return [path for path in checkpoint_folders(folder).values() if (path / STATE).is_file()]
 
 

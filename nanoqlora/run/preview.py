@@ -1,4 +1,4 @@
-"""What `train.py --plan` says: the steps, the data as the model will see it, and what the run needs, as text."""
+"""What `train.py --plan` prints: the steps, the data as the model will see it, and what the run needs, as text."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ SHOWN = 1200  # characters of each
 
 
 def plan_text(run: Run, tokenizer: Tokenizer, forecast: Forecast, warmup: int) -> str:
-    """The whole plan, several lines for a terminal; what learns stands in green."""
+    """The plan, several lines for a terminal; supervised tokens are green."""
     config, plan = run.config, run.plan
     lengths, targets = run.samples.lengths, run.samples.num_targets.sum()
     rows = [row for step in plan for row in step.rows]

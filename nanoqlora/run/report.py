@@ -18,13 +18,13 @@ def write_report(path: str | Path, facts: dict[str, Any]) -> None:
     """Write report.md, one page, from what is known of a run.
 
     Args:
-        path: the Markdown file, written whole.
+        path: the Markdown file, written atomically.
         facts: any of these; a missing one leaves its line or section out.
             name: str, of the run.    command: str, that repeats it in folder: str.
             figure: str, path of Fine-Tuning.png as seen from the report.
             perplexity: {"before": x, "after": y}, on held-out data.    loss: the same, nats per token.
             plain_perplexity: {"before": x, "after": y}, on plain text.
-            domain: {"before": x, "after": y, "data": z}, shares of words that mark the data; `quality.py` says which.
+            domain: {"before": x, "after": y, "data": z}, shares of words that mark the data; `quality.py` has the rule.
             data: list of {"path", "samples", "tokens", "supervised_tokens", "sha256"}, one per file.
             model: {label: value}, such as {"base": "...", "trained parameters": 1234}.
             hyper_parameters: {key of the YAML: value}.

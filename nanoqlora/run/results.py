@@ -91,7 +91,7 @@ def save_results(
     """Write everything that a finished run leaves in output_dir.
 
     Args:
-        after: what `judge` says now; used where it was asked before training too.
+        after: what `judge` finds now; used where it was asked before training too.
         forecast: what was predicted for the steps that this process took; seconds: what they took.
     """
     folder = Path(run.config.output_dir)
@@ -135,7 +135,7 @@ def command_line() -> str:
 
 
 def run_facts(run: Run, data: Data, forecast: Forecast, seconds: float) -> dict[str, Any]:
-    """What report.md says of a run, but for what held-out data tells."""
+    """The facts in report.md, except those that need held-out data."""
     config, dtype = run.config, run.model.model.embed_tokens.weight.dtype
     losses = [row for row in run.metrics.rows if "loss" in row]
     names = [key for key in (losses or [{}])[-1] if key.startswith("memory/")]

@@ -36,7 +36,7 @@ def stop_after_step(stop: list[bool], rank: int, number: int, frame: object) -> 
 
 
 def end_early(run: Run, step: int) -> None:
-    """End a run that was told to stop, after its checkpoint."""
+    """End a run that got a signal, after its checkpoint."""
     distributed.stop()
     saved = Path(run.config.output_dir) / f"checkpoint-{step}"
     raise Stopped(

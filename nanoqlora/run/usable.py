@@ -23,7 +23,7 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 
 @dataclass(frozen=True)
 class Usable:
-    """What `load_for_use` gives. prompt_format is None when neither adapter nor model says one."""
+    """What `load_for_use` gives. prompt_format is None when neither adapter nor model has one."""
 
     model: Llama
     tokenizer: Tokenizer

@@ -218,7 +218,7 @@ class _Plain(yaml.SafeLoader):
 
 
 def _read_train_yml(run: Path) -> tuple[bool, torch.dtype]:
-    """(base in four bits?, dtype of the products) of adapters from before their metadata had it; never a configuration.
+    """(base in four bits?, dtype of the matmuls) of adapters from before their metadata had it; never a configuration.
 
     Raises:
         UserError: the file is there and cannot be understood.

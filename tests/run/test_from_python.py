@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from small_runs import alpaca_rows, metrics_of, run_here, save_tiny_model, steps_of, write_rows, write_run
 
 import nanoqlora as nq
@@ -11,6 +13,8 @@ import nanoqlora.chat
 import nanoqlora.evaluate
 import train
 from nanoqlora.data.prompts import PromptFormat
+from nanoqlora.run import forecast
+from nanoqlora.run.optimizer_state import gradient_of
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +65,26 @@ def test_evaluate_and_generate_are_the_commands(world, trained, tmp_path):
     said = run_here(nanoqlora.chat.main, *words, *greedy)
     messages = [{"role": "user", "content": "Name a colour."}]
     assert nq.generate(model, tok, messages, max_new_tokens=9, prompt_format=form) == said.out.removesuffix("\n")
+
+
+def test_the_forecast_times_what_the_loop_does(world, tmp_path, monkeypatch):
+    """Its gradient of the first micro-batch is the loop's, which is divided by the supervised tokens of the step."""
+    loop, clip, seen = train.train_loop, train.sum_and_clip, []
+
+    def forecast_first(run: train.Run, *rest: Any) -> int:
+        forecast.forward_backward(run, run.plan[0].rows)
+        seen.append(run.grad.clone())
+        return loop(run, *rest)
+
+    def clip_last(flat: torch.nn.Parameter, *rest: Any) -> torch.Tensor:
+        seen.append(gradient_of(flat).clone())
+        return clip(flat, *rest)
+
+    monkeypatch.setattr(train, "train_loop", forecast_first)
+    monkeypatch.setattr(train, "sum_and_clip", clip_last)
+    ended = run_here(train.main, world / "train.yml", "--output_dir", tmp_path / "out", "--max_steps", 1)
+    (row,) = steps_of(tmp_path / "out")
+    assert ended.code == 0 and seen[0].abs().max() > 0
+    assert torch.allclose(
+        seen[0], seen[1] * row["supervised_tokens"], rtol=1e-5, atol=1e-5 * seen[0].abs().max().item()
+    )

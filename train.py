@@ -109,7 +109,7 @@ def train_loop(run: Run, start: int, stop: list[bool], display: Display) -> int:
         is_best = config.load_best_model_at_end and step in evaluate_at and step == run.progress.best_step
         reason = run.progress.reason_to_stop(config)
         flags = [bool(stop), is_best and run.rank == 0, bool(reason) and run.rank == 0]
-        stopped, is_best, ends = collectives.any_has(flags, run.device)
+        stopped, is_best, ends = collectives.any_rank(flags, run.device)
         if stopped or step in save_at or is_best:
             save_checkpoint(run, step)
         if stopped:
@@ -131,7 +131,7 @@ def evaluate(run: Run, step: int) -> float:
 
 def main() -> None:
     rank, ranks, device = distributed.start()
-    with collectives.naming_lost_ranks():
+    with collectives.naming_dead_ranks():
         with collectives.together():
             config, options = load_command(TrainOptions)
             assert config is not None  # there is always a file

@@ -132,7 +132,7 @@ def free_host_bytes() -> int:
 def memory_budget(device: torch.device) -> int:
     """Bytes for a step on the rank that has the least."""
     here = gpu_budget(device) if device.type == "cuda" else int(free_host_bytes() * (1 - SPARE))
-    return collectives.smallest(here, device)
+    return collectives.minimum(here, device)
 
 
 def keeps_for(

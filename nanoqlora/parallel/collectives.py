@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 @contextmanager
-def naming_lost_ranks() -> Iterator[None]:
+def naming_dead_ranks() -> Iterator[None]:
     """Turn the error of a collective whose other ranks are dead into one line; torchrun and `Heartbeat` name the rank.
 
     Raises:
@@ -42,14 +42,14 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
-def sum_to_parts(x: Tensor) -> Tensor:
-    """Reduce-scatter: this rank's part (n,) of the sum of `x` (ranks * n,) over the ranks. Overwrites `x`."""
+def reduce_scatter(x: Tensor) -> Tensor:
+    """This rank's part (n,) of the sum of `x` (ranks * n,) over the ranks. Overwrites `x`."""
     part = x.view(dist.get_world_size(), -1)[dist.get_rank()]
     dist.reduce_scatter_tensor(part, x)
     return part
 
 
-def smallest(number: int, device: torch.device) -> int:
+def minimum(number: int, device: torch.device) -> int:
     """The minimum of `number` over the ranks."""
     x = torch.tensor(number, device=device)
     if dist.is_initialized():
@@ -57,13 +57,13 @@ def smallest(number: int, device: torch.device) -> int:
     return int(x)
 
 
-def any_has(flags: list[bool], device: torch.device) -> list[bool]:
+def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
     """For each flag, whether any rank has set it."""
     return (sum_over_ranks(torch.tensor(flags, dtype=torch.float32, device=device)) > 0).tolist()
 
 
-def of_first_rank(x: Tensor) -> Tensor:
-    """Broadcast `x` from rank 0, in place."""
+def broadcast(x: Tensor) -> Tensor:
+    """Replace `x` by that of rank 0, in place."""
     if dist.is_initialized():
         dist.broadcast(x, 0)
     return x
@@ -105,8 +105,8 @@ def memory_to_gather(device: torch.device) -> Iterator[None]:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))  # never freed: after NCCL's end that aborts the process
 
 
-def everyones(flat: Tensor) -> tuple[Tensor, ...]:
-    """All-gather: `flat` (n,) of every rank, by rank."""
+def gather_tensors(flat: Tensor) -> tuple[Tensor, ...]:
+    """`flat` (n,) of every rank, by rank."""
     if not dist.is_initialized():
         return (flat,)
     gathered = flat.new_empty(dist.get_world_size(), len(flat))
@@ -114,17 +114,17 @@ def everyones(flat: Tensor) -> tuple[Tensor, ...]:
     return gathered.unbind()
 
 
-def everyones_object(x: T) -> list[T]:
-    """All-gather of Python objects that can be pickled: `x` of every rank, by rank."""
+def gather_objects(x: T) -> list[T]:
+    """`x` of every rank, by rank: any Python object that can be pickled."""
     if not dist.is_initialized():
         return [x]
-    everyone = [x] * dist.get_world_size()
-    dist.all_gather_object(everyone, x)
-    return everyone
+    gathered = [x] * dist.get_world_size()
+    dist.all_gather_object(gathered, x)
+    return gathered
 
 
-def exchange(flat: Tensor) -> tuple[Tensor, ...]:
-    """All-to-all: this rank's part of the `flat` (n,) of every rank, by rank: each (n / ranks,)."""
+def all_to_all(flat: Tensor) -> tuple[Tensor, ...]:
+    """This rank's part of the `flat` (n,) of every rank, by rank: each (n / ranks,)."""
     if not dist.is_initialized():
         return (flat,)
     parts = torch.empty_like(flat)
@@ -144,7 +144,7 @@ def together() -> Iterator[None]:
         yield
     except UserError as error:
         problem = str(error)
-    problems = everyones_object(problem)
+    problems = gather_objects(problem)
     for rank, found in enumerate(problems):
         if found:
             stop()
@@ -166,7 +166,7 @@ def first_of_host_first(work: Callable[[], T]) -> T:
     return done
 
 
-def wait_for_all() -> None:
-    """Barrier: continue when every rank has called it."""
+def barrier() -> None:
+    """Continue when every rank has called it."""
     if dist.is_initialized():
         dist.barrier()

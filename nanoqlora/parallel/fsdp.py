@@ -152,9 +152,7 @@ def share_outside_blocks(model: Llama, device: torch.device) -> None:
         path, _, attribute = name.rpartition(".")
         if not path.endswith("_proj"):
             w = torch.empty_like(parameter, device=device) if parameter.is_meta else parameter.data
-            setattr(
-                model.get_submodule(path), attribute, nn.Parameter(collectives.of_first_rank(w), requires_grad=False)
-            )
+            setattr(model.get_submodule(path), attribute, nn.Parameter(collectives.broadcast(w), requires_grad=False))
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
 
@@ -205,10 +203,10 @@ def fill_over_ranks(
         flat = to_bytes(layers[mine], torch.zeros(num_bytes, dtype=torch.uint8, device=device))
         blocks = range(first, min(first + ranks, len(layers)))
         if store is None:
-            for i, gathered in zip(blocks, collectives.everyones(flat), strict=False):
+            for i, gathered in zip(blocks, collectives.gather_tensors(flat), strict=False):
                 point_at(layers[i], gathered, resident=True)
             continue
-        for i, shard in zip(blocks, collectives.exchange(flat), strict=False):
+        for i, shard in zip(blocks, collectives.all_to_all(flat), strict=False):
             store.shard(i).copy_(shard)
             point_at(layers[i], store.slots[i % 2], resident=False)
     if device.type == "cuda":

@@ -54,7 +54,7 @@ def save_checkpoint(run: Run, step: int) -> None:
         for old in checkpoints(folder)[: -run.config.save_total_limit]:
             if old.name != f"checkpoint-{best}":
                 remove(old)
-    collectives.wait_for_all()
+    collectives.barrier()
 
 
 # What trainer_state.json holds, those of older versions in parts.
@@ -167,5 +167,5 @@ def load_best(run: Run, last: int) -> int:
         best = last
     if best != last:
         fill_adapter(run.model, read_adapter(path)[1], path)
-    collectives.of_first_rank(run.flat.data)  # which alone has written checkpoints
-    return int(collectives.of_first_rank(torch.tensor(best, device=run.device)))
+    collectives.broadcast(run.flat.data)  # which alone has written checkpoints
+    return int(collectives.broadcast(torch.tensor(best, device=run.device)))

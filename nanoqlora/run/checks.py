@@ -69,7 +69,7 @@ def describe_inputs(config: Config, data: Data, tokenizer: Tokenizer, ranks: int
 def is_over(config: Config) -> bool:
     """Whether rank 0 finds the run that was to be resumed finished."""
     here = config.auto_resume_from_checkpoints and is_finished(Path(config.output_dir))
-    return collectives.everyones_object(here)[0]
+    return collectives.gather_objects(here)[0]
 
 
 def resume(run: Run) -> int:
@@ -81,10 +81,10 @@ def resume(run: Run) -> int:
     with collectives.together():
         start = load_checkpoint(run)
     with collectives.together():
-        if start != int(collectives.of_first_rank(torch.tensor(start, device=run.device))):
+        if start != int(collectives.broadcast(torch.tensor(start, device=run.device))):
             raise UserError(
                 f"output_dir {run.config.output_dir}: here the newest checkpoint is of step {start}, for rank 0 it is "
                 f"of another. All hosts have to see one folder, or copies of it."
             )
-    collectives.of_first_rank(run.flat.data)  # whatever each rank has read, all begin with the same
+    collectives.broadcast(run.flat.data)  # whatever each rank has read, all begin with the same
     return start

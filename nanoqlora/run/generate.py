@@ -46,7 +46,7 @@ def _generate(
     for _ in range(max_new_tokens):
         logits = model.lm_head(model.model(step, cache=cache)[0, -1]).float()  # (V,)
         if temperature == 0:
-            token = int(collectives.of_first_rank(logits.argmax()))
+            token = int(collectives.broadcast(logits.argmax()))
         else:
             token = int(torch.multinomial((logits / temperature).softmax(0).cpu(), 1, generator=generator))
         if token in stop_ids:

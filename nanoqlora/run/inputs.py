@@ -187,7 +187,7 @@ def same_on_all_ranks(config: Config, data: Data, ranks: int) -> None:
         weights = open_weights(config.base_model)
         files = json.dumps([fingerprint(weights), weights.config], sort_keys=True)
         mine |= {"model files": files, "host": platform.node()}
-        everyone = collectives.everyones_object(mine)
+        everyone = collectives.gather_objects(mine)
         for rank, theirs in enumerate(everyone):
             different = [kind for kind in mine if kind != "host" and theirs[kind] != everyone[0][kind]]
             if different:

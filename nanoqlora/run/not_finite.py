@@ -35,6 +35,6 @@ def trace(run: Run, number: int, losses: dict[int, Tensor], own_norm: Tensor) ->
     what = f"the loss is {next(iter(bad.values()))}" if bad else f"the norm of the gradient is {norm}"
     rows = [row for first in bad or losses for row in run.plan[number].rows[first : first + size]]
     text = f"{what} on rank {run.rank}, in samples {', '.join(str(i) for row in rows for i in row)}"
-    texts = collectives.everyones_object(text if bad or not math.isfinite(norm) else "")
+    texts = collectives.gather_objects(text if bad or not math.isfinite(norm) else "")
     found = "; ".join(filter(None, texts)) or "the sum of the gradients of all ranks is too large for float32"
     return f"step {number + 1}: {found} (counted from 0 in the order of the data)"

@@ -46,7 +46,7 @@ class PartOptimizer:
         for key in (*WHOLE, *PER_BLOCK):
             if key in state:
                 size = self.num_trained if key in WHOLE else math.ceil(self.num_trained / BLOCK)
-                state[key] = torch.cat(collectives.everyones(state[key].flatten()))[:size].cpu()
+                state[key] = torch.cat(collectives.gather_tensors(state[key].flatten()))[:size].cpu()
         return {"state": {0: state}, "param_groups": self.inner.state_dict()["param_groups"]}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -120,6 +120,6 @@ def sum_and_clip(flat: nn.Parameter, optimizer: Optimizer, max_norm: float) -> T
     """
     if not isinstance(optimizer, PartOptimizer):
         return clip_gradient(collectives.sum_over_ranks(gradient_of(flat)), max_norm)
-    part = collectives.sum_to_parts(gradient_of(flat))
+    part = collectives.reduce_scatter(gradient_of(flat))
     norm = collectives.sum_over_ranks(gradient_norm(part).square()).sqrt()
     return clip_gradient(part, max_norm, norm)

@@ -60,7 +60,7 @@ def rehearse(run: Run, data: Data, tokenizer: Tokenizer, say: Callable[..., None
             command("export_gguf.py", folder / "merged", folder / "model.gguf", "--type", "q8_0")
             done(f"export_gguf.py with one block, and its {(folder / 'Modelfile').name}")
     finally:
-        collectives.wait_for_all()
+        collectives.barrier()
         if run.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
     say(f"rehearsed to the end in {time.perf_counter() - started:.0f} s; nothing is left of it")

@@ -48,7 +48,7 @@ def judge(run: Run, data: Data, tokenizer: Tokenizer, step: int) -> dict[str, An
     share = run.config.sequence_len, run.rank, run.ranks
     run.model.eval()
     logged = [row["eval_loss"] for row in run.metrics.rows if row["step"] == step and "eval_loss" in row]
-    everyone_has_it = collectives.smallest(len(logged), run.device)  # a host may not see the log of an earlier run
+    everyone_has_it = collectives.minimum(len(logged), run.device)  # a host may not see the log of an earlier run
     figures = {
         "loss": logged[-1] if everyone_has_it else loss_over_ranks(run.model, run.held_out, *share),
         "plain_loss": loss_over_ranks(run.model, plain_samples(tokenizer, run.config.sequence_len), *share),

@@ -3,7 +3,7 @@
 Of a folder, and of a data set on the hub, the files of one split are taken. The card of a data set (README.md) may list
 them; else the names of the files decide, as in `data/train-00000-of-00002.parquet`; else all files are the split
 `train`.
-Left out: data sets that are made by a program. Read next: data/rows.py, which reads the files.
+Not supported: data sets that a program makes. Read next: data/rows.py, which reads the files.
 """
 
 import glob
@@ -19,16 +19,9 @@ import yaml
 from ..config.errors import UserError
 from ..weights.hub import hub_files, is_hub_name
 
-KINDS = {  # file name ending -> how it is read; `.gz` may follow
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".txt": "text",
-    ".text": "text",
-}
+# File name ending -> how it is read; `.gz` may follow.
+KINDS = {".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text", ".text": "text"}
+KINDS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), "json")
 CARD = "README.md"
 NOT_DATA = ("dataset_infos.json", "dataset_dict.json", "dataset_info.json", "state.json")  # of the datasets library
 CACHED = "cache-"  # how the names of its own working files begin, which end in .arrow
@@ -45,6 +38,17 @@ class DataFile:
 
     path: Path
     kind: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which files of a data set to take; see `find_files`."""
+
+    where: str  # the data set, in errors
+    kind: str | None
+    data_files: tuple[str, ...]
+    split: str | None
+    name: str | None
 
 
 def find_files(
@@ -68,37 +72,36 @@ def find_files(
         UserError: nothing found, or files of several kinds.
     """
     where, kind = f"data {path}", "json" if ds_type == "jsonl" else ds_type
-    path = Path(path).expanduser() if str(path).startswith("~") else path
-    data_files = tuple(os.path.expanduser(file) for file in data_files)
-    if Path(path).is_file():
-        return [_data_file(Path(path), kind)]
-    if glob.has_magic(str(path)):
-        found = [Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
-    elif Path(path).is_dir():
-        found = _in_folder(where, Path(path), Path(path), data_files, kind, split, name)
+    path = os.path.expanduser(path)
+    folder, data_files = Path(path), tuple(map(os.path.expanduser, data_files))
+    want = Wanted(where, kind, data_files, split, name)
+    if folder.is_file():
+        found = [folder]
+    elif glob.has_magic(path):
+        found = _files(glob.glob(path, recursive=True))
+    elif folder.is_dir():
+        found = _in_folder(want, folder, folder)
     elif data_files and all(Path(file).is_file() for file in data_files):
-        found = [Path(file) for file in data_files]  # then path is only a name, as in Axolotl's `path: json`
+        found = _files(data_files)  # then path is only a name, as in Axolotl's `path: json`
     elif is_hub_name(path):
-        found = _on_the_hub(str(path), data_files, kind, split, name, revision)
+        found = _on_the_hub(want, path, revision)
     else:
-        raise UserError(
-            f"{where}: no such file. Give the path of a .jsonl, .json, .csv, .parquet, .arrow or .txt file, a folder "
-            "or a glob of such files, or the name of a data set on the hub."
-        )
+        advice = "Give a .jsonl, .json, .csv, .parquet, .arrow or .txt file, a folder or a glob of them, or a hub name"
+        raise UserError(f"{where}: no such file. {advice}.")
     if not found:
-        wanted = (
-            ", ".join(data_files) or f"{kind or 'json, csv, parquet, arrow or text'} of the split {split or 'train'}"
-        )
-        there = ", ".join(sorted(set().union(*_splits(Path(path), kind, None).values()))) if Path(path).is_dir() else ""
+        wanted = ", ".join(data_files) or f"{kind or 'data'} of the split {split or 'train'}"
+        there = ", ".join(sorted(set().union(*_splits(folder, kind, None).values()))) if folder.is_dir() else ""
         there = f"; its files are of the split {there}" if there and not data_files else ""
-        raise UserError(
-            f"{where}: no file found there ({wanted}{there}). Name the file itself, or check data_files, ds_type and "
-            "split."
-        )
+        advice = "Name the file itself, or check data_files, ds_type and split"
+        raise UserError(f"{where}: no file found there ({wanted}{there}). {advice}.")
     files = [_data_file(file, kind) for file in sorted(set(found))]
     if len(kinds := sorted({file.kind for file in files})) > 1:
-        raise UserError(f"{where}: files of several kinds ({', '.join(kinds)}). Say which to read with ds_type.")
+        raise UserError(f"{where}: files of several kinds ({', '.join(kinds)}). Name the one to read with ds_type.")
     return files
+
+
+def _files(names: Iterable[str]) -> list[Path]:
+    return [Path(name) for name in names if Path(name).is_file()]
 
 
 def _ending(path: Path) -> str:
@@ -108,58 +111,43 @@ def _ending(path: Path) -> str:
 def _data_file(path: Path, kind: str | None) -> DataFile:
     kind = kind or KINDS.get(_ending(path))
     if kind is None:
-        raise UserError(
-            f"data {path}: {_ending(path) or 'no ending'} tells no kind of file. Set ds_type to json, csv, parquet, "
-            "arrow or text."
-        )
+        raise UserError(f"data {path}: its ending is unknown. Set ds_type to json, csv, parquet, arrow or text.")
     return DataFile(path, kind)
 
 
-def _in_folder(
-    where: str,
-    folder: Path,
-    inside: Path,
-    data_files: tuple[str, ...],
-    kind: str | None,
-    split: str | None,
-    name: str | None,
-) -> list[Path]:
+def _in_folder(want: Wanted, folder: Path, inside: Path) -> list[Path]:
     """The files of a split: those that the user lists, else the card, else their names.
 
-    A folder may come from anybody. So what its card lists, and where its links lead to, has to lie in `inside`.
+    The folder is not trusted: what its card lists, and what its links point to, has to be in `inside`.
     """
-    if data_files:
-        return _matching(where, folder, data_files)
-    listed = _listed_on_card(where, folder, split, name)
-    found = _matching(where, folder, listed) if listed else _by_name(folder, kind, split)
+    if want.data_files:
+        return _matching(want, folder, want.data_files)
+    listed = _listed_on_card(want, folder)
+    found = _matching(want, folder, listed) if listed else _by_name(folder, want.kind, want.split)
     for path in found:
         if not path.resolve().is_relative_to(inside.resolve()):
             raise UserError(
-                f"{where}: {path} leads out of the folder, to {path.resolve()}. The folder may not choose files from "
-                "elsewhere: name that file itself if you mean it."
+                f"{want.where}: {path} leads out of the folder, to {path.resolve()}. Name that file itself to read it."
             )
     return found
 
 
-def _matching(where: str, folder: Path, patterns: Iterable[str]) -> list[Path]:
-    found: list[Path] = []
-    for pattern in patterns:
-        if "\0" in pattern:
-            raise UserError(f"{where}: {pattern!r} names no file. Correct data_files.")
-        names = glob.glob(os.path.join(glob.escape(str(folder)), pattern), recursive=True, include_hidden=True)
-        found += [Path(name) for name in names if Path(name).is_file()]
-    return found
+def _matching(want: Wanted, folder: Path, patterns: Iterable[str]) -> list[Path]:
+    paths = [os.path.join(glob.escape(str(folder)), pattern) for pattern in patterns]
+    if any("\0" in path for path in paths):
+        raise UserError(f"{want.where}: {paths} holds a NUL character. Correct data_files.")
+    return _files(name for path in paths for name in glob.glob(path, recursive=True, include_hidden=True))
 
 
 def _splits(folder: Path, kind: str | None, split: str | None) -> dict[Path, set[str]]:
     """The data files of a folder, each with the splits that its name mentions."""
     splits: dict[Path, set[str]] = {}
     for path in folder.rglob("*"):
-        parts = path.relative_to(folder).parts
+        name = path.relative_to(folder).as_posix()
         is_data = KINDS.get(_ending(path)) == kind if kind else _ending(path) in KINDS
         is_own = path.name in NOT_DATA or path.suffix == ".arrow" and path.name.startswith(CACHED)
-        if is_data and not is_own and path.is_file() and not any(part[0] == "." for part in parts):
-            words = re.split(r"[^a-z]+", "/".join(parts).lower())
+        if is_data and not is_own and path.is_file() and not re.search(r"(^|/)\.", name):
+            words = re.split(r"[^a-z]+", name.lower())
             splits[path] = {SPLITS.get(word, word) for word in words if word in SPLITS or word == split}
     return splits
 
@@ -172,33 +160,31 @@ def _by_name(folder: Path, kind: str | None, split: str | None) -> list[Path]:
     return [path for path, found in splits.items() if is_any or wanted in found]
 
 
-def _on_the_hub(
-    path: str, data_files: tuple[str, ...], kind: str | None, split: str | None, name: str | None, revision: str | None
-) -> list[Path]:
+def _on_the_hub(want: Wanted, path: str, revision: str | None) -> list[Path]:
     def fetch(patterns: Iterable[str]) -> Path:
         return hub_files(path, tuple(patterns), "dataset", revision)
 
     try:
         card = fetch([CARD])
     except UserError:  # without a network, and only the data is in the cache; if nothing is, the next line raises
-        card = fetch(data_files or ["*"])
-    where, repository = f"data {path}", card.parent.parent  # whose files are links from snapshots/COMMIT to blobs
-    if patterns := data_files or _listed_on_card(where, card, split, name):
-        return _in_folder(where, fetch(patterns), repository, data_files, kind, split, name)
-    endings = [ending for ending in KINDS if KINDS[ending] == kind or not kind]
-    for part in (f"*{split or 'train'}*", "*"):  # so that no other split is fetched where the names mention them
+        card = fetch(want.data_files or ["*"])
+    repository = card.parent.parent  # its files are links from snapshots/COMMIT to blobs
+    if patterns := want.data_files or _listed_on_card(want, card):
+        return _in_folder(want, fetch(patterns), repository)
+    endings = [ending for ending in KINDS if want.kind in (KINDS[ending], None)]
+    for part in (f"*{want.split or 'train'}*", "*"):  # so that no other split is fetched where the names mention them
         folder = fetch(f"{part}{ending}{gz}" for ending in endings for gz in ("", ".gz"))
-        if found := _in_folder(where, folder, repository, (), kind, split, name):
+        if found := _in_folder(want, folder, repository):
             return found
     return []
 
 
-def _listed_on_card(where: str, folder: Path, split: str | None, name: str | None) -> list[str]:
+def _listed_on_card(want: Wanted, folder: Path) -> list[str]:
     """The patterns of the files of a split, from the `configs` at the head of a data set's card; empty without one.
 
     They look like {"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}.
     """
-    card = folder / CARD
+    card, name, split = folder / CARD, want.name, want.split or "train"
     head = re.match(r"---\s*\n(.*?)\n---", card.read_text("utf-8", "replace"), re.DOTALL) if card.is_file() else None
     try:
         facts = yaml.safe_load(head[1]) if head else None
@@ -208,9 +194,9 @@ def _listed_on_card(where: str, folder: Path, split: str | None, name: str | Non
     configs = [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
     names = [str(config.get("config_name", "default")) for config in configs]
     if name is None and len(configs) > 1 and "default" not in names:
-        raise UserError(f"{where}: it has several configurations. Name one with name: {', '.join(names)}.")
+        raise UserError(f"{want.where}: it has several configurations. Name one with name: {', '.join(names)}.")
     if name is not None and name not in names:
-        raise UserError(f"{where}: no configuration {name} there, only {', '.join(names) or 'unnamed ones'}.")
+        raise UserError(f"{want.where}: no configuration {name} there, only {', '.join(names) or 'unnamed ones'}.")
     if not configs:
         return []
     config = configs[names.index(name or ("default" if "default" in names else names[0]))]
@@ -220,9 +206,9 @@ def _listed_on_card(where: str, folder: Path, split: str | None, name: str | Non
         by_split.setdefault(str(entry.get("split", "train")), []).extend(map(str, _listed(entry.get("path"))))
     if not by_split:
         return [f"{config['data_dir']}/**/*"] if config.get("data_dir") else []
-    if (split or "train") not in by_split:
-        raise UserError(f"{where}: no split {split or 'train'} there, only {', '.join(by_split)}. Set split to one.")
-    return by_split[split or "train"]
+    if split not in by_split:
+        raise UserError(f"{want.where}: no split {split} there, only {', '.join(by_split)}. Set split to one.")
+    return by_split[split]
 
 
 def _listed(value: Any) -> list[Any]:

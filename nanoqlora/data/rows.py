@@ -4,8 +4,8 @@
     Block.rows     a block -> rows, each with its place ("a.jsonl, line 7"); the work, which many processes share
 
 A row is a map from column names to values. What is wrong with one is reported with its place. A JSON list is cut into
-its values by their brackets alone (`_list_values`): ijson would do that too, but gives no line numbers, and each value
-is parsed by json anyway. Read next: data/prepare.py, rows to tokens.
+its values by their brackets alone (`_list_values`); json then parses each value.
+Read next: data/prepare.py.
 """
 
 import csv
@@ -13,6 +13,7 @@ import gzip
 import io
 import json
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -71,27 +72,22 @@ def blocks_of(files: list[DataFile], part: str = "") -> Iterator[Block]:
     Args:
         part: as of a list, with numbers of rows or percentages: ":1000", "10%:20%", "-500:"; "": all rows.
     """
-    blocks = (block for file in files for block in read_blocks(file))
-    if not part:
-        yield from blocks
-        return
-    total = sum(len(b.unparsed) for file in files for b in read_blocks(file)) if re.search("[%-]", part) else 0
+    is_relative = re.search("[%-]", part)
+    total = sum(len(b.unparsed) for file in files for b in read_blocks(file)) if is_relative else sys.maxsize
 
-    def place(text: str, if_empty: int | None) -> int | None:
-        if not text:
-            return if_empty
-        number = round(int(text[:-1]) * total / 100) if text.endswith("%") else int(text)
-        return number + total if text.startswith("-") else number
+    def place(text: str) -> int | None:
+        number = text.removesuffix("%")
+        return (int(number) if number == text else round(int(number) * total / 100)) if text else None
 
-    start, stop = (place(text, end) for text, end in zip(part.split(":"), (0, None), strict=True))
+    start, stop, _ = slice(*map(place, (part or ":").split(":"))).indices(total)
     first = 0
-    for block in blocks:
+    for block in (block for file in files for block in read_blocks(file)):
         size = len(block.unparsed)
-        wanted = max(0, (start or 0) - first), size if stop is None else min(stop - first, size)
+        wanted = max(0, start - first), min(stop - first, size)
         if wanted[0] < wanted[1]:
             yield replace(block, wanted=wanted)
         first += size
-        if stop is not None and first >= stop:
+        if first >= stop:
             return
 
 
@@ -139,10 +135,8 @@ def _decode(data: bytes, path: Path, line: int) -> str:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         before, byte = data[: error.start].split(b"\n"), data[error.start]
-        raise UserError(
-            f"{path}, line {line + len(before) - 1}: not UTF-8 (byte 0x{byte:02x} at place {len(before[-1]) + 1} "
-            "of the line). Tokens are made of UTF-8 text: convert the file, or correct that line."
-        ) from error
+        where = f"{path}, line {line + len(before) - 1}: byte 0x{byte:02x} at place {len(before[-1]) + 1} of the line"
+        raise UserError(f"{where} is not UTF-8. Convert the file, or correct that line.") from error
 
 
 def _rows_of_texts(path: Path, kind: str, texts: list[tuple[int, bytes] | tuple[int, bytes, int]]) -> Iterator[Placed]:
@@ -163,10 +157,8 @@ def _parse(text: str, path: Path, line: int, where: str) -> Row:
         row = json.loads(text.rstrip("\r\n"), object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         found = "expected ',' or ']'" if where.endswith(")") and error.msg == "Extra data" else error.msg
-        raise UserError(
-            f"{path}, line {line + error.lineno - 1}: not valid JSON ({found} at column {error.colno}). A row is one "
-            "object on one line, or the file is one list of them. Correct that line."
-        ) from error
+        found = f"{path}, line {line + error.lineno - 1}: not valid JSON ({found} at column {error.colno})"
+        raise UserError(f"{found}. A row is one object on one line, or the file is one list of them.") from error
     except (ValueError, RecursionError) as error:  # a key twice, a number of thousands of digits, lists in lists ...
         raise UserError(f"{where}: JSON that cannot be read ({error}). Correct that row.") from error
     if not isinstance(row, dict):
@@ -243,20 +235,18 @@ def _csv_lines(path: Path, opened: Iterable[bytes]) -> Iterator[tuple[str, list[
         except StopIteration:
             return
         except csv.Error as error:
-            raise UserError(
-                f"{where}: not valid CSV ({error}). A field with commas, quotes or line breaks stands in double "
-                "quotes, and a quote within it is written twice. Correct the row that begins there."
-            ) from error
+            advice = (
+                "A field with commas, quotes or line breaks needs double quotes, and a quote in it is written twice."
+            )
+            raise UserError(f"{where}: not valid CSV ({error}). {advice}") from error
 
 
 def _csv_rows(header: list[str], lines: list[tuple[str, list[str]]]) -> Iterator[Placed]:
     for where, fields in lines:
         row: Row | UserError = dict(zip(header, fields, strict=False))
         if len(fields) != len(header):
-            row = UserError(
-                f"{where}: {len(fields)} fields, but the header names {len(header)} columns, so nobody can tell which "
-                "is which. Correct the row; a field with commas stands in double quotes."
-            )
+            found = f"{len(fields)} fields, and the header names {len(header)} columns"
+            row = UserError(f"{where}: {found}. Correct the row; a field with commas needs double quotes.")
         yield where, row
 
 
@@ -281,9 +271,8 @@ def _arrow_blocks(file: DataFile) -> Iterator[Block]:
             for batch in batches:
                 names = batch.schema.names
                 if len(set(names)) < len(names):
-                    raise UserError(
-                        f"data {file.path}: its columns are {', '.join(names)}. Give every column a name of its own."
-                    )
+                    listed = ", ".join(names)
+                    raise UserError(f"data {file.path}: its columns are {listed}. Give each a name of its own.")
                 for start in range(0, len(batch), ARROW_ROWS):
                     part = batch.slice(start, ARROW_ROWS)
                     yield Block(partial(_arrow_rows, file.path, first), part, part.nbytes)
@@ -291,46 +280,31 @@ def _arrow_blocks(file: DataFile) -> Iterator[Block]:
     except UserError:
         raise
     except (pyarrow.ArrowException, ValueError) as error:
-        raise UserError(
-            f"data {file.path}: not a readable {file.kind.title()} file ({error}). Copy it again."
-        ) from error
+        kind = file.kind.title()
+        raise UserError(f"data {file.path}: not a readable {kind} file ({error}). Copy it again.") from error
 
 
 def _arrow_rows(path: Path, first: int, batch: Any) -> Iterator[Placed]:
-    """The rows of a batch. A value that Python cannot have, such as text that is no UTF-8, becomes the reason."""
+    columns = {name: _values_of(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    for i in range(len(batch)):
+        yield f"{path}, row {first + i}", {name: _as_in_json(values[i]) for name, values in columns.items()}
+
+
+def _values_of(column: Any) -> list[Any]:
+    """The values of a column. One that Python cannot have, such as text that is not UTF-8, becomes its error."""
     try:
-        batch.validate(full=True)  # lengths and places within the buffers too: nobody else compares them
-        rows = batch.to_pylist()
-    except UNREADABLE:
-        if len(batch) > 1:
-            for i in range(len(batch)):
-                yield from _arrow_rows(path, first + i, batch.slice(i, 1))
-            return
-        rows = [{name: _value_of(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}]
-    for number, row in enumerate(rows, first):
-        yield f"{path}, row {number}", {key: _as_in_json(value) for key, value in row.items()}
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """In place of a value that cannot be read: wrong only where somebody wants it."""
-
-    why: str
-
-
-def _value_of(column: Any) -> Any:
-    """The one value of a column, or why it cannot be read."""
-    try:
-        column.validate(full=True)
-        return column.to_pylist()[0]
+        column.validate(full=True)  # lengths and offsets within the buffers too: nothing else checks them
+        return column.to_pylist()
     except UNREADABLE as error:
-        return Unreadable(str(error))
+        if len(column) == 1:
+            return [error]
+        return [value for i in range(len(column)) for value in _values_of(column.slice(i, 1))]
 
 
 def _as_in_json(value: Any) -> Any:
     """A value without Arrow's padding, and with its maps as objects.
 
-    Arrow gives every object the keys of all, with null for those that it has not: they were never in the row.
+    Arrow gives every object the keys of all objects, with null where the row has no such key.
     """
     if isinstance(value, dict):
         return {key: _as_in_json(item) for key, item in value.items() if item is not None}

@@ -1,8 +1,8 @@
 """From a row of data to the messages and tools of a chat, with the names that templates use, checked.
 
-Files call things by other names, keep objects as JSON texts, and have faults. What no template should get is an error
-here, in terms of the row; the caller adds where the row stands. What nobody reads is noted. Read next: prompts.py,
-which encodes the messages, and data/completeness.py, which looks for all of them in the text.
+Files use other names, hold objects as JSON texts, and have faults. What a template should not get is an error here, in
+terms of the row; the caller adds the place of the row. What is not read is noted. Read next: prompts.py, which encodes
+the messages, and completeness.py, which looks for all of them in the text.
 """
 
 import json
@@ -27,22 +27,18 @@ UNKNOWN_ROLE = "the role"  # an error that begins so is of a role
 OWN_KEYS = {"role", "content", "tool_calls", "tool_call_id", "weight", "train"}
 FLAGS = {None: None, 0: False, 1: True, "0": False, "1": True, "false": False, "true": True}  # of a message, as written
 CALLS = {"tool_calls", "function_call"}
-# What columns and keys are often called, for the advice in an error.
-LIKELY = {
-    "instruction": ("instruction", "question", "prompt", "query", "problem", "request", "user", "human", "input"),
-    "output": (
-        *("output", "answer", "answers", "response", "completion", "solution", "reply", "target"),
-        *("assistant", "chosen"),
-    ),
-    "role": ("role", "from", "speaker", "author", "sender"),
-    "content": ("content", "value", "text", "message", "utterance"),
+SCHEMAS = ("parameters", "input_schema")  # of a tool: where its parameters are described
+LIKELY = {  # common names of columns and keys, for the advice in an error
+    "instruction": "instruction question prompt query problem request user human input".split(),
+    "output": "output answer answers response completion solution reply target assistant chosen".split(),
+    "role": "role from speaker author sender".split(),
+    "content": "content value text message utterance".split(),
 }
-
-LIKELY_ROLES = {
-    "system": ("developer", "context"),
-    "user": ("prompter", "customer", "player", "input"),
-    "tool": ("observation", "ipython", "tool_response", "tool_result", "function_response", "environment"),
-    "assistant": ("function_call", "tool_call"),
+LIKELY_ROLES = {  # the same of roles; any other name means `assistant`
+    **dict.fromkeys("developer context".split(), "system"),
+    **dict.fromkeys("function_call tool_call".split(), "assistant"),
+    **dict.fromkeys("prompter customer player input".split(), "user"),
+    **dict.fromkeys("observation ipython tool_response tool_result function_response environment".split(), "tool"),
 }
 
 
@@ -68,12 +64,10 @@ def chat_of(row: Row, form: RowFormat, note: Note, read_by_template: Iterable[st
     given, num_prompt, columns = _given(row, form)
     given = [_parsed(message) for message in given]
     _check_roles(given, form, note)
-    tools = _parsed(row.get(form.field_tools))
-    tools = _listed([tools] if isinstance(tools, dict) else tools, form.field_tools, ("parameters", "input_schema"))
+    tool_column, tools = form.field_tools, _parsed(row.get(form.field_tools))
     if not tools and _is_functions(functions := _parsed(row.get("functions"))):
-        wrapped = [{"type": "function", "function": function} for function in functions]
-        tools = _listed(wrapped, "functions", ("parameters", "input_schema"))
-        columns = {*columns, "functions"}
+        tool_column, tools = "functions", [{"type": "function", "function": function} for function in functions]
+    tools = _listed([tools] if isinstance(tools, dict) else tools, tool_column, SCHEMAS)
     chat = Chat([], [], tools or None)
     for number, message in enumerate(given, start=1):
         if not isinstance(message, dict):
@@ -86,7 +80,7 @@ def chat_of(row: Row, form: RowFormat, note: Note, read_by_template: Iterable[st
         chat.messages.insert(0, {"role": "system", "content": text_of(row, form.field_system)})
         chat.trained.insert(0, "system" in form.roles_to_train)
         columns = {*columns, form.field_system}
-    note_unread(row, {*columns, form.field_tools}, note)
+    note_unread(row, {*columns, form.field_tools, tool_column}, note)
     return chat
 
 
@@ -98,45 +92,34 @@ def _check_roles(given: list[Any], form: RowFormat, note: Note) -> None:
     if unknown := [role for role in dict.fromkeys(roles) if role not in form.role_of]:
         meant: dict[str, list[str]] = {}
         for role in unknown:
-            meant.setdefault(_likely_role(role), []).append(role)
+            alike = get_close_matches(role.lower(), [*USUAL_ROLES, *LIKELY_ROLES], 1)
+            meant.setdefault((USUAL_ROLES | LIKELY_ROLES)[alike[0]] if alike else "assistant", []).append(role)
         advice = ", ".join(f"{ours}: [{', '.join(theirs)}]" for ours, theirs in meant.items())
         subject = f"s {' and '.join(unknown)} are" if len(unknown) > 1 else f" {unknown[0]} is"
         raise UserError(
-            f"{UNKNOWN_ROLE}{subject} unknown, and no such message could be learnt. Known are "
-            f"{', '.join(form.role_of)}. Say what is meant, as in roles: {{{advice}}}, or write "
-            f"{{{unknown[0]}: [{unknown[0]}]}} where the chat template knows that name."
+            f"{UNKNOWN_ROLE}{subject} unknown; known are {', '.join(form.role_of)}. Write what is meant, as in roles: "
+            f"{{{advice}}}, or {{{unknown[0]}: [{unknown[0]}]}} where the chat template knows that name."
         )
-
-
-def _likely_role(name: str) -> str:
-    """The role of the template that a file most likely means by a name, for the advice in an error."""
-    found = next((role for role, others in LIKELY_ROLES.items() if name.lower() in others), None)
-    alike = get_close_matches(name.lower(), USUAL_ROLES, 1)
-    return found or (USUAL_ROLES[alike[0]] if alike else "assistant")
 
 
 def _given(row: Row, form: RowFormat) -> tuple[list[Any], int, set[str]]:
     """The messages as they stand in a row, how many of the first are only a prompt, and the columns that they fill."""
     if form.field_instruction:
-        for column in (form.field_instruction, form.field_output):
-            if column not in row:
-                raise missing_column(row, column, form)
+        require((form.field_instruction, form.field_output), row, form)
         question = text_of(row, form.field_instruction)
         answer = text_of(row, form.field_output, empty=True)
-        turns = {"user": question, "assistant": answer}
-        messages = [{form.names["role"]: role, form.names["content"]: text} for role, text in turns.items()]
+        names = form.names["role"], form.names["content"]
+        messages = [dict(zip(names, turn, strict=True)) for turn in (("user", question), ("assistant", answer))]
         return messages, 0, {form.field_instruction, form.field_output}
     if form.field_messages not in row:  # trl's pairs of messages
         prompt, completion = _parsed(row.get("prompt")), _parsed(row.get("completion"))
         if isinstance(prompt, list) and isinstance(completion, list) and completion:
             return [*prompt, *completion], len(prompt), {"prompt", "completion"}
-        raise missing_column(row, form.field_messages, form)
+    require((form.field_messages,), row, form)
     given = _parsed(row[form.field_messages])
     if not isinstance(given, list) or not given:
-        raise UserError(
-            f"{form.field_messages} is {show(given)}, not a list of messages. A chat template needs role and content "
-            "of each. Correct the row, or name the right column with field_messages."
-        )
+        found = f"{form.field_messages} is {show(given)}, not a list of messages"
+        raise UserError(f"{found}. Correct the row, or name the right column with field_messages.")
     return given, 0, {form.field_messages}
 
 
@@ -196,9 +179,8 @@ def _flag(message: Row, key: str, where: str) -> bool | None:
     try:
         return FLAGS[value.lower() if isinstance(value, str) else value]
     except (KeyError, TypeError):
-        raise UserError(
-            f"{where}{key} is {show(value)}. It decides whether the message is learnt: write true or false."
-        ) from None
+        advice = "It decides whether the message is supervised: write true or false"
+        raise UserError(f"{where}{key} is {show(value)}. {advice}.") from None
 
 
 # ------------------------------------------------------------------------------------------------ tools
@@ -263,49 +245,42 @@ def note_unread(row: Row, read: set[str], note: Note) -> None:
 def text_of(row: Row, key: str, where: str = "", called: str = "", empty: bool = False) -> str:
     """A text of a row, checked."""
     text = row.get(key)
+    advice = "Correct the row or remove it."
     if not isinstance(text, str) or not (text.strip() or empty):
-        raise UserError(
-            f"{where}{called or key} is {show(text)}, and it must be a text that is not empty: it becomes tokens. "
-            "Correct the row or take it out."
-        )
+        raise UserError(f"{where}{called or key} is {show(text)}, and it must be a text that is not empty. {advice}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}{called or key} holds half of a surrogate pair, which is no character and has no UTF-8 bytes. "
-            "Correct the row or take it out."
-        ) from error
+        found = "holds half of a surrogate pair, which is not a character"
+        raise UserError(f"{where}{called or key} {found}. {advice}") from error
     return text
 
 
-def missing_column(row: Row, column: str, form: RowFormat) -> UserError:
-    """That a row has not the column that its format reads; with the columns that are there, and what to write."""
-    lists = [name for name, value in row.items() if (found := _parsed(value)) and isinstance(found, list)]
-    first = {name: _parsed(row[name])[0] for name in lists}
-    chats = [n for n in lists if isinstance(first[n], dict) and (_like(first[n], "role") or _like(first[n], "content"))]
+def require(columns: Iterable[str], row: Row, form: RowFormat) -> None:
+    """Raise a UserError for a column that is missing; it names those that are there, and what to write."""
+    column = next((column for column in columns if column not in row), None)
+    if column is None:
+        return
+    lists = {name: found for name, value in row.items() if isinstance(found := _parsed(value), list) and found}
+    chats = {name: found[0] for name, found in lists.items() if isinstance(found[0], dict)}
+    chats = {name: message for name, message in chats.items() if _like(message, "role") or _like(message, "content")}
     texts = [name for name, value in row.items() if isinstance(value, str) and name not in chats]
-    pair = {f"field_{part}": _like(texts, part) for part in ("instruction", "output")}
-    if pair["field_instruction"] == pair["field_output"] or None in pair.values():
-        pair = {}
-    columns = ", ".join(f"{key}: {name}" for key, name in pair.items())
+    question, answer = _like(texts, "instruction"), _like(texts, "output")
+    fields = f"field_instruction: {question}, field_output: {answer}"
     there = ", ".join(repr(name) if name != name.strip() else name for name in row)
     advice = "Name the column in the data set's entry, or correct the row."
     if chats and not (form.type == "chat_template" and "messages" in chats):
-        message = first[chats[0]]
-        advice = f"Write type: chat_template and field_messages: {chats[0]}"
-        advice += f". {_mapping(message)}" if not {"role", "content"} <= message.keys() else "."
-    elif pair and form.type == "chat_template":
-        advice = f"Write {columns} beside type: chat_template."
-    elif pair:
-        advice = (
-            f"Write type: {{{columns}}}, with a format of your own there, or type: chat_template with {columns} "
-            "beside it."
-        )
+        name, message = next(iter(chats.items()))
+        advice = f"Write type: chat_template and field_messages: {name}."
+        advice += f" {_mapping(message)}" if not {"role", "content"} <= message.keys() else ""
+    elif question and answer:
+        own = "" if form.type == "chat_template" else f"type: {{{fields}}} with a format of your own, or "
+        advice = f"Write {own}{fields} beside type: chat_template."
     elif texts and form.type == "completion":
         advice = f"Write field: {texts[0]}."
     elif len(texts) > 1:
         advice = "Write type: {field_instruction: COLUMN, field_output: COLUMN} with two of them."
-    return UserError(f"{column} is missing: the row has the columns {there or 'none'}. {advice}")
+    raise UserError(f"{column} is missing: the row has the columns {there or 'none'}. {advice}")
 
 
 def _mapping(message: Row) -> str:

@@ -30,7 +30,7 @@ from ..tokenizer.tokenizer import Tokenizer
 from ..tokenizer.traced import spans_of, trace
 from .completeness import check_complete
 from .masks import encode_chat
-from .messages import Chat, Note, chat_of, missing_column, names_in, note_unread, plain, say, text_of, with_fields
+from .messages import Chat, Note, chat_of, names_in, note_unread, plain, require, say, text_of, with_fields
 from .row_format import FRAMES, Frame, RowFormat
 
 # For models that bring none of their own; the tokenizer must know the special tokens. An answer in alpaca and mistral
@@ -119,10 +119,8 @@ class PromptFormat(RowFormat):
             ids, mask = self._encode_chat(tok, row, note)
         else:
             if tok.eos_id is None:
-                raise UserError(
-                    "the tokenizer has no end token (eos). Without it the model would never learn to stop. Name one "
-                    "under special_tokens, eos_token."
-                )
+                why = "Without it the model never learns to stop. Name one under special_tokens, eos_token"
+                raise UserError(f"the tokenizer has no end token (eos). {why}.")
             prompt, answer = self._texts(row, note)
             if any(tok.find_special(text) for text in (*(prompt[a:b] for a, b, _ in spans_of(prompt)), answer)):
                 note(MARKERS)
@@ -142,14 +140,11 @@ class PromptFormat(RowFormat):
     def _texts(self, row: dict[str, Any], note: Note) -> tuple[str, str]:
         """What a row that is no chat prompts with, and what is to be written."""
         if self.type == "completion":
-            if self.field not in row:
-                raise missing_column(row, self.field, self)
+            require((self.field,), row, self)
             note_unread(row, {self.field}, note)
             return "", text_of(row, self.field)
         frame = self._frame
-        for column in (frame.field_instruction, frame.field_output):
-            if column not in row:
-                raise missing_column(row, column, self)
+        require((frame.field_instruction, frame.field_output), row, self)
         instruction, answer = text_of(row, frame.field_instruction), text_of(row, frame.field_output, empty=True)
         context, system = (
             text_of(row, key, empty=True) if key and row.get(key) else ""
@@ -173,10 +168,8 @@ class PromptFormat(RowFormat):
         roles = [message["role"] for message in chat.messages]
         wanted = dict.fromkeys(self.role_of[role] for role in self.roles_to_train)
         if wanted and not wanted.keys() & set(roles) and not any(chat.trained):
-            raise UserError(
-                f"no message has the role {' or '.join(wanted)}, only {', '.join(dict.fromkeys(roles))}. "
-                "There is nothing to learn from. Add an answer, or map the names with roles."
-            )
+            found = f"no message has the role {' or '.join(wanted)}, only {', '.join(dict.fromkeys(roles))}"
+            raise UserError(f"{found}. Add an answer, or map the names with roles.")
         for message, is_trained in zip(chat.messages, chat.trained, strict=True):
             if is_trained and not message.get("tool_calls") and not plain(message["content"]).strip():
                 note(EMPTY_ANSWER)
@@ -274,7 +267,5 @@ def detect_format(row: dict[str, Any]) -> PromptFormat:
         return PromptFormat(type="prompt_completion")
     if "text" in row:
         return PromptFormat(type="completion")
-    raise UserError(
-        f"a row has the columns {', '.join(row) or 'none'}, which tell no format. It decides how rows become tokens. "
-        "Name the columns messages, or instruction and output, or prompt and completion, or text."
-    )
+    advice = "Name them messages, or instruction and output, or prompt and completion, or text"
+    raise UserError(f"a row has the columns {', '.join(row) or 'none'}, which tell no format. {advice}.")

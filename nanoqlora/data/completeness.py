@@ -1,14 +1,14 @@
-"""Whether the text that a chat template wrote holds all that the row says.
+"""Whether the text of a chat template is complete: holds all that is in the row.
 
-A template may leave out what it does not know: tools, calls, system messages, the thinking in front of an answer. A
-model would learn to say nothing where it should call, or to answer what it never read, and the run would look right. So
-every content, every call and every tool is looked for in the text. What is missing altogether is an error; what a
-template cuts, or may leave out, is noted.
+A template may leave out what it does not know: tools, calls, system messages, the thinking before an answer. Then a
+model would learn to answer what it never read, and the run would look right. So every content, call and tool is looked
+for in the text. What is missing is an error; what a template cuts, or may leave out, is noted.
 """
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 from ..config.errors import UserError
@@ -34,7 +34,7 @@ def check_complete(
     Raises:
         UserError: a call, the tools, or what a message says is not in the text at all.
     """
-    missing: dict[str, None] = {}  # in the order in which they are met, each once
+    missing: list[str] = []
     edges = [0, *(edge for span in sorted(spans.values()) for edge in span), len(text)]
     others = "".join(text[begin:end] for begin, end in zip(edges[::2], edges[1::2], strict=True))  # what no span has
     for i, message in enumerate(chat.messages):
@@ -49,27 +49,24 @@ def check_complete(
         for call in message.get("tool_calls") or []:
             function = call["function"] if isinstance(call.get("function"), dict) else call
             pieces = _leaves([function.get("name"), function.get("arguments")])
-            if absent := [piece for piece in pieces if not _holds(part, piece)]:
-                missing[f"tool_calls ({absent[0]!r})"] = None
+            missing += [f"tool_calls ({piece!r})" for piece in pieces if not _holds(part, piece)][:1]
         header = text[: spans[i][0]][-HEADER:] if i in spans else ""  # it may hold how the answer begins
-        _check_content(message, header + part, missing, note)
+        missing += _missing_content(message, header + part, note)
         for key in sorted(message.keys() - OWN_KEYS & keys):
             if isinstance(message[key], str) and not _holds(text, message[key]):
                 note(f"the chat template cuts the key {key} of messages, which {NOT_LEARNT}")
     if chat.tools:
-        _check_tools(chat.tools, text, without_tools, missing, note)
+        missing += _missing_tools(chat.tools, text, without_tools, note)
     if missing:
         raise UserError(
-            f"the chat template leaves out {' and '.join(missing)}, so the model would learn from another conversation "
-            "than the row's. Give a template that writes them with chat_template or chat_template_jinja, or take them "
-            "out of the row."
+            f"the chat template leaves out {' and '.join(dict.fromkeys(missing))}, so the model would learn another "
+            "conversation. Name a template that writes them (chat_template, chat_template_jinja), or edit the row."
         )
 
 
-def _check_content(message: dict[str, Any], part: str, missing: dict[str, None], note: Note) -> None:
+def _missing_content(message: dict[str, Any], part: str, note: Note) -> Iterator[str]:
     role, content = message["role"], message.get("content")
-    pieces = _leaves(content) if isinstance(content, dict) else [plain(content)]
-    for piece in pieces:
+    for piece in _leaves(content) if isinstance(content, dict) else [plain(content)]:
         if _holds(part, piece):
             continue
         if any(_holds(part, some) for some in _parts(piece)):
@@ -79,26 +76,23 @@ def _check_content(message: dict[str, Any], part: str, missing: dict[str, None],
         elif role == "system":
             note(f"the chat template leaves out the system message, which {NOT_LEARNT}")
         else:
-            missing[f"what the {role} says ({piece.strip()[:40]!r})"] = None
+            yield f"what the {role} says ({piece.strip()[:40]!r})"
 
 
-def _check_tools(
-    tools: list[Any], text: str, without_tools: Callable[[], str | None], missing: dict[str, None], note: Note
-) -> None:
+def _missing_tools(tools: list[Any], text: str, without_tools: Callable[[], str | None], note: Note) -> list[str]:
     functions = [tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in tools]
     if without_tools() == text or any(not _holds(text, function.get("name") or "") for function in functions):
-        missing["tools"] = None
-    elif not all(_holds(text, piece) for piece in _described(functions)):
+        return ["tools"]
+    if not all(_holds(text, piece) for piece in _described(functions)):
         note("the chat template leaves out a part of the tools")
+    return []
 
 
 def _described(value: Any, is_named: bool = False) -> list[str]:
     """Names, descriptions and choices of tools and of their parameters: what every way to write them has."""
     if isinstance(value, dict):
-        found = [
-            piece for key, item in value.items() if key != "type" for piece in _described(item, key == "properties")
-        ]
-        return [*(value if is_named else ()), *found]
+        inner = [_described(item, key == "properties") for key, item in value.items() if key != "type"]
+        return [*(value if is_named else ()), *chain.from_iterable(inner)]
     if isinstance(value, list | tuple):
         return [piece for item in value for piece in _described(item)]
     return [value] if isinstance(value, str) else []

@@ -75,7 +75,7 @@ class Written:
         if place is None:
             raise UserError(
                 f"message {i + 1}: the chat template leaves this answer out, or changes it so that it cannot be found "
-                "in its text. There would be nothing to learn. Give a plainer template with chat_template_jinja."
+                "in its text. Give a plainer template with chat_template_jinja."
             )
         before = max((stop for _, stop, source in self.spans if source != i and stop <= place[0]), default=0)
         between = self.text[before : place[0]]
@@ -89,10 +89,10 @@ class Written:
             end = self.tok.find_special(between) if i else None
             return before + (end or len(between.rstrip()))
         if header != headers[0]:
+            missing = headers[0].removeprefix(header)
             self.notes.add(
-                f"the answer does not begin with {headers[0].removeprefix(header)!r}, with which the generation prompt "
-                "of the chat template ends: it is learnt as the template writes it, but will be asked for behind that "
-                "text. Put it into the answers, or give a template that fits them with chat_template_jinja"
+                f"the answer does not begin with {missing!r}, with which the generation prompt of the chat template "
+                "ends: training and prompts differ. Put it into the answers, or change chat_template_jinja"
             )
         return before + between.rindex(header) + len(header)
 
@@ -150,9 +150,8 @@ def encode_chat(
         end = written.end_token(i, begin, turn_end, is_exact)
         if end is None and i == last_trained:
             raise UserError(
-                "the chat template puts no special token behind the last answer. The model would never learn to "
-                "stop. Use a template whose end token this tokenizer has, or a built-in one by its name under "
-                "chat_template."
+                "the chat template puts no special token behind the last answer, so the model would never learn to "
+                "stop. Use a template whose end token this tokenizer has, or name a built-in one under chat_template."
             )
         turns[i] = begin, turn_end
         if trained[i]:

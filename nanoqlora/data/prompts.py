@@ -19,7 +19,7 @@ Read next: data/messages.py, data/masks.py; data/prepare.py, which has all rows 
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib import resources
 from typing import Any
@@ -30,7 +30,7 @@ from ..tokenizer.tokenizer import Tokenizer
 from ..tokenizer.traced import spans_of, trace
 from .completeness import check_complete
 from .masks import encode_chat
-from .messages import Chat, Note, chat_of, names_in, note_unread, plain, require, say, text_of, with_fields
+from .messages import Note, chat_of, names_in, note_unread, plain, require, say, text_of, with_fields
 from .row_format import FRAMES, Frame, RowFormat
 
 # For models that bring none of their own; the tokenizer must know the special tokens. An answer in alpaca and mistral
@@ -125,11 +125,10 @@ class PromptFormat(RowFormat):
             if any(tok.find_special(text) for text in (*(prompt[a:b] for a, b, _ in spans_of(prompt)), answer)):
                 note(MARKERS)
             ids = self._prompt_ids(tok, prompt)  # prompt and answer apart: no token may reach into both
-            start = len(ids)
-            ids += [*tok.encode(answer), tok.eos_id]
-            mask = [position >= start for position in range(len(ids))]
+            answer_ids = [*tok.encode(answer), tok.eos_id]
+            ids, mask = ids + answer_ids, [False] * len(ids) + [True] * len(answer_ids)
         if self.train_on_inputs or self.type == "completion":
-            mask = [position > 0 for position in range(len(ids))]  # nothing stands before the first to predict it from
+            mask = [position > 0 for position in range(len(ids))]  # no token before the first predicts it
         return ids, mask
 
     def _prompt_ids(self, tok: Tokenizer, prompt: str) -> list[int]:
@@ -146,11 +145,9 @@ class PromptFormat(RowFormat):
         frame = self._frame
         require((frame.field_instruction, frame.field_output), row, self)
         instruction, answer = text_of(row, frame.field_instruction), text_of(row, frame.field_output, empty=True)
-        context, system = (
-            text_of(row, key, empty=True) if key and row.get(key) else ""
-            for key in (frame.field_input, frame.field_system)
-        )
-        note_unread(row, {frame.field_instruction, frame.field_output, frame.field_input, frame.field_system}, note)
+        others = frame.field_input, frame.field_system
+        context, system = (text_of(row, key, empty=True) if key and row.get(key) else "" for key in others)
+        note_unread(row, {frame.field_instruction, frame.field_output, *others}, note)
         prompt = frame.prompt(instruction, context, system)
         texts = {frame.field_instruction: instruction, frame.field_input: context, frame.field_system: system}
         for column in (column for column, text in texts.items() if text not in prompt):
@@ -163,8 +160,10 @@ class PromptFormat(RowFormat):
     def _frame(self) -> Frame:
         return self.frame or FRAMES[self.type]
 
-    def _chat(self, row: dict[str, Any], read_by_template: Iterable[str], note: Note) -> Chat:
-        chat = chat_of(row, self, note, read_by_template)
+    def _encode_chat(self, tok: Tokenizer, row: dict[str, Any], note: Note) -> tuple[list[int], list[bool]]:
+        template = self.jinja(tok)
+        keys = names_in(template or "")
+        chat = chat_of(row, self, note, keys)
         roles = [message["role"] for message in chat.messages]
         wanted = dict.fromkeys(self.role_of[role] for role in self.roles_to_train)
         if wanted and not wanted.keys() & set(roles) and not any(chat.trained):
@@ -173,15 +172,10 @@ class PromptFormat(RowFormat):
         for message, is_trained in zip(chat.messages, chat.trained, strict=True):
             if is_trained and not message.get("tool_calls") and not plain(message["content"]).strip():
                 note(EMPTY_ANSWER)
-        return chat
-
-    def _encode_chat(self, tok: Tokenizer, row: dict[str, Any], note: Note) -> tuple[list[int], list[bool]]:
-        template = self.jinja(tok)
-        keys = names_in(template or "")
-        chat = self._chat(row, keys, note)
-        chat.messages = [_written_as_read(message, template, tok) for message in chat.messages]
-        roles = self.role_of.values()  # what is not known is refused, so none is the row's own text
-        ids, mask, text, spans = encode_chat(tok, template, chat, self.train_on_eos, roles, note)
+        named_tokens = tuple(tok.named_texts.items())
+        chat.messages = [_written_as_read(message, template, named_tokens) for message in chat.messages]
+        known = self.role_of.values()  # other roles are refused, so no role is the row's own text
+        ids, mask, text, spans = encode_chat(tok, template, chat, self.train_on_eos, known, note)
         without_tools = partial(tok.render_if_possible, chat.messages, False, template)
         check_complete(text, spans, chat, without_tools, keys, note)
         return ids, mask
@@ -192,53 +186,54 @@ def _as_texts(messages: Messages) -> Messages:
     return [{**m, "content": plain(m["content"])} if isinstance(m["content"], list) else m for m in messages]
 
 
-def _written_as_read(message: dict[str, Any], template: str | None, tok: Tokenizer) -> dict[str, Any]:
+Named = tuple[tuple[str, str], ...]  # what a template may write by name: ("bos_token", "<s>"), ...
+
+
+def _written_as_read(message: dict[str, Any], template: str | None, named: Named) -> dict[str, Any]:
     """A message whose text parts are joined as its template does it, or as servers do for one that takes only texts.
 
     The arguments of its calls become JSON texts again where the template cannot write objects.
     """
-    if message.get("tool_calls") and _takes_texts(template, tuple(tok.named_texts.items())):
-        message = message | {
-            "tool_calls": [with_fields(call, ("arguments",), _as_text) for call in message["tool_calls"]]
-        }
-    if not isinstance(message["content"], list):
-        return message
-    between = _between_parts(template, message["role"], tuple(tok.named_texts.items()))
-    if between is None:
-        return message
-    return {**message, "content": between.join(part["text"] for part in message["content"])}
+
+    def as_text(arguments: Any) -> str:
+        return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+    if message.get("tool_calls") and _takes_texts(template, named):
+        message = {**message, "tool_calls": [with_fields(c, ("arguments",), as_text) for c in message["tool_calls"]]}
+    if isinstance(message["content"], list):
+        between = _between_parts(template, message["role"], named)
+        if between is not None:
+            return {**message, "content": between.join(part["text"] for part in message["content"])}
+    return message
 
 
-def _as_text(arguments: Any) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+def _write(template: str, messages: Messages, named: Named) -> str:
+    try:
+        return render(template, messages, False, dict(named))
+    except UserError:
+        return ""
 
 
 @lru_cache
-def _takes_texts(template: str, named_tokens: tuple[tuple[str, str], ...]) -> bool:
+def _takes_texts(template: str, named: Named) -> bool:
     """Whether a template writes the arguments of a call only where they are a JSON text, as `+` does it."""
 
     def is_written(arguments: Any) -> bool:
         call = {"type": "function", "id": "123456789", "function": {"name": "a_function", "arguments": arguments}}
         messages = [*say("user", "a question"), {"role": "assistant", "content": "", "tool_calls": [call]}]
-        try:
-            return "an_argument" in render(template, messages, False, dict(named_tokens))
-        except UserError:
-            return False
+        return "an_argument" in _write(template, messages, named)
 
     return not is_written({"an_argument": 1}) and is_written('{"an_argument": 1}')
 
 
 @lru_cache
-def _between_parts(template: str, role: str, named_tokens: tuple[tuple[str, str], ...]) -> str | None:
+def _between_parts(template: str, role: str, named: Named) -> str | None:
     """What a template writes between two parts of a text; None: it takes parts alone."""
     one, two = "some words", "other words"
+    before = say("user", "a question") if role in ("assistant", "tool") else []
 
     def write(content: Any) -> str:
-        before = say("user", "a question") if role in ("assistant", "tool") else []
-        try:
-            return render(template, [*before, {"role": role, "content": content}], False, dict(named_tokens))
-        except UserError:
-            return ""
+        return _write(template, [*before, {"role": role, "content": content}], named)
 
     parts = write([{"type": "text", "text": text} for text in (one, two)])
     if "'type'" in parts or not (one in parts and two in parts):

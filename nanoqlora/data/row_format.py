@@ -93,19 +93,15 @@ class RowFormat:
     def __post_init__(self) -> None:
         for name, allowed in {"type": TYPES, "train_on_eos": ENDS}.items():
             if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"{name} is {getattr(self, name)!r}. It decides how rows become tokens. Use {' or '.join(allowed)}."
-                )
+                raise UserError(f"{name} is {getattr(self, name)!r}. Use {' or '.join(allowed)}.")
         if self.type == "custom" and self.frame is None:
-            raise UserError("type is custom and there is no frame. It says what stands around the columns. Give one.")
+            raise UserError("type is custom and there is no frame: the text around the columns. Give one.")
         # From JSON they come as lists; frozen, so that nobody changes a format between training and talking.
         object.__setattr__(self, "roles_to_train", tuple(self.roles_to_train))
         object.__setattr__(self, "roles", {role: tuple(names) for role, names in self.roles.items()})
         if unknown := [role for role in self.roles_to_train if role not in self.role_of]:
-            raise UserError(
-                f"roles_to_train names {', '.join(unknown)}, and known are {', '.join(self.role_of)}. No message of it "
-                "could be learnt. Correct the name, or name it under roles."
-            )
+            found = f"roles_to_train names {', '.join(unknown)}, and known are {', '.join(self.role_of)}"
+            raise UserError(f"{found}. Correct the name, or name it under roles.")
 
     @cached_property
     def role_of(self) -> dict[str, str]:
@@ -133,11 +129,7 @@ class RowFormat:
             found = error.errors(include_url=False)[0]
             what, kind = found["msg"].removeprefix("Value error, "), type(found["input"]).__name__
             if "surrogate" in what or "hex escape" in what:
-                raise UserError(
-                    "prompt.json: it holds half of a surrogate pair, which is not a character. Correct chat_template."
-                ) from error
+                raise UserError("prompt.json: it holds half of a surrogate pair. Correct chat_template.") from error
             where = ".".join(map(str, found["loc"])) or "its start"
-            raise UserError(
-                f"prompt.json: {what}, found {kind} at {where}; it says how to prompt the model. Take the file that "
-                "training wrote."
-            ) from error
+            advice = "it says how to prompt the model. Take the file that training wrote"
+            raise UserError(f"prompt.json: {what}, found {kind} at {where}; {advice}.") from error

@@ -11,6 +11,7 @@ import os
 import textwrap
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from functools import cache
 from importlib.resources import files
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -41,13 +42,14 @@ class Fates(NamedTuple):
     prefix: str = ""
 
 
-FATES = {
-    name: Fates(**table)
-    for name, table in yaml.load(
-        files(__package__).joinpath("axolotl_keys.yml").read_text("utf-8"),
-        getattr(yaml, "CSafeLoader", yaml.SafeLoader),  # in C where PyYAML was built with it, 50 ms less
-    ).items()
-}
+@cache
+def load_table(name: str) -> dict[str, Any]:
+    """A YAML file beside this one."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML was built with it, 50 ms less
+    return yaml.load(files(__package__).joinpath(name).read_text("utf-8"), loader)
+
+
+FATES = {name: Fates(**table) for name, table in load_table("axolotl_keys.yml").items()}
 
 
 def key(meaning: str, default: Any = ..., group: str = "", **limits: Any) -> Any:

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from .schema import IN_PARTS, WHOLE, Config, DatasetConfig
+from .keys import load_table
+from .schema import IN_PARTS, REPLICATE, WHOLE, Config, DatasetConfig
 from .scripts import TORCHRUN
 from .splits import split_without_effect
 
@@ -31,6 +32,16 @@ def _fits(strategy: str | None, per_epoch: int | None, steps: float | None) -> b
     return strategy == "no" or (strategy == "steps") == bool(per_epoch or steps)
 
 
+def _is_broken(count: float) -> bool:
+    """Neither a share below 1 nor a whole number."""
+    return count > 1 and count != int(count)
+
+
+def _is_half_an_instruction(dataset: DatasetConfig) -> bool:
+    given = bool(dataset.field_instruction), bool(dataset.field_output)
+    return given[0] != given[1] or (given[0] and dataset.type != "chat_template")
+
+
 def template_in_force(config: Config, dataset: DatasetConfig) -> tuple[Config | DatasetConfig, str]:
     """The chat template of a data set by its name, and whose word it is: the data set's own, else the run's."""
     part = dataset if dataset.chat_template or dataset.chat_template_jinja else config
@@ -46,7 +57,7 @@ def notes_on(config: Config) -> list[str]:
     """What is to be printed once at start: keys that are not used, templates, and differences from Axolotl."""
     lines = [line for dataset in config.all_datasets for line in _unused(dataset)]
     lines += filter(None, (split_without_effect(dataset.path, dataset.split) for dataset in config.all_datasets))
-    lines += [text for text, matters in DIFFERENCES.items() if matters(config)]
+    lines += [text for text, holds in RULES["differences"].items() if holds(config)]
     return lines + template_notes(config)
 
 
@@ -95,112 +106,71 @@ DERIVED: dict[str, Callable[[Config], Any]] = {
     "save_strategy": lambda c: _cadence(c.saves_per_epoch, c.save_steps),
 }
 
-# What to say, and when: each of these ends the run before it starts.
-CHECKS: dict[str, Callable[[Config], Any]] = {
-    "adapter: qlora trains over a 4-bit base, but load_in_4bit is false. Write load_in_4bit: true, or adapter: lora "
-    "for a base in 16 bits.": lambda c: c.adapter == "qlora" and not c.load_in_4bit,
-    "lora_r is missing: an adapter has a rank, and no default fits every model. Write for example "
-    "lora_r: 16.": lambda c: not (c.lora_r or c.lora_model_dir),
-    "lora_alpha is missing: the update is scaled by lora_alpha / lora_r. Write for example lora_alpha: 32.": lambda c: (
-        not (c.lora_alpha or c.lora_model_dir)
-    ),
-    "lora_target_linear is false and lora_target_modules names no layer, so nothing would be trained. Write "
-    "lora_target_linear: true, or name layers.": lambda c: not (c.lora_target_linear or c.lora_target_modules),
-    "chat_template is jinja, but no template is given. Write it, or the path of a file with it, as "
-    "chat_template_jinja.": lambda c: any(
-        part.chat_template == "jinja" and not part.chat_template_jinja for part in _with_templates(c)
-    ),
-    "field_instruction and field_output of a data set are read together, with type: chat_template. Write both beside "
-    "it, or within type, as in type: {field_instruction: question, field_output: answer}.": lambda c: any(
-        bool(d.field_instruction) != bool(d.field_output) or d.field_instruction and d.type != "chat_template"
-        for d in c.all_datasets
-    ),
-    "shard_optimizer_state cuts LoRA's values into equal parts, and loraplus_lr_ratio gives them rates of their own. "
-    "Leave out one of the two.": lambda c: c.shard_optimizer_state and c.loraplus_lr_ratio,
-    "offload_params keeps each GPU's part of the base in host memory, and with fsdp: replicate there are no parts. "
-    "Write fsdp: full_shard, or leave out offload_params.": lambda c: c.offload_params and c.sharding == "replicate",
-    "fsdp asks for the whole base on every GPU (replicate, no_shard, shard_grad_op) and for a part on each "
-    "(full_shard, hybrid_shard). Write one of the two.": lambda c: c.fsdp_words & WHOLE and c.fsdp_words & IN_PARTS,
-    "fsdp_version: 2 shards the base with PyTorch's fully_shard, and fsdp asks for all of it on every GPU (replicate, "
-    "no_shard). Leave out one of the two.": lambda c: c.fsdp_version == 2 and c.fsdp_words & {"replicate", "no_shard"},
-    "eval_strategy contradicts its counts: epoch goes without them, steps needs evals_per_epoch or eval_steps. "
-    "Remove it, or correct them.": lambda c: (
-        _evaluates(c) and not _fits(c.eval_strategy, c.evals_per_epoch, c.eval_steps)
-    ),
-    "save_strategy contradicts its counts: epoch goes without them, steps needs saves_per_epoch or save_steps. "
-    "Remove it, or correct them.": lambda c: not _fits(c.save_strategy, c.saves_per_epoch, c.save_steps),
-    "eval_steps and save_steps are whole numbers of steps, or a share below 1 of all. Write a whole "
-    "number.": lambda c: any(steps > 1 and steps != int(steps) for steps in (c.eval_steps or 0, c.save_steps or 0)),
-    "val_set_size is a whole number of rows, or a share below 1 of all. Write a whole number.": lambda c: (
-        c.val_set_size > 1 and c.val_set_size != int(c.val_set_size)
-    ),
-    "early_stopping_patience and load_best_model_at_end need evaluations, and there are none. Set val_set_size or "
-    "test_datasets, and an eval_strategy other than no.": lambda c: (
-        (c.early_stopping_patience or c.load_best_model_at_end) and (not _evaluates(c) or c.eval_strategy == "no")
-    ),
-    "cosine_min_lr_ratio has a meaning for lr_scheduler: cosine only. Remove it, or choose cosine.": lambda c: (
-        c.cosine_min_lr_ratio is not None and c.lr_scheduler != "cosine"
-    ),
+# When each sentence of `rules.yml` holds. Those of "checks" end the run before it starts.
+CONDITIONS: dict[str, dict[str, Callable[[Config], Any]]] = {
+    "checks": {
+        "qlora_in_16_bits": lambda c: c.adapter == "qlora" and not c.load_in_4bit,
+        "no_lora_r": lambda c: not (c.lora_r or c.lora_model_dir),
+        "no_lora_alpha": lambda c: not (c.lora_alpha or c.lora_model_dir),
+        "no_layers": lambda c: not (c.lora_target_linear or c.lora_target_modules),
+        "no_jinja": lambda c: any(m.chat_template == "jinja" and not m.chat_template_jinja for m in _with_templates(c)),
+        "half_an_instruction": lambda c: any(map(_is_half_an_instruction, c.all_datasets)),
+        "parts_with_rates": lambda c: c.shard_optimizer_state and c.loraplus_lr_ratio,
+        "offload_without_parts": lambda c: c.offload_params and c.sharding == "replicate",
+        "two_shardings": lambda c: c.fsdp_words & WHOLE and c.fsdp_words & IN_PARTS,
+        "fully_shard_nothing": lambda c: c.fsdp_version == 2 and c.fsdp_words & REPLICATE,
+        "eval_strategy": lambda c: _evaluates(c) and not _fits(c.eval_strategy, c.evals_per_epoch, c.eval_steps),
+        "save_strategy": lambda c: not _fits(c.save_strategy, c.saves_per_epoch, c.save_steps),
+        "part_of_a_step": lambda c: _is_broken(c.eval_steps or 0) or _is_broken(c.save_steps or 0),
+        "part_of_a_row": lambda c: _is_broken(c.val_set_size),
+        "no_evaluations": lambda c: (
+            (c.early_stopping_patience or c.load_best_model_at_end) and (not _evaluates(c) or c.eval_strategy == "no")
+        ),
+        "min_lr_without_cosine": lambda c: c.cosine_min_lr_ratio is not None and c.lr_scheduler != "cosine",
+    },
+    "differences": {
+        "one_mean": lambda c: c.gradient_accumulation_steps > 1,
+        "hybrid_shard": lambda c: "hybrid_shard" in c.fsdp_words,
+        "kept_gathered": lambda c: c.sharding == "replicate" and not REPLICATE & c.fsdp_words,
+        "nothing_evaluated": lambda c: (
+            not _evaluates(c) and (c.evals_per_epoch or c.eval_steps or c.eval_strategy != "no")
+        ),
+    },
+    "without_effect": {
+        "fully_shard_kept": lambda c: c.fsdp_version == 2 and c.sharding == "replicate",
+        "constant_warmup": lambda c: c.lr_scheduler == "constant" and (c.warmup_steps or c.warmup_ratio),
+        "modules_in_linear": lambda c: c.lora_target_linear and c.lora_target_modules,
+        "no_eval": lambda c: _evaluates(c) and c.eval_strategy == "no" and (c.evals_per_epoch or c.eval_steps),
+        "no_save": lambda c: c.save_strategy == "no" and (c.saves_per_epoch or c.save_steps),
+        "no_limit": lambda c: (
+            c.save_strategy == "no" and c.save_total_limit != 4 and not (c.save_first_step or c.load_best_model_at_end)
+        ),
+        "patience": lambda c: c.loss_watchdog_patience != 3 and not c.loss_watchdog_threshold,
+        "no_wandb": lambda c: (
+            not (c.use_wandb or c.wandb_project) and (c.wandb_entity or c.wandb_name or c.wandb_mode or c.wandb_run_id)
+        ),
+        "no_chats": lambda c: c.default_system_message and all(d.type != "chat_template" for d in c.all_datasets),
+        "inputs_of_text": lambda c: c.train_on_inputs and all(d.type == "completion" for d in c.datasets),
+    },
 }
-
-# What a reader who comes from Axolotl would not expect, said once at start when it matters.
-DIFFERENCES: dict[str, Callable[[Config], Any]] = {
-    "loss is one mean over all supervised tokens of an optimizer step; Axolotl averages the means of its "
-    "micro-batches": lambda c: c.gradient_accumulation_steps > 1,
-    "hybrid_shard spreads the base over the GPUs of all hosts, not of each": lambda c: "hybrid_shard" in c.fsdp_words,
-    "gathered weights that are kept from forward to backward take the memory of the whole base, so every GPU holds "
-    "all of it": lambda c: c.sharding == "replicate" and not {"replicate", "no_shard"} & c.fsdp_words,
-    "nothing will be evaluated: there is neither val_set_size nor test_datasets": lambda c: (
-        not _evaluates(c) and (c.evals_per_epoch or c.eval_steps or c.eval_strategy != "no")
-    ),
+RULES = {
+    kind: {load_table("rules.yml")[kind][name]: holds for name, holds in conditions.items()}
+    for kind, conditions in CONDITIONS.items()
 }
-
-# Options that do nothing beside the others, and what would make them work.
-WITHOUT_EFFECT: dict[str, Callable[[Config], Any]] = {
-    "fsdp_version: 2 shards nothing where gathered weights are kept: every GPU holds all of the base; write "
-    "reshard_after_forward: true": lambda c: c.fsdp_version == 2 and c.sharding == "replicate",
-    "there is no warm-up with lr_scheduler constant; constant_with_warmup has one": lambda c: (
-        c.lr_scheduler == "constant" and (c.warmup_steps or c.warmup_ratio)
-    ),
-    "lora_target_modules adds nothing to lora_target_linear: true, which takes all linear layers; write "
-    "lora_target_linear: false to train only those named": lambda c: c.lora_target_linear and c.lora_target_modules,
-    "eval_strategy is no, so evals_per_epoch and eval_steps do nothing; remove eval_strategy": lambda c: (
-        _evaluates(c) and c.eval_strategy == "no" and (c.evals_per_epoch or c.eval_steps)
-    ),
-    "save_strategy is no, so saves_per_epoch and save_steps do nothing; remove save_strategy": lambda c: (
-        c.save_strategy == "no" and (c.saves_per_epoch or c.save_steps)
-    ),
-    "no checkpoint is written (save_strategy no), so save_total_limit does nothing": lambda c: (
-        c.save_strategy == "no" and c.save_total_limit != 4 and not (c.save_first_step or c.load_best_model_at_end)
-    ),
-    "loss_watchdog_patience does nothing without loss_watchdog_threshold": lambda c: (
-        c.loss_watchdog_patience != 3 and not c.loss_watchdog_threshold
-    ),
-    "wandb_entity, wandb_name, wandb_mode and wandb_run_id do nothing without wandb_project": lambda c: (
-        not (c.use_wandb or c.wandb_project) and (c.wandb_entity or c.wandb_name or c.wandb_mode or c.wandb_run_id)
-    ),
-    "default_system_message is only for data of type chat_template, and there is none": lambda c: (
-        c.default_system_message and all(d.type != "chat_template" for d in c.all_datasets)
-    ),
-    "train_on_inputs does nothing for data of type completion, which is learnt from its first word on": lambda c: (
-        c.train_on_inputs and all(d.type == "completion" for d in c.datasets)
-    ),
-}
+CHECKS = RULES["checks"]
 
 
 def without_effect(config: Config, ranks: int, on_gpu: bool) -> list[str]:
     """A line for each option that does nothing in this run."""
-    found = [text for text, matters in WITHOUT_EFFECT.items() if matters(config)]
+    found = [text for text, holds in RULES["without_effect"].items() if holds(config)]
     if config.optimizer.startswith("paged") and not on_gpu:
         found.append(f"{config.optimizer} pages nothing on a CPU, where its state is in memory anyway")
-    if ranks == 1:
-        shards = config.sharding == "full_shard" and not config.offload_params
-        if shards and config.fsdp_version == 2:
-            found.append(
-                "fsdp_version: 2 shards nothing with one process; it copies each block to use it; leave it out"
-            )
-        names = {"fsdp" if config.fsdp else "fsdp_config": shards and config.fsdp_version != 2}
-        names |= {"shard_optimizer_state": config.shard_optimizer_state}
-        start = f"does nothing with one process; {TORCHRUN} starts several"
-        found += [f"{name} {start}" for name, wanted in names.items() if wanted]
-    return found
+    if ranks > 1:
+        return found
+    shards = config.sharding == "full_shard" and not config.offload_params
+    if shards and config.fsdp_version == 2:
+        found.append("fsdp_version: 2 shards nothing with one process; it copies each block to use it; leave it out")
+    names = {"fsdp" if config.fsdp else "fsdp_config": shards and config.fsdp_version != 2}
+    names |= {"shard_optimizer_state": config.shard_optimizer_state}
+    start = f"does nothing with one process; {TORCHRUN} starts several"
+    return found + [f"{name} {start}" for name, wanted in names.items() if wanted]

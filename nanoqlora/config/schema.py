@@ -18,7 +18,8 @@ from .keys import FATES, Fates, Keys, Many, PathText, key
 
 Amount = Annotated[int | float, AfterValidator(lambda x: int(x) if x == int(x) else x)]  # 100.0 steps are 100
 # Words of `fsdp`: each GPU holds its part of the base, or all of it.
-IN_PARTS, WHOLE = {"full_shard", "hybrid_shard"}, {"replicate", "no_shard", "shard_grad_op"}
+IN_PARTS, REPLICATE = {"full_shard", "hybrid_shard"}, {"replicate", "no_shard"}
+WHOLE = REPLICATE | {"shard_grad_op"}
 
 Cadence = Literal["no", "steps", "epoch"]
 Attention = Literal["flash_attention_2", "flash_attention_3", "sdpa", "flex_attention", "eager"]

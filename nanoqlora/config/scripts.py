@@ -27,7 +27,7 @@ COMMANDS = {  # name -> its script or module, what it does
     "compare": ("nanoqlora.run.compare", "runs side by side: settings, losses, time, memory, curves"),
     "bench": ("bench.py", "time and memory of a training step"),
 }
-TORCHRUN = f"torchrun --nproc_per_node=N {'-m nanoqlora.programs.train' if IS_INSTALLED else 'train.py'}"
+TORCHRUN = f"torchrun --nproc_per_node=N {'--no-python nanoqlora train' if IS_INSTALLED else 'train.py'}"
 NAMES = {script: name for name, (script, _) in COMMANDS.items()}
 
 

@@ -30,9 +30,8 @@ IN_REPORT = {  # what report.md has and the log may not, as it is written there
     "eval_loss": re.compile(r"Held-out loss: .* before, ([\d.]+) after"),
     "seconds": re.compile(r"^\| time, s \|.*\| ([\d,]+) \|$", re.M),
 }
-FIGURES: dict[
-    str, tuple[str, Callable[[list[float]], float], str]
-] = {  # what came out: key of metrics.jsonl, which of its values, how it is written
+# What came out: its name -> key of metrics.jsonl, which of its values, how it is written.
+FIGURES: dict[str, tuple[str, Callable[[list[float]], float], str]] = {
     "held-out loss, first": ("eval_loss", lambda losses: losses[0], ".4f"),
     "held-out loss, lowest": ("eval_loss", min, ".4f"),
     "held-out loss, last": ("eval_loss", lambda losses: losses[-1], ".4f"),
@@ -42,8 +41,6 @@ FIGURES: dict[
     "tokens per second, mean": ("tokens_per_second", fmean, ",.0f"),
     **{f"{key.removeprefix('memory/')}, peak": (key, max, ".2f") for key in figure.MEMORY_LINES},
 }
-
-
 Run = tuple[dict[str, Any], list[dict[str, Any]]]  # values of train.yml by their path; rows of metrics.jsonl
 
 
@@ -81,10 +78,10 @@ def table(runs: dict[str, Run]) -> str:
     known = [settings for settings, _ in runs.values() if settings]
     names = dict.fromkeys(name for settings in known for name in settings if name != "output_dir")
     differ = [name for name in names if len({repr(settings.get(name)) for settings in known}) > 1]
-    texts = [
-        {name: shorten(visible(str(settings.get(name, "-"))), 60) for name in differ} for settings, _ in runs.values()
-    ]
-    columns = [text | figures_of(rows) for text, (_, rows) in zip(texts, runs.values(), strict=True)]
+    columns = []
+    for settings, rows in runs.values():
+        texts = {name: shorten(visible(str(settings.get(name, "-"))), 60) for name in differ}
+        columns.append(texts | figures_of(rows))
     lines = [[name, *(column.get(name, "-") for column in columns)] for name in dict.fromkeys(chain(*columns))]
     lines = [["", *runs], *lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -96,9 +93,8 @@ def plot(runs: dict[str, Run], path: str) -> None:
     picture = figure.new_figure("Runs compared", f"{len(runs)} runs")
     grid = picture.add_gridspec(1, 2, wspace=0.16, **figure.MARGINS)
     every_row = [row for _, rows in runs.values() for row in rows]
-    panels = {"loss": "Training loss, smoothed", "eval_loss": "Held-out loss"}
-    for place, (key, title) in zip(grid, panels.items(), strict=True):
-        axes = figure.panel(picture, place, title, "nats per supervised token", every_row)
+    for i, (key, title) in enumerate({"loss": "Training loss, smoothed", "eval_loss": "Held-out loss"}.items()):
+        axes = figure.panel(picture, grid[i], title, "nats per supervised token", every_row)
         for folder, (_, rows) in runs.items():
             steps, values = figure.series(rows, key)
             values = figure.smooth(values) if key == "loss" else values

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..config.files import whole_file
 
 WIDTH_IN, HEIGHT_IN, DPI = 12, 7.6, 150  # 1800 x 1140 pixels; text stays readable when shown 1200 wide
@@ -37,24 +39,22 @@ def series(rows: list[dict], name: str) -> tuple[list[float], list[float]]:
 def smooth(values: list[float]) -> list[float]:
     """A straight line fitted around every point, over about a fifteenth of the curve, and read at that point.
 
-    A running mean would lag behind a falling curve, and end where the curve was; a line does neither. Running sums
+    A running mean would lag behind a falling curve, and end where the curve was; a line does neither. Cumulative sums
     of y and k * y make each fit a handful of operations.
     """
-    n = len(values)
-    half = max(4, n // 30)
-    sum_y, sum_ky = [0.0], [0.0]
-    for k, y in enumerate(values):
-        sum_y.append(sum_y[-1] + y)
-        sum_ky.append(sum_ky[-1] + k * y)
-    fitted = []
-    for i in range(n):
-        first, last = max(0, i - half), min(n - 1, i + half)
-        count, centre = last - first + 1, (first + last) / 2
-        mean = (sum_y[last + 1] - sum_y[first]) / count
-        covariance = (sum_ky[last + 1] - sum_ky[first]) - centre * mean * count
-        spread = count * (count * count - 1) / 12  # sum of (k - centre)^2 over a run of whole numbers
-        fitted.append(mean + (i - centre) * covariance / spread if spread else mean)
-    return fitted
+    y, k = np.array(values, float), np.arange(len(values))
+    half = max(4, len(values) // 30)
+    first, last = np.maximum(0, k - half), np.minimum(len(values) - 1, k + half)
+    count, centre = last - first + 1, (first + last) / 2
+
+    def window_sum(x: np.ndarray) -> np.ndarray:
+        sums = np.concatenate(([0.0], x.cumsum()))
+        return sums[last + 1] - sums[first]
+
+    mean = window_sum(y) / count
+    covariance = window_sum(k * y) - centre * mean * count
+    spread = np.maximum(0.5, count * (count * count - 1) / 12)  # sum of (k - centre)^2; 0 for one value
+    return (mean + (k - centre) * covariance / spread).tolist()
 
 
 def limits(values: list[float], low: float | None = None, always: Sequence[float] = ()) -> tuple[float, float]:
@@ -87,11 +87,18 @@ def plot_metrics(rows: list[dict], path: str | Path, name: str | None = None) ->
     name = Path(path).resolve().parent.name if name is None else name
     figure = new_figure("Fine-tuning", _subtitle(rows, name))
     grid = figure.add_gridspec(2, 3, height_ratios=(1.45, 1), hspace=0.44, wspace=0.22, **MARGINS)
-    _plot_loss(panel(figure, grid[0, :], "Loss", "nats per supervised token", rows), rows)
-    _plot_norm(panel(figure, grid[1, 0], "Gradient norm", "before clipping", rows), rows)
-    _plot_rate(panel(figure, grid[1, 1], "Learning rate", "", rows), rows)
-    _plot_memory(panel(figure, grid[1, 2], "Peak memory", "GiB", rows), rows)
-
+    for place, title, unit, keys, draw in (
+        (grid[0, :], "Loss", "nats per supervised token", ("loss", "eval_loss"), _plot_loss),
+        (grid[1, 0], "Gradient norm", "before clipping", ("grad_norm",), _plot_norm),
+        (grid[1, 1], "Learning rate", "", ("learning_rate",), _plot_rate),
+        (grid[1, 2], "Peak memory", "GiB", MEMORY_LINES, _plot_memory),
+    ):
+        axes = panel(figure, place, title, unit, rows)
+        if any(series(rows, key)[1] for key in keys):
+            draw(axes, rows)
+        else:
+            axes.set(xticks=[], yticks=[], ylabel="")
+            axes.text(0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center", va="center", **NOTE)
     save_figure(figure, path)
 
 
@@ -146,21 +153,25 @@ def panel(figure: Any, place: Any, title: str, unit: str, rows: list[dict]) -> A
     return axes
 
 
-def _empty(axes: Any) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.set_ylabel("")
-    axes.text(0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center", va="center", size=10, color=MUTED)
-
-
 def line(axes: Any, steps: list[float], values: list[float], **style: Any) -> None:
     """A curve; a single point gets a marker, since a line of one point is invisible."""
     axes.plot(steps, values, marker="o" if len(steps) == 1 else None, markersize=5, solid_capstyle="round", **style)
 
 
-def _mark_spikes(axes: Any, steps: list[float], values: list[float], colour: str) -> None:
-    """Triangles at the upper edge for values above it, and the largest in words: cut off, but not hidden."""
+def _curve(axes: Any, rows: list[dict], key: str, colour: str, low: float | None = None, always: Any = ()) -> None:
+    """Every step thin, the smoothed curve over it. low, always: as for `limits`.
+
+    Values above the axis have a triangle at its upper edge, and the largest is named: cut off, but not hidden.
+    """
+    steps, values = series(rows, key)
+    axes.set_ylim(limits(values, low, always))
     top = axes.get_ylim()[1]
+    is_long = len(values) >= 8
+    width, alpha = (1.0, 0.35) if is_long else (1.8, 1)
+    line(axes, steps, values, color=colour, linewidth=width, alpha=alpha, label="each step")
+    if is_long:  # a spike is marked, and must not bend the curve around it
+        smoothed = smooth([min(value, top) for value in values])
+        line(axes, steps, smoothed, color=colour, linewidth=2.2, label="smoothed")
     above = [(value, step) for step, value in zip(steps, values, strict=True) if value > top]
     if above:
         axes.plot([step for _, step in above], [top] * len(above), "^", color=colour, markersize=5, clip_on=False)
@@ -169,52 +180,19 @@ def _mark_spikes(axes: Any, steps: list[float], values: list[float], colour: str
 
 
 def _plot_loss(axes: Any, rows: list[dict]) -> None:
-    """Every step thin, the smoothed curve over it, evaluations as points with their values, ends of epochs."""
+    """The curve, evaluations as points with their values, ends of epochs."""
     from matplotlib.patheffects import withStroke
 
-    steps, losses = series(rows, "loss")
-    eval_steps, eval_losses = series(rows, "eval_loss")
-    if not losses and not eval_losses:
-        return _empty(axes)
-    is_long = len(losses) >= 8
-    line(
-        axes,
-        steps,
-        losses,
-        color=BLUE,
-        linewidth=1.0 if is_long else 1.8,
-        alpha=0.35 if is_long else 1,
-        label="each step",
-    )
-    if is_long:
-        line(axes, steps, smooth(losses), color=BLUE, linewidth=2.2, label="smoothed")
-    axes.set_ylim(limits(losses, always=eval_losses))
-    _mark_spikes(axes, steps, losses, BLUE)
-    if eval_losses:
-        axes.plot(eval_steps, eval_losses, color=ORANGE, linewidth=1, linestyle=(0, (4, 3)), alpha=0.6)
-        axes.plot(
-            eval_steps,
-            eval_losses,
-            "o",
-            color=ORANGE,
-            markersize=7,
-            markeredgecolor="white",
-            label="held-out data",
-            zorder=5,
-        )
-        stride = max(1, math.ceil(len(eval_steps) / 12))  # more labels than this would touch each other
-        for i in range(len(eval_steps) - 1, -1, -stride):
-            axes.annotate(
-                f"{eval_losses[i]:.3f}",
-                (eval_steps[i], eval_losses[i]),
-                (0, 9),
-                textcoords="offset points",
-                ha="center",
-                size=9.5,
-                color=ORANGE,
-                path_effects=[withStroke(linewidth=3, foreground="white")],
-                zorder=6,
-            )
+    evaluations = list(zip(*series(rows, "eval_loss"), strict=True))
+    _curve(axes, rows, "loss", BLUE, always=[loss for _, loss in evaluations])
+    if evaluations:
+        points = {"marker": "o", "markersize": 7, "markeredgecolor": "white", "label": "held-out data", "zorder": 5}
+        axes.plot(*zip(*evaluations, strict=True), color=ORANGE, linewidth=1, linestyle=(0, (4, 3)), **points)
+    stride = max(1, math.ceil(len(evaluations) / 12))  # more labels than this would touch each other
+    halo = [withStroke(linewidth=3, foreground="white")]
+    style = {"textcoords": "offset points", "size": 9.5, "color": ORANGE, "path_effects": halo, "zorder": 6}
+    for step, loss in evaluations[::-stride]:
+        axes.annotate(f"{loss:.3f}", (step, loss), (0, 9), ha="center", **style)
     _mark_epochs(axes, rows)
     above = {"loc": "lower right", "bbox_to_anchor": (1, 1.0), "ncols": 3}  # where no curve can run through it
     axes.legend(frameon=False, fontsize=10, labelcolor=INK, borderaxespad=0.2, **above)
@@ -230,29 +208,16 @@ def _mark_epochs(axes: Any, rows: list[dict]) -> None:
     for epoch, step in ends.items():
         if len(ends) <= 12 and step < max(steps):
             axes.axvline(step, color="#d0d5db", linewidth=0.9, zorder=0)
-            axes.text(
-                step, 0.025, f" epoch {epoch}", transform=axes.get_xaxis_transform(), size=9, color=MUTED, va="bottom"
-            )
+            axes.text(step, 0.025, f" epoch {epoch}", transform=axes.get_xaxis_transform(), va="bottom", **NOTE)
 
 
 def _plot_norm(axes: Any, rows: list[dict]) -> None:
-    steps, norms = series(rows, "grad_norm")
-    if not norms:
-        return _empty(axes)
-    is_long = len(norms) >= 8
-    axes.set_ylim(limits(norms, low=0.0))
-    top = axes.get_ylim()[1]
-    line(axes, steps, norms, color=PURPLE, linewidth=0.9 if is_long else 1.8, alpha=0.4 if is_long else 1)
-    if is_long:  # a spike is marked, and must not bend the curve around it
-        line(axes, steps, smooth([min(norm, top) for norm in norms]), color=PURPLE, linewidth=2)
-    _mark_spikes(axes, steps, norms, PURPLE)
+    _curve(axes, rows, "grad_norm", PURPLE, low=0.0)
 
 
 def _plot_rate(axes: Any, rows: list[dict]) -> None:
     """The schedule in units of its peak's power of ten, which keeps the tick labels short."""
     steps, rates = series(rows, "learning_rate")
-    if not rates:
-        return _empty(axes)
     highest = max(rates)
     power = math.floor(math.log10(highest) + 1e-9) if highest > 0 else 0
     scaled = [rate / 10.0**power for rate in rates]
@@ -260,26 +225,17 @@ def _plot_rate(axes: Any, rows: list[dict]) -> None:
     axes.set_ylim(0, 1.15 * max(scaled) or 1)
     axes.set_ylabel(rf"$\times\,10^{{{power}}}$")
     peak = rates.index(highest)
-    is_early = peak < len(rates) / 2
-    axes.annotate(
-        f"peak {highest:.3g}",
-        (steps[peak], scaled[peak]),
-        (6 if is_early else -6, 6),
-        textcoords="offset points",
-        ha="left" if is_early else "right",
-        **NOTE,
-    )
+    shift, side = (6, "left") if peak < len(rates) / 2 else (-6, "right")
+    place = {"xy": (steps[peak], scaled[peak]), "xytext": (shift, 6), "textcoords": "offset points", "ha": side}
+    axes.annotate(f"peak {highest:.3g}", **place, **NOTE)
 
 
 def _plot_memory(axes: Any, rows: list[dict]) -> None:
     """Each figure that was logged, from zero, with its largest value in the legend."""
-    largest = 0.0
-    for key, (label, style) in MEMORY_LINES.items():
-        steps, gib = series(rows, key)
+    logged = {key: series(rows, key) for key in MEMORY_LINES}
+    for key, (steps, gib) in logged.items():
         if gib:
-            largest = max(largest, *gib)
+            label, style = MEMORY_LINES[key]
             line(axes, steps, gib, label=f"{label} {max(gib):.2f} GiB", **style)
-    if not largest:
-        return _empty(axes)
-    axes.set_ylim(0, 1.15 * largest)
+    axes.set_ylim(0, 1.15 * max(max(gib, default=0) for _, gib in logged.values()) or 1)
     axes.legend(loc="lower right", frameon=False, fontsize=10, labelcolor=INK, handlelength=1.4)

@@ -54,12 +54,13 @@ def hf_config(gguf: GGUFFile) -> dict[str, Any]:
     Raises:
         UserError: not a plain Llama, or numbers or tensors of it are missing.
     """
-    meta = gguf.metadata
     _refuse_other_models(gguf)
+    meta, embedding = gguf.metadata, gguf.tensors.get("token_embd.weight")
     found: dict[str, Any] = {"rope_theta": 10000.0}  # as llama.cpp takes what is not there
     for field, key, kind in NUMBERS:
-        if field == "vocab_size":
-            continue  # the embedding has it, and some files lack the number
+        if field == "vocab_size":  # some files lack the number
+            found[field] = embedding.shape[0] if embedding else 1
+            continue
         value = gguf.number(f"llama.{key}", float if kind == "f32" else int, found.get(field))
         if field == "head_dim" and value != found[field] and key != "attention.key_length":
             what = f"metadata llama.{key} is {value} where a head has {found[field]} dimensions"
@@ -67,8 +68,8 @@ def hf_config(gguf: GGUFFile) -> dict[str, Any]:
         found[field] = value
         if field == "num_attention_heads":
             found |= {"num_key_value_heads": value, "head_dim": found["hidden_size"] // value}
-    embedding = gguf.tensors.get("token_embd.weight")
-    found["vocab_size"] = embedding.shape[0] if embedding else 1
+    ids = [meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = [id for id in dict.fromkeys(ids) if id is not None]
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -79,12 +80,9 @@ def hf_config(gguf: GGUFFile) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
+        "eos_token_id": ends if len(ends) > 1 else ids[0],
         "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
     }
-    ids = [meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    if len(ends := [id for id in dict.fromkeys(ids) if id is not None]) > 1:
-        config["eos_token_id"] = ends
     shapes = {name: info.shape for name, info in gguf.tensors.items()}
     check_tensors(gguf.path, model_config(config, gguf.path), shapes, gguf_name)
     kind = meta.get("llama.rope.scaling.type", "linear" if "llama.rope.scale_linear" in meta else "none")
@@ -100,18 +98,16 @@ def hf_config(gguf: GGUFFile) -> dict[str, Any]:
 
 def _refuse_other_models(gguf: GGUFFile) -> None:
     meta = gguf.metadata
-    if meta.get("general.architecture") != "llama":
-        raise UserError(
-            f"{gguf.path}: metadata general.architecture is {short(meta.get('general.architecture'))}; only llama can "
-            f"be read here, because other architectures compute something else. Use a Llama, Mistral or SmolLM file."
-        )
-    if meta.get("general.type", "model") != "model":
-        raise UserError(f"{gguf.path}: holds a {short(meta['general.type'])}, not a model. Give the model's file.")
-    if meta.get("split.count", 1) not in (0, 1):
-        what = f"is one of {meta['split.count']} parts of a model"
-        raise UserError(f"{gguf.path}: {what}. Join them with llama.cpp's gguf-split --merge.")
-    if meta.get("llama.expert_count", 0):
-        raise UserError(f"{gguf.path}: a mixture of {meta['llama.expert_count']} experts; only dense Llamas are read.")
+    architecture, kind = meta.get("general.architecture"), meta.get("general.type", "model")
+    if architecture != "llama":
+        what = f"metadata general.architecture is {short(architecture)}; only llama is read"
+        raise UserError(f"{gguf.path}: {what}. Use a Llama, Mistral or SmolLM file.")
+    if kind != "model":
+        raise UserError(f"{gguf.path}: holds a {short(kind)}, not a model. Give the model's file.")
+    if (parts := meta.get("split.count", 1)) not in (0, 1):
+        raise UserError(f"{gguf.path}: is one of {parts} parts of a model. Join them with gguf-split --merge.")
+    if experts := meta.get("llama.expert_count", 0):
+        raise UserError(f"{gguf.path}: a mixture of {experts} experts; only dense Llamas are read.")
 
 
 def _llama3_scaling(gguf: GGUFFile, config: dict[str, Any]) -> dict[str, Any] | None:
@@ -123,27 +119,22 @@ def _llama3_scaling(gguf: GGUFFile, config: dict[str, Any]) -> dict[str, Any] | 
     """
     divisors = gguf.load(ROPE_DIVISORS).double()
     plain = ModelConfig.from_hf(config | {"rope_scaling": None})
-    factor = float(str(np.float32(divisors.max())))
-    if divisors.shape == (plain.head_dim // 2,) and torch.equal(divisors, torch.ones_like(divisors)):
+    frequencies, factor = rope_frequencies(plain).double(), float(str(np.float32(divisors.max())))
+    has_shape = divisors.shape == frequencies.shape
+    if has_shape and torch.equal(divisors, torch.ones_like(divisors)):
         return None
     candidates = [(4.0, 8192)]  # Llama 3.1 to 3.3: tried first, since small heads may have no pair on the line
-    frequencies = rope_frequencies(plain).double()
     on_line = (divisors > 1) & (divisors < factor)
-    if divisors.shape == frequencies.shape and on_line.sum() >= 2:
+    if has_shape and on_line.sum() >= 2:
         height = (1 / divisors[on_line] - 1 / factor) / (1 - 1 / factor)
         slope, start = np.polyfit(frequencies[on_line] / (2 * math.pi), height, deg=1)
         if start < -1e-6:  # the line is (context * frequency / 2 pi - 1) / (high - 1)
             candidates.append((round(float(1 - 1 / start), 4), round(float(slope * -1 / start))))
     for high, context in candidates:
-        scaling = {
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": context,
-        }
+        scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": high}
+        scaling |= {"original_max_position_embeddings": context}
         rebuilt = rope_divisors(replace(plain, rope_scaling=scaling)).double()
-        if rebuilt.shape == divisors.shape and torch.allclose(rebuilt, divisors, rtol=1e-4, atol=0):
+        if has_shape and torch.allclose(rebuilt, divisors, rtol=1e-4, atol=0):
             return scaling
     what = f"{ROPE_DIVISORS} is not what the llama3 kind of RoPE scaling gives for any original context"
     raise UserError(f"{gguf.path}: {what}. Take the model from its Hugging Face folder instead.")

@@ -23,19 +23,9 @@ MAGIC = b"GGUF"
 VERSION = 3  # version 2 is the same for what we use
 ALIGNMENT = 32  # of a file that does not say otherwise; ours never does
 
-# Types of metadata values, each with its number in a file. An array of u32 is called "u32[]" below.
-VALUE_TYPES = {
-    **{"u8": 0, "i8": 1, "u16": 2, "i16": 3, "u32": 4, "i32": 5, "f32": 6, "bool": 7},
-    **{"string": 8, "array": 9, "u64": 10, "i64": 11, "f64": 12},
-}
-TYPE_NAMES = {number: kind for kind, number in VALUE_TYPES.items()}
-STRUCT_CODES = {  # how `struct` packs those of a fixed size
-    **{"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "f32": "f", "bool": "?"},
-    **{"u64": "Q", "i64": "q", "f64": "d"},
-}
+# Types of metadata values in the order of their numbers in a file, each with the letter by which `struct` packs it;
+# strings and arrays have no fixed size. An array of u32 is called "u32[]" below.
+STRUCT_CODES = {"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "f32": "f", "bool": "?"}
+STRUCT_CODES |= {"string": "", "array": "", "u64": "Q", "i64": "q", "f64": "d"}
+VALUE_TYPES = list(STRUCT_CODES)
 Metadata = dict[str, tuple[str, Any]]  # key -> (type, value): ("u32", 32), ("string", "llama"), ("i32[]", [1, 3, 3])
-
-
-def align(position: int, alignment: int) -> int:
-    """The next multiple of the alignment."""
-    return -(-position // alignment) * alignment

@@ -69,10 +69,8 @@ def quantize(w: Tensor, ggml_type: str) -> Tensor:
     """
     fmt = _format(ggml_type)
     if w.shape[-1] % fmt.block_size:
-        raise ValueError(
-            f"GGUF type {ggml_type}: rows of {w.shape[-1]} weights do not split into blocks of {fmt.block_size}, "
-            f"and a block never spans two rows. Store this tensor as F16."
-        )
+        what = f"rows of {w.shape[-1]} weights do not split into blocks of {fmt.block_size}"
+        raise ValueError(f"GGUF type {ggml_type}: {what}. Store this tensor as F16.")
     blocks = w.reshape(-1, fmt.block_size)
     raw = torch.empty(len(blocks), fmt.block_bytes, dtype=torch.uint8, device=w.device)
     step = (CHUNK_WEIGHTS if w.device.type == "cpu" else GPU_CHUNK_WEIGHTS) // fmt.block_size
@@ -93,19 +91,15 @@ def quantize_checked(w: Tensor, ggml_type: str, name: str) -> Tensor:
     Raises:
         UserError: a value is NaN or infinite, or would be read back so: scales are stored in half precision.
     """
-    ends = torch.stack(w.aminmax())  # NaN if there is one
-    largest = ends.abs().max().item()
-    is_finite = math.isfinite(largest)
-    if is_finite and (ggml_type in PLAIN or largest < 2**30):  # far above what any scale can hold
+    largest = torch.stack(w.aminmax()).abs().max().item()  # NaN if there is one
+    if not math.isfinite(largest):
+        raise UserError(f"{name} holds NaN or infinity, which would be in every answer. Train with a lower rate.")
+    if ggml_type in PLAIN or largest < 2**30:  # far above what any scale can hold
         raw = quantize(w, ggml_type)
         if ggml_type == "F32" or torch.isfinite(_halves(raw, ggml_type)).all():
             return raw
-    if not is_finite:
-        raise UserError(f"{name} holds NaN or infinity, which would be in every answer. Train with a lower rate.")
-    raise UserError(
-        f"{name} holds values up to {largest:.4g}, which are infinite in {ggml_type}: its scales, and F16, reach to "
-        f"65504. So would be every answer. Train with a lower rate, or export as bf16 or f32."
-    )
+    what = f"holds values up to {largest:.4g}, which are infinite in {ggml_type}: its scales, and F16, reach to 65504"
+    raise UserError(f"{name} {what}. Train with a lower rate, or export as bf16 or f32.")
 
 
 PLAIN = ("F32", "F16", "BF16")
@@ -132,10 +126,8 @@ def dequantize(raw: Tensor, ggml_type: str, shape: tuple[int, ...]) -> Tensor:
     fmt = _format(ggml_type)
     num_weights = math.prod(shape)
     if shape[-1] % fmt.block_size or raw.numel() != fmt.num_bytes(num_weights):
-        raise ValueError(
-            f"GGUF type {ggml_type}: {raw.numel()} bytes cannot hold a tensor of shape {tuple(shape)}, which takes "
-            f"{fmt.num_bytes(num_weights)} bytes in complete blocks of {fmt.block_size}. Check the type and the shape."
-        )
+        needs = f"which takes {fmt.num_bytes(num_weights)} bytes in complete blocks of {fmt.block_size}"
+        raise ValueError(f"GGUF type {ggml_type}: {raw.numel()} bytes cannot hold a tensor of shape {shape}, {needs}.")
     blocks = raw.reshape(-1, fmt.block_bytes)
     w = torch.empty(len(blocks), fmt.block_size, dtype=torch.float32, device=raw.device)
     step = CHUNK_WEIGHTS // fmt.block_size
@@ -179,14 +171,6 @@ def _pack_bits(bits: Tensor) -> Tensor:
     return (bits.contiguous().view(torch.int64) * 0x0102040810204080 >> 56).to(torch.uint8)
 
 
-def _to_plain(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype).contiguous().view(torch.uint8)
-
-
-def _from_plain(raw: Tensor, dtype: torch.dtype) -> Tensor:
-    return raw.contiguous().view(dtype).float()
-
-
 # ------------------------------------------------------------------------------------------------ blocks of 32
 
 
@@ -196,41 +180,8 @@ def _divide(x: Tensor, divisor: int) -> Tensor:
 
 
 def _reciprocal(d: Tensor) -> Tensor:
-    """1 / d, and 0 where d is 0. Of a d below 3e-39 it is infinite; `_to_codes` then takes care of the products."""
+    """1 / d, and 0 where d is 0. Of a d below 3e-39 it is infinite; `nan_to_num` then takes care of the products."""
     return torch.where(d == 0, 0, 1 / d)
-
-
-def _to_codes(y: Tensor, highest: int) -> Tensor:
-    """Cut non-negative numbers down to integer codes.
-
-    Blocks whose weights are all below about 1e-37 arrive as infinities and NaN. Their scale is 0 in half precision, so
-    any code reads as 0; 0 is also what C's conversion gives on x86.
-    """
-    return y.nan_to_num(nan=0, posinf=0, neginf=0).clamp(max=highest).to(torch.uint8)
-
-
-def _codes_around_middle(x: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
-    """Q4_0 and Q5_0: the weight of largest magnitude, with its sign, lands exactly on code 0.
-
-    Returns d (n, 1) and the codes (n, 32).
-    """
-    middle = num_levels // 2
-    extreme = first_extreme(x, dim=1)
-    extreme = torch.where(extreme == 0, 0, extreme)  # never -0.0: the sign of d would flip with it
-    d = _divide(extreme, -middle)
-    return d, _to_codes(x * _reciprocal(d) + (middle + 0.5), num_levels - 1)
-
-
-def _codes_above_minimum(x: Tensor, num_levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Q4_1 and Q5_1: the smallest weight is code 0, the largest the highest code.
-
-    Returns d and m, both (n, 1), and the codes (n, 32).
-    """
-    m = x.amin(dim=-1, keepdim=True)
-    if (m == 0).any():  # amin may pick either of 0.0 and -0.0, and C takes the first of the block
-        m = torch.where(m == 0, x.min(dim=-1, keepdim=True).values, m)
-    d = _divide((x.amax(dim=-1, keepdim=True) - m).abs(), num_levels - 1)  # abs: -0.0 - 0.0 would be -0.0
-    return d, m, _to_codes((x - m) * _reciprocal(d) + 0.5, num_levels - 1)
 
 
 def _quantize_q8_0(x: Tensor) -> Tensor:
@@ -247,12 +198,26 @@ def _dequantize_q8_0(raw: Tensor) -> Tensor:
 
 
 def _quantize_32(x: Tensor, bits: int, has_minimum: bool) -> Tensor:
-    """Q4_0, Q4_1, Q5_0, Q5_1: d, of the _1 types m, of the Q5 types the fifth bits, then the low four bits."""
+    """Q4_0, Q4_1, Q5_0, Q5_1: d, of the _1 types m, of the Q5 types the fifth bits, then the low four bits.
+
+    Of the _0 types the weight of largest magnitude, with its sign, lands exactly on code 0; of the _1 types the
+    smallest weight is code 0 and the largest the highest code.
+    """
+    middle, highest = 2 ** (bits - 1), 2**bits - 1
     if has_minimum:
-        d, m, codes = _codes_above_minimum(x, 2**bits)
+        m = x.amin(dim=-1, keepdim=True)
+        if (m == 0).any():  # amin may pick either of 0.0 and -0.0, and C takes the first of the block
+            m = torch.where(m == 0, x.min(dim=-1, keepdim=True).values, m)
+        d = _divide((x.amax(dim=-1, keepdim=True) - m).abs(), highest)  # abs: -0.0 - 0.0 would be -0.0
+        head, y = [_to_half(d), _to_half(m)], (x - m) * _reciprocal(d) + 0.5
     else:
-        d, codes = _codes_around_middle(x, 2**bits)
-    head = [_to_half(d), _to_half(m)] if has_minimum else [_to_half(d)]
+        extreme = first_extreme(x, dim=1)
+        extreme = torch.where(extreme == 0, 0, extreme)  # never -0.0: the sign of d would flip with it
+        d = _divide(extreme, -middle)
+        head, y = [_to_half(d)], x * _reciprocal(d) + (middle + 0.5)
+    # Blocks whose weights are all below about 1e-37 arrive as infinities and NaN. Their scale is 0 in half precision,
+    # so any code reads as 0; 0 is also what C's conversion gives on x86.
+    codes = y.nan_to_num(nan=0, posinf=0, neginf=0).clamp(max=highest).to(torch.uint8)
     fifth = [_pack_bits(codes >> 4)] if bits == 5 else []
     return torch.cat([*head, *fifth, _pack_nibbles(codes)], dim=-1)
 
@@ -365,7 +330,10 @@ def _dequantize_q6_k(raw: Tensor) -> Tensor:
 
 
 def _plain(type_id: int, dtype: torch.dtype) -> BlockFormat:
-    return BlockFormat(type_id, 1, dtype.itemsize, partial(_to_plain, dtype=dtype), partial(_from_plain, dtype=dtype))
+    def pack(x: Tensor) -> Tensor:
+        return x.to(dtype).contiguous().view(torch.uint8)
+
+    return BlockFormat(type_id, 1, dtype.itemsize, pack, lambda raw: raw.contiguous().view(dtype).float())
 
 
 def _of_32(type_id: int, block_bytes: int, **kind: Any) -> BlockFormat:

@@ -77,12 +77,10 @@ class Recipe(NamedTuple):
 
     def text(self) -> str:
         """The Modelfile's text, without the line that says that it is ours."""
+        assert '"""' not in (self.template or "") and all(map(is_kept, self.template or ""))
         lines = [*self.files, *([f"# {self.note}"] if self.note else [])]
-        if self.template is not None:
-            assert '"""' not in self.template and all(map(is_kept, self.template))
-            lines.append(f'TEMPLATE """{self.template}"""')
-        if self.system is not None:
-            lines.append(f'SYSTEM """{self.system}"""')
+        texts = {"TEMPLATE": self.template, "SYSTEM": self.system}
+        lines += [f'{name} """{text}"""' for name, text in texts.items() if text is not None]
         lines += [f"PARAMETER {name} {value}" for name, value in self.parameters]
         lines += [f"PARAMETER stop {value}" for value in map(quoted, self.stops) if value is not None]
         return "\n".join(lines) + "\n"
@@ -91,10 +89,8 @@ class Recipe(NamedTuple):
 def file_value(path: str) -> str:
     """A path for FROM or ADAPTER. Raises UserError if the parser would look for another file."""
     if "\n" in path or (value := quoted(path)) is None:
-        raise UserError(
-            f"{path!r}: a Modelfile cannot hold this name, so Ollama would look for another file. Use a name without "
-            f"line breaks, invisible characters and three quotes in a row."
-        )
+        advice = "Use a name without line breaks, invisible characters and three quotes in a row"
+        raise UserError(f"{path!r}: a Modelfile cannot hold this name. {advice}.")
     return path if re.fullmatch(r"[\w./-]+", path, re.ASCII) else value
 
 

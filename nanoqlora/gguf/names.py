@@ -1,10 +1,10 @@
-"""How tensors of a GGUF file differ from those of a Hugging Face folder. Only this file knows.
+"""How tensors of a GGUF file, and of Meta's folder, differ from those of a Hugging Face folder. Only this file knows.
 
 names        `model.layers.3.self_attn.q_proj.weight` is `blk.3.attn_q.weight`. A tied head is left out.
 shapes       are written fastest dimension first, so the reverse of PyTorch's (`reader.py`, `writer.py`).
-row order    RoPE turns pairs of dimensions. Hugging Face pairs dimension i of a head with i + hd / 2, llama.cpp pairs
-             neighbours. So the rows of q_proj and k_proj are shuffled inside each head: `permute_rows`. Without it the
-             file loads and the model talks nonsense.
+row order    RoPE turns pairs of dimensions. Hugging Face pairs dimension i of a head with i + hd / 2, llama.cpp and
+             Meta pair neighbours. So the rows of q_proj and k_proj are shuffled inside each head: `permute_rows`.
+             Without it the file loads and the model talks nonsense.
 """
 
 import re
@@ -17,59 +17,53 @@ from torch import Tensor
 from ..config.errors import UserError
 from ..model import ModelConfig
 
-MODEL_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-BLOCK_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+NAMES = {  # Hugging Face's: of a GGUF file, of Meta's folder; in the order of the model
+    "model.embed_tokens": ("token_embd", "tok_embeddings"),
+    "model.layers.N.input_layernorm": ("blk.N.attn_norm", "layers.N.attention_norm"),
+    "model.layers.N.self_attn.q_proj": ("blk.N.attn_q", "layers.N.attention.wq"),
+    "model.layers.N.self_attn.k_proj": ("blk.N.attn_k", "layers.N.attention.wk"),
+    "model.layers.N.self_attn.v_proj": ("blk.N.attn_v", "layers.N.attention.wv"),
+    "model.layers.N.self_attn.o_proj": ("blk.N.attn_output", "layers.N.attention.wo"),
+    "model.layers.N.post_attention_layernorm": ("blk.N.ffn_norm", "layers.N.ffn_norm"),
+    "model.layers.N.mlp.gate_proj": ("blk.N.ffn_gate", "layers.N.feed_forward.w1"),
+    "model.layers.N.mlp.up_proj": ("blk.N.ffn_up", "layers.N.feed_forward.w3"),
+    "model.layers.N.mlp.down_proj": ("blk.N.ffn_down", "layers.N.feed_forward.w2"),
+    "model.norm": ("output_norm", "norm"),
+    "lm_head": ("output", "output"),
 }
 ROPE_DIVISORS = "rope_freqs.weight"  # not a weight: it stands for config.json's llama3 rope_scaling
 
 
 def gguf_name(hf_name: str) -> str:
     """`model.layers.3.mlp.up_proj.weight` -> `blk.3.ffn_up.weight`."""
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", hf_name)
-    if match and match[2] in BLOCK_NAMES:
-        return f"blk.{match[1]}.{BLOCK_NAMES[match[2]]}.weight"
-    return _known(MODEL_NAMES, hf_name)
+    return _renamed(hf_name, 0)
 
 
-def hf_name(gguf_name: str) -> str:
-    """`blk.3.ffn_up.weight` -> `model.layers.3.mlp.up_proj.weight`."""
-    names = {name: hf for hf, name in BLOCK_NAMES.items()}
-    match = re.fullmatch(r"blk\.(\d+)\.(.+)\.weight", gguf_name)
-    if match and match[2] in names:
-        return f"model.layers.{match[1]}.{names[match[2]]}.weight"
-    return _known({name: hf for hf, name in MODEL_NAMES.items()}, gguf_name)
+def meta_name(hf_name: str) -> str:
+    """`model.layers.3.mlp.up_proj.weight` -> `layers.3.feed_forward.w3.weight`."""
+    return _renamed(hf_name, 1)
 
 
-def _known(names: dict[str, str], name: str) -> str:
-    if name not in names:
+def _renamed(name: str, column: int) -> str:
+    layer = re.search(r"(?<=\.layers\.)\d+", name)
+    number = layer[0] if layer else ""
+    names = NAMES.get(name.replace(f".layers.{number}.", ".layers.N.").removesuffix(".weight"))
+    if names is None or not name.endswith(".weight"):
         raise UserError(f"tensor {name}: not a part of a plain Llama, and leaving it out would give another model.")
-    return names[name]
+    return names[column].replace(".N.", f".{number}.", 1) + ".weight"
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The tensors that a Llama is made of, by Hugging Face's names and in the order of the model."""
     D, FF, V = config.hidden_size, config.intermediate_size, config.vocab_size
     q_rows, kv_rows = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    kinds = [(D,), (q_rows, D), (kv_rows, D), (kv_rows, D), (D, q_rows), (D,), (FF, D), (FF, D), (D, FF)]
-    block = dict(zip(BLOCK_NAMES, kinds, strict=True))
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
+    block = [(D,), (q_rows, D), (kv_rows, D), (kv_rows, D), (D, q_rows), (D,), (FF, D), (FF, D), (D, FF)]
+    embedding, *parts, norm, head = (f"{name}.weight" for name in NAMES)
+    shapes: dict[str, tuple[int, ...]] = {embedding: (V, D)}
     for layer in range(config.num_hidden_layers):
-        shapes |= {f"model.layers.{layer}.{part}.weight": shape for part, shape in block.items()}
-    shapes["model.norm.weight"] = (D,)
-    return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": (V, D)}
+        shapes |= zip((part.replace(".N.", f".{layer}.") for part in parts), block, strict=True)
+    shapes[norm] = (D,)
+    return shapes if config.tie_word_embeddings else shapes | {head: (V, D)}
 
 
 def check_tensors(
@@ -91,22 +85,16 @@ def check_tensors(
     shapes = tensor_shapes(replace(config, num_hidden_layers=num_layers))
     expected = {rename(name): shape for name, shape in shapes.items()}
     if missing := [name for name in expected if name not in found]:
-        raise UserError(
-            f"{where}: describes a Llama of {config.num_hidden_layers} layers, and tensor {missing[0]} of it is "
-            f"missing, {len(missing)} in all. Get a complete copy."
-        )
+        what = f"describes a Llama of {config.num_hidden_layers} layers, and tensor {missing[0]} of it is missing"
+        raise UserError(f"{where}: {what}, {len(missing)} in all. Get a complete copy.")
     computed = {ROPE_DIVISORS, *(name for name in found if name.endswith("rotary_emb.inv_freq"))}
     if others := sorted(found.keys() - expected.keys() - computed):
-        raise UserError(
-            f"{where}: tensor {others[0]} has no place in the model that it describes, which computes something else "
-            f"without it. Only a Llama without biases and extras is read."
-        )
+        what = f"tensor {others[0]} has no place in the model that it describes"
+        raise UserError(f"{where}: {what}. Only a Llama without biases and extras is read.")
     for name, shape in expected.items():
         if (other := found[name]) is not None and tuple(other) != shape:
-            raise UserError(
-                f"{where}: tensor {name} has shape {tuple(other)} and should have {shape} by the configuration: they "
-                f"are of different models. Get a matching copy."
-            )
+            what = f"tensor {name} has shape {tuple(other)} and should have {shape} by the configuration"
+            raise UserError(f"{where}: {what}. Get a matching copy.")
 
 
 def permute_rows(w: Tensor, num_heads: int) -> Tensor:
@@ -124,10 +112,6 @@ def unpermute_rows(w: Tensor, num_heads: int) -> Tensor:
     return w.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).reshape(w.shape)
 
 
-def heads_to_permute(gguf_name: str, num_heads: int, num_kv_heads: int) -> int | None:
+def heads_to_permute(name: str, num_heads: int, num_kv_heads: int) -> int | None:
     """How many heads the rows of this tensor are shuffled in; None for the tensors that stay as they are."""
-    if gguf_name.endswith(".attn_q.weight"):
-        return num_heads
-    if gguf_name.endswith(".attn_k.weight"):
-        return num_kv_heads
-    return None
+    return {"attn_q": num_heads, "attn_k": num_kv_heads}.get(name.split(".")[-2])

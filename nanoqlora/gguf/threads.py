@@ -21,8 +21,7 @@ def in_threads(pieces: Iterable[Callable[[], T]]) -> Iterator[T]:
     """
     threads = torch.get_num_threads()
     if threads == 1:
-        for piece in pieces:
-            yield piece()
+        yield from (piece() for piece in pieces)
         return
     torch.set_num_threads(1)
     try:

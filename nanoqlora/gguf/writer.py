@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config.files import whole_file
-from .container import ALIGNMENT, MAGIC, STRUCT_CODES, VALUE_TYPES, VERSION, Metadata, align
+from .container import ALIGNMENT, MAGIC, STRUCT_CODES, VALUE_TYPES, VERSION, Metadata
 from .ggml_blocks import FORMATS
 from .threads import in_threads
 
@@ -38,13 +38,13 @@ def write_gguf(path: str | Path, metadata: Metadata, tensors: list[NewTensor]) -
     table, offset = b"", 0
     for tensor in tensors:
         fmt, num_dims = FORMATS[tensor.ggml_type], len(tensor.shape)
-        table += _encode_string(tensor.name)
-        table += struct.pack(f"<I{num_dims}Q", num_dims, *reversed(tensor.shape))
-        table += struct.pack("<IQ", fmt.type_id, offset)
-        offset = align(offset + fmt.num_bytes(math.prod(tensor.shape)), ALIGNMENT)
+        table += _encode("string", tensor.name)
+        table += struct.pack(f"<I{num_dims}QIQ", num_dims, *reversed(tensor.shape), fmt.type_id, offset)
+        offset += fmt.num_bytes(math.prod(tensor.shape))
+        offset += -offset % ALIGNMENT
 
     header = MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata))
-    header += b"".join(_encode_string(key) + _encode_value(*value) for key, value in metadata.items())
+    header += b"".join(_encode("string", key) + _encode_value(*value) for key, value in metadata.items())
 
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         file.write(header + table)
@@ -63,20 +63,15 @@ def _pad(file: BinaryIO) -> None:
     file.write(bytes(-file.tell() % ALIGNMENT))
 
 
-def _encode_string(text: str) -> bytes:
-    data = text.encode("utf-8")
-    return struct.pack("<Q", len(data)) + data
-
-
 def _encode_value(kind: str, value: Any) -> bytes:
     """A metadata value with its type in front. Of an array: that it is one, its elements' type, their count."""
-    if not kind.endswith("[]"):
-        return struct.pack("<I", VALUE_TYPES[kind]) + _encode_items(kind, [value])
-    kind = kind.removesuffix("[]")
-    return struct.pack("<IIQ", VALUE_TYPES["array"], VALUE_TYPES[kind], len(value)) + _encode_items(kind, value)
+    item = kind.removesuffix("[]")
+    if item == kind:
+        return struct.pack("<I", VALUE_TYPES.index(kind)) + _encode(kind, value)
+    return struct.pack("<IIQ", VALUE_TYPES.index("array"), VALUE_TYPES.index(item), len(value)) + _encode(item, *value)
 
 
-def _encode_items(kind: str, items: list[Any]) -> bytes:
-    if kind == "string":
-        return b"".join(_encode_string(item) for item in items)
-    return struct.pack(f"<{len(items)}{STRUCT_CODES[kind]}", *items)
+def _encode(kind: str, *items: Any) -> bytes:
+    if kind != "string":
+        return struct.pack(f"<{len(items)}{STRUCT_CODES[kind]}", *items)
+    return b"".join(struct.pack("<Q", len(data)) + data for data in (text.encode("utf-8") for text in items))

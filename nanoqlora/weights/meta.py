@@ -27,24 +27,8 @@ from torch import Tensor
 from ..config.errors import UserError
 from ..config.files import read_json
 from ..gguf.config import model_config
-from ..gguf.names import check_tensors, tensor_shapes, unpermute_rows
+from ..gguf.names import check_tensors, meta_name, tensor_shapes, unpermute_rows
 
-TOP_NAMES = {
-    "model.embed_tokens.weight": "tok_embeddings.weight",
-    "model.norm.weight": "norm.weight",
-    "lm_head.weight": "output.weight",
-}
-BLOCK_NAMES = {
-    "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
 SPLIT_COLUMNS = ("attention.wo", "feed_forward.w2")  # of these each part has some columns, of other matrices some rows
 
 NUMBERS = {"dim", "n_layers", "n_heads", "norm_eps"}
@@ -65,19 +49,18 @@ class MetaWeights:
         self.where = folder / "params.json"
         self.params = read_json(self.where)
         self.parts = [_open(path) for path in _paths(folder)]
-        self.files = {hf_name(name): name for name in self.parts[0] if not name.startswith("rope.")}
         self.config = self._config()
         config = model_config(self.config, self.where)
         self.shapes = tensor_shapes(config)
-        check_tensors(self.where, config, dict.fromkeys(self.names()))
+        unused = {"rope.freqs"} | ({"output.weight"} if config.tie_word_embeddings else set())
+        check_tensors(self.where, config, dict.fromkeys(self.parts[0].keys() - unused), meta_name)
 
     def names(self) -> list[str]:
-        tied = self.config["tie_word_embeddings"]
-        return [name for name in self.files if not (tied and name == "lm_head.weight")]
+        return list(self.shapes)
 
     def load(self, name: str) -> Tensor:
         """One tensor by Hugging Face's name, joined from its parts, its rows in Hugging Face's order."""
-        meta, slices = self.files[name], [w for w, _ in self.stored(name)]
+        meta, slices = meta_name(name), [w for w, _ in self.stored(name)]
         w = slices[0]
         if len(slices) > 1 and w.ndim == 2:
             by_columns = any(layer in meta for layer in SPLIT_COLUMNS)
@@ -85,15 +68,13 @@ class MetaWeights:
                 by_columns = w.shape[1] != self.params["dim"]
             w = torch.cat(slices, dim=1 if by_columns else 0)
         if tuple(w.shape) != self.shapes[name]:
-            raise UserError(
-                f"{self.where}: tensor {name} has shape {tuple(w.shape)} in all parts and should have "
-                f"{self.shapes[name]} by {self.where.name}, so they are of different models. Get a matching copy."
-            )
+            what = f"tensor {name} has shape {tuple(w.shape)} in all parts and should have {self.shapes[name]}"
+            raise UserError(f"{self.where}: {what} by params.json. Get a matching copy.")
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
         return unpermute_rows(w, self.config[heads]) if heads else w
 
     def stored(self, name: str) -> list[tuple[Any, Sequence[int]]]:
-        meta = self.files[name]
+        meta = meta_name(name)
         if not all(meta in part for part in self.parts):
             raise UserError(f"{self.where.parent}: a part has no {meta}, so the parts are of different models.")
         return [(part[meta], part[meta].shape) for part in self.parts]
@@ -110,24 +91,21 @@ class MetaWeights:
             if name not in part:
                 raise UserError(f"{self.where.parent}: its weights have no {name}, so they are not those of a Llama.")
         (rows, columns), (ff_rows, _), (q_rows, _) = (part[name].shape for name in names)
-        heads, tied = params["n_heads"], self._is_tied()
+        heads, tied, is_scaled = params["n_heads"], self._is_tied(), bool(params.get("use_scaled_rope"))
         head_dim = params.get("head_dim") or params["dim"] // heads
         if q_rows * count != heads * head_dim:
-            raise UserError(
-                f"{self.where.parent}: its {count} consolidated.*.pth make a wq of {q_rows * count} rows where "
-                f"n_heads of params.json gives {heads * head_dim}: parts are missing or wrong. Get all parts."
+            what = (
+                f"its {count} consolidated.*.pth make a wq of {q_rows * count} rows where n_heads of params.json gives"
             )
-        scaled = {
-            "rope_type": "llama3",
-            # Not in params.json: 32 in the published configurations of 3.2 (tied), 8 in those of 3.1.
-            "factor": params.get("rope_scaling_factor") or (32.0 if tied else 8.0),
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
+            raise UserError(
+                f"{self.where.parent}: {what} {heads * head_dim}: parts are missing or wrong. Get all parts."
+            )
         vocab_size = rows * count if columns == params["dim"] else rows
-        # Not in the file either: what each generation was trained on.
-        context = 131072 if params.get("use_scaled_rope") else 8192 if vocab_size > 100_000 else 4096
+        # Neither is in params.json: what each generation was trained on (1e-6: Llama 1), and the factor in the
+        # published configurations, 32 of 3.2 (tied), 8 of 3.1.
+        context = 131072 if is_scaled else 8192 if vocab_size > 100_000 else 4096
+        factor = params.get("rope_scaling_factor") or (32.0 if tied else 8.0)
+        scaled = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -139,10 +117,10 @@ class MetaWeights:
             "num_key_value_heads": params.get("n_kv_heads") or heads,
             "head_dim": head_dim,
             "vocab_size": vocab_size,
-            "max_position_embeddings": 2048 if params["norm_eps"] == 1e-6 else context,  # Llama 1
+            "max_position_embeddings": 2048 if params["norm_eps"] == 1e-6 else context,
             "rms_norm_eps": params["norm_eps"],
             "rope_theta": params.get("rope_theta") or 10000.0,
-            "rope_scaling": scaled if params.get("use_scaled_rope") else None,
+            "rope_scaling": scaled | {"original_max_position_embeddings": 8192} if is_scaled else None,
             "tie_word_embeddings": tied,
         }
 
@@ -154,21 +132,11 @@ class MetaWeights:
         return torch.equal(embedding[0], head[0]) and torch.equal(embedding, head)
 
 
-def hf_name(name: str) -> str:
-    """`layers.3.attention.wq.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names stay."""
-    for hf, meta in BLOCK_NAMES.items():
-        if name.startswith("layers.") and name.endswith(f".{meta}.weight"):
-            return f"model.{name.removesuffix(f'{meta}.weight')}{hf}.weight"
-    return {meta: hf for hf, meta in TOP_NAMES.items()}.get(name, name)
-
-
 def _paths(folder: Path) -> list[Path]:
     paths = sorted(folder.glob("consolidated.*.pth"))
-    if not paths:
-        raise UserError(f"{folder}: has params.json but no consolidated.*.pth, so there are no weights to load.")
-    for i, path in enumerate(paths):
-        if path.name != f"consolidated.{i:02d}.pth":
-            raise UserError(f"{folder / f'consolidated.{i:02d}.pth'}: this part is missing. Download it again.")
+    wanted = [folder / f"consolidated.{i:02d}.pth" for i in range(max(1, len(paths)))]
+    if missing := [path for path in wanted if path not in paths]:
+        raise UserError(f"{missing[0]}: this part is missing, so not all weights are there. Download it again.")
     return paths
 
 

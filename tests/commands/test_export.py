@@ -16,6 +16,7 @@ import transformers
 from chats import llama3_tokenizer
 from go_text import go_write, needs_go
 from modelfiles import parse, read_modelfile
+from names_of_gguf import hf_name
 from paths import ROOT
 from safetensors.torch import load_file, save_file
 from tiny import save_random_llama
@@ -31,7 +32,6 @@ from nanoqlora.gguf.config import hf_config
 from nanoqlora.gguf.file_types import FILE_TYPES, tensor_type
 from nanoqlora.gguf.ggml_blocks import FORMATS, dequantize, quantize, quantize_checked
 from nanoqlora.gguf.modelfile import NO_GUESS
-from nanoqlora.gguf.names import hf_name
 from nanoqlora.gguf.reader import read_gguf
 from nanoqlora.model import ModelConfig
 from nanoqlora.tokenizer.tokenizer import Tokenizer, load_tokenizer, save_tokenizer

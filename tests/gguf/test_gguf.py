@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from names_of_gguf import hf_name
 
 from nanoqlora.config.errors import UserError
 from nanoqlora.gguf.config import hf_config, model_metadata, rope_divisors
 from nanoqlora.gguf.ggml_blocks import FORMATS, quantize
-from nanoqlora.gguf.names import gguf_name, heads_to_permute, hf_name, permute_rows, tensor_shapes, unpermute_rows
+from nanoqlora.gguf.names import gguf_name, heads_to_permute, meta_name, permute_rows, tensor_shapes, unpermute_rows
 from nanoqlora.gguf.reader import read_gguf
 from nanoqlora.gguf.writer import NewTensor, write_gguf
 from nanoqlora.model import Llama, ModelConfig
@@ -255,9 +256,8 @@ def test_names_go_there_and_back():
     for unknown in ("model.layers.0.self_attn.q_proj.bias", "model.layers.0.mlp.experts.weight", "score.weight"):
         with pytest.raises(UserError, match="not a part of a plain Llama"):
             gguf_name(unknown)
-    for unknown in ("blk.0.attn_q.bias", "blk.0.ffn_gate_exps.weight", "rope_freqs.weight", "blk.x.attn_q.weight"):
-        with pytest.raises(UserError, match="not a part of a plain Llama"):
-            hf_name(unknown)
+    assert meta_name("model.layers.17.self_attn.o_proj.weight") == "layers.17.attention.wo.weight"
+    assert len({meta_name(name) for name in names}) == len(names)
 
 
 def test_shapes_are_those_of_the_model():

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,7 @@ from torch import Tensor
 from ..ops import Segments
 
 IGNORED = -100  # the target of a position that is not supervised
-SUPERVISED = np.uint32(
-    1 << 31
-)  # a token is stored as its id, with this bit if it is supervised; ids stay below a million
+SUPERVISED = np.uint32(1 << 31)  # this bit of a stored token id marks it as supervised; ids stay below a million
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +59,7 @@ class Samples(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @overload
-    def __getitem__(self, i: int) -> Sample: ...
-    @overload
-    def __getitem__(self, i: slice) -> "Samples": ...
-    def __getitem__(self, i: int | slice) -> "Sample | Samples":
-        if isinstance(i, slice):
-            return self.take(np.arange(len(self))[i])
+    def __getitem__(self, i: int) -> Sample:  # type: ignore[override]  # no slices
         start, length = self.starts[i], self.lengths[i]
         words = self.words[self.source[i]][start : start + length]
         return Sample((words & ~SUPERVISED).astype(np.int64), words >= SUPERVISED)

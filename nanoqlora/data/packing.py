@@ -2,12 +2,12 @@
 
     lengths, seed -> for each epoch: shuffle, put into rows, shuffle the rows, cut into steps -> BatchSchedule
 
-A row is what the model sees at once. With packing it holds as many samples as fit, without it one sample, and then
-rows of like length come into the same step, so that little is spent on padding.
+A row is one sequence of a batch. With packing it holds as many samples as fit. Without, it holds one sample, and rows
+of similar length come into the same step, so that there is little padding.
 
 The result is a pure function of the lengths and the seed. The number of steps and the learning rates follow from it; a
 step is the same for any number of ranks and any split into micro-batches; every rank knows the number of supervised
-tokens in a step without asking the others; and a resumed run needs to know nothing but its step.
+tokens in a step without communication; and a resumed run needs only the number of its step.
 
 For a million samples it takes seconds and some bytes a sample: everything is arrays, and `Step` objects are made when
 they are asked for.
@@ -23,7 +23,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import accumulate
-from typing import overload
 
 import numpy as np
 
@@ -116,15 +115,8 @@ class BatchSchedule(Sequence[Step]):
     def __len__(self) -> int:
         return self.num_steps
 
-    @overload
-    def __getitem__(self, number: int) -> Step: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Step]: ...
-    def __getitem__(self, number: int | slice) -> Step | list[Step]:
-        numbers = range(self.num_steps)[number]  # or its IndexError
-        return self._step(numbers) if isinstance(numbers, int) else list(map(self._step, numbers))
-
-    def _step(self, number: int) -> Step:
+    def __getitem__(self, number: int) -> Step:  # type: ignore[override]  # no slices
+        number = range(self.num_steps)[number]  # or its IndexError
         firsts = [0, *accumulate(math.ceil(len(rows) / self.rows_per_step) for rows in self.epochs)]
         epoch = bisect_right(firsts, number) - 1
         rows, start = self.epochs[epoch], (number - firsts[epoch]) * self.rows_per_step

@@ -6,8 +6,8 @@ The blocks come back in order, so the samples stand in the order of the files, h
 memory are some blocks and a few bytes for each sample: the tokens go to a file, and are mapped from it.
 
 Prepared data is kept under a key: a hash of the contents of the files, the tokenizer, the prompt format, the lengths,
-`FORMAT`, and the versions of the libraries that tokenise. Data that would come out differently has another key, so what
-is found under the key is right. Read next: data/packing.py, which makes the schedule of a run from the lengths.
+`FORMAT`, and the versions of the libraries that tokenise. Data that would come out differently has another key, so a
+key that is found is never stale. Read next: data/packing.py, which makes the schedule of a run from the lengths.
 """
 
 import ctypes
@@ -27,6 +27,7 @@ from importlib.metadata import version
 from itertools import islice
 from multiprocessing import active_children, get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydantic
@@ -91,11 +92,6 @@ class Counts:
             count = number if text.startswith(ROLE_SEEN) else 1
             self.notes.setdefault(text, Places()).add(Places(count, [where]))
 
-    def add_invalid(self, why: str, places: Places) -> None:
-        """Count rows that cannot be used, by at most a few reasons: each may name a value of its row."""
-        why = why if why in self.invalid or len(self.invalid) < NAMED else OTHER_REASONS
-        self.invalid.setdefault(why, Places()).add(places)
-
     def add(self, others: "Counts") -> None:
         self.rows += others.rows
         self.longest = max(self.longest, others.longest)
@@ -103,25 +99,22 @@ class Counts:
         self.unsupervised.add(others.unsupervised)
         for text, places in others.notes.items():
             self.notes.setdefault(text, Places()).add(places)
-        for why, places in others.invalid.items():
-            self.add_invalid(why, places)
+        for why, places in others.invalid.items():  # few reasons: each may name a value of its row
+            why = why if why in self.invalid or len(self.invalid) < NAMED else "other reasons"
+            self.invalid.setdefault(why, Places()).add(places)
 
     def why_invalid(self) -> str:
         """What is wrong with the rows that cannot be used, the first of them by file and line; "" without such rows."""
-        total, left, parts = sum(map(len, self.invalid.values())), NAMED, []
+        total, parts = sum(map(len, self.invalid.values())), []
         for why, places in self.invalid.items():
-            first, left = places.first[: max(1, left)], left - len(places)
-            file = first[0].rpartition(", ")[0] + ", "
-            also = [place.removeprefix(file) for place in first[1:]]
-            also += [f"{len(places) - len(first)} more"] * (len(places) > len(first))
-            parts.append(f"{first[0]}: {why}" + (f" (also {', '.join(also)})" if also else ""))
+            where, *others = places.first
+            also = [place.removeprefix(where.rpartition(", ")[0] + ", ") for place in others]
+            also += [f"{len(places) - len(places.first)} more"] * (len(places) > NAMED)
+            parts.append(f"{where}: {why}" + (f" (also {', '.join(also)})" if also else ""))
         if any(why.startswith(UNKNOWN_ROLE) for why in self.invalid):
             roles = [f"{text.removeprefix(ROLE_SEEN)} {len(n)}" for text, n in self.notes.items() if ROLE_SEEN in text]
             parts.append(f"The roles of its messages: {', '.join(roles[:20])}.")
         return (f"{total} of {self.rows} rows cannot be used. " if total > 1 else "") + " ".join(parts)
-
-
-OTHER_REASONS = "other reasons"
 
 
 class InvalidRows(UserError):
@@ -154,10 +147,8 @@ class Reading(Counts):
         text = f"{len(self.samples)} samples, {tokens} tokens, {targets / max(tokens, 1):.0%} of them supervised"
         if self.too_long:
             action = {"drop": "dropped", "truncate": "cut"}[strategy]
-            text += (
-                f"; {len(self.too_long)} longer than sequence_len {sequence_len} {action} (first: "
-                f"{self.too_long.first[0]}; sequence_len {self.longest} would keep all)"
-            )
+            advice = f"first: {self.too_long.first[0]}; sequence_len {self.longest} would keep all"
+            text += f"; {len(self.too_long)} longer than sequence_len {sequence_len} {action} ({advice})"
         if self.unsupervised:
             first = ", ".join(self.unsupervised.first)
             text += f"; {len(self.unsupervised)} without a supervised token dropped (first: {first})"
@@ -190,16 +181,14 @@ def prepare_samples(files: list[DataFile], encoding: Encoding, folder: Path) -> 
                 with open(temporary / "words.bin", "wb") as words:
                     counts, samples = _read(files, encoding, lambda some: words.write(some.data))
                 np.save(temporary / "samples.npy", np.stack([samples.lengths, samples.num_targets]))
-                facts = {"counts": dataclasses.asdict(counts), "fingerprint": samples.fingerprint}
-                kept = facts | {"seal": _seal(facts, temporary)}
-                write_text(temporary / "counts.json", json.dumps(kept, indent=2) + "\n")
+                facts: dict[str, Any] = {"counts": dataclasses.asdict(counts), "fingerprint": samples.fingerprint}
+                facts["seal"] = _seal(facts, temporary)
+                write_text(temporary / "counts.json", json.dumps(facts, indent=2) + "\n")
                 if before != _stamps(files):
                     raise UserError(f"data {_name(files)}: changed while it was read. Run again.")
         except OSError as error:
-            raise UserError(
-                f"dataset_prepared_path: tokenised data cannot be kept in {folder} ({error}). It takes 4 bytes a "
-                "token. Name another folder."
-            ) from error
+            found = f"dataset_prepared_path: tokenised data cannot be written to {folder} ({error})"
+            raise UserError(f"{found}. It takes 4 bytes a token. Name another folder.") from error
         reading = _kept(prepared, hashes)
     assert reading is not None
     if reading.invalid and not encoding.skip_invalid:
@@ -234,18 +223,16 @@ def _seal(facts: dict, folder: Path) -> str:
 
 def _key(encoding: Encoding, files: list[DataFile], hashes: dict[str, str]) -> str:
     """A hash of all that decides what the samples are."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.path} {file.kind} {hashes[str(file.path)]}\n".encode())
-    for item in (item for item in dataclasses.fields(encoding.tokenizer) if item.compare):  # equal ones encode alike
-        digest.update(f"{item.name} {getattr(encoding.tokenizer, item.name)!r}\n".encode())
-    digest.update(f"{encoding.prompt_format} {encoding.sequence_len} {encoding.strategy} {encoding.part}\n".encode())
-    template = encoding.prompt_format and encoding.prompt_format.jinja(encoding.tokenizer)
-    digest.update(f"{date.today() if 'strftime_now' in (template or '') else ''}\n".encode())  # it may write the date
-    digest.update(FORMAT)
-    for package in ("tiktoken", "sentencepiece", "jinja2"):
-        digest.update(version(package).encode())
-    return digest.hexdigest()[:32]
+    tok, form = encoding.tokenizer, encoding.prompt_format
+    template = form and form.jinja(tok)
+    facts = [
+        *(f"{file.path} {file.kind} {hashes[str(file.path)]}" for file in files),
+        *(f"{item.name} {getattr(tok, item.name)!r}" for item in dataclasses.fields(tok) if item.compare),
+        f"{form} {encoding.sequence_len} {encoding.strategy} {encoding.part}",
+        str(date.today()) if "strftime_now" in (template or "") else "",  # the template may write the date
+    ]
+    versions = "".join(map(version, ("tiktoken", "sentencepiece", "jinja2")))
+    return hashlib.sha256("\n".join([*facts, ""]).encode() + FORMAT + versions.encode()).hexdigest()[:32]
 
 
 def _hash_of_file(path: Path) -> str:
@@ -278,18 +265,17 @@ def _read(files: list[DataFile], encoding: Encoding, write: Callable[[np.ndarray
     if counts.too_long and encoding.strategy == "raise":
         raise UserError(
             f"{counts.too_long.first[0]}: more tokens than sequence_len={encoding.sequence_len}, and "
-            f"excess_length_strategy is raise. Of {counts.rows} rows {len(counts.too_long)} are too long, the longest "
-            f"has {counts.longest} tokens. Set sequence_len to {counts.longest}, or drop or truncate."
+            f"excess_length_strategy is raise. Of {counts.rows} rows {len(counts.too_long)} are too long. Set "
+            f"sequence_len to {counts.longest}, or drop or truncate."
         )
     samples = Samples.of(np.empty(0), np.concatenate(lengths), np.concatenate(num_targets), digest.hexdigest())
     _note_repeated(np.concatenate(rows), files, encoding.part, counts)
     if not len(samples):
         num_long, num_empty = len(counts.too_long), len(counts.unsupervised)
-        why = f"{num_long} too long for sequence_len {encoding.sequence_len}, {num_empty} without a token to learn"
+        why = f"{num_long} too long for sequence_len {encoding.sequence_len}, {num_empty} without a supervised token"
+        why = why if counts.rows else f"the {'part' if encoding.part else 'file'} is empty"
         advice = f"sequence_len: {counts.longest} would keep all" if num_long else "Check the file and its type"
-        if not counts.rows and not counts.invalid:
-            why, advice = f"the {'part' if encoding.part else 'file'} is empty", "Name one with rows"
-        raise UserError(f"data {_name(files)}: no usable row ({why}), so there is nothing to train or score. {advice}.")
+        raise UserError(f"data {_name(files)}: no usable row ({why}). {advice}.")
     return counts, samples
 
 
@@ -333,7 +319,7 @@ def encode_block(block: Block, encoding: Encoding) -> Encoded:
         except (UserError, RecursionError) as error:  # the latter of lists in lists in lists ...
             rows.append(hash(where))
             counts.note((note for note in notes if note.startswith(ROLE_SEEN)), where)
-            counts.add_invalid(str(error).removeprefix(f"{where}: "), Places(1, [where]))
+            counts.add(Counts(invalid={str(error).removeprefix(f"{where}: "): Places(1, [where])}))
             continue
         counts.note(notes, where)
         counts.longest = max(counts.longest, len(ids))
@@ -368,7 +354,7 @@ def _encode_files(files: list[DataFile], encoding: Encoding) -> Iterator[Encoded
     waiting: deque[tuple[int, Future[Encoded]]] = deque()
     with tqdm(total=num_bytes, disable=None, unit="B", unit_scale=True, desc="tokenising", dynamic_ncols=True) as bar:
 
-        def done(but: int) -> Iterator[Encoded]:
+        def finished(but: int) -> Iterator[Encoded]:
             while len(waiting) > but:
                 size, future = waiting.popleft()
                 yield future.result()
@@ -377,13 +363,11 @@ def _encode_files(files: list[DataFile], encoding: Encoding) -> Iterator[Encoded
         try:
             for block in blocks:
                 waiting.append((block.num_bytes, pool.submit(_encode_in_worker, block)))
-                yield from done(but=3 * workers)  # not all at once: they would be held in memory
-            yield from done(but=0)
+                yield from finished(but=3 * workers)  # not all at once: they would be held in memory
+            yield from finished(but=0)
         except BrokenProcessPool as error:
-            raise UserError(
-                "a process that tokenised data was ended from outside, most likely for want of memory. Free some, or "
-                "split the longest rows."
-            ) from error
+            advice = "Free memory, or split the longest rows"
+            raise UserError(f"a process that tokenised data was ended from outside. {advice}.") from error
         except KeyboardInterrupt:  # Ctrl-C, SIGTERM: what is under way is not waited for
             for worker in active_children():
                 worker.kill()

@@ -20,19 +20,9 @@ from ..config.files import read_json, whole_file, write_text
 from . import tokenizer_json
 from .byte_pairs import LETTERS, SPLIT_RULES
 from .sentencepieces import BYTE_PIECES, UNREACHED, read_model, write_model
-from .vocabulary import (
-    BYTE,
-    CONTROL,
-    MARKER,
-    NAMED_TOKENS,
-    NORMAL,
-    SENTENCEPIECE,
-    UNKNOWN,
-    USER_DEFINED,
-    Fields,
-    Vocabulary,
-)
+from .vocabulary import BYTE, CONTROL, NAMED_TOKENS, NORMAL, SENTENCEPIECE, UNKNOWN, USER_DEFINED, Fields, Vocabulary
 
+MARKER = re.compile(r"<\|[^\s|]+\|>")  # a token such as <|im_end|> steers the model, whatever its kind in the file
 LLAMA3_RANKS = 128_000
 LLAMA3_SPECIAL = (
     *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id"),
@@ -73,13 +63,12 @@ def read_folder(folder: Path) -> Fields:
         fields.setdefault(key, None)
     said = expect(f"{config_path}: add_bos_token", config.get("add_bos_token"), bool, None)
     bos, first = fields["bos_id"], tokenizer_json.token_in_front(path, data)
-    if data and said not in (None, first is not None) or first is not None and ids.get(first) != bos:
-        named = "null" if bos is None else repr(fields["vocab"][bos])
-        if first is not None and bos is not None and ids.get(first) != bos:
-            raise UserError(
-                f"{path}: post_processor puts {first!r} in front of a text, and bos_token is {named}. Only one of them "
-                "can begin it. Correct the one that is not meant."
-            )
+    named = "null" if bos is None else repr(fields["vocab"][bos])
+    differs = first is not None and ids.get(first) != bos
+    if differs and bos is not None:
+        found = f"post_processor puts {first!r} in front of a text, and bos_token is {named}"
+        raise UserError(f"{path}: {found}. Only one of them can begin it: correct the other.")
+    if differs or data and said not in (None, first is not None):
         puts, result = "nothing" if first is None else repr(first), "no BOS" if None in (bos, first) else "BOS"
         note(
             f"{folder}: add_bos_token is {json.dumps(said)}, bos_token {named}, and tokenizer.json puts {puts} in "
@@ -119,21 +108,19 @@ def _tokens_in_other_files(folder: Path, config: dict[str, Any]) -> tuple[dict[s
     if extra not in config and older in config:
         config[extra] = config.pop(older)
 
+    def special(where: str, token: Any) -> dict[str, Any]:
+        return tokenizer_json.added_token(where, token, special=True)
+
     specials = {}
     for key in [*NAMED_KEYS, *config]:
         if key in NAMED_KEYS or key.endswith("_token") and isinstance(config[key], str | dict):
             if expect(f"{where}: {key}", config.get(key), str, dict, None) is not None:
-                specials[key] = tokenizer_json.added_token(f"{where}: {key}", config[key], special=True)
+                specials[key] = special(f"{where}: {key}", config[key])
                 config[key] = specials[key]["content"]
     for tokens in maps:
-        specials |= {
-            key: tokenizer_json.added_token(f"{where}: {extra}", token, special=True) for key, token in tokens.items()
-        }
+        specials |= {key: special(f"{where}: {extra}", token) for key, token in tokens.items()}
     several = expect(f"{where}: {extra}", config.get(extra), list, None, each=(str, dict)) or []
-    last = [
-        *specials.values(),
-        *(tokenizer_json.added_token(f"{where}: {extra}", token, special=True) for token in several),
-    ]
+    last = [*specials.values(), *(special(f"{where}: {extra}", token) for token in several)]
     unread = {key: _text(named[key]) for key in NAMED_KEYS if key in named and _text(named[key]) != config.get(key)}
     unread |= {older: config[older]} if config.get(older) else {}
     for key, value in unread.items():
@@ -143,9 +130,7 @@ def _tokens_in_other_files(folder: Path, config: dict[str, Any]) -> tuple[dict[s
     if decoder is not None:
         for id, token in decoder.items():
             if not id.isascii() or not id.isdigit():
-                raise UserError(
-                    f"{where}: added_tokens_decoder has the key {id!r}, where the id of a token is expected."
-                )
+                raise UserError(f"{where}: added_tokens_decoder has the key {id!r}, and its keys are ids.")
             first.append(tokenizer_json.added_token(f"{where}: added_tokens_decoder", token) | {"id": int(id)})
     elif (path := folder / "added_tokens.json").is_file():
         for text, id in expect(str(path), read_json(path), dict, each=(int,)).items():
@@ -163,10 +148,8 @@ def _add(path: Path, fields: Fields, ids: dict[str, int], token: dict[str, Any])
     vocab, kinds, text = fields["vocab"], fields["kinds"], token["content"]
     id = ids.get(text, len(vocab))
     if token.get("id", id) != id:
-        raise UserError(
-            f"{path}: the added token {text!r} cannot have the id {token['id']} that a file beside it names: its id is "
-            f"{id} of {len(vocab)}. The files are of different models. Take all from one."
-        )
+        found = f"a file beside it gives the added token {text!r} the id {token['id']}, and it has {id} of {len(vocab)}"
+        raise UserError(f"{path}: {found}. Take all files from one model.")
     kind = CONTROL if token["special"] else USER_DEFINED
     if id == len(vocab):
         if "id" not in token:
@@ -195,7 +178,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
         try:
             return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text ({error}). Chats are written with it. Copy it again.") from error
+            raise UserError(f"{path}: not UTF-8 text ({error}). Copy it again.") from error
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {str(entry.get("name")): entry.get("template") for entry in expect(where, template, list, each=(dict,))}
@@ -223,11 +206,10 @@ def _take_scores(fields: Fields, path: Path) -> None:
     model = read_model(data, path)
     for id, (piece, kind, score) in enumerate(zip(model["vocab"], model["kinds"], model["scores"], strict=True)):
         if fields["vocab"][id : id + 1] != [piece]:
-            found = fields["vocab"][id] if id < len(fields["vocab"]) else "nothing"
-            raise UserError(
-                f"{path}: piece {id} is {piece!r}, and in tokenizer.json beside it {found!r}. So one text would get "
-                "two lists of ids. Take both files from one model, or remove one."
+            found = (
+                f"piece {id} is {piece!r}, and in tokenizer.json beside it {''.join(fields['vocab'][id : id + 1])!r}"
             )
+            raise UserError(f"{path}: {found}. Take both files from one model, or remove one.")
         fields["scores"][id] = score
         if fields["kinds"][id] == NORMAL:
             fields["kinds"][id] = kind
@@ -241,14 +223,10 @@ def _from_ranks(path: Path, data: bytes) -> Fields:
         lines = [line.split() for line in data.splitlines()]
         tokens = {int(rank): base64.b64decode(token, validate=True) for token, rank in lines}
     except (ValueError, binascii.Error) as error:
-        raise UserError(
-            f"{path}: a line is not a token in base64 and a number ({error}). Copy the file again."
-        ) from error
+        raise UserError(f"{path}: a line is not a token in base64 and a number ({error}). Copy it again.") from error
     if sorted(tokens) != list(range(LLAMA3_RANKS)) or len(set(tokens.values())) != LLAMA3_RANKS:
-        raise UserError(
-            f"{path}: {len(set(tokens.values()))} different tokens, and Llama-3 has {LLAMA3_RANKS}. Another number "
-            "means another split rule and other special tokens. Use a model with a tokenizer.json."
-        )
+        found = f"{len(set(tokens.values()))} different tokens, and Llama-3 has {LLAMA3_RANKS}"
+        raise UserError(f"{path}: {found}. Use a model with a tokenizer.json.")
     vocab = ["".join(LETTERS[byte] for byte in tokens[rank]) for rank in range(LLAMA3_RANKS)]
     special = [f"<|{name}|>" for name in LLAMA3_SPECIAL]
     return {
@@ -276,17 +254,13 @@ def read_gguf_metadata(metadata: dict[str, Any], path: Path) -> Fields:
     is_sentencepiece = get("model") == "llama"
     pre = SENTENCEPIECE if is_sentencepiece else get("pre")
     if not is_sentencepiece and (get("model") != "gpt2" or pre not in SPLIT_RULES):
-        raise UserError(
-            f"{path}: the tokenizer's model is {get('model')!r} and its split rule {get('pre')!r}. They decide which "
-            "ids a text gets. Use a file with the model 'llama' (sentencepiece), or with 'gpt2' (byte-level BPE) and "
-            f"one of {', '.join(SPLIT_RULES)}."
-        )
+        found = f"the tokenizer's model is {get('model')!r} and its split rule {get('pre')!r}, which decide the ids"
+        known = f"the model 'llama' (sentencepiece), or 'gpt2' with one of {', '.join(SPLIT_RULES)}"
+        raise UserError(f"{path}: {found}. Use a file with {known}.")
     for needed in ("tokens", "token_type", "scores" if is_sentencepiece else "merges"):
         if not get(needed):
-            raise UserError(
-                f"{path}: there is no tokenizer.ggml.{needed}. Without it text gets other ids, or special tokens are "
-                "taken for text. Use the file of a complete model, written by a llama.cpp of 2024 or later."
-            )
+            advice = "Use the file of a complete model, written by a llama.cpp of 2024 or later"
+            raise UserError(f"{path}: there is no tokenizer.ggml.{needed}. {advice}.")
     # What llama.cpp takes where the file does not say.
     unsaid = {"bos": 1, "eos": 2, "unk": 0} if is_sentencepiece else {}
     add_bos = get("add_bos_token", bool)
@@ -314,10 +288,8 @@ def _checked(path: Path, fields: Fields) -> Fields:
     """The fields, unless the parts do not fit together."""
     vocab, kinds, known = fields["vocab"], fields["kinds"], set(fields["vocab"])
     if len(kinds) != len(vocab) or len(known) != len(vocab):
-        raise UserError(
-            f"{path}: {len(vocab)} tokens, {len(known)} different ones, {len(kinds)} token types. The three must be "
-            "equal, or a token has two ids. The file is damaged: copy it again."
-        )
+        found = f"{len(vocab)} tokens, {len(known)} different ones, {len(kinds)} token types"
+        raise UserError(f"{path}: {found}. The three must be equal. Copy the file again.")
     for name in NAMED_TOKENS:
         id = fields[f"{name}_id"]
         if id is not None and not 0 <= id < len(vocab):
@@ -334,11 +306,8 @@ def _checked(path: Path, fields: Fields) -> Fields:
         raise UserError(f"{path}: {len(vocab)} tokens and {len(fields['scores'])} scores. Copy the file again.")
     byte_tokens = {vocab[id] for id, kind in enumerate(kinds) if kind == BYTE}
     if byte_tokens != set(BYTE_PIECES) or kinds.count(UNKNOWN) > 1 or not {UNKNOWN, CONTROL} & set(kinds):
-        raise UserError(
-            f"{path}: {len(byte_tokens)} tokens of single bytes, {kinds.count(UNKNOWN)} unknown tokens. A "
-            "sentencepiece vocabulary of a Llama has 256, <0x00> to <0xFF>, and one. Without them characters would be "
-            "lost. Use another model."
-        )
+        found = f"{len(byte_tokens)} tokens of single bytes, {kinds.count(UNKNOWN)} unknown tokens"
+        raise UserError(f"{path}: {found}. A Llama's vocabulary has 256, <0x00> to <0xFF>, and 1. Use another model.")
     return fields
 
 

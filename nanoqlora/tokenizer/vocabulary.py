@@ -19,7 +19,6 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds
 NAMED_TOKENS = ("bos", "eos", "pad", "unk")
 SENTENCEPIECE = "default"  # the split rule of sentencepiece, which has none; the name is GGUF's
 SPACE = "\u2581"  # how sentencepiece spells one
-MARKER = re.compile(r"<\|[^\s|]+\|>")  # a token that looks like <|im_end|> steers the model, whatever a file says
 
 Fields = dict[str, Any]  # of a Vocabulary, by name
 

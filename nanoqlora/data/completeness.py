@@ -58,10 +58,8 @@ def check_complete(
     if chat.tools:
         missing += _missing_tools(chat.tools, text, without_tools, note)
     if missing:
-        raise UserError(
-            f"the chat template leaves out {' and '.join(dict.fromkeys(missing))}, so the model would learn another "
-            "conversation. Name a template that writes them (chat_template, chat_template_jinja), or edit the row."
-        )
+        advice = "Name one that writes them with chat_template or chat_template_jinja, or edit the row"
+        raise UserError(f"the chat template leaves out {' and '.join(dict.fromkeys(missing))}. {advice}.")
 
 
 def _missing_content(message: dict[str, Any], part: str, note: Note) -> Iterator[str]:

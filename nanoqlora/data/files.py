@@ -127,7 +127,7 @@ def _in_folder(want: Wanted, folder: Path, inside: Path) -> list[Path]:
     for path in found:
         if not path.resolve().is_relative_to(inside.resolve()):
             raise UserError(
-                f"{want.where}: {path} leads out of the folder, to {path.resolve()}. Name that file itself to read it."
+                f"{want.where}: {path} leads out of the folder, to {path.resolve()}. Name that file itself."
             )
     return found
 

@@ -73,10 +73,8 @@ class Written:
         if start is not None and (place is None or headers and start.endswith(headers[0])):
             return len(start)
         if place is None:
-            raise UserError(
-                f"message {i + 1}: the chat template leaves this answer out, or changes it so that it cannot be found "
-                "in its text. Give a plainer template with chat_template_jinja."
-            )
+            found = f"message {i + 1}: the chat template leaves this answer out, or changes it beyond recognition"
+            raise UserError(f"{found}. Give a plainer template with chat_template_jinja.")
         before = max((stop for _, stop, source in self.spans if source != i and stop <= place[0]), default=0)
         between = self.text[before : place[0]]
         header = next((header for header in headers if header in between), None)
@@ -149,10 +147,8 @@ def encode_chat(
         turn_end, is_exact = written.end_of_turn(i)
         end = written.end_token(i, begin, turn_end, is_exact)
         if end is None and i == last_trained:
-            raise UserError(
-                "the chat template puts no special token behind the last answer, so the model would never learn to "
-                "stop. Use a template whose end token this tokenizer has, or name a built-in one under chat_template."
-            )
+            found = "no special token ends the last answer in the chat template, so the model would never learn to stop"
+            raise UserError(f"{found}. Use a template whose end token this tokenizer has, or name a built-in one.")
         turns[i] = begin, turn_end
         if trained[i]:
             stop = turn_end if is_exact else (written.place(i) or (begin, begin))[1]

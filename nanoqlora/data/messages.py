@@ -16,7 +16,7 @@ from typing import Any
 from ..config.errors import UserError
 from ..config.files import unique_keys
 from ..tokenizer.chat_template import Messages, Tools
-from .row_format import USUAL_ROLES, RowFormat
+from .row_format import TEMPLATES, USUAL_ROLES, RowFormat
 
 Row = dict[str, Any]
 Note = Callable[[str], object]
@@ -28,18 +28,8 @@ OWN_KEYS = {"role", "content", "tool_calls", "tool_call_id", "weight", "train"}
 FLAGS = {None: None, 0: False, 1: True, "0": False, "1": True, "false": False, "true": True}  # of a message, as written
 CALLS = {"tool_calls", "function_call"}
 SCHEMAS = ("parameters", "input_schema")  # of a tool: where its parameters are described
-LIKELY = {  # common names of columns and keys, for the advice in an error
-    "instruction": "instruction question prompt query problem request user human input".split(),
-    "output": "output answer answers response completion solution reply target assistant chosen".split(),
-    "role": "role from speaker author sender".split(),
-    "content": "content value text message utterance".split(),
-}
-LIKELY_ROLES = {  # the same of roles; any other name means `assistant`
-    **dict.fromkeys("developer context".split(), "system"),
-    **dict.fromkeys("function_call tool_call".split(), "assistant"),
-    **dict.fromkeys("prompter customer player input".split(), "user"),
-    **dict.fromkeys("observation ipython tool_response tool_result function_response environment".split(), "tool"),
-}
+# Common names of columns, keys and roles, for the advice in an error.
+LIKELY = json.loads((TEMPLATES / "likely_names.json").read_text("utf-8"))
 
 
 @dataclass
@@ -90,10 +80,11 @@ def _check_roles(given: list[Any], form: RowFormat, note: Note) -> None:
     for role in roles:
         note(ROLE_SEEN + role)
     if unknown := [role for role in dict.fromkeys(roles) if role not in form.role_of]:
+        likely = USUAL_ROLES | {theirs: ours for ours, names in LIKELY["roles"].items() for theirs in names}
         meant: dict[str, list[str]] = {}
         for role in unknown:
-            alike = get_close_matches(role.lower(), [*USUAL_ROLES, *LIKELY_ROLES], 1)
-            meant.setdefault((USUAL_ROLES | LIKELY_ROLES)[alike[0]] if alike else "assistant", []).append(role)
+            alike = get_close_matches(role.lower(), likely, 1)
+            meant.setdefault(likely[alike[0]] if alike else "assistant", []).append(role)
         advice = ", ".join(f"{ours}: [{', '.join(theirs)}]" for ours, theirs in meant.items())
         subject = f"s {' and '.join(unknown)} are" if len(unknown) > 1 else f" {unknown[0]} is"
         raise UserError(

@@ -263,11 +263,9 @@ def _read(files: list[DataFile], encoding: Encoding, write: Callable[[np.ndarray
     if counts.invalid and not encoding.skip_invalid:
         raise InvalidRows(counts)
     if counts.too_long and encoding.strategy == "raise":
-        raise UserError(
-            f"{counts.too_long.first[0]}: more tokens than sequence_len={encoding.sequence_len}, and "
-            f"excess_length_strategy is raise. Of {counts.rows} rows {len(counts.too_long)} are too long. Set "
-            f"sequence_len to {counts.longest}, or drop or truncate."
-        )
+        found = f"{counts.too_long.first[0]}: more tokens than sequence_len={encoding.sequence_len}"
+        found += f", and of {counts.rows} rows {len(counts.too_long)} are too long; excess_length_strategy is raise"
+        raise UserError(f"{found}. Set sequence_len to {counts.longest}, or drop or truncate.")
     samples = Samples.of(np.empty(0), np.concatenate(lengths), np.concatenate(num_targets), digest.hexdigest())
     _note_repeated(np.concatenate(rows), files, encoding.part, counts)
     if not len(samples):

@@ -21,7 +21,6 @@ import dataclasses
 import json
 from collections.abc import Callable
 from functools import lru_cache, partial
-from importlib import resources
 from typing import Any
 
 from ..config.errors import UserError
@@ -31,11 +30,10 @@ from ..tokenizer.traced import spans_of, trace
 from .completeness import check_complete
 from .masks import encode_chat
 from .messages import Note, chat_of, names_in, note_unread, plain, require, say, text_of, with_fields
-from .row_format import FRAMES, Frame, RowFormat
+from .row_format import FRAMES, TEMPLATES, Frame, RowFormat
 
 # For models that bring none of their own; the tokenizer must know the special tokens. An answer in alpaca and mistral
 # ends with the tokenizer's end token, and a system message stands in front of the first question.
-TEMPLATES = resources.files(__package__) / "templates"
 CHAT_TEMPLATES = {
     name: (TEMPLATES / f"{name}.jinja").read_text("utf-8").removesuffix("\n")
     for name in ("chatml", "llama3", "alpaca", "mistral")

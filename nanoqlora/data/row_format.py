@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import resources
 from typing import ClassVar, Self
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -50,18 +51,9 @@ class Frame:
         return join(texts[part] if i % 2 else part for i, part in enumerate(parts))
 
 
-FRAMES = {
-    "alpaca": Frame(  # Stanford's
-        format="Below is an instruction that describes a task, paired with an input that provides further context. "
-        "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
-        no_input_format="Below is an instruction that describes a task. Write a response that appropriately completes "
-        "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n",
-        field_system="",
-    ),
-    "prompt_completion": Frame(
-        format="{instruction}", field_instruction="prompt", field_output="completion", field_input="", field_system=""
-    ),
+TEMPLATES = resources.files(__package__) / "templates"
+FRAMES = {  # alpaca is Stanford's
+    name: Frame(**fields) for name, fields in json.loads((TEMPLATES / "frames.json").read_text("utf-8")).items()
 }
 ENDS = ("turn", "last", "all", "none")  # whose end tokens are supervised: every trained turn's, the last's, all
 TYPES = ("chat_template", *FRAMES, "custom", "completion")

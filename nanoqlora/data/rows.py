@@ -235,9 +235,7 @@ def _csv_lines(path: Path, opened: Iterable[bytes]) -> Iterator[tuple[str, list[
         except StopIteration:
             return
         except csv.Error as error:
-            advice = (
-                "A field with commas, quotes or line breaks needs double quotes, and a quote in it is written twice."
-            )
+            advice = "A field with commas, quotes or line breaks needs double quotes; write a quote in it twice."
             raise UserError(f"{where}: not valid CSV ({error}). {advice}") from error
 
 

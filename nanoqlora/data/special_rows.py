@@ -44,9 +44,6 @@ def check_special_rows(tokenizer: Tokenizer, samples: Samples, weights: Weights,
         norms = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in parts])  # (V,)
         usual = norms.median()
         if untrained := [tokenizer.vocab[id] for id in sorted(ids) if norms[id] < UNTRAINED * usual]:
-            raise UserError(
-                f"{path}: the rows of {', '.join(untrained)} in {name} were never trained: their norm is under a "
-                f"hundredth of the usual {usual:.3g}. LoRA leaves them so, and the model could neither read nor write "
-                "these tokens. Use data of type alpaca, or chat_template alpaca, which end with the model's own end "
-                "token, or the version of the model that was trained on chats."
-            )
+            found = f"the rows of {', '.join(untrained)} in {name} were never trained (norms under 1 % of {usual:.3g})"
+            advice = "Use type or chat_template alpaca, or the version of the model that was trained on chats"
+            raise UserError(f"{path}: {found}, and LoRA leaves them so. {advice}.")

@@ -61,7 +61,7 @@ SPLIT_RULES: dict[str, SplitRule] = {  # by their names in GGUF, `tokenizer.ggml
         pattern=_LLAMA3,
         steps=(
             {"type": "Split", "pattern": {"Regex": _LLAMA3}, "behavior": "Isolated", "invert": False},
-            byte_level(use_regex=False),
+            byte_level(False),
         ),
         whole_words=True,
         add_bos=True,
@@ -95,7 +95,7 @@ def piece_to_bytes(piece: str) -> bytes | None:
 
 
 def _spell(piece: str) -> bytes:
-    return bytes([_BYTE_OF[letter] for letter in piece])
+    return bytes(_BYTE_OF[letter] for letter in piece)
 
 
 class BytePairs:
@@ -115,11 +115,8 @@ class BytePairs:
         words = list(learnt)
         if rule.whole_words:  # then tokens without merges are words too; ids say when they were learnt, if they rise
             in_order = all(ids[a] < ids[b] for a, b in pairwise(words))
-            words += [
-                piece
-                for piece, kind in zip(vocab, vocabulary.kinds, strict=True)
-                if kind == NORMAL and len(piece) > 1 and piece not in learnt and piece_to_bytes(piece)
-            ]
+            pieces = vocabulary.normal_pieces()
+            words += [p for p in pieces if len(p) > 1 and p not in learnt and piece_to_bytes(p)]
             words = sorted(words, key=ids.__getitem__) if in_order else words
         else:  # tiktoken takes a word that is a token as it is; those that merges never make must not be there
             unreached = _unreached(words)
@@ -133,10 +130,8 @@ class BytePairs:
     def tokens(self, text: str) -> tuple[list[int | None], list[int]]:
         """Split and merge: for each token its id, if it has one, and how many bytes of the text it is."""
         if len(text) > LONGEST_BLANK and max(map(len, re.findall(r"\s+", text)), default=0) > LONGEST_BLANK:
-            raise UserError(
-                f"a text has more than {LONGEST_BLANK} characters of white space in a row. The split rule takes such a "
-                "run for one word, and its stack overflows. Shorten the run."
-            )
+            found = f"a text has more than {LONGEST_BLANK} characters of white space in a row"
+            raise UserError(f"{found}, which is one word to the split rule, and too long. Shorten it.")
         ranks = self._tiktoken.encode_ordinary(text)
         return [self._id_of_rank[rank] for rank in ranks], [self._width_of_rank[rank] for rank in ranks]
 
@@ -167,8 +162,7 @@ def has_unreached(fields: Fields) -> bool:
 
 def merges_of(vocabulary: Vocabulary) -> list[str]:
     """The merges of a vocabulary, for files that want them: those it was read with, else rebuilt from its ids."""
-    pieces = zip(vocabulary.vocab, vocabulary.kinds, strict=True)
-    return vocabulary.merges or _merges_of_ranks([piece for piece, kind in pieces if kind == NORMAL])
+    return vocabulary.merges or _merges_of_ranks(vocabulary.normal_pieces())
 
 
 def _merges_of_ranks(pieces: list[str]) -> list[str]:

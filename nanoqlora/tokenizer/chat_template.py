@@ -53,10 +53,8 @@ def render(
             **named_tokens,
         )
     except Exception as error:  # the template is the user's program: whatever it raises is about it or its messages
-        raise UserError(
-            f"the chat template stopped with {type(error).__name__}: {error}. Without it the messages cannot be "
-            "written as text. Check the roles and their order, or give another template with chat_template_jinja."
-        ) from error
+        advice = "Check the roles and their order, or name another template with chat_template_jinja"
+        raise UserError(f"the chat template stopped with {type(error).__name__}: {error}. {advice}.") from error
 
 
 class _CodeGenerator(jinja2.compiler.CodeGenerator):

@@ -206,9 +206,8 @@ def _take_scores(fields: Fields, path: Path) -> None:
     model = read_model(data, path)
     for id, (piece, kind, score) in enumerate(zip(model["vocab"], model["kinds"], model["scores"], strict=True)):
         if fields["vocab"][id : id + 1] != [piece]:
-            found = (
-                f"piece {id} is {piece!r}, and in tokenizer.json beside it {''.join(fields['vocab'][id : id + 1])!r}"
-            )
+            other = "".join(fields["vocab"][id : id + 1])
+            found = f"piece {id} is {piece!r}, and in tokenizer.json beside it {other!r}"
             raise UserError(f"{path}: {found}. Take both files from one model, or remove one.")
         fields["scores"][id] = score
         if fields["kinds"][id] == NORMAL:
@@ -321,14 +320,9 @@ def write_folder(vocabulary: Vocabulary, folder: Path, chat_template: str | None
     A file that was read is written again byte by byte. The chat template stands in two places, because some readers
     know only the one and some only the other.
     """
-    ids = {f"{name}_token": getattr(vocabulary, f"{name}_id") for name in NAMED_TOKENS}
-    named = {name: vocabulary.vocab[id] for name, id in ids.items() if id is not None}
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": vocabulary.add_bos,
-        "clean_up_tokenization_spaces": False,
-        **named,
-    }
+    named = vocabulary.named_texts
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": vocabulary.add_bos}
+    config |= {"clean_up_tokenization_spaces": False, **named}
     if chat_template is None:
         (folder / "chat_template.jinja").unlink(missing_ok=True)  # one from an earlier save would be taken for ours
     else:

@@ -55,11 +55,8 @@ def width(text: str) -> int:
 
 def merges_of_scores(vocabulary: Vocabulary) -> list[str]:
     """Every pair of pieces that forms a piece, the best first: what tokenizer.json has in place of scores."""
-    score_of = {
-        piece: score
-        for piece, kind, score in zip(vocabulary.vocab, vocabulary.kinds, vocabulary.scores, strict=True)
-        if kind == NORMAL
-    }
+    pieces = zip(vocabulary.vocab, vocabulary.kinds, vocabulary.scores, strict=True)
+    score_of = {piece: score for piece, kind, score in pieces if kind == NORMAL}
     pairs = [
         (-score, cut, piece)
         for piece, score in score_of.items()
@@ -86,10 +83,7 @@ def read_model(data: bytes, path: Path) -> dict[str, Any]:
     except (ValueError, DecodeError):
         vocab = []
     if not vocab:
-        raise UserError(
-            f"{path}: neither a sentencepiece model nor Llama-3's list of tokens. Token ids come from it. Copy the "
-            "file again."
-        )
+        raise UserError(f"{path}: neither a sentencepiece model nor Llama-3's list of tokens. Copy the file again.")
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     for found, is_found in {
         "is no BPE model": trainer.model_type != trainer.BPE,
@@ -100,10 +94,8 @@ def read_model(data: bytes, path: Path) -> dict[str, Any]:
         "does not mark spaces": not normalizer.escape_whitespaces,
     }.items():
         if is_found:
-            raise UserError(
-                f"{path}: it {found}, as no Llama's does. llama.cpp would give other ids than sentencepiece. Use a "
-                "model with a tokenizer of Llama's kind: BPE, byte fallback, normalization identity."
-            )
+            advice = "Use a model with BPE, byte fallback and normalization identity"
+            raise UserError(f"{path}: it {found}, as no Llama's does: llama.cpp would give other ids. {advice}.")
     ids = {f"{name}_id": getattr(trainer, f"{name}_id") for name in NAMED_TOKENS}
     return {
         "vocab": vocab,

@@ -13,7 +13,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import accumulate
 from os.path import commonprefix
 from pathlib import Path
@@ -26,7 +26,7 @@ from .chat_template import Jinja, Messages, Tools, guard, render
 from .files import read_chat_template, read_folder, read_gguf_metadata, write_folder
 from .sentencepieces import SentencePieces, width
 from .traced import Span, plain, spans_of
-from .vocabulary import BYTE, CONTROL, NAMED_TOKENS, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, Vocabulary, any_of
+from .vocabulary import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, Vocabulary, any_of
 
 
 @dataclass
@@ -59,10 +59,10 @@ class Tokenizer(Vocabulary):
         Raises:
             UserError: the vocabulary has no such token, or it is an ordinary one.
         """
+        given = {name: text for name, text in named_tokens.items() if text is not None}
         ids: dict[str, Any] = {
             name.replace("_token", "_id"): self.id_of_special(text, f"special_tokens.{name}")
-            for name, text in named_tokens.items()
-            if text is not None
+            for name, text in given.items()
         }
         key = "special_tokens.additional_special_tokens"
         more = {self.id_of_special(text, key) for text in additional_special_tokens}
@@ -77,11 +77,9 @@ class Tokenizer(Vocabulary):
         """The id of a token that `key` of a run asks to be a special one."""
         id = self._ids.get(text)
         if id is None or self.kinds[id] in (NORMAL, BYTE):
-            why = "not in the vocabulary, so it has no row of the embedding"
-            raise UserError(
-                f"{key} is {text!r}, which is {why if id is None else 'an ordinary token, which texts are made of'}. "
-                f"Take a special token that the model has, such as {', '.join(list(self.special_tokens)[:12])}."
-            )
+            why = "not in the vocabulary" if id is None else "an ordinary token, which texts are made of"
+            known = ", ".join(list(self.special_tokens)[:12])
+            raise UserError(f"{key} is {text!r}, which is {why}. Name a special token of the model, such as {known}.")
         return id
 
     # Text to ids and back
@@ -96,7 +94,7 @@ class Tokenizer(Vocabulary):
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half of a pair becomes U+FFFD
         ids, _ = self._tokens((self._cut_all if special else self._cut_added).split(text))
         if bos and self.bos_id is None:
-            raise UserError("the tokenizer has no BOS token, so none can be put in front. Encode without bos=True.")
+            raise UserError("the tokenizer has no BOS token. Encode without bos=True.")
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def encode_guarded(self, text: str) -> tuple[list[int], list[int]]:
@@ -118,11 +116,8 @@ class Tokenizer(Vocabulary):
             span = spans[min(bisect_right(ends, begin), len(spans) - 1)]  # the first that ends behind the beginning
             if found[0] in self.special_tokens and begin < span.stop and span.start < end:
                 if span.source is None:
-                    raise UserError(
-                        f"the chat template changes the texts of a row so that nobody can tell whether the {found[0]} "
-                        "in its text is the template's own, which ends a turn, or the row's, which must not. Give a "
-                        "plainer template with chat_template_jinja, or take this out of the row."
-                    )
+                    why = f"the chat template changes texts so that nobody can tell whether {found[0]} is the row's"
+                    raise UserError(f"{why}. Give a plainer template with chat_template_jinja, or edit the row.")
                 shorter = self._shorter(text, begin, max(begin, span.start))
                 if shorter is None:
                     at = begin + 1
@@ -206,7 +201,7 @@ class Tokenizer(Vocabulary):
             tools: descriptions of the functions that the assistant may call.
         """
         if not messages:
-            raise UserError("a chat has no messages, so there is nothing to encode. Give at least one.")
+            raise UserError("a chat has no messages. Give at least one.")
         guarded, tools = guard(messages, tools)
         return self.encode_guarded(self.render_chat(guarded, add_generation_prompt, chat_template, tools))[0]
 
@@ -216,10 +211,8 @@ class Tokenizer(Vocabulary):
         """The text of a conversation, and of the tools that it may use."""
         template = chat_template or self.chat_template
         if template is None:
-            raise UserError(
-                "the tokenizer has no chat template. It says how the model wants messages to be written. Name one with "
-                "chat_template or chat_template_jinja, or use data of type alpaca or completion."
-            )
+            advice = "Name one with chat_template or chat_template_jinja, or use data of type alpaca or completion"
+            raise UserError(f"the tokenizer has no chat template. {advice}.")
         return render(template, messages, add_generation_prompt, self.named_texts, tools)
 
     def render_if_possible(
@@ -230,12 +223,6 @@ class Tokenizer(Vocabulary):
             return self.render_chat(messages, add_generation_prompt, chat_template, tools)
         except UserError:
             return None
-
-    @cached_property
-    def named_texts(self) -> dict[str, str]:
-        """What the named tokens look like: "bos_token" -> "<s>"."""
-        ids = {f"{name}_token": getattr(self, f"{name}_id") for name in NAMED_TOKENS}
-        return {name: self.vocab[id] for name, id in ids.items() if id is not None}
 
     def turn_end_id(self, chat_template: str | None) -> int | None:
         """The special token that a template puts behind an answer, found by letting it write one."""
@@ -302,9 +289,7 @@ def load_tokenizer(path: str | Path, adapter: str | Path | None = None) -> Token
             return replace(load_tokenizer(path), chat_template=template)
     path = local_path(path, TOKENIZER_FILES)
     if not path.is_dir() and not (path.is_file() and path.suffix == ".gguf"):
-        raise UserError(
-            f"{path}: neither a folder nor a .gguf file. The tokenizer is read from one or the other. Check the path."
-        )
+        raise UserError(f"{path}: neither a folder nor a .gguf file, so no tokenizer is there. Check the path.")
     if path.is_dir():
         return Tokenizer(**read_folder(path))
     from ..gguf.reader import read_gguf  # here, because most runs open no GGUF file

@@ -56,17 +56,14 @@ def read(path: Path, data: dict[str, Any]) -> Fields:
 def _checked_model(path: Path, data: dict[str, Any]) -> dict[str, Any]:
     where, model = f"{path}: model", expect(f"{path}: model", data.get("model"), dict, None) or {}
     if model.get("type") != "BPE":
-        raise UserError(
-            f"{path}: the model is {model.get('type')!r}, and only BPE can be read. Read in another way it would give "
-            "other ids. Use a model with a BPE tokenizer, as all Llamas have."
-        )
+        raise UserError(f"{path}: the model is {model.get('type')!r}. Use one of type BPE, as all Llamas have.")
     expect(f"{where}.vocab", model.get("vocab"), dict, None, each=(int,))
     expect(f"{where}.merges", model.get("merges"), list, None, each=(str, list))
     if not model.get("vocab") or model.get("merges") is None:
-        raise UserError(f"{path}: the model has no vocab or no merges. BPE needs both. Copy the file again.")
+        raise UserError(f"{path}: the model has no vocab or no merges. Copy the file again.")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
-            raise UserError(f"{path}: {name} is {model[name]!r}. It changes ids and is not supported. Set it to null.")
+            raise UserError(f"{path}: {name} is {model[name]!r}, and changes ids. Set it to null.")
     for name, kind in {"byte_fallback": bool, "ignore_merges": bool, "unk_token": str}.items():
         expect(f"{where}.{name}", model.get(name), kind, None)
     return model
@@ -92,20 +89,16 @@ def added_token(where: str, token: Any, special: bool = False) -> dict[str, Any]
     for name, value in flags.items():
         expect(f"{where}, {name} of {content!r},", value, bool, None)
     if flags["lstrip"] or flags["rstrip"] or flags["single_word"]:
-        raise UserError(
-            f"{where}: the added token {content!r} has lstrip, rstrip or single_word. They change what is found around "
-            "it, and are not supported. Set the three to false."
-        )
+        found = f"the added token {content!r} has lstrip, rstrip or single_word"
+        raise UserError(f"{where}: {found}, which are not supported. Set the three to false.")
     return token | {"special": special if flags["special"] is None else flags["special"]}
 
 
 def check_normalized(path: Path, data: dict[str, Any], token: dict[str, Any]) -> None:
     """Raises UserError for an added token that is found in the rewritten text only."""
     if token.get("normalized") and not token["special"] and steps_of(path, data, "normalizer"):
-        raise UserError(
-            f"{path}: the added token {token['content']!r} has normalized: true, so it is found only where a space "
-            "stands before it. llama.cpp finds it anywhere. Set normalized to false."
-        )
+        found = f"the added token {token['content']!r} has normalized: true, so it is found only behind a space"
+        raise UserError(f"{path}: {found}, and by llama.cpp anywhere. Set normalized to false.")
 
 
 def steps_of(where: Path, data: dict[str, Any], key: str) -> list[dict[str, Any]]:
@@ -124,20 +117,16 @@ def _split_rule(path: Path, data: dict[str, Any], fields: Fields, whole_words: b
     `ignore_merges` is part of it, as in GGUF files. It changes nothing where merges lead to every token.
     """
     if steps_of(path, data, "normalizer"):
-        raise UserError(
-            f"{path}: a normalizer, {json.dumps(data['normalizer'])[:200]}. It rewrites text before it is split, which "
-            "byte-level BPE has no use for. Only tokenizers without one can be read."
-        )
-    found = [_essence(step) for step in steps_of(path, data, "pre_tokenizer")]
+        found = f"a normalizer, {json.dumps(data['normalizer'])[:200]}, which rewrites text before it is split"
+        raise UserError(f"{path}: {found}. Use a byte-level tokenizer without one.")
+    steps = _essence(steps_of(path, data, "pre_tokenizer"))
     for name, rule in SPLIT_RULES.items():
-        if found == [_essence(step) for step in rule.steps]:
+        if steps == _essence([*rule.steps]):
             if rule.whole_words == whole_words or whole_words and not has_unreached(fields):
                 return name
-    raise UserError(
-        f"{path}: unknown pre_tokenizer {json.dumps(data.get('pre_tokenizer'))[:400]} with ignore_merges "
-        f"{json.dumps(whole_words)}. They decide where words begin and how they are split, so a wrong guess gives "
-        f"wrong ids. Use a model with one of the rules {', '.join(SPLIT_RULES)}."
-    )
+    found = f"unknown pre_tokenizer {json.dumps(data.get('pre_tokenizer'))[:400]}"
+    found += f" with ignore_merges {json.dumps(whole_words)}"
+    raise UserError(f"{path}: {found}. Use a model with one of the rules {', '.join(SPLIT_RULES)}.")
 
 
 def _essence(pre_tokenizer: Any) -> Any:
@@ -170,11 +159,9 @@ def _space_rule(path: Path, data: dict[str, Any], vocab: list[str]) -> Fields:
         splits = metaspace.get("split", True) and any(SPACE in piece[1:] for piece in vocab)
         if scheme and metaspace.get("replacement") == SPACE and not splits:
             return {"space_before": scheme, "space_before_space": scheme == "never"}
-    found = [f"{key} {json.dumps(data.get(key))[:200]}" for key in ("normalizer", "pre_tokenizer")]
-    raise UserError(
-        f"{path}: the steps before BPE are {' and '.join(found)}. They decide the ids, and "
-        "are not those of Llama-2 or Mistral. Use a model whose tokenizer writes spaces as U+2581 and does no more."
-    )
+    found = " and ".join(f"{key} {json.dumps(data.get(key))[:200]}" for key in ("normalizer", "pre_tokenizer"))
+    advice = "Use a model whose tokenizer writes spaces as U+2581 and does no more"
+    raise UserError(f"{path}: the steps before BPE are {found}, and not those of Llama-2 or Mistral. {advice}.")
 
 
 def token_in_front(path: Path, data: dict[str, Any]) -> str | None:
@@ -194,10 +181,8 @@ def check_merges(path: Path, fields: Fields) -> None:
         left, _, right = merge.partition(" ")
         made = left + right
         if not (left in known and right in known and made in known and (piece_to_bytes(made) or not is_bytes)):
-            raise UserError(
-                f"{path}: the merge {merge!r} joins or makes something that is no token. So these merges do not belong "
-                "to this vocabulary. Take both from one model."
-            )
+            found = f"the merge {merge!r} joins or makes something that is not a token"
+            raise UserError(f"{path}: {found}. Take vocabulary and merges from one model.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,25 +195,18 @@ def write(vocabulary: Vocabulary) -> dict[str, Any]:
     Added tokens are in the vocabulary too: the library gives ids of its own choice to those that are not.
     """
     vocab, kinds, bos = vocabulary.vocab, vocabulary.kinds, vocabulary.bos_id
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [id for id, kind in enumerate(kinds) if kind in (CONTROL, UNKNOWN, USER_DEFINED)]
-    unset = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
-    family = _sentencepiece_steps if vocabulary.is_sentencepiece else _byte_level_steps
-    steps, model = family(vocabulary)
+    steps, model = (_sentencepiece_steps if vocabulary.is_sentencepiece else _byte_level_steps)(vocabulary)
+    unset = dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
+    flags = dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)
+    ids = {piece: id for id, piece in enumerate(vocab)}
     return {
         "version": "1.0",
-        "added_tokens": [
-            {"id": id, "content": vocab[id], **plain, "special": kinds[id] != USER_DEFINED} for id in added
-        ],
+        "added_tokens": [{"id": i, "content": vocab[i], **plain, "special": kinds[i] != USER_DEFINED} for i in added],
         **steps,
         "post_processor": _bos_first(vocab[bos], bos) if vocabulary.add_bos and bos is not None else None,
-        "model": {
-            "type": "BPE",
-            **dict.fromkeys(unset),
-            **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
-            "vocab": {piece: id for id, piece in enumerate(vocab)},
-            **model,
-        },
+        "model": {"type": "BPE", **unset, **flags, "vocab": ids, **model},
     }
 
 
@@ -244,13 +222,12 @@ def _sentencepiece_steps(vocabulary: Vocabulary) -> tuple[dict[str, Any], dict[s
     """The same of a sentencepiece-style tokenizer.json."""
     scheme = {ours: theirs for theirs, ours in SCHEMES.items()}[vocabulary.space_before]
     before_all = scheme == "always" and vocabulary.space_before_space
+    metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
     back = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}]
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if scheme != "never" else []
     steps = {
         "normalizer": {"type": "Sequence", "normalizers": [PREPEND_SPACE, REPLACE_SPACES]} if before_all else None,
-        "pre_tokenizer": None
-        if before_all
-        else {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False},
+        "pre_tokenizer": None if before_all else metaspace,
         "decoder": {"type": "Sequence", "decoders": [*back, {"type": "Fuse"}, *strip]},
     }
     unk = None if vocabulary.unk_id is None else vocabulary.vocab[vocabulary.unk_id]

@@ -13,6 +13,7 @@ Special tokens are spelled as they look. Read next: byte_pairs.py and sentencepi
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of token, by the numbers of GGUF
@@ -47,6 +48,16 @@ class Vocabulary:
     def is_sentencepiece(self) -> bool:
         """Whether words are sentencepiece's, with scores, or bytes with merges."""
         return self.pre == SENTENCEPIECE
+
+    @cached_property
+    def named_texts(self) -> dict[str, str]:
+        """What the named tokens look like: "bos_token" -> "<s>"."""
+        ids = {f"{name}_token": getattr(self, f"{name}_id") for name in NAMED_TOKENS}
+        return {name: self.vocab[id] for name, id in ids.items() if id is not None}
+
+    def normal_pieces(self) -> list[str]:
+        """The pieces that text is made of, in the order of their ids."""
+        return [piece for piece, kind in zip(self.vocab, self.kinds, strict=True) if kind == NORMAL]
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:

@@ -12,7 +12,6 @@ import difflib
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -58,7 +57,7 @@ class QLoRALinear(nn.Module):
         self.use_rslora = False
         self.layer_seed = 0
         self.resident = True  # False: the frozen tensors are views of a buffer that all blocks use in turn
-        self.dense: Tensor | None = None  # the dequantized W, within `dense_weights`
+        self.dense: Tensor | None = None  # the dequantized W, where it is kept
         self.row_seeds: Tensor | None = None  # (B,) int64, set for each batch by `set_dropout_rows`
 
     @property
@@ -125,6 +124,12 @@ class QLoRALinear(nn.Module):
     def delta(self) -> Tensor:
         """The update s B A, (n_out, n_in) float32."""
         return self.scaling * (self.lora_B @ self.lora_A)
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """x W^T without gradients, (..., n_in) -> (..., n_out); few rows multiply the 4 bits themselves."""
+        if hasattr(self, "weight") or self.dense is not None:
+            return F.linear(x, self.rebuild(x.dtype))
+        return ops.nf4_linear(x, self.packed, self.absmax, self.nested_absmax, self.nested_offset)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.has_lora:
@@ -288,18 +293,3 @@ def flatten_trainable(model: nn.Module, multiple: int = 1) -> nn.Parameter:
         p.data = flat.data[start:end].view_as(p)
         p.grad = gradient[start:end].view_as(p)
     return flat
-
-
-@contextmanager
-def dense_weights(model: Llama) -> Iterator[None]:
-    """Within it the 4-bit layers hold their dequantized weights: for chat on a CPU, at two or four bytes per weight."""
-    dtype = model.model.embed_tokens.weight.dtype
-    layers = [m for _, m in block_linears(model) if isinstance(m, QLoRALinear)]
-    layers = [layer for layer in layers if hasattr(layer, "packed") and layer.resident and layer.dense is None]
-    try:
-        for layer in layers:
-            layer.dense = layer.rebuild(dtype)
-        yield
-    finally:
-        for layer in layers:
-            layer.dense = None

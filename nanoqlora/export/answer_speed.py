@@ -7,7 +7,6 @@ threads as PyTorch has, as a process of its own.
 """
 
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ import yaml
 
 from ..config.errors import UserError
 from ..config.options import ModelOptions
+from ..fast.decode import Decoder
 from ..gguf.reader import read_gguf
 from ..model import Llama
-from ..qlora import dense_weights
-from ..run.generate import generate
 from ..run.usable import load_for_use
 from .llama_cpp import NotAsked, Refused, Server
 
@@ -27,17 +25,15 @@ from .llama_cpp import NotAsked, Refused, Server
 def speed_of(model: Llama, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
     """Tokens a second of our own code; the best of two runs, after one that warms up."""
     ids = torch.randint(model.config.vocab_size, (prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-    on_cpu = model.model.norm.weight.device.type == "cpu"
-    prefill, decode = [], []
-    with dense_weights(model) if on_cpu else nullcontext():
-        for count in (2, new_tokens + 1, new_tokens + 1):
-            start = time.perf_counter()
-            answer = generate(model, ids, set(), max_new_tokens=count)
-            next(answer)  # the answer's first token comes out of the prompt
-            first = time.perf_counter()
-            made = sum(1 for _ in answer)
-            prefill.append(prompt_tokens / (first - start))
-            decode.append(made / (time.perf_counter() - first))
+    decoder, prefill, decode = Decoder(model), [], []
+    for count in (2, new_tokens + 1, new_tokens + 1):
+        start = time.perf_counter()
+        answer = decoder.generate([ids], set(), count)
+        next(answer)  # the answer's first token comes out of the prompt
+        first = time.perf_counter()
+        made = sum(1 for _ in answer)
+        prefill.append(prompt_tokens / (first - start))
+        decode.append(made / (time.perf_counter() - first))
     return {"prefill": max(prefill[1:]), "decode": max(decode[1:])}
 
 

@@ -48,6 +48,7 @@ __all__ = [
     "kernels",
     "linear_cross_entropy",
     "lora_linear",
+    "nf4_linear",
     "quantize_absmax",
     "quantize_nf4",
     "rms_norm",
@@ -191,6 +192,14 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
     """The results of `quantize_absmax` -> absmax float32."""
     return (nf4_fast if _fast else nf4).dequantize_absmax(codes, nested_absmax, nested_offset)
+
+
+def nf4_linear(x: Tensor, packed: Tensor, codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
+    """x W^T for W in four bits, (..., n_in) -> (..., n_out), without gradients."""
+    if _fast and x.dtype != torch.float64:
+        return nf4_fast.nf4_linear(x, packed, codes, nested_absmax, nested_offset)
+    absmax = dequantize_absmax(codes, nested_absmax, nested_offset)
+    return F.linear(x, dequantize_nf4(packed, absmax, x.dtype))
 
 
 def lora_linear(

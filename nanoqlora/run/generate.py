@@ -1,63 +1,19 @@
-"""Answers: token by token, greedy or drawn, with a cache of keys and values."""
+"""Answers as text: conversations to token ids, new tokens to pieces of text."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 from ..data.prompts import PromptFormat
-from ..model import KVCache, Llama
-from ..parallel import collectives
-from ..qlora import dense_weights
+from ..tokenizer.chat_template import Messages
 from .usable import Usable
 
-
-@torch.no_grad()
-def generate(
-    model: Llama,
-    tokens: list[int],
-    stop_ids: set[int],
-    *,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> Iterator[int]:
-    """Yield new tokens one at a time until one of `stop_ids`, which is not yielded, or until enough are made.
-
-    Args:
-        temperature: 0 always takes the likeliest token; above, draws from softmax(logits / temperature).
-    """
-    device = model.model.norm.weight.device
-    keep_dense = device.type == "cpu"  # where rebuilding every weight for every token is most of the work
-    with dense_weights(model) if keep_dense else nullcontext():
-        yield from _generate(model, tokens, stop_ids, max_new_tokens, temperature, generator, device)
-
-
-def _generate(
-    model: Llama,
-    tokens: list[int],
-    stop_ids: set[int],
-    max_new_tokens: int,
-    temperature: float,
-    generator: torch.Generator | None,
-    device: torch.device,
-) -> Iterator[int]:
-    cache, step = KVCache(), torch.tensor([tokens], device=device)
-    for _ in range(max_new_tokens):
-        logits = model.lm_head(model.model(step, cache=cache)[0, -1]).float()  # (V,)
-        if temperature == 0:
-            token = int(collectives.broadcast(logits.argmax()))
-        else:
-            token = int(torch.multinomial((logits / temperature).softmax(0).cpu(), 1, generator=generator))
-        if token in stop_ids:
-            return
-        yield token
-        step = torch.tensor([[token]], device=device)
+ROWS = 16  # conversations that are answered together
 
 
 def answer(
     used: Usable,
-    messages: list[dict[str, str]],
+    messages: Messages,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     seed: int = 0,
@@ -66,18 +22,19 @@ def answer(
     """Yield the model's answer to a conversation piece by piece, as text.
 
     Args:
+        temperature: 0 always takes the likeliest token; above, draws from softmax(logits / temperature).
         ends: tokens that end an answer besides those of the prompt format and the tokenizer.
     """
-    prompt_format = used.prompt_format or PromptFormat(type="chat_template")
-    ids = prompt_format.encode_prompt(used.tokenizer, messages)
     generator = torch.Generator().manual_seed(seed)
-    usual = prompt_format.end_id(used.tokenizer), used.tokenizer.eos_id
-    stop_ids = {*ends, *(id for id in usual if id is not None)}
+
+    def draw(logits: torch.Tensor) -> torch.Tensor:
+        return torch.multinomial((logits.float() / temperature).softmax(1).cpu(), 1, generator=generator)[:, 0]
+
+    prompts, end_ids = encoded(used, [messages])
     new: list[int] = []
     text, shown = "", ""
-    for token in generate(
-        used.model, ids, stop_ids, max_new_tokens=max_new_tokens, temperature=temperature, generator=generator
-    ):
+    for (token,) in used.decoder.generate(prompts, end_ids | {*ends}, max_new_tokens, draw if temperature else None):
+        assert token is not None
         new.append(token)
         text = used.tokenizer.decode(new)
         if not text.endswith("\ufffd"):  # a character may need more than one token
@@ -85,3 +42,22 @@ def answer(
             shown = text
     if text != shown:
         yield text[len(shown) :]  # it ended within a character
+
+
+def answers(used: Usable, conversations: Sequence[Messages], max_new_tokens: int) -> list[str]:
+    """The model's greedy answers to some conversations, decoded together."""
+    prompts, end_ids = encoded(used, conversations)
+    texts = []
+    for first in range(0, len(prompts), ROWS):
+        part = prompts[first : first + ROWS]
+        steps = [*used.decoder.generate(part, end_ids, max_new_tokens)]
+        new = [[token for step in steps if (token := step[row]) is not None] for row in range(len(part))]
+        texts += [used.tokenizer.decode(tokens) for tokens in new]
+    return texts
+
+
+def encoded(used: Usable, conversations: Sequence[Messages]) -> tuple[list[list[int]], set[int]]:
+    """The prompts as token ids, and the tokens that end an answer by the prompt format and the tokenizer."""
+    prompt_format, tok = used.prompt_format or PromptFormat(type="chat_template"), used.tokenizer
+    end_ids = {id for id in (prompt_format.end_id(tok), tok.eos_id) if id is not None}
+    return [prompt_format.encode_prompt(tok, messages) for messages in conversations], end_ids

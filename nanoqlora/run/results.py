@@ -29,7 +29,7 @@ from ..tokenizer.tokenizer import Tokenizer, save_tokenizer
 from ..weights.adapter import save_adapter
 from .figure import plot_metrics
 from .forecast import Forecast
-from .generate import answer
+from .generate import answers
 from .inputs import Data, data_files, row_format
 from .output_dir import cannot_write, is_disk_error
 from .quality import domain_score, domain_words, plain_samples, plain_text, supervised_texts
@@ -60,8 +60,7 @@ def judge(run: Run, data: Data, tokenizer: Tokenizer, step: int) -> dict[str, An
 
 def sample_answers(run: Run, tokenizer: Tokenizer, prompt_format: PromptFormat, count: int = 3) -> list[str]:
     """Greedy answers to the first questions of the held-out file, or of the training data without one."""
-    used = Usable(run.model, tokenizer, prompt_format)
-    return ["".join(answer(used, messages, max_new_tokens=80)) for messages in questions(run.config, count)]
+    return answers(Usable(run.model, tokenizer, prompt_format), questions(run.config, count), max_new_tokens=80)
 
 
 def questions(config: Config, count: int = 3) -> list[Messages]:

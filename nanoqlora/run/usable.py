@@ -1,6 +1,7 @@
 """A model with all that is needed to use it: weights, adapter, tokenizer and the prompt format it was trained with."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from ..config.errors import UserError
 from ..config.options import ModelOptions
 from ..data.prompts import PromptFormat
+from ..fast.decode import Decoder
 from ..model import Llama
 from ..parallel import devices
 from ..tokenizer.files import read_chat_template
@@ -29,6 +31,11 @@ class Usable:
     tokenizer: Tokenizer
     prompt_format: PromptFormat | None
     notes: tuple[str, ...] = ()  # what the user should know, to be printed when nothing can be wrong any more
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """Writes answers with the weights that the model has when this is first used."""
+        return Decoder(self.model)
 
 
 def load_for_use(args: ModelOptions) -> Usable:

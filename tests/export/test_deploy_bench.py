@@ -34,12 +34,12 @@ def test_speeds_are_tokens_a_second(run: Path, monkeypatch: pytest.MonkeyPatch):
     """By a clock that a prompt moves by 20 ms and every further token by 10 ms."""
     clock = [0.0]
 
-    def generate(model, ids, stop_ids, max_new_tokens):
+    def generate(prompts, stop_ids, max_new_tokens):
         for i in range(max_new_tokens):
             clock[0] += 0.01 if i else 0.02
-            yield 0
+            yield [0]
 
-    monkeypatch.setattr(answer_speed, "generate", generate)
+    monkeypatch.setattr(answer_speed, "Decoder", lambda model: SimpleNamespace(generate=generate))
     monkeypatch.setattr(answer_speed, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     speeds = answer_speed.speed_of(load_model(run / "model"), prompt_tokens=100, new_tokens=8)
     assert speeds == pytest.approx({"prefill": 5000, "decode": 100}, rel=1e-9)

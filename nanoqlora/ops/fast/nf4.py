@@ -53,3 +53,10 @@ def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tenso
     levels = nf4.dynamic_levels(codes.device)
     scales = kernels().dequantize_blockwise(codes.flatten(), nested_absmax, levels, nf4.NESTED_BLOCKSIZE, torch.float32)
     return (scales + nested_offset).view_as(codes)
+
+
+def nf4_linear(x: Tensor, packed: Tensor, codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
+    """As `ops.nf4_linear`. A GPU multiplies a few rows without writing W to memory, and dequantizes it for more."""
+    scales = codes.flatten(), nf4.dynamic_levels(codes.device), nested_offset
+    shape, blocksize = [packed.shape[0], packed.shape[1] * 2], packed.shape[1] * 2 // codes.shape[1]
+    return kernels().gemm_4bit(x, packed.view(-1, 1), shape, nested_absmax, blocksize, "nf4", None, *scales)

@@ -94,7 +94,9 @@ def find_files(
         there = f"; its files are of the split {there}" if there and not data_files else ""
         advice = "Name the file itself, or check data_files, ds_type and split"
         raise UserError(f"{where}: no file found there ({wanted}{there}). {advice}.")
-    files = [_data_file(file, kind) for file in sorted(set(found))]
+    files = [DataFile(file, kind or KINDS.get(_ending(file), "")) for file in sorted(set(found))]
+    if unknown := [file.path for file in files if not file.kind]:
+        raise UserError(f"data {unknown[0]}: its ending is unknown. Set ds_type to json, csv, parquet, arrow or text.")
     if len(kinds := sorted({file.kind for file in files})) > 1:
         raise UserError(f"{where}: files of several kinds ({', '.join(kinds)}). Name the one to read with ds_type.")
     return files
@@ -106,13 +108,6 @@ def _files(names: Iterable[str]) -> list[Path]:
 
 def _ending(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
-
-
-def _data_file(path: Path, kind: str | None) -> DataFile:
-    kind = kind or KINDS.get(_ending(path))
-    if kind is None:
-        raise UserError(f"data {path}: its ending is unknown. Set ds_type to json, csv, parquet, arrow or text.")
-    return DataFile(path, kind)
 
 
 def _in_folder(want: Wanted, folder: Path, inside: Path) -> list[Path]:

@@ -52,10 +52,10 @@ def chat_of(row: Row, form: RowFormat, note: Note, read_by_template: Iterable[st
         UserError: it is not a conversation.
     """
     given, num_prompt, columns = _given(row, form)
-    given = [_parsed(message) for message in given]
     _check_roles(given, form, note)
     tool_column, tools = form.field_tools, _parsed(row.get(form.field_tools))
-    if not tools and _is_functions(functions := _parsed(row.get("functions"))):
+    functions = _parsed(row.get("functions"))  # in OpenAI's older files
+    if not tools and isinstance(functions, list) and all(isinstance(f, dict) and "name" in f for f in functions):
         tool_column, tools = "functions", [{"type": "function", "function": function} for function in functions]
     tools = _listed([tools] if isinstance(tools, dict) else tools, tool_column, SCHEMAS)
     chat = Chat([], [], tools or None)
@@ -105,13 +105,13 @@ def _given(row: Row, form: RowFormat) -> tuple[list[Any], int, set[str]]:
     if form.field_messages not in row:  # trl's pairs of messages
         prompt, completion = _parsed(row.get("prompt")), _parsed(row.get("completion"))
         if isinstance(prompt, list) and isinstance(completion, list) and completion:
-            return [*prompt, *completion], len(prompt), {"prompt", "completion"}
+            return [*map(_parsed, (*prompt, *completion))], len(prompt), {"prompt", "completion"}
     require((form.field_messages,), row, form)
     given = _parsed(row[form.field_messages])
     if not isinstance(given, list) or not given:
         found = f"{form.field_messages} is {show(given)}, not a list of messages"
         raise UserError(f"{found}. Correct the row, or name the right column with field_messages.")
-    return given, 0, {form.field_messages}
+    return [*map(_parsed, given)], 0, {form.field_messages}
 
 
 def _message(given: Row, form: RowFormat, where: str, note: Note, known: set[str]) -> tuple[Row, bool]:
@@ -189,11 +189,6 @@ def _listed(given: Any, called: str, fields: tuple[str, ...]) -> list[Row]:
     if not isinstance(given, list) or not all(isinstance(item, dict) for item in items):
         raise UserError(f"{called} is {show(given)}, not a list of objects. Correct the row.")
     return [with_fields(item, fields, lambda text: _parsed(text or "{}")) for item in items]
-
-
-def _is_functions(given: Any) -> bool:
-    """Whether a value lists functions, as OpenAI's files did before there were tools."""
-    return isinstance(given, list) and all(isinstance(one, dict) and "name" in one for one in given)
 
 
 def with_fields(tool: Row, fields: tuple[str, ...], change: Callable[[Any], Any]) -> Row:

@@ -52,10 +52,6 @@ class Rows:
         from_where = np.repeat(self.starts[order] - starts[:-1], lengths) + np.arange(len(self.samples))
         return Rows(self.samples[from_where], starts)
 
-    def by_first_sample(self) -> "Rows":
-        """The row with sample 0 first, and so on: as near to the order of the data as complete rows can be."""
-        return self.in_order(np.argsort(np.minimum.reduceat(self.samples, self.starts[:-1])))
-
     @classmethod
     def joined(cls, parts: list["Rows"]) -> "Rows":
         """The rows of all parts, one part after the other."""
@@ -175,13 +171,14 @@ def _rows_of_epoch(
         return np.array(order, np.int64)
 
     ids = shuffled(len(lengths))
-    if packing and shuffle:
-        rows = pack(lengths, ids, capacity)
-        return rows.in_order(shuffled(len(rows)))
-    if packing:  # all at once, the longest samples would come first: so pack stretches of the data, one after the other
+    if packing:
+        # Unshuffled data is packed in stretches: all at once, the longest samples would come first.
         stretch = (lengths.cumsum() - lengths) // (POOL * rows_per_step * capacity)
-        parts = np.split(ids, np.flatnonzero(np.diff(stretch)) + 1)
-        return Rows.joined([pack(lengths, part, capacity).by_first_sample() for part in parts])
+        parts = [ids] if shuffle else np.split(ids, np.flatnonzero(np.diff(stretch)) + 1)
+        rows = Rows.joined([pack(lengths, part, capacity) for part in parts])
+        if shuffle:
+            return rows.in_order(shuffled(len(rows)))
+        return rows.in_order(np.argsort(np.minimum.reduceat(rows.samples, rows.starts[:-1])))  # by their first samples
     if shuffle:
         in_full_steps = len(ids) // rows_per_step * rows_per_step
         pools = range(0, in_full_steps, POOL * rows_per_step)

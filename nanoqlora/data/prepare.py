@@ -250,24 +250,23 @@ def _name(files: list[DataFile]) -> str:
 def _read(files: list[DataFile], encoding: Encoding, write: Callable[[np.ndarray], object]) -> tuple[Counts, Samples]:
     """Tokenise all rows and write their words, in order. Returns the samples without their words."""
     counts, digest = Counts(), hashlib.sha256()
-    rows: list[np.ndarray] = [np.empty(0, np.int64)]
-    lengths, num_targets = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+    columns = [(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int64))]
     for part in _encode_files(files, encoding):
         counts.add(part.counts)
-        lengths.append(part.lengths)
-        num_targets.append(part.num_targets)
-        digest.update(part.words.data)
-        digest.update(part.lengths.data)
-        write(part.words)
-        rows.append(part.rows)
+        columns.append((part.samples.lengths, part.samples.num_targets, part.rows))
+        (words,) = part.samples.words
+        digest.update(words.data)
+        digest.update(part.samples.lengths.data)
+        write(words)
+    lengths, num_targets, rows = map(np.concatenate, zip(*columns, strict=True))
     if counts.invalid and not encoding.skip_invalid:
         raise InvalidRows(counts)
     if counts.too_long and encoding.strategy == "raise":
         found = f"{counts.too_long.first[0]}: more tokens than sequence_len={encoding.sequence_len}"
         found += f", and of {counts.rows} rows {len(counts.too_long)} are too long; excess_length_strategy is raise"
         raise UserError(f"{found}. Set sequence_len to {counts.longest}, or drop or truncate.")
-    samples = Samples.of(np.empty(0), np.concatenate(lengths), np.concatenate(num_targets), digest.hexdigest())
-    _note_repeated(np.concatenate(rows), files, encoding.part, counts)
+    samples = Samples.of(np.empty(0), lengths, num_targets, digest.hexdigest())
+    _note_repeated(rows, files, encoding.part, counts)
     if not len(samples):
         num_long, num_empty = len(counts.too_long), len(counts.unsupervised)
         why = f"{num_long} too long for sequence_len {encoding.sequence_len}, {num_empty} without a supervised token"
@@ -292,12 +291,10 @@ def _note_repeated(rows: np.ndarray, files: list[DataFile], part: str, counts: C
 
 @dataclass(frozen=True)
 class Encoded:
-    """The samples of a block: their words one after the other, and for each how many."""
+    """The samples of a block, a hash of each row to find those that stand there twice, and what became of the rows."""
 
-    words: np.ndarray  # (tokens,) uint32
-    lengths: np.ndarray  # (samples,) int32
-    num_targets: np.ndarray  # (samples,) int32: supervised tokens
-    rows: np.ndarray  # (rows,) int64: a hash of each row, to find those that stand there twice
+    samples: Samples
+    rows: np.ndarray  # (rows,) int64
     counts: Counts
 
 
@@ -335,7 +332,7 @@ def encode_block(block: Block, encoding: Encoding) -> Encoded:
     lengths = np.array([len(sample) for sample in samples], np.int32)
     num_targets = np.array([np.count_nonzero(sample[1:] >= SUPERVISED) for sample in samples], np.int32)
     words = np.concatenate([np.empty(0, np.uint32), *samples])
-    return Encoded(words, lengths, num_targets, np.array(rows, np.int64), counts)
+    return Encoded(Samples.of(words, lengths, num_targets, ""), np.array(rows, np.int64), counts)
 
 
 def _encode_files(files: list[DataFile], encoding: Encoding) -> Iterator[Encoded]:

@@ -143,13 +143,11 @@ def _rows_of_texts(path: Path, kind: str, texts: list[tuple[int, bytes] | tuple[
     """Rows from lines or from JSON, each with the line that it begins in; values of a list also with their number."""
     for line, data, *number in texts:
         where = f"{path}, row {number[0]} (line {line})" if number else f"{path}, line {line}"
-        row: Row | UserError
         try:
             text = _decode(data, path, line)
-            row = {"text": text.rstrip("\r\n")} if kind == "text" else _parse(text, path, line, where)
+            yield where, {"text": text.rstrip("\r\n")} if kind == "text" else _parse(text, path, line, where)
         except UserError as error:
-            row = error
-        yield where, row
+            yield where, error
 
 
 def _parse(text: str, path: Path, line: int, where: str) -> Row:
@@ -241,11 +239,11 @@ def _csv_lines(path: Path, opened: Iterable[bytes]) -> Iterator[tuple[str, list[
 
 def _csv_rows(header: list[str], lines: list[tuple[str, list[str]]]) -> Iterator[Placed]:
     for where, fields in lines:
-        row: Row | UserError = dict(zip(header, fields, strict=False))
-        if len(fields) != len(header):
+        if len(fields) == len(header):
+            yield where, dict(zip(header, fields, strict=True))
+        else:
             found = f"{len(fields)} fields, and the header names {len(header)} columns"
-            row = UserError(f"{where}: {found}. Correct the row; a field with commas needs double quotes.")
-        yield where, row
+            yield where, UserError(f"{where}: {found}. Correct the row; a field with commas needs double quotes.")
 
 
 # ------------------------------------------------------------------------------------------------ Parquet and Arrow
@@ -267,23 +265,20 @@ def _arrow_blocks(file: DataFile) -> Iterator[Block]:
                 batches = pyarrow.ipc.open_stream(opened)
             first = 1
             for batch in batches:
-                names = batch.schema.names
-                if len(set(names)) < len(names):
-                    listed = ", ".join(names)
-                    raise UserError(f"data {file.path}: its columns are {listed}. Give each a name of its own.")
                 for start in range(0, len(batch), ARROW_ROWS):
                     part = batch.slice(start, ARROW_ROWS)
                     yield Block(partial(_arrow_rows, file.path, first), part, part.nbytes)
                     first += len(part)
-    except UserError:
-        raise
     except (pyarrow.ArrowException, ValueError) as error:
         kind = file.kind.title()
         raise UserError(f"data {file.path}: not a readable {kind} file ({error}). Copy it again.") from error
 
 
 def _arrow_rows(path: Path, first: int, batch: Any) -> Iterator[Placed]:
-    columns = {name: _values_of(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    names = batch.schema.names
+    if len(set(names)) < len(names):
+        raise UserError(f"data {path}: its columns are {', '.join(names)}. Give each a name of its own.")
+    columns = {name: _values_of(column) for name, column in zip(names, batch.columns, strict=True)}
     for i in range(len(batch)):
         yield f"{path}, row {first + i}", {name: _as_in_json(values[i]) for name, values in columns.items()}
 

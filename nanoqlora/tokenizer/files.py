@@ -228,15 +228,9 @@ def _from_ranks(path: Path, data: bytes) -> Fields:
         raise UserError(f"{path}: {found}. Use a model with a tokenizer.json.")
     vocab = ["".join(LETTERS[byte] for byte in tokens[rank]) for rank in range(LLAMA3_RANKS)]
     special = [f"<|{name}|>" for name in LLAMA3_SPECIAL]
-    return {
-        "pre": "llama-bpe",
-        "vocab": vocab + special,
-        "kinds": [NORMAL] * len(vocab) + [CONTROL] * len(special),
-        "merges": [],
-        "original_files": {},
-        "bos_id": len(vocab),
-        "eos_id": len(vocab) + 1,
-    }
+    kinds = [NORMAL] * len(vocab) + [CONTROL] * len(special)
+    fields: Fields = {"pre": "llama-bpe", "vocab": vocab + special, "kinds": kinds, "merges": [], "original_files": {}}
+    return fields | {"bos_id": len(vocab), "eos_id": len(vocab) + 1}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

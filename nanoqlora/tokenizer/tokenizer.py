@@ -118,20 +118,15 @@ class Tokenizer(Vocabulary):
                 if span.source is None:
                     why = f"the chat template changes texts so that nobody can tell whether {found[0]} is the row's"
                     raise UserError(f"{why}. Give a plainer template with chat_template_jinja, or edit the row.")
-                shorter = self._shorter(text, begin, max(begin, span.start))
-                if shorter is None:
+                added = self._cut_added.match(text, begin)
+                special = self._special.match(text, begin, max(begin, span.start))  # that ends before the span
+                end = max((match.end() for match in (added, special) if match), default=0)
+                if not end:
                     at = begin + 1
                     continue
-                end = shorter
             parts += [text[start:begin], text[begin:end]]
             start = at = end
         return [*parts, text[start:]]
-
-    def _shorter(self, text: str, begin: int, limit: int) -> int | None:
-        """The end of the longest added token at `begin`, or special token that ends before `limit`, if there is one."""
-        added = self._cut_added.match(text, begin)
-        special = self._special.match(text, begin, limit)
-        return max((found.end() for found in (added, special) if found), default=None)
 
     def _tokens(self, parts: list[str]) -> tuple[list[int], list[int]]:
         """The ids, and where each token starts, in `width`, of a text in parts, of which every second is one token.

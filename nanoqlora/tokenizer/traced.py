@@ -6,7 +6,7 @@ character could mark that, as users may write any. So while a template runs, eac
 that also has spans, and what is made of it has them too.
 
 Pieces, sums and replacements of strings know their spans. Everything else that makes strings of strings (formatting,
-JSON, filters) is run a second time, with marks around the parts that are traced, and the marks tell the spans. They are
+JSON, filters) is recomputed, with marks around the parts that are traced, and the marks tell the spans. They are
 halves of surrogate pairs, which no text holds (`trace`), and nobody sees the second result.
 """
 
@@ -120,22 +120,21 @@ class Traced(str):
         return join([first, *(part for other in others for part in (new, other))])
 
 
-class _Whole(int):
+class _Number:
     """A number of a row, whose digits are traced."""
 
     source: int
 
     def __str__(self) -> str:
-        return trace(int.__repr__(self), self.source)
+        return trace(super().__repr__(), self.source)
 
 
-class _Real(float):
+class _Whole(_Number, int):
+    """The same for a whole number."""
+
+
+class _Real(_Number, float):
     """The same for a fraction."""
-
-    source: int
-
-    def __str__(self) -> str:
-        return trace(float.__repr__(self), self.source)
 
 
 def trace(value: Any, source: int) -> Any:
@@ -187,7 +186,7 @@ def is_own(function: Any) -> bool:
     return isinstance(getattr(function, "__self__", None), Traced) and isinstance(function, MethodType)
 
 
-# ------------------------------------------------------------------------------------------------ run twice
+# ------------------------------------------------------------------------------------------------ marks
 
 _HALF = re.compile(r"[\ud800-\udfff]")
 _END = "\ud800"
@@ -247,10 +246,7 @@ def _unmarked(marked: Any, text: str, given: list[str]) -> Traced:
 
 def _source_of(texts: Iterable[str]) -> int | None:
     """Who gave all of these texts; None where that is more than one."""
-    found = {source for text in texts for source in (*(span.source for span in spans_of(text)), *_gaps(text))}
-    return found.pop() if len(found) == 1 else None
-
-
-def _gaps(text: str) -> list[None]:
-    """[None] if a part of a text is not traced."""
-    return [None] if sum(stop - start for start, stop, _ in spans_of(text)) < len(text) else []
+    texts = [*texts]
+    found = {span.source for text in texts for span in spans_of(text)}
+    is_traced = all(sum(stop - start for start, stop, _ in spans_of(text)) >= len(text) for text in texts)
+    return found.pop() if len(found) == 1 and is_traced else None

@@ -49,7 +49,7 @@ def expect(where: str, value: Any, *kinds: type | None, each: tuple[type, ...] =
     Raises:
         UserError: it, or an item of it, is of another type.
     """
-    wrong = [value] if type(value) not in kinds and not (value is None and None in kinds) else []
+    wrong = [value] if type(value) not in kinds and (value is not None or None not in kinds) else []
     if each and value and not wrong:
         items = value.values() if isinstance(value, dict) else value
         kinds, wrong = each, [item for item in items if type(item) not in each]

@@ -55,12 +55,20 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         old = path.with_name(f".{path.name}.old.tmp")
         if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            _delete(old)
             os.replace(path, old)
         os.replace(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
+        _delete(old)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _delete(temporary)
+
+
+def _delete(path: Path) -> None:
+    """Delete a file or a folder, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 # Of a process that was killed: `whole_file` and `whole_folder` in the making, and what a folder took the place of.
@@ -74,20 +82,15 @@ def sweep(folder: Path) -> None:
             whole = folder / found[1]
             if found[2] == "old" and not whole.exists():
                 os.replace(path, whole)
-            elif path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink(missing_ok=True)
+                _delete(path)
 
 
 def remove(path: Path) -> None:
     """Remove a file or a folder, under another name: a kill in the middle leaves nothing that looks complete."""
     temporary = path.with_name(f".{path.name}.removing.tmp")  # which `sweep` takes away
     os.replace(path, temporary)
-    if temporary.is_dir():
-        shutil.rmtree(temporary, ignore_errors=True)
-    else:
-        temporary.unlink()
+    _delete(temporary)
 
 
 HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # an escape in JSON for half of a character above U+FFFF
@@ -128,13 +131,15 @@ def check_space(path: str | Path, num_bytes: int, advice: str = "write elsewhere
     Raises:
         UserError: `path`, which need not exist yet, is on a disk with less than `num_bytes` free.
     """
-    folder = next(parent for parent in (Path(path).absolute(), *Path(path).absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(_nearest(path)).free
     if free < num_bytes:
-        raise UserError(
-            f"{path}: takes {_size(num_bytes)} and its disk has {_size(free)} free, so it would break off half-way. "
-            f"Free some, or {advice}."
-        )
+        sizes = f"takes {_size(num_bytes)} and its disk has {_size(free)} free"
+        raise UserError(f"{path}: {sizes}, so it could not be completed. Free some space, or {advice}.")
+
+
+def _nearest(path: str | Path) -> Path:
+    """The path, or the nearest of its parents that exists."""
+    return next(parent for parent in (Path(path).absolute(), *Path(path).absolute().parents) if parent.exists())
 
 
 def _size(num_bytes: int) -> str:
@@ -144,7 +149,7 @@ def _size(num_bytes: int) -> str:
 
 def check_writable(folder: str | Path, key: str) -> None:
     """Raises UserError if a folder, which need not exist yet, cannot be made or written to; `key` says whose it is."""
-    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    there = _nearest(folder)
     if not there.is_dir() or not os.access(there, os.W_OK):
         what = "may not be written to" if there.is_dir() else "is a file, not a folder"
         raise UserError(f"{key} {folder}: {there} {what}, so nothing could be saved there. Name another {key}.")

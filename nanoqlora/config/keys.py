@@ -150,8 +150,11 @@ def settle(cls: type[Keys], given: Map, notes: list[str], options: Iterable[str]
             value = {entry: value} if entry else value
         elif fate == "old":
             ((name, meant),) = row.items()
-            if not _is_on(value, f"{at} is {_show(value)}, but it takes true or false. Write {name} instead."):
-                continue
+            try:
+                if not pydantic.TypeAdapter(bool).validate_python(value):
+                    continue
+            except pydantic.ValidationError:
+                raise UserError(f"{at} is {_show(value)}, but it takes true or false. Write {name} instead.") from None
             value = meant
         for pattern, advice in cls.fates.refused_values.get(name, {}).items():
             if fnmatchcase(str(value), pattern):
@@ -178,13 +181,6 @@ def _settle_inside(hint: Any, value: Any, notes: list[str]) -> Any:
     for name in [name for name, entry in settled.items() if entry is None]:
         del settled[name]
     return settled
-
-
-def _is_on(value: Any, problem: str) -> bool:
-    try:
-        return pydantic.TypeAdapter(bool).validate_python(value)
-    except pydantic.ValidationError:
-        raise UserError(problem) from None
 
 
 def _is_off(value: Any, harmless: list[Any]) -> bool:
@@ -265,10 +261,8 @@ def describe_keys(cls: type[Keys], dashes: str = "", only: tuple[str, ...] = ())
 def range_text(field: FieldInfo) -> str:
     """The limits of a number: ">= 0 and < 1"."""
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    found = [
-        f"{sign} {getattr(one, end)}" for one in field.metadata for end, sign in signs.items() if hasattr(one, end)
-    ]
-    return " and ".join(found)
+    ends = [(sign, getattr(one, end, None)) for one in field.metadata for end, sign in signs.items()]
+    return " and ".join(f"{sign} {limit}" for sign, limit in ends if limit is not None)
 
 
 def type_text(hint: Any) -> str:

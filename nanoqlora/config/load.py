@@ -19,6 +19,8 @@ from .scripts import script_command, this_command
 
 OwnT = TypeVar("OwnT", bound=Keys)
 RunT = TypeVar("RunT", bound=RunOptions)
+MAPS: dict[str, type[Keys]] = {"an entry of datasets": DatasetConfig, "type of such an entry, as a map": FrameConfig}
+MAPS |= {"special_tokens": SpecialTokens, "bnb_config_kwargs": BnbConfig, "fsdp_config": FsdpConfig}
 _answered: dict[type[Keys], Any] = {}  # what `answer_early` has read
 
 
@@ -77,10 +79,9 @@ def load_command(own: type[RunT], argv: list[str] | None = None) -> tuple[Config
         return _answered.pop(own)
     given, words, over = _read(own, argv, keys_of(Config)), Map("command line: --"), Map()
     for name, value in given.items():
-        if name in keys_of(own):
-            words.put(name, value, given.at[name])
-        else:
-            over.put(name, None if value in ("null", "~") else value, given.at[name])
+        is_own = name in keys_of(own)
+        value = None if value in ("null", "~") and not is_own else value
+        (words if is_own else over).put(name, value, given.at[name])
     options = build(own, words)
     if "file" not in words and any(all(name in words for name in names.split()) for names in own.alone):
         for at in over.at.values():
@@ -122,9 +123,8 @@ def _resolve(file: Map, overrides: Map, where: str, options: Iterable[str] = ())
         if is_broken(config):
             raise UserError(f"{where}: {message}")
     # What was read, and what the other keys got, so that an imported file holds no surprise.
-    values = ", ".join(
-        f"{name} {yaml.safe_dump(value).split()[0]}" for name, value in filled.items() if value is not None
-    )
+    set_now = {name: value for name, value in filled.items() if value is not None}
+    values = ", ".join(f"{name} {yaml.safe_dump(value).split()[0]}" for name, value in set_now.items())
     others = len(keys_of(Config)) - len(used) - len(over) - len(filled)
     summary = [f"{where}: {len(used)} keys used: {', '.join(used)}"]
     summary += [f"command line: {', '.join(over)}"] if over else []
@@ -145,11 +145,6 @@ def help_text(own: type[Keys]) -> str:
         return "\n".join([*lines, *describe_keys(Config, "--", own.reads)])
     lines += ["Every key of the YAML file can be overridden, with _ or -; lists and maps as JSON or YAML text."]
     lines += describe_keys(Config, "--")
-    maps: dict[str, type[Keys]] = {
-        "an entry of datasets": DatasetConfig,
-        "type of such an entry, as a map": FrameConfig,
-    }
-    maps |= {"special_tokens": SpecialTokens, "bnb_config_kwargs": BnbConfig, "fsdp_config": FsdpConfig}
-    for title, cls in maps.items():
+    for title, cls in MAPS.items():
         lines += ["", title, *describe_keys(cls)]
     return "\n".join(lines)

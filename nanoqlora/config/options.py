@@ -33,6 +33,9 @@ def split_at_commas(given: str | list[str]) -> list[str]:
     return [name for text in as_list(given) for name in str(text).split(",") if name.strip()]
 
 
+GgufTypes = Annotated[Many[GgufType], BeforeValidator(split_at_commas)]
+Base = Literal["nf4", "original"]
+Dtype = Literal["bf16", "fp16", "fp32", "bfloat16", "float16", "float32"]
 # Keys of a run that say which of its texts are held out, and how they are read.
 HELD_OUT: tuple[str, ...] = ("datasets", "test_datasets", "val_set_size", "sequence_len", "train_on_inputs", "seed")
 HELD_OUT += ("chat_template", "chat_template_jinja", "default_system_message", "dataset_prepared_path")
@@ -59,20 +62,12 @@ class MergeOptions(RunOptions):
 
     model: PathText | None = key("the base: Hugging Face folder or .gguf file; unset: base_model", None)
     adapter: PathText | None = key("folder or hub name of the trained adapter; unset: output_dir", None)
-    out: PathText | None = key(
-        "folder to write; must not exist, or hold an earlier merge; unset: merged, in output_dir", None
-    )
-    base: Literal["nf4", "original"] | None = key(
-        "nf4: the values that training saw; original: the weights before quantisation; unset: as in training", None
-    )
-    dtype: Literal["bf16", "fp16", "fp32", "bfloat16", "float16", "float32"] | None = key(
-        "of the merged weights; unset: what training computed in", None
-    )
+    out: PathText | None = key("folder to write, new or of an earlier merge; unset: merged, in output_dir", None)
+    base: Base | None = key("nf4: the values of training; original: before quantisation; unset: as in training", None)
+    dtype: Dtype | None = key("of the merged weights; unset: what training computed in", None)
     max_shard_size: float = key("GB in a file of the output", 5.0, gt=0)
     data: PathText | None = key("held-out texts for the certificate; unset: those of the run in the YAML file", None)
-    types: Annotated[Many[GgufType], BeforeValidator(split_at_commas)] = key(
-        "GGUF types to score as well, as q8_0,q4_k_m", ()
-    )
+    types: GgufTypes = key("GGUF types to score as well, as q8_0,q4_k_m", ())
     max_kl: float | None = key("nats a token; above it nothing is written; unset: 0.05 for --base nf4", None)
     max_tokens: int = key("held-out tokens to score on; 0: no scores", 1024, ge=0)
     other_base: bool = key("merge onto other weights than those that the adapter was trained on", False)
@@ -84,17 +79,9 @@ class ExportOptions(RunOptions):
     reads: ClassVar = ("base_model", "output_dir", *HELD_OUT)
     alone: ClassVar = ("model", "adapter")
 
-    model: PathText | None = key(
-        "the Hugging Face folder to export, with --adapter its base; unset: merged, in output_dir", None
-    )
-    adapter: PathText | None = key(
-        "folder or hub name of a trained adapter, to be written alone; its base is --model, that of the YAML, or the "
-        "hub name in it",
-        None,
-    )
-    out: PathText | None = key(
-        "the file to write; unset: model-TYPE.gguf in output_dir, or in the --model folder", None
-    )
+    model: PathText | None = key("Hugging Face folder, with --adapter its base; unset: merged, in output_dir", None)
+    adapter: PathText | None = key("trained adapter (folder or hub name) to write alone; its base is --model", None)
+    out: PathText | None = key("file to write; unset: model-TYPE.gguf in output_dir, or in the --model folder", None)
     type: GgufType | None = key("how weights are stored; unset: q8_0, of an adapter f32", None)
     prove: bool = key("read the file back and compare it with what was trained; the result is in merge.json", False)
     data: PathText | None = key("held-out texts for --prove; unset: those of the run in the YAML file", None)
@@ -152,9 +139,7 @@ class AskOptions(Keys):
 class BenchOptions(Keys):
     """How fast a training step is, and how far from the fastest that this machine could do it."""
 
-    model: PathText = key(
-        "llama3-1b, -3b, -8b, -70b or -405b with random weights, a folder or a .gguf file", "llama3-8b"
-    )
+    model: PathText = key("llama3-1b, -3b, -8b, -70b or -405b with random weights, folder or .gguf file", "llama3-8b")
     micro_batch_size: int = key("rows per GPU in one forward", 4, ge=1)
     sequence_len: int = key("tokens in a row", 2048, ge=2)
     lora_r: int = key("rank of the update", 64, ge=1)

@@ -21,11 +21,16 @@ Amount = Annotated[int | float, AfterValidator(lambda x: int(x) if x == int(x) e
 IN_PARTS, REPLICATE = {"full_shard", "hybrid_shard"}, {"replicate", "no_shard"}
 WHOLE = REPLICATE | {"shard_grad_op"}
 
+RowType = Literal["alpaca", "chat_template", "completion", "prompt_completion"]
+FileFormat = Literal["json", "jsonl", "csv", "parquet", "arrow", "text"]
+EndTokens = Literal["turn", "last", "all", "none"]
 Cadence = Literal["no", "steps", "epoch"]
 Attention = Literal["flash_attention_2", "flash_attention_3", "sdpa", "flex_attention", "eager"]
 Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 Fsdp = Literal["auto", "replicate", "full_shard", "shard_grad_op", "hybrid_shard", "no_shard", "auto_wrap", "offload"]
 
+FSDP_MEANING = """full_shard: each GPU holds its part of the base; replicate: all of it; auto: what memory allows;
+unset: full_shard with fsdp_config or fsdp_version: 2, else auto"""
 ShardingStrategy = Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"]
 
 # A map in a file is laid over the default, so that it needs to say only what differs.
@@ -52,33 +57,25 @@ class DatasetConfig(Keys):
     fates: ClassVar[Fates] = FATES["dataset"]
 
     path: str = key("a file, a folder, or the name of a data set on the hub")
-    type: Literal["alpaca", "chat_template", "completion", "prompt_completion"] | FrameConfig = key(
-        "how a row becomes text; a map describes columns and text of your own"
-    )
-    ds_type: Literal["json", "jsonl", "csv", "parquet", "arrow", "text"] | None = key(
-        "file format; unset: by the suffix", None
-    )
+    type: RowType | FrameConfig = key("how a row becomes text; a map describes columns and text of your own")
+    ds_type: FileFormat | None = key("file format; unset: by the suffix", None)
     data_files: Many[str] = key("the files of a folder or a hub data set to read", ())
     split: str | None = key("split of a folder or hub data set, or a part of one: train[:20%]; unset: train", None)
     name: str | None = key("configuration of a data set whose card lists several", None)
     revision: str | None = key("branch, tag or commit of a hub data set", None)
     field: str = key("completion: the column with the text", "text")
     field_messages: str = key("chat_template: the column with the list of messages", "messages")
-    message_property_mappings: Mappings = key(
-        "chat_template: what the template calls it -> what a message of this file calls it", MAPPINGS
-    )
+    message_property_mappings: Mappings = key("chat_template: the template's name -> this file's name", MAPPINGS)
     roles: dict[str, Many[str]] = key("role of the template -> its names in this file", {})
     roles_to_train: Many[str] = key("roles that are learnt, by the template's names or this file's", ("assistant",))
     message_field_training: str | None = key(
-        "chat_template: the key of a message that says whether it is learnt; unset: weight: 0 and train: false do", None
+        "chat_template: decides if a message is learnt; unset: weight, train", None
     )
     field_tools: str = key("chat_template: the column with the list of tools, if there are any", "tools")
     field_system: str = key("chat_template: the column with a system text, if no message has one", "system")
     field_instruction: str | None = key("chat_template: the column with a question, in place of messages", None)
     field_output: str | None = key("chat_template: the column with the answer to it", None)
-    train_on_eos: Literal["turn", "last", "all", "none"] = key(
-        "end tokens that count: of trained turns, of the last, of all, none", "turn"
-    )
+    train_on_eos: EndTokens = key("supervised end tokens: of trained turns, of the last, of all, none", "turn")
     chat_template: str | None = key("template of this file only; unset: the run's chat_template", None)
     chat_template_jinja: str | None = key("its Jinja text, or the path of a file with it", None)
 
@@ -144,9 +141,7 @@ class Config(Keys):
     lora_alpha: Amount | None = key("the update is scaled by lora_alpha / lora_r", None, gt=0)
     lora_dropout: float = key("share of an adapter's inputs that is dropped in training", 0.0, ge=0, lt=1)
     lora_target_linear: bool = key("adapt all linear layers of the blocks; unset: if no modules are named", None)
-    lora_target_modules: Many[str] = key(
-        "the layers to adapt: ends of names such as q_proj, full names, or a regular expression for full names", ()
-    )
+    lora_target_modules: Many[str] = key("layers to adapt: ends of names (q_proj), full names, regular expression", ())
     lora_model_dir: PathText | None = key("start from the adapter in this folder", None)
     peft_use_rslora: bool = key("scale by lora_alpha / sqrt(lora_r) instead", False)
     peft_use_dora: bool = key("DoRA: learn the length of every row of a weight apart from its direction", False)
@@ -188,9 +183,7 @@ class Config(Keys):
     max_grad_norm: float = key("clip the global gradient norm; 0: do not clip", 1.0, ge=0)
     skip_nonfinite_steps: bool = key("leave out steps whose loss or gradient is NaN or infinite; false: stop", False)
     gradient_checkpointing: bool | Literal["offload", "auto"] = key(
-        "recompute blocks in backward; offload: keep their inputs in host memory; auto: if memory needs it; "
-        "unset: as fsdp_config.activation_checkpointing, else false",
-        None,
+        "recompute blocks in backward; offload: keep their inputs in host memory; auto: if memory needs it", None
     )
 
     logging_steps: int = key("optimizer steps between log lines", 1, ge=1, group="cadence")
@@ -203,9 +196,7 @@ class Config(Keys):
     saves_per_epoch: int | None = key("checkpoints in an epoch; 0: none", None, ge=0)
     save_total_limit: int = key("checkpoints to keep, the newest ones", 4, ge=1)
     save_first_step: bool = key("a checkpoint after the first step too", False)
-    load_best_model_at_end: bool = key(
-        "keep the checkpoint of the best evaluation and end with it; unset: true with early_stopping_patience", None
-    )
+    load_best_model_at_end: bool = key("end with the best evaluation's model; unset: if early_stopping_patience", None)
     metric_for_best_model: Literal["eval_loss", "loss"] = key("what is best: the held-out loss", "eval_loss")
     early_stopping_patience: int | None = key("stop after so many evaluations without a better one", None, ge=1)
     loss_watchdog_threshold: float | None = key("stop when the loss stays above this", None, gt=0)
@@ -221,16 +212,9 @@ class Config(Keys):
     wandb_mode: Literal["online", "offline", "disabled"] | None = key("offline writes to output_dir alone", None)
     wandb_run_id: str | None = key("go on with this run there", None)
 
-    fsdp: Many[Fsdp] = key(
-        "full_shard: each GPU holds its part of the base; replicate: all of it; auto: what memory allows; "
-        "unset: full_shard with fsdp_config or fsdp_version: 2, else auto",
-        (),
-        group="several GPUs",
-    )
+    fsdp: Many[Fsdp] = key(FSDP_MEANING, (), group="several GPUs")
     shard_optimizer_state: bool = key("each GPU keeps its part of the moments and updates its part of LoRA", False)
-    fsdp_version: Literal[1, 2] | None = key(
-        "2: PyTorch's fully_shard shards the base; else this project's own store", None
-    )
+    fsdp_version: Literal[1, 2] | None = key("2: PyTorch's fully_shard shards the base; else our own store", None)
     fsdp_config: FsdpConfig | None = key("spread the base over the GPUs", None)
 
     notes: tuple[str, ...] = Field((), exclude=True, repr=False)  # to be printed once at start; not a key

@@ -7,6 +7,7 @@ the same files in `nanoqlora/programs/`. They are run by path: a train.py in the
 import runpy
 import shlex
 import sys
+from importlib.metadata import version
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -74,23 +75,20 @@ def usage() -> str:
 
 def answer_without_command() -> None:
     """What `nanoqlora` prints when no command is named. Raises UserError for anything but --help and --version."""
-    from importlib.metadata import version
-
-    given = sys.argv[1:2]
-    if given == ["--version"]:
+    given = "".join(sys.argv[1:2])
+    if given == "--version":
         print(f"nanoqlora {version('nanoqlora')}")
-    elif given in (["--help"], ["-h"]):
+    elif given in ("--help", "-h"):
         print(usage())
     else:
-        found = f"there is no command {given[0]}" if given else "no command is given"
-        raise UserError(f"nanoqlora: {found}. Give one of {', '.join(COMMANDS)}; nanoqlora --help says what they do.")
+        found = f"there is no command {given}" if given else "no command is given"
+        raise UserError(f"nanoqlora: {found}. Give one of {', '.join(COMMANDS)}; nanoqlora --help explains them.")
 
 
 def main() -> None:
     """The entry point of the command `nanoqlora`: run the program, as if its own script had been started."""
-    if sys.argv[1:2] == [] or sys.argv[1] not in COMMANDS:
-        run_command(answer_without_command)
-        return
+    if "".join(sys.argv[1:2]) not in COMMANDS:
+        return run_command(answer_without_command)
     script, _ = COMMANDS[sys.argv.pop(1)]
     if script.endswith(".py"):
         sys.argv[0] = str(PROGRAMS / script)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from ..config.schema import Config
 from ..data.packing import BatchSchedule
@@ -16,14 +17,9 @@ def warmup_steps(config: Config, plan: BatchSchedule) -> int:
 
 def learning_rates(config: Config, plan: BatchSchedule) -> Callable[[int], float]:
     """The learning rate of each step, counted from 0."""
-    return partial(
-        learning_rate_at,
-        num_steps=len(plan),
-        warmup=warmup_steps(config, plan),
-        peak=config.learning_rate,
-        scheduler=config.lr_scheduler,
-        min_ratio=config.cosine_min_lr_ratio or 0.0,
-    )
+    schedule: dict[str, Any] = {"scheduler": config.lr_scheduler, "min_ratio": config.cosine_min_lr_ratio or 0.0}
+    schedule |= {"num_steps": len(plan), "warmup": warmup_steps(config, plan), "peak": config.learning_rate}
+    return partial(learning_rate_at, **schedule)
 
 
 def evaluations(config: Config, plan: BatchSchedule) -> list[int]:
@@ -43,8 +39,7 @@ def due(step: int, plan: BatchSchedule, per_epoch: int | None, every: float | No
     if strategy == "no":
         return False
     if every:
-        interval = max(1, round(every * len(plan))) if every < 1 else int(every)
-        return step % interval == 0
+        return step % (max(1, round(every * len(plan))) if every < 1 else int(every)) == 0
     times = 1 if per_epoch is None else per_epoch
     before = plan[step - 2].epoch if step > 1 else 0.0
     return int(plan[step - 1].epoch * times + 1e-9) > int(before * times + 1e-9)

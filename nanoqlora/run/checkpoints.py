@@ -57,9 +57,13 @@ def save_checkpoint(run: Run, step: int) -> None:
     collectives.barrier()
 
 
-# What trainer_state.json holds, those of older versions in parts.
+# What trainer_state.json holds, those of older versions in parts; and what its maps hold, where they are not empty.
 STATE_TYPES = {"step": int, "plan": str, "steps": int, "base": str, "optimizer": str}
 STATE_TYPES |= {"fixed": dict, "before": dict, "progress": dict}
+INNER_TYPES = {
+    "before": {"loss": float, "plain_loss": float, "answers": list},
+    "progress": {name: type(value) for name, value in asdict(Progress()).items()},
+}
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -71,21 +75,14 @@ def read_state(path: Path) -> dict[str, Any]:
     state = read_json(path / STATE)
     wrong = [key for key, kind in STATE_TYPES.items() if key in state and type(state[key]) is not kind]
     wrong += [key for key in ("step", "plan") if key not in state]
-    before, progress = state.get("before"), state.get("progress")
-    if before and not wrong:
-        numbers = all(type(before.get(key)) is float for key in ("loss", "plain_loss"))
-        answers = before.get("answers")
-        is_right = numbers and isinstance(answers, list) and all(isinstance(text, str) for text in answers)
-        wrong += [] if is_right else ["before"]
-    if progress and not wrong:
-        kinds = {name: type(value) for name, value in asdict(Progress()).items()}
-        wrong += [] if {name: type(value) for name, value in progress.items()} == kinds else ["progress"]
+    for key, kinds in INNER_TYPES.items() if not wrong else ():
+        inner = state.get(key) or {}
+        is_right = not inner or {name: type(value) for name, value in inner.items()} == kinds
+        if not is_right or not all(isinstance(text, str) for text in inner.get("answers", ())):
+            wrong.append(key)
     if wrong or state["step"] < 1:
         key = (wrong or ["step"])[0]
-        raise UserError(
-            f"{path / STATE}: {key} is {state.get(key)!r}, which is not what a checkpoint has there, so it is damaged. "
-            f"Resume from another checkpoint."
-        )
+        raise UserError(f"{path / STATE}: {key} is {state.get(key)!r}: it is damaged. Resume from another checkpoint.")
     return state
 
 
@@ -99,33 +96,24 @@ def find_checkpoint(config: Config, samples: Samples, plan: BatchSchedule) -> tu
     if path is None:
         return None
     state = read_state(path)
-    if state.get("steps", len(plan)) != len(plan):
-        raise UserError(
-            f"{path}: its run has {state['steps']} steps, this one {len(plan)}, so the learning rate would not be the "
-            f"one it has come with. Resume with the same max_steps and num_epochs, or start anew with "
-            f"lora_model_dir: {path}."
-        )
-    if state.get("plan") != plan_fingerprint(samples, plan):
-        raise UserError(
-            f"{path}: its run had other data, another seed or other batches, so going on would train on the wrong "
-            f"samples. Resume with the same configuration, or start anew with lora_model_dir: {path}."
-        )
-    if state.get("base_fingerprint") not in (None, fingerprint(open_weights(config.base_model))):
-        raise UserError(
-            f"{path}: its run trained over other weights than those in base_model {config.base_model} now, and what it "
-            f"has learnt belongs to them. Give the same base_model, or start anew with lora_model_dir: {path}."
-        )
-    saved = state.get("optimizer", config.optimizer)
-    if state_kind(saved) != state_kind(config.optimizer):
-        raise UserError(
-            f"{path}: its optimizer was {saved}, whose state ({state_kind(saved)}) {config.optimizer} cannot take up. "
-            f"Resume with optimizer: {saved}, or start anew with lora_model_dir: {path}."
-        )
+    steps, optimizer = state.get("steps", len(plan)), state.get("optimizer", config.optimizer)
+    differences = {
+        f"has {steps} steps, this one {len(plan)}, so the learning rates would differ": steps != len(plan),
+        "had other data, another seed or other batches": state.get("plan") != plan_fingerprint(samples, plan),
+        f"trained over other weights than those in base_model {config.base_model} now": (
+            state.get("base_fingerprint") not in (None, fingerprint(open_weights(config.base_model)))
+        ),
+        f"had optimizer: {optimizer}, whose state ({state_kind(optimizer)}) {config.optimizer} cannot take up": (
+            state_kind(optimizer) != state_kind(config.optimizer)
+        ),
+    }
     for key, value in state.get("fixed", {}).items():
-        if value != getattr(config, key):
+        differences[f"had {key}: {value}, this one has {getattr(config, key)}"] = value != getattr(config, key)
+    for difference, is_found in differences.items():
+        if is_found:
             raise UserError(
-                f"{path}: its run had {key}: {value}, this one has {getattr(config, key)}: what was learnt would mean "
-                f"something else. Resume with {key}: {value}, or start anew."
+                f"{path}: its run {difference}. Resume with the same configuration, or start a new run with "
+                f"lora_model_dir: {path}."
             )
     return path, state
 
@@ -146,9 +134,7 @@ def load_checkpoint(run: Run) -> int:
     except Exception as error:  # reading another file, torch's unpickler fails in any way
         raise UserError(f"{file}: cannot be read ({error}). Resume from another checkpoint.") from error
     if problem := state_problem(run.optimizer, optimizer_state):
-        raise UserError(
-            f"{file}: {problem}, so other layers were trained, or it is damaged. Resume with the same configuration."
-        )
+        raise UserError(f"{file}: {problem}. Other layers were trained, or it is damaged. Use the same configuration.")
     fill_adapter(run.model, adapter, path)
     load_state(run.optimizer, optimizer_state)
     run.before.update(state.get("before", {}))

@@ -82,9 +82,7 @@ def resume(run: Run) -> int:
         start = load_checkpoint(run)
     with collectives.together():
         if start != int(collectives.broadcast(torch.tensor(start, device=run.device))):
-            raise UserError(
-                f"output_dir {run.config.output_dir}: here the newest checkpoint is of step {start}, for rank 0 it is "
-                f"of another. All hosts have to see one folder, or copies of it."
-            )
+            found = f"here the newest checkpoint is of step {start}, for rank 0 it is of another"
+            raise UserError(f"output_dir {run.config.output_dir}: {found}. Give all hosts one folder, or copies of it.")
     collectives.broadcast(run.flat.data)  # whatever each rank has read, all begin with the same
     return start

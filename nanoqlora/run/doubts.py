@@ -1,5 +1,7 @@
 """Plans that cannot be meant. Each is warned of with its numbers, by `--plan` and at the start; none is refused."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from ..config.schema import Config
@@ -10,94 +12,83 @@ from .cadence import evaluations, saves, warmup_steps
 from .inputs import Data
 
 
-def doubts(config: Config, data: Data, tokenizer: Tokenizer, model: ModelConfig) -> list[str]:
+def doubts(config: Config, data: Data, tokenizer: Tokenizer, model: ModelConfig) -> Iterator[str]:
     """A line for each thing in a run's plan that nobody would ask for."""
-    found = [_rate(config, data), _positions(data, model), *_repeated(config, data), _leak(data)]
-    found.append(_end(config, data, tokenizer))
-    return [text for text in (*found, *_cadence(config, data)) if text]
+    yield from _rate(config, data)
+    yield from _positions(data, model)
+    yield from _repeated(config, data)
+    if count := shared(data.samples, data.held_out):
+        yield (
+            f"{count} of {len(data.held_out)} evaluation samples are in the training data too, token for token: the "
+            f"held-out loss will look better than it is"
+        )
+    yield from _end(config, data, tokenizer)
+    yield from _cadence(config, data)
 
 
-def _rate(config: Config, data: Data) -> str:
+def _rate(config: Config, data: Data) -> Iterator[str]:
     n, warmup = len(data.plan), warmup_steps(config, data.plan)
     if config.lr_scheduler == "constant" or warmup < n:
-        return ""
+        return
     if n == 1:
-        return f"the only step has learning rate 0, as the first of {warmup} warm-up steps: nothing will be learnt"
-    return (
-        f"the warm-up takes {warmup} steps and the run has {n}, so the rate ends at "
-        f"{config.learning_rate * (n - 1) / warmup:.3g} and never reaches learning_rate {config.learning_rate:g}"
+        yield f"the only step has learning rate 0, as the first of {warmup} warm-up steps: nothing will be learnt"
+        return
+    peak, last = config.learning_rate, config.learning_rate * (n - 1) / warmup
+    yield (
+        f"the warm-up takes {warmup} steps and the run has {n}, so the rate ends at {last:.3g} and never reaches "
+        f"learning_rate {peak:g}"
     )
 
 
-def _positions(data: Data, model: ModelConfig) -> str:
-    scaling = model.rope_scaling
-    limit = model.max_position_embeddings
+def _positions(data: Data, model: ModelConfig) -> Iterator[str]:
+    scaling, limit = model.rope_scaling, model.max_position_embeddings
     if scaling.get("rope_type") == "linear":  # config.json has the length before it was stretched
         limit = int(limit * scaling.get("factor", 1))
     lengths = np.concatenate([data.samples.lengths, data.held_out.lengths])
-    count = int((lengths > limit).sum())
-    if not count:
-        return ""
-    return (
-        f"{count} of {len(lengths)} samples are longer than the {limit} positions that the model was made for "
-        f"(max_position_embeddings; the longest sample has {lengths.max()} tokens). A sequence_len of at most {limit} "
-        f"avoids that"
-    )
+    if count := int((lengths > limit).sum()):
+        yield (
+            f"{count} of {len(lengths)} samples are longer than the {limit} positions that the model was made for "
+            f"(the longest has {lengths.max()} tokens). A sequence_len of at most {limit} avoids that"
+        )
 
 
-def _repeated(config: Config, data: Data) -> list[str]:
+def _repeated(config: Config, data: Data) -> Iterator[str]:
     """A line for each data set that has samples of an earlier one; within one, data/prepare.py counts rows."""
-    found: list[str] = []
     seen: set[int] = set()
-    several = [*data.readings.items()][: len(config.datasets)] if len(config.datasets) > 1 else []
-    for name, reading in several:
+    for name, reading in [*data.readings.items()][: len(config.datasets)] if len(config.datasets) > 1 else []:
         own = _hashes(reading.samples, np.arange(len(reading.samples)))
         if count := sum(map(seen.__contains__, own)):
-            found.append(f"{count} samples of {name} are in an earlier data set too, so they are learnt more than once")
+            yield f"{count} samples of {name} are in an earlier data set too, so they are learnt more than once"
         seen.update(own)
-    return found
-
-
-def _leak(data: Data) -> str:
-    count = shared(data.samples, data.held_out)
-    if not count:
-        return ""
-    return (
-        f"{count} of {len(data.held_out)} evaluation samples are in the training data too, token for token: the "
-        f"held-out loss will look better than it is"
-    )
 
 
 def shared(samples: Samples, held_out: Samples) -> int:
     """How many of `held_out` are in `samples` too, with the same tokens and mask."""
-    seen = _hashes(held_out, np.arange(len(held_out)))
     alike = np.flatnonzero(np.isin(samples.lengths, held_out.lengths))
-    return sum(map({*_hashes(samples, alike)}.__contains__, seen))
+    seen = {*_hashes(samples, alike)}
+    return sum(map(seen.__contains__, _hashes(held_out, np.arange(len(held_out)))))
 
 
 def _hashes(samples: Samples, which: np.ndarray) -> list[int]:
-    """Of the words of some samples."""
+    """Of the tokens of some samples, with their mask."""
     places = zip(samples.source[which], samples.starts[which], samples.lengths[which], strict=True)
     return [hash(samples.words[source][start : start + length].tobytes()) for source, start, length in places]
 
 
-def _end(config: Config, data: Data, tokenizer: Tokenizer) -> str:
+def _end(config: Config, data: Data, tokenizer: Tokenizer) -> Iterator[str]:
     ids = {id for id in (data.prompt_format.end_id(tokenizer), tokenizer.eos_id) if id is not None}
     learnt = np.array([*ids], np.uint32) | SUPERVISED
     unwanted = all(dataset.train_on_eos == "none" for dataset in config.datasets)
-    if unwanted or any(np.isin(words, learnt).any() for words in data.samples.words):
-        return ""
-    names = " or ".join(tokenizer.decode([id]) for id in sorted(ids))
-    return f"no sample teaches the end token ({names or 'the tokenizer has none'}): the model will not learn to stop"
+    if not unwanted and not any(np.isin(words, learnt).any() for words in data.samples.words):
+        names = " or ".join(tokenizer.decode([id]) for id in sorted(ids)) or "the tokenizer has none"
+        yield f"no sample teaches the end token ({names}): the model will not learn to stop"
 
 
-def _cadence(config: Config, data: Data) -> list[str]:
-    n, num_evals = len(data.plan), len(evaluations(config, data.plan))
-    patience, found = config.early_stopping_patience, []
+def _cadence(config: Config, data: Data) -> Iterator[str]:
+    n, num_evals, patience = len(data.plan), len(evaluations(config, data.plan)), config.early_stopping_patience
     if len(data.held_out) and config.eval_strategy == "steps" and config.eval_steps and not num_evals:
-        found.append(f"eval_steps is {config.eval_steps} and the run has {n} steps: nothing is evaluated between them")
+        yield f"eval_steps is {config.eval_steps} and the run has {n} steps: nothing is evaluated between them"
     elif patience and num_evals <= patience:
-        found.append(f"early_stopping_patience is {patience} and there are {num_evals} evaluations: it stops nothing")
+        yield f"early_stopping_patience is {patience} and there are {num_evals} evaluations: it stops nothing"
     if config.save_strategy == "steps" and config.save_steps and not saves(config, data.plan):
-        found.append(f"save_steps is {config.save_steps} and the run has {n} steps: no checkpoint will be written")
-    return found
+        yield f"save_steps is {config.save_steps} and the run has {n} steps: no checkpoint will be written"

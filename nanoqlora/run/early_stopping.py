@@ -30,7 +30,7 @@ class Progress:
         patience = config.early_stopping_patience
         if patience and self.since_best >= patience:
             return f"{self.since_best} evaluations without a better one than after step {self.best_step}"
-        if config.loss_watchdog_threshold and self.high >= config.loss_watchdog_patience:
-            threshold = config.loss_watchdog_threshold
+        threshold = config.loss_watchdog_threshold
+        if threshold and self.high >= config.loss_watchdog_patience:
             return f"the loss was above loss_watchdog_threshold {threshold} {self.high} times in a row"
         return ""

@@ -55,8 +55,8 @@ def train(config: str | Path | dict[str, Any] | Config, **overrides: Any) -> Tra
     finally:
         distributed.stop()
     rows = read_log(Path(settings.output_dir) / "metrics.jsonl")
-    losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
-    return Trained(Path(settings.output_dir), rows, losses[-1] if losses else None)
+    losses = [None, *(row["eval_loss"] for row in rows if "eval_loss" in row)]
+    return Trained(Path(settings.output_dir), rows, losses[-1])
 
 
 def evaluate(

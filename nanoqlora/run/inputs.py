@@ -4,8 +4,9 @@ import json
 import platform
 import random
 from array import array
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ def prepare_data(config: Config, tokenizer: Tokenizer, ranks: int) -> Data:
     """Read and tokenise all data of a run, set evaluation rows aside, and plan every step."""
     readings: dict[str, Reading] = {}
     invalid: list[InvalidRows] = []
-    for dataset in (*config.datasets, *config.test_datasets):
+    for dataset in config.all_datasets:
         name = f"{dataset.path}{f', split {dataset.split}' if dataset.split else ''}"
         encoding = encoding_of(config, dataset, tokenizer)
         name += f" ({len(readings) + 1})" * (name in readings)
@@ -54,18 +55,7 @@ def prepare_data(config: Config, tokenizer: Tokenizer, ranks: int) -> Data:
     parts = [reading.samples for reading in readings.values()]
     samples, held_out = join(parts[: len(config.datasets)]), join(parts[len(config.datasets) :])
     if config.val_set_size:
-        size = config.val_set_size
-        count = round(size * len(samples)) if size < 1 else int(size)
-        if not 0 < count < len(samples):
-            raise UserError(
-                f"val_set_size is {size}, which takes {count} of {len(samples)} samples; both sides need at least one. "
-                f"Set a share between 0 and 1, or a smaller count."
-            )
-        order = array("I", range(len(samples)))
-        random.Random(f"{config.seed} validation").shuffle(order)
-        chosen = np.zeros(len(samples), bool)
-        chosen[np.array(order[:count])] = True
-        samples, held_out = samples.take(np.flatnonzero(~chosen)), samples.take(np.flatnonzero(chosen))
+        samples, held_out = split_held_out(samples, config.val_set_size, config.seed)
     plan = schedule_batches(
         samples.lengths,
         rows_per_step=config.micro_batch_size * config.gradient_accumulation_steps * ranks,
@@ -79,28 +69,29 @@ def prepare_data(config: Config, tokenizer: Tokenizer, ranks: int) -> Data:
     return Data(prompt_format_of(config, config.datasets[0], tokenizer), samples, held_out, plan, readings)
 
 
+def split_held_out(samples: Samples, size: float, seed: int) -> tuple[Samples, Samples]:
+    """Training and evaluation samples. size: share below 1, or count, of the latter."""
+    count = round(size * len(samples)) if size < 1 else int(size)
+    if not 0 < count < len(samples):
+        found = f"{count} of {len(samples)} samples; both sides need at least one"
+        raise UserError(f"val_set_size is {size}, which takes {found}. Set a share below 1, or a smaller count.")
+    order = array("I", range(len(samples)))
+    random.Random(f"{seed} validation").shuffle(order)
+    chosen = np.zeros(len(samples), bool)
+    chosen[np.array(order[:count])] = True
+    return samples.take(np.flatnonzero(~chosen)), samples.take(np.flatnonzero(chosen))
+
+
 def encoding_of(config: Config, dataset: DatasetConfig, tokenizer: Tokenizer) -> Encoding:
     """How the rows of a data set of a run become samples."""
     _, part = split_and_part(dataset.split)
-    return Encoding(
-        prompt_format_of(config, dataset, tokenizer),
-        tokenizer,
-        config.sequence_len,
-        config.excess_length_strategy,
-        part,
-        config.skip_invalid_rows,
-    )
+    lengths = config.sequence_len, config.excess_length_strategy
+    return Encoding(prompt_format_of(config, dataset, tokenizer), tokenizer, *lengths, part, config.skip_invalid_rows)
 
 
 def tokenizer_of(config: Config) -> Tokenizer:
     """The tokenizer of the base model, with the run's special tokens in place of its own."""
-    tokenizer = load_tokenizer(config.base_model).with_special_tokens(
-        bos_token=config.special_tokens.bos_token,
-        eos_token=config.special_tokens.eos_token,
-        pad_token=config.special_tokens.pad_token,
-        unk_token=config.special_tokens.unk_token,
-        additional_special_tokens=config.special_tokens.additional_special_tokens,
-    )
+    tokenizer = load_tokenizer(config.base_model).with_special_tokens(**config.special_tokens.model_dump())
     for key in ("tokens", "eot_tokens"):
         for text in getattr(config, key):
             tokenizer.id_of_special(text, key)
@@ -123,19 +114,16 @@ def prompt_format_of(config: Config, dataset: DatasetConfig, tokenizer: Tokenize
         spare = name.removeprefix("tokenizer_default_fallback_")  # for a tokenizer without a template of its own
         if spare not in CHAT_TEMPLATES:
             raise UserError(
-                f"chat_template is {name}; known are {', '.join(['tokenizer_default', *CHAT_TEMPLATES])}. Most models "
-                "bring their own, which is tokenizer_default. For any other write chat_template: jinja, and its text "
-                "or the path of a file with it as chat_template_jinja."
+                f"chat_template is {name}; known are {', '.join(['tokenizer_default', *CHAT_TEMPLATES])}. For any "
+                f"other write chat_template: jinja, and its text or the path of a file as chat_template_jinja."
             )
         jinja = CHAT_TEMPLATES[spare] if spare == name else tokenizer.chat_template or CHAT_TEMPLATES[spare]
     prompt_format = replace(row_format(dataset), chat_template=jinja, train_on_inputs=config.train_on_inputs)
     if dataset.type != "chat_template":
         return prompt_format
     if not prompt_format.jinja(tokenizer):
-        raise UserError(
-            f"data {dataset.path}: type is chat_template and the model brings no chat template, so a conversation "
-            f"cannot be written as text. Set chat_template to one of {', '.join(CHAT_TEMPLATES)}."
-        )
+        what = "type is chat_template and the model brings no chat template"
+        raise UserError(f"data {dataset.path}: {what}. Set chat_template to one of {', '.join(CHAT_TEMPLATES)}.")
     prompt_format = prompt_format.for_tokenizer(tokenizer)
     if config.default_system_message:  # as a part of the template, whoever talks to the model has it too
         system = json.dumps([{"role": "system", "content": config.default_system_message}], ensure_ascii=False)
@@ -153,46 +141,35 @@ def _template_text(given: str) -> str:
     try:
         return path.read_text("utf-8")
     except FileNotFoundError as error:
-        raise UserError(
-            f"chat_template_jinja: no such file {path}. It is one line without braces, so it is taken for a path: "
-            "without the template no conversation can be written. Correct it, or write the template's text."
-        ) from error
+        what = f"no such file {path}. It is one line without braces, so it is taken for a path"
+        raise UserError(f"chat_template_jinja: {what}. Correct it, or write the template's text.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"chat_template_jinja: {path} cannot be read ({error}). Name a text file in UTF-8.") from error
 
 
 def row_format(dataset: DatasetConfig) -> PromptFormat:
     """What a data set's own keys say of its rows."""
-    return PromptFormat(
-        type=dataset.type if isinstance(dataset.type, str) else "custom",
-        frame=None if isinstance(dataset.type, str) else Frame(**dataset.type.model_dump()),
-        roles_to_train=dataset.roles_to_train,
-        train_on_eos=dataset.train_on_eos,
-        field=dataset.field,
-        field_messages=dataset.field_messages,
-        field_tools=dataset.field_tools,
-        field_system=dataset.field_system,
-        field_instruction=dataset.field_instruction or "",
-        field_output=dataset.field_output or "",
-        message_field_training=dataset.message_field_training or "",
-        message_property_mappings=dataset.message_property_mappings,
-        roles=dataset.roles,
-    )
+    frame = None if isinstance(dataset.type, str) else Frame(**dataset.type.model_dump())
+    names = {field.name for field in fields(PromptFormat)} - {"type", "chat_template"}
+    own: dict[str, Any] = {
+        name: value for name, value in dataset.model_dump(include=names).items() if value is not None
+    }
+    return PromptFormat(**own, type=dataset.type if isinstance(dataset.type, str) else "custom", frame=frame)
 
 
 def same_on_all_ranks(config: Config, data: Data, ranks: int) -> None:
     """Stop before anything is loaded if a rank has another configuration, other data or another model than rank 0."""
-    if ranks > 1:
-        mine = {"configuration": config.to_yaml(), "data": plan_fingerprint(data.samples, data.plan)}
-        weights = open_weights(config.base_model)
-        files = json.dumps([fingerprint(weights), weights.config], sort_keys=True)
-        mine |= {"model files": files, "host": platform.node()}
-        everyone = collectives.gather_objects(mine)
-        for rank, theirs in enumerate(everyone):
-            different = [kind for kind in mine if kind != "host" and theirs[kind] != everyone[0][kind]]
-            if different:
-                raise UserError(
-                    f"rank {rank} on host {theirs['host']} has other {' and other '.join(different)} than rank 0 on "
-                    f"host {everyone[0]['host']}, so the ranks would train on different things. Give every rank the "
-                    f"same files and options."
-                )
+    if ranks == 1:
+        return
+    weights = open_weights(config.base_model)
+    files = json.dumps([fingerprint(weights), weights.config], sort_keys=True)
+    mine = {"configuration": config.to_yaml(), "data": plan_fingerprint(data.samples, data.plan), "model files": files}
+    everyone = collectives.gather_objects((platform.node(), mine))
+    first_host, first = everyone[0]
+    for rank, (host, theirs) in enumerate(everyone):
+        different = [kind for kind in mine if theirs[kind] != first[kind]]
+        if different:
+            raise UserError(
+                f"rank {rank} on host {host} has other {' and other '.join(different)} than rank 0 on host "
+                f"{first_host}. Give every rank the same files and options."
+            )

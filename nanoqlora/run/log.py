@@ -72,7 +72,5 @@ class Display:
 
 def duration(seconds: float) -> str:
     """Seconds in words: "45 s", "12 min 5 s", "3 h 20 min"."""
-    minutes, hours = divmod(round(seconds), 60), round(seconds) // 3600
-    if hours:
-        return f"{hours} h {round(seconds) % 3600 // 60} min"
-    return f"{minutes[0]} min {minutes[1]} s" if minutes[0] else f"{minutes[1]} s"
+    minutes, s = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {s} s" if minutes else f"{s} s"

@@ -30,9 +30,8 @@ class Noise:
             return x
         B, T, D = x.shape
         index = torch.arange(T * D, device=x.device, dtype=torch.int32).view(1, T, D)
-        uniform = (
-            mix(mix(index) ^ to_32_bits(torch.bitwise_xor(self.row_seeds, SALT)).view(B, 1, 1)).float() / 2**31
-        )  # [-1, 1)
+        seeds = to_32_bits(torch.bitwise_xor(self.row_seeds, SALT)).view(B, 1, 1)
+        uniform = mix(mix(index) ^ seeds).float() / 2**31  # [-1, 1)
         lengths = torch.tensor([[n for n in row for _ in range(n)] for row in self.segments.lengths], device=x.device)
         return (x + self.alpha * (lengths * D).rsqrt().unsqueeze(-1) * uniform).to(x.dtype)
 

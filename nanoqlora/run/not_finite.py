@@ -19,11 +19,8 @@ def skip_step(run: Run, number: int, losses: dict[int, Tensor], own_norm: Tensor
     """
     reason = trace(run, number, losses, own_norm)
     if not run.config.skip_nonfinite_steps:
-        raise Failed(
-            f"{reason}. Nothing was learnt from it. Look at these samples, or go on from an earlier checkpoint "
-            f"with a lower learning_rate, or set skip_nonfinite_steps: true.",
-            everywhere=True,
-        )
+        advice = "Look at these samples, go on from an earlier checkpoint with a lower learning_rate, or set"
+        raise Failed(f"{reason}. Nothing was learnt. {advice} skip_nonfinite_steps: true.", everywhere=True)
     run.metrics.write({"step": number + 1, "skipped": reason})
     return reason
 

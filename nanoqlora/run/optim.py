@@ -5,16 +5,10 @@ state of its own to save or lose.
 """
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-
-class HasGroups(Protocol):
-    """What every optimizer has: groups of parameters, each with its settings."""
-
-    param_groups: list[dict[str, Any]]
 
 
 def learning_rate_at(step: int, num_steps: int, warmup: int, peak: float, scheduler: str, min_ratio: float) -> float:
@@ -47,7 +41,7 @@ def loraplus_groups(model: nn.Module, ratio: float) -> list[dict[str, Any]]:
     ]
 
 
-def set_learning_rate(optimizer: HasGroups, rate: float) -> None:
+def set_learning_rate(optimizer: Any, rate: float) -> None:
     """The rate of the next step; a group with an `lr_ratio` takes so many times as much."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_ratio", 1.0)

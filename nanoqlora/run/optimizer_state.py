@@ -36,8 +36,7 @@ class PartOptimizer:
 
     def step(self) -> None:
         self.inner.step()
-        wait = collectives.all_gather(self.flat.data, self.part.data)
-        if wait:
+        if wait := collectives.all_gather(self.flat.data, self.part.data):
             wait()
 
     def state_dict(self) -> dict[str, Any]:

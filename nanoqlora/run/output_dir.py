@@ -14,7 +14,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,12 @@ def is_disk_error(error: Exception) -> bool:
 
 def cannot_write(folder: Path, what: str, error: Exception, needed: int = 0) -> str:
     """What to say, and to do, when something in output_dir cannot be written. needed: its bytes, where known."""
-    last = max(checkpoints(folder), default=None, key=lambda path: int(path.name[11:]))
+    complete, free = checkpoints(folder), shutil.disk_usage(folder).free
     takes = f"it takes {needed / 1e6:.0f} MB and " if needed else ""
     return (
-        f"{folder / what} cannot be written ({error}): {takes}its disk has {shutil.disk_usage(folder).free / 1e6:.0f} "
-        f"MB free. {f'{last} is whole' if last else 'There is no checkpoint yet'}. Make room, then go on with "
-        f"--auto_resume_from_checkpoints true."
+        f"{folder / what} cannot be written ({error}): {takes}its disk has {free / 1e6:.0f} MB free. "
+        f"{f'{complete[-1]} is complete' if complete else 'There is no checkpoint yet'}. Free some space, then go on "
+        f"with --auto_resume_from_checkpoints true."
     )
 
 
@@ -62,13 +62,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, up to the first line that is not one: it was being written when the run was killed."""
     rows: list[dict[str, Any]] = []
     for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
+        with suppress(ValueError, RecursionError):
             row = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
-            break
-        rows.append(row)
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                rows.append(row)
+                continue
+        break
     return rows
 
 
@@ -80,9 +79,7 @@ def checkpoint_folders(folder: Path) -> dict[int, Path]:
 
 def files_of_run(folder: Path) -> list[Path]:
     """What is there that a run writes. An empty log is nothing: no step was taken."""
-    files = [folder / name for name in FILES if (folder / name).is_file()]
-    if LOG in {path.name for path in files} and not (folder / LOG).stat().st_size:
-        files.remove(folder / LOG)
+    files = [path for name in FILES if (path := folder / name).is_file() and (name != LOG or path.stat().st_size)]
     return [*files, *checkpoint_folders(folder).values()]
 
 
@@ -116,21 +113,16 @@ def checkpoint_to_resume(config: Config) -> Path | None:
     Raises:
         UserError: the folder that is named is no checkpoint.
     """
-    folders = checkpoint_folders(Path(config.resume_from_checkpoint or config.output_dir)).values()
-    whole = [path for path in folders if (path / STATE).is_file()]
+    path = Path(config.resume_from_checkpoint or config.output_dir)
+    complete = checkpoints(path)
     if not config.resume_from_checkpoint:
-        return whole[-1] if whole and config.auto_resume_from_checkpoints else None
-    path = Path(config.resume_from_checkpoint)
-    if not path.is_dir():
-        raise UserError(
-            f"resume_from_checkpoint: {path} is no folder. Name a checkpoint-STEP folder of a run, or set "
-            f"auto_resume_from_checkpoints: true."
-        )
+        return complete[-1] if complete and config.auto_resume_from_checkpoints else None
     if not (path / STATE).is_file():
-        there = f"It has {', '.join(p.name for p in whole)}: name one of them" if whole else ""
+        what = "is no folder" if not path.is_dir() else f"holds no {STATE}" if any(path.iterdir()) else "is empty"
+        names = f"It has {', '.join(p.name for p in complete)}: name one of them" if complete else ""
         raise UserError(
-            f"resume_from_checkpoint {path}: {f'holds no {STATE}' if any(path.iterdir()) else 'is empty'}, so it is no "
-            f"whole checkpoint. {there or 'Name a checkpoint-STEP folder of a run'}."
+            f"resume_from_checkpoint {path}: {what}, so it is no complete checkpoint. "
+            f"{names or 'Name a checkpoint-STEP folder of a run, or set auto_resume_from_checkpoints: true'}."
         )
     return path
 
@@ -142,14 +134,15 @@ def refuse_other_runs(config: Config) -> None:
         UserError: with the ways to go on. Nothing has been touched.
     """
     folder = Path(config.output_dir)
+    if not folder.is_dir():
+        return
     for key in ("base_model", "lora_model_dir"):
-        if getattr(config, key) and folder.is_dir() and Path(getattr(config, key)).resolve() == folder.resolve():
+        if getattr(config, key) and Path(getattr(config, key)).resolve() == folder.resolve():
             raise UserError(f"output_dir {folder}: is {key} too, and this run would replace its files. Name another.")
-    if folder.is_dir():
-        with lock(folder):
-            if config.auto_resume_from_checkpoints:
-                sweep(folder)  # a checkpoint that was being replaced gets its name again
-            _check(config)
+    with lock(folder):
+        if config.auto_resume_from_checkpoints:
+            sweep(folder)  # a checkpoint that was being replaced gets its name again
+        _check(config)
 
 
 def _check(config: Config) -> None:
@@ -157,31 +150,23 @@ def _check(config: Config) -> None:
     folder = Path(config.output_dir)
     own = folder / "train.yml"
     if own.is_file() and own.read_text("utf-8", "replace").count("\n") < len(keys_of(Config)) / 2:  # not a resolved one
-        raise UserError(
-            f"output_dir {folder}: holds a train.yml that no run has written, and a run writes its resolved "
-            f"configuration under that name. Move the file, or name another output_dir."
-        )
+        what = "holds a train.yml that no run has written, and this run would replace it by its own"
+        raise UserError(f"output_dir {folder}: {what}. Move the file, or name another output_dir.")
     files = files_of_run(folder)
     log_alone = {path.name for path in files} <= {LOG}  # killed before its first checkpoint: nothing can go on from it
     if not files or _goes_on(config) or (config.auto_resume_from_checkpoints and log_alone):
         return
     if config.overwrite_output_dir:
-        gone = {path.resolve() for path in (*files, *files_made_from_it(folder))}
+        removed = {path.resolve() for path in (*files, *files_made_from_it(folder))}
         for path in inputs_of(config):
-            if gone & {path.resolve(), *path.resolve().parents}:
-                raise UserError(
-                    f"overwrite_output_dir would remove {path}, which this run reads. Name another output_dir."
-                )
+            if removed & {path.resolve(), *path.resolve().parents}:
+                raise UserError(f"overwrite_output_dir would remove {path}, which this run reads. Name another folder.")
         return
-    whole = [path for path in checkpoint_folders(folder).values() if (path / STATE).is_file()]
     resume = "go on with it by --auto_resume_from_checkpoints true or --resume_from_checkpoint "
-    ways = [f"{resume}{shlex.quote(str(whole[-1]))}"] if whole else []
-    ways += [
-        "name another --output_dir",
-        "give --overwrite_output_dir true, which first removes what that run has written",
-    ]
+    ways = [f"{resume}{shlex.quote(str(path))}; or " for path in checkpoints(folder)[-1:]]
     raise UserError(
-        f"output_dir {folder}: holds {describe(folder)}, which this run would write over. Choose: {'; or '.join(ways)}."
+        f"output_dir {folder}: holds {describe(folder)}, which this run would write over. Choose: {''.join(ways)}name "
+        f"another --output_dir; or give --overwrite_output_dir true, which first removes what that run has written."
     )
 
 
@@ -194,7 +179,7 @@ def _goes_on(config: Config) -> bool:
 def inputs_of(config: Config) -> list[Path]:
     """The files and folders that a run reads, as far as they are on this machine."""
     named = [config.base_model, config.lora_model_dir, config.resume_from_checkpoint, config.chat_template_jinja]
-    for dataset in (*config.datasets, *config.test_datasets):
+    for dataset in config.all_datasets:
         named += [dataset.path, dataset.chat_template_jinja, *(str(Path(dataset.path) / f) for f in dataset.data_files)]
     return [Path(name) for name in named if name and "\n" not in name and len(name) < 1000]
 
@@ -211,10 +196,8 @@ def lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"output_dir {folder}: another run is writing there now, and both would mix their files. Wait for "
-                f"its end, or name another --output_dir."
-            ) from None
+            what = "another run is writing there now. Wait for its end, or name another --output_dir."
+            raise UserError(f"output_dir {folder}: {what}") from None
         except OSError:
             pass  # a network's file system without locks
         yield
@@ -239,7 +222,7 @@ def claim(config: Config, rank: int, step: int, say: Callable[..., None]) -> Ite
                 sweep(folder)
                 if _goes_on(config):
                     removed = [path for number, path in checkpoint_folders(folder).items() if number > step]
-                    removed += [folder / ADAPTER] if (folder / ADAPTER).exists() else []
+                    removed += [path for path in [folder / ADAPTER] if path.exists()]
                 else:
                     removed = [*files_of_run(folder), *files_made_from_it(folder)]
                 for path in removed:

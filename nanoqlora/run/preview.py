@@ -1,6 +1,7 @@
 """What `train.py --plan` prints: the steps, the data as the model will see it, and what the run needs, as text."""
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 
@@ -41,12 +42,9 @@ def plan_text(run: Run, tokenizer: Tokenizer, forecast: Forecast, warmup: int) -
         f"disk       {forecast.disk_bytes / GIB:.2f} GiB in {config.output_dir}",
         f"           {forecast.basis}",
     ]
+    legend = f"{GREEN}what the model learns to write{END}, {DIM}what it only reads{END}, {INVERSE}special tokens{END}"
     for number in range(min(PREVIEWED, len(run.samples))):
-        legend = (
-            f"{GREEN}what the model learns to write{END}, {DIM}what it only reads{END}, {INVERSE}special tokens{END}"
-        )
-        lines += ["", f"sample {number + 1}: {legend}"]
-        lines.append(coloured(run.samples[number], tokenizer))
+        lines += ["", f"sample {number + 1}: {legend}", coloured(run.samples[number], tokenizer)]
     return "\n".join(lines)
 
 
@@ -71,19 +69,15 @@ def coloured(sample: Sample, tokenizer: Tokenizer, shown: int = SHOWN) -> str:
 
     Special tokens are in inverse video: a marker that is only text, which steers nothing, looks like other text.
     """
-    parts, start, room = [], 0, shown
-    special = set(tokenizer.special_tokens.values())
+    parts, special = [], set(tokenizer.special_tokens.values())
     kinds = [(bool(s), int(id) in special) for s, id in zip(sample.supervised, sample.tokens, strict=True)]
-    for end in range(1, len(sample) + 1):
-        if end < len(sample) and kinds[end] == kinds[start]:
-            continue
-        text = b"".join(map(tokenizer.token_bytes, sample.tokens[start:end])).decode(errors="replace")
+    for (is_supervised, is_special), run in groupby(range(len(sample)), kinds.__getitem__):
+        text = b"".join(tokenizer.token_bytes(sample.tokens[i]) for i in run).decode(errors="replace")
         text = visible(text)
-        if len(text) > room:
-            text = text[:room] + f" ... ({len(sample)} tokens in all)"
-        is_supervised, is_special = kinds[start]
+        if len(text) > shown:
+            text = text[:shown] + f" ... ({len(sample)} tokens in all)"
         parts.append(f"{GREEN if is_supervised else DIM}{INVERSE * is_special}{text}{END}")
-        start, room = end, room - len(text)
-        if room <= 0:
+        shown -= len(text)
+        if shown <= 0:
             break
     return "".join(parts)

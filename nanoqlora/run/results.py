@@ -7,6 +7,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -48,9 +49,9 @@ def judge(run: Run, data: Data, tokenizer: Tokenizer, step: int) -> dict[str, An
     share = run.config.sequence_len, run.rank, run.ranks
     run.model.eval()
     logged = [row["eval_loss"] for row in run.metrics.rows if row["step"] == step and "eval_loss" in row]
-    everyone_has_it = collectives.minimum(len(logged), run.device)  # a host may not see the log of an earlier run
+    is_logged = collectives.minimum(len(logged), run.device)  # a host may not see the log of an earlier run
     figures = {
-        "loss": logged[-1] if everyone_has_it else loss_over_ranks(run.model, run.held_out, *share),
+        "loss": logged[-1] if is_logged else loss_over_ranks(run.model, run.held_out, *share),
         "plain_loss": loss_over_ranks(run.model, plain_samples(tokenizer, run.config.sequence_len), *share),
         "answers": sample_answers(run, tokenizer, data.prompt_format),
     }
@@ -67,15 +68,11 @@ def questions(config: Config, count: int = 3) -> list[Messages]:
     """The messages before the first answer of a file's first rows; nothing for those without questions."""
     dataset = (config.test_datasets or config.datasets)[0]
     _, part = split_and_part(dataset.split)
-    prompt_format = row_format(dataset)
-
-    def question(row: dict[str, Any] | UserError) -> Messages | None:
-        try:
-            return None if isinstance(row, UserError) else prompt_format.question(row)
-        except UserError:  # with skip_invalid_rows
-            return None
-
-    return [asked for _, row in islice(placed_rows(data_files(dataset), part), count) if (asked := question(row))]
+    prompt_format, found = row_format(dataset), []
+    for _, row in islice(placed_rows(data_files(dataset), part), count):
+        with suppress(UserError):  # with skip_invalid_rows
+            found.append(None if isinstance(row, UserError) else prompt_format.question(row))
+    return [messages for messages in found if messages]
 
 
 def save_results(
@@ -114,11 +111,9 @@ def save_trained(run: Run, data: Data, tokenizer: Tokenizer, folder: Path) -> No
     save_adapter(run.model, folder, run.config.base_model, run.trained)
     save_tokenizer(tokenizer, folder, data.prompt_format.jinja(tokenizer))
     write_text(folder / "prompt.json", data.prompt_format.to_json())
-    dtype = run.model.model.embed_tokens.weight.dtype
-    write_text(
-        folder / "train.yml",
-        run.config.model_copy(update={"bf16": dtype == torch.bfloat16, "overwrite_output_dir": False}).to_yaml(),
-    )
+    is_bf16 = run.model.model.embed_tokens.weight.dtype == torch.bfloat16
+    resolved = run.config.model_copy(update={"bf16": is_bf16, "overwrite_output_dir": False})
+    write_text(folder / "train.yml", resolved.to_yaml())
 
 
 def command_line() -> str:
@@ -133,12 +128,30 @@ def command_line() -> str:
     return this_command(*sys.argv[1:])
 
 
+# Files of output_dir, as the report explains them; keys of the YAML that it shows, by their beginning.
+FILES = {
+    "adapter_model.safetensors, adapter_config.json": "the adapter, as PEFT reads it",
+    "metrics.jsonl": "every step and evaluation",
+    "train.yml": "the configuration with every default filled in",
+    "prompt.json, tokenizer files": "how to talk to it",
+}
+SHOWN_KEYS = "lora_", "learning", "num_", "micro", "gradient_acc", "sequence", "sample_", "lr_", "warm"
+PACKAGES = "torch", "bitsandbytes", "safetensors", "tiktoken", "numpy"
+
+
 def run_facts(run: Run, data: Data, forecast: Forecast, seconds: float) -> dict[str, Any]:
     """The facts in report.md, except those that need held-out data."""
     config, dtype = run.config, run.model.model.embed_tokens.weight.dtype
     losses = [row for row in run.metrics.rows if "loss" in row]
-    names = [key for key in (losses or [{}])[-1] if key.startswith("memory/")]
-    memory = {key: max(row[key] for row in losses) for key in names}
+    memory = {
+        key.removeprefix("memory/"): {
+            "predicted": forecast.memory.get(key),
+            "measured": max(row[key] for row in losses),
+        }
+        for key in (losses or [{}])[-1]
+        if key.startswith("memory/")
+    }
+    shown = {key: value for key, value in config.model_dump().items() if key.startswith(SHOWN_KEYS)}
     return {
         "name": Path(config.output_dir).name,
         "command": command_line(),
@@ -154,29 +167,13 @@ def run_facts(run: Run, data: Data, forecast: Forecast, seconds: float) -> dict[
             "device": torch.cuda.get_device_name() if run.device.type == "cuda" else platform.processor() or "CPU",
             "ranks": run.ranks,
         },
-        "hyper_parameters": {
-            key: value
-            for key, value in config.model_dump().items()
-            if key.startswith(
-                ("lora_", "learning", "num_", "micro", "gradient_acc", "sequence", "sample_", "lr_", "warm")
-            )
-            and value not in (None, (), "")
-        },
-        "memory": {
-            key.removeprefix("memory/"): {"predicted": forecast.memory.get(key), "measured": value}
-            for key, value in memory.items()
-        },
+        "hyper_parameters": {key: value for key, value in shown.items() if value not in (None, (), "")},
+        "memory": memory,
         "time_s": {"predicted": round(forecast.seconds), "measured": round(seconds)},
         "basis": forecast.basis,
         "tokens_per_second": sum(row["tokens_per_second"] for row in losses) / max(1, len(losses)),
-        "files": {
-            "adapter_model.safetensors, adapter_config.json": "the adapter, as PEFT reads it",
-            "metrics.jsonl": "every step and evaluation",
-            "train.yml": "the configuration with every default filled in",
-            "prompt.json, tokenizer files": "how to talk to it",
-        },
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "bitsandbytes", "safetensors", "tiktoken", "numpy")},
+        "files": FILES,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     }
 
 
@@ -197,18 +194,14 @@ def before_and_after(run: Run, tokenizer: Tokenizer, after: dict[str, Any]) -> d
 
 def row_notes(reading: Reading, config: Config) -> list[str]:
     """What became of rows that were not used as they stand."""
-    is_short = reading.too_long or reading.unsupervised
-    return [reading.describe(config.sequence_len, config.excess_length_strategy)] * bool(is_short) + (
-        reading.describe_notes()
-    )
+    notes = reading.describe_notes()
+    if reading.too_long or reading.unsupervised:
+        notes = [reading.describe(config.sequence_len, config.excess_length_strategy), *notes]
+    return notes
 
 
 def _describe_data(name: str, reading: Reading) -> dict[str, Any]:
-    hashes = list(reading.files.values())
-    return {
-        "path": name,
-        "samples": len(reading.samples),
-        "tokens": int(reading.samples.lengths.sum()),
-        "supervised_tokens": int(reading.samples.num_targets.sum()),
-        "sha256": hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
-    }
+    hashes, samples = list(reading.files.values()), reading.samples
+    sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    counts = {"samples": len(samples), "tokens": int(samples.lengths.sum())}
+    return {"path": name, **counts, "supervised_tokens": int(samples.num_targets.sum()), "sha256": sha256}

@@ -38,8 +38,5 @@ def stop_after_step(stop: list[bool], rank: int, number: int, frame: object) -> 
 def end_early(run: Run, step: int) -> None:
     """End a run that got a signal, after its checkpoint."""
     distributed.stop()
-    saved = Path(run.config.output_dir) / f"checkpoint-{step}"
-    raise Stopped(
-        f"stopped after step {step} of {len(run.plan)}; it is saved. To go on: "
-        f"--resume_from_checkpoint {shlex.quote(str(saved))}"
-    )
+    words = shlex.join(("--resume_from_checkpoint", f"{Path(run.config.output_dir)}/checkpoint-{step}"))
+    raise Stopped(f"stopped after step {step} of {len(run.plan)}; it is saved. To go on: {words}")

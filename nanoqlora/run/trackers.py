@@ -5,7 +5,9 @@ lie in one picture: train/loss, train/grad_norm, eval/loss.
 """
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,26 +22,27 @@ def check_trackers(config: dict[str, Any], rank: int = 0) -> None:
     """Raises UserError if the package that a key of the configuration needs is missing, or on rank 0 the login."""
     for key, package in (("use_tensorboard", "tensorboard"), ("use_wandb", "wandb")):
         if config[key] and not find_spec(package):
-            raise UserError(
-                f"{key} needs the package {package}, which is not there. pip install {package}, or set {key}: false."
-            )
+            raise UserError(f"{key} needs the package {package}. pip install {package}, or set {key}: false.")
     mode = config["wandb_mode"] or os.environ.get("WANDB_MODE", "online")
     if config["use_wandb"] and rank == 0 and mode == "online":
-        import wandb
+        with wandb_errors(config):
+            import wandb
 
-        try:
-            problem = "" if wandb.login(prompt=False) else "no API key is configured"
-        except Exception as error:  # of the key, the network, the service
-            problem = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if problem:
-            raise UserError(no_wandb(config, problem))
+            if not wandb.login(prompt=False):
+                raise RuntimeError("no API key is configured")
 
 
-def no_wandb(config: dict[str, Any], problem: str) -> str:
-    return (
-        f"wandb_project {config['wandb_project']}: W&B cannot be used ({problem}). Log in by `wandb login` or "
-        f"WANDB_API_KEY, or write wandb_mode: offline, or use_wandb: false."
-    )
+@contextmanager
+def wandb_errors(config: dict[str, Any]) -> Iterator[None]:
+    """Raises UserError for any error of the key, the network, the service."""
+    try:
+        yield
+    except Exception as error:
+        problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"wandb_project {config['wandb_project']}: W&B cannot be used ({problem}). Log in by `wandb login` or "
+            f"WANDB_API_KEY, or write wandb_mode: offline, or use_wandb: false."
+        ) from error
 
 
 def make_trackers(config: dict[str, Any], start: int = 0) -> list[Tracker]:
@@ -56,19 +59,10 @@ def make_trackers(config: dict[str, Any], start: int = 0) -> list[Tracker]:
         import wandb
 
         Path(config["output_dir"]).mkdir(parents=True, exist_ok=True)
-        try:
-            run = wandb.init(
-                project=config["wandb_project"],
-                entity=config["wandb_entity"],
-                name=config["wandb_name"],
-                mode=config["wandb_mode"],
-                id=config["wandb_run_id"],
-                resume="allow",
-                dir=config["output_dir"],
-                config=config,
-            )
-        except wandb.Error as error:
-            raise UserError(no_wandb(config, str(error).splitlines()[0])) from error
+        own = {name: config[f"wandb_{name}"] for name in ("project", "entity", "name", "mode")}
+        own |= {"id": config["wandb_run_id"], "dir": config["output_dir"]}
+        with wandb_errors(config):
+            run = wandb.init(**own, resume="allow", config=config)
 
         def wandb_log(row: dict[str, Any]) -> None:
             run.log(named(row), step=row["step"])
@@ -92,7 +86,6 @@ def make_trackers(config: dict[str, Any], start: int = 0) -> list[Tracker]:
 
 def named(row: dict[str, Any]) -> dict[str, float]:
     """The numbers of a row under the names of Hugging Face's trainer."""
-    row = {name: value for name, value in row.items() if isinstance(value, int | float)}
-    parts = {name: "eval/" + name.removeprefix("eval_") if name.startswith("eval_") else name for name in row}
-    names = {name: part if "/" in part else f"train/{part}" for name, part in parts.items() if name != "step"}
-    return {names[name]: row[name] for name in names}
+    numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
+    names = {key: re.sub("^eval_", "eval/", key) for key in numbers}
+    return {name if "/" in name else f"train/{name}": numbers[key] for key, name in names.items()}

@@ -90,7 +90,5 @@ def talking(
 def check_vocabulary(tokenizer: Tokenizer, num_rows: int, path: str | Path) -> None:
     """Refuse a tokenizer that has more tokens than the embedding of the model has rows; fewer are usual."""
     if tokenizer.vocab_size > num_rows:
-        raise UserError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens and the embedding {num_rows} rows, so some "
-            f"tokens would have no vector. Take both from one model."
-        )
+        sizes = f"the tokenizer has {tokenizer.vocab_size} tokens and the embedding {num_rows} rows"
+        raise UserError(f"{path}: {sizes}, so some tokens would have no vector. Take both from one model.")

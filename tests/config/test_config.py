@@ -1,6 +1,7 @@
 """Every key, every rule between keys, every table of other keys; and their door: types, ranges, spelling, lines."""
 
 import ast
+import dataclasses
 import operator
 import textwrap
 from fnmatch import fnmatchcase
@@ -23,6 +24,7 @@ from nanoqlora.config.schema import (
     FsdpConfig,
     SpecialTokens,
 )
+from nanoqlora.data.prompts import PromptFormat
 
 LEAST = {
     "base_model": "m",
@@ -313,6 +315,7 @@ def test_every_field_is_read_somewhere():
     words = names_read()
     words |= {f"{name}_token" for name in ("bos", "eos", "pad", "unk")}  # the names are put together there
     words |= {"ds_type", "data_files", "split", "name", "revision", "tokens", "eot_tokens"}  # handed on together
+    words |= {"additional_special_tokens", *(field.name for field in dataclasses.fields(PromptFormat))}  # as well
     only_accepted = ("accepted", "wanted", "what is best")
     fields = {n: f for cls in (Config, DatasetConfig, SpecialTokens, FsdpConfig) for n, f in keys_of(cls).items()}
     unread = [n for n, f in fields.items() if n not in words and not f.description.startswith(only_accepted)]

@@ -206,7 +206,7 @@ def test_plan_ends_as_the_run_would(tmp_path):
     ended = run_here(train.main, path, "--plan", "--sequence_len", 40)
     assert ended.code == 2 and "data.jsonl, line 1" in ended.err and ended.err.count("\n") == 1
     ended = run_here(train.main, path, "--plan", "--resume_from_checkpoint", tmp_path / "nothing")
-    assert ended.code == 2 and "nothing is no folder" in ended.err and ended.err.count("\n") == 1
+    assert ended.code == 2 and "nothing: is no folder" in ended.err and ended.err.count("\n") == 1
 
 
 def test_preview_shows_what_is_special_and_what_a_terminal_would_obey(smollm2_path):

@@ -392,7 +392,7 @@ def test_betas_and_decay_are_those_of_the_configuration_after_a_resume(first, tm
 
 
 @pytest.mark.parametrize(
-    "what, said", [("empty", "is empty"), ("run", "It has checkpoint-2, checkpoint-4"), ("data", "no whole")]
+    "what, said", [("empty", "is empty"), ("run", "It has checkpoint-2, checkpoint-4"), ("data", "no complete")]
 )
 def test_a_folder_that_is_no_checkpoint_is_named_as_it_is(first, tmp_path, what, said):
     folder = {"run": first / "out", "data": first}.get(what, tmp_path / "empty")

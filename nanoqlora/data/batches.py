@@ -3,8 +3,8 @@
     data/rows.py: files -> rows    data/prepare.py: rows -> Samples    data/packing.py: lengths -> the plan of all steps
     here: the samples of a row of a step -> Batch
 
-A sample is a row of data as tokens, with a mask that says which of them the model has to learn to write. Millions of
-them are a few long arrays (`Samples`), which may stand in a file: one is cut out when a step needs it.
+A sample is a row of data as tokens, with a mask of the supervised ones, which the model has to learn to write. Millions
+of samples are a few long arrays (`Samples`), which may be in a file: one is cut out when a step needs it.
 """
 
 import hashlib

@@ -17,13 +17,13 @@ from .messages import OWN_KEYS, Chat, Note, plain
 
 NOT_LEARNT = "is neither read nor learnt; chat_template_jinja can name a template that writes it"
 HEADER = len("<think>\n\n")
-SHORT = 24  # characters at either end of a text that tell that a part of it was kept
+SHORT = 24  # characters at either end of a text that show that a part of it was written
 
 
 def check_complete(
     text: str, spans: Spans, chat: Chat, without_tools: Callable[[], str | None], keys: frozenset[str], note: Note
 ) -> None:
-    """Look for all that messages and tools say.
+    """Look for all text of the messages and tools.
 
     Args:
         text: what the template wrote of them.

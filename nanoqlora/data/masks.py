@@ -1,12 +1,12 @@
 """Which tokens of a chat the model has to learn to write.
 
-In a chat the mask covers what the assistant says and the token that ends its turn. That token matters most: a model
+In a chat the mask covers the text of the assistant and the token that ends its turn. That token matters most: a model
 that does not learn to write it does not stop. In ChatML, with "^" below the supervised tokens:
 
     <|im_start|>user\\nWho are you?<|im_end|>\\n<|im_start|>assistant\\nA pirate.<|im_end|>\\n
                                                                       ^^^^^^^^^^^^^^^^^^^^^
 
-A chat template is a program, and does not say which part of its text is whose. But the texts of messages are traced
+A chat template is a program, and does not tell which part of its text is whose. But the texts of messages are traced
 (tokenizer/traced.py), so we know where each of them is. What the model is given in front of an answer is known from
 letting the template run on the messages before, with the header of an answer behind them: where that text is the
 beginning of the complete one, the answer begins at its end. Some templates refuse to write such a beginning, or write
@@ -25,7 +25,7 @@ from ..tokenizer.tokenizer import Tokenizer
 from ..tokenizer.traced import plain, spans_of
 from .messages import Chat, Note
 
-Spans = dict[int, tuple[int, int]]  # number of a message -> from which character to which its turn stands
+Spans = dict[int, tuple[int, int]]  # number of a message -> first and last character of its turn
 
 
 class Written:
@@ -45,13 +45,13 @@ class Written:
         return self.tok.render_if_possible(messages, header, self.template, self.tools)
 
     def token_at(self, character: int) -> int:
-        """The first token that starts at this character of the text or behind it."""
+        """The first token that starts at this character of the text or after it."""
         return bisect_left(self.starts, self.tok.width(self.text[:character]))
 
     def place(self, i: int) -> tuple[int, int] | None:
-        """From where to where the texts of message i stand, its calls too; None where the template leaves it out.
+        """Start and end of the texts of message i, its calls too; None where the template leaves it out.
 
-        Of a message that is written twice, the last time.
+        Of a message that is written twice, the last place.
         """
         found = None
         for start, stop, source in reversed(self.spans):
@@ -62,7 +62,7 @@ class Written:
         return found
 
     def begin_of(self, i: int) -> int | None:
-        """The character at which what message i says begins; None where the template leaves such messages out."""
+        """The character at which the text of message i begins; None where the template leaves such messages out."""
         place = self.place(i)
         if self.messages[i]["role"] != "assistant":
             return place and place[0]

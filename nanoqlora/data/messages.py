@@ -34,7 +34,7 @@ LIKELY = json.loads((TEMPLATES / "likely_names.json").read_text("utf-8"))
 
 @dataclass
 class Chat:
-    """A conversation as templates take it, and which of its messages shall be learnt."""
+    """A conversation as templates take it, and which of its messages are supervised."""
 
     messages: Messages
     trained: list[bool]
@@ -94,7 +94,7 @@ def _check_roles(given: list[Any], form: RowFormat, note: Note) -> None:
 
 
 def _given(row: Row, form: RowFormat) -> tuple[list[Any], int, set[str]]:
-    """The messages as they stand in a row, how many of the first are only a prompt, and the columns that they fill."""
+    """The messages of a row as they are, how many of the first are only a prompt, and their columns."""
     if form.field_instruction:
         require((form.field_instruction, form.field_output), row, form)
         question = text_of(row, form.field_instruction)
@@ -115,7 +115,7 @@ def _given(row: Row, form: RowFormat) -> tuple[list[Any], int, set[str]]:
 
 
 def _message(given: Row, form: RowFormat, where: str, note: Note, known: set[str]) -> tuple[Row, bool]:
-    """A message as templates take it, and whether it shall be learnt, as far as it and its role decide."""
+    """A message as templates take it, and whether it is supervised, by its keys and its role."""
     names, theirs = form.names, set(form.names.values())
     message = {key: value for key, value in given.items() if key not in theirs}
     message |= {ours: given[name] for ours, name in names.items() if given.get(name) is not None}
@@ -144,7 +144,7 @@ def _message(given: Row, form: RowFormat, where: str, note: Note, known: set[str
 
 
 def _content(message: Row, role: str, where: str, called: str) -> Any:
-    """What a message says: a text, its text parts, or the object that a tool answered with."""
+    """The content of a message: a text, its text parts, or the object that a tool answered with."""
     content, calls = message.get("content"), message.get("tool_calls")
     if content is None and (calls or role == "tool"):
         return None if calls else ""
@@ -161,7 +161,7 @@ def _content(message: Row, role: str, where: str, called: str) -> Any:
 
 
 def plain(content: Any) -> str:
-    """The text of a content, of its parts one behind the other."""
+    """The text of a content, its parts joined."""
     return "".join(part["text"] for part in content) if isinstance(content, list) else str(content or "")
 
 
@@ -200,7 +200,7 @@ def with_fields(tool: Row, fields: tuple[str, ...], change: Callable[[Any], Any]
 
 
 def _parsed(text: Any) -> Any:
-    """What a text says as JSON, if that is an object or a list; else the value itself."""
+    """The object or list that a text holds as JSON; else the value itself."""
     if isinstance(text, str) and text.lstrip()[:1] in ("{", "["):
         try:
             return json.loads(text, object_pairs_hook=unique_keys)
@@ -213,7 +213,7 @@ def _parsed(text: Any) -> Any:
 
 # ------------------------------------------------------------------------------------------------ parts of a row
 
-NOTHING: tuple[Any, ...] = (None, "", [], {})  # values of columns and keys that say nothing
+NOTHING: tuple[Any, ...] = (None, "", [], {})  # empty values of columns and keys
 
 
 def say(*turns: str) -> Messages:
@@ -222,7 +222,7 @@ def say(*turns: str) -> Messages:
 
 
 def note_unread(row: Row, read: set[str], note: Note) -> None:
-    """Note the columns of a row that have a value and became nothing."""
+    """Note the columns of a row that have a value and are not read."""
     for column in row:
         if (column not in read or not column) and row[column] not in NOTHING:
             note(f"the column {column or 'without a name'} was not read")

@@ -1,4 +1,4 @@
-"""From lengths to the schedule of a run: which samples stand in which row of which step, before the first is taken.
+"""From lengths to the schedule of a run: which samples are in which row of which step, before the first step.
 
     lengths, seed -> for each epoch: shuffle, put into rows, shuffle the rows, cut into steps -> BatchSchedule
 

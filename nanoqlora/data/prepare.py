@@ -1,9 +1,9 @@
 """Rows to samples: tokenised in several processes, kept in a folder, and prepared again when anything changed.
 
-    files -> blocks of rows -> (processes) -> words: the tokens of all samples, in one long array -> Samples
+    files -> chunks of rows -> (processes) -> words: the tokens of all samples, in one long array -> Samples
 
-The blocks come back in order, so the samples stand in the order of the files, however many processes there are. In
-memory are some blocks and a few bytes for each sample: the tokens go to a file, and are mapped from it.
+The chunks come back in order, so the samples are in the order of the files for any number of processes. In memory
+are some chunks and a few bytes for each sample: the tokens go to a file, and are mapped from it.
 
 Prepared data is kept under a key: a hash of the contents of the files, the tokenizer, the prompt format, the lengths,
 `FORMAT`, and the versions of the libraries that tokenise. Data that would come out differently has another key, so a
@@ -40,19 +40,19 @@ from .batches import SUPERVISED, Samples
 from .files import DataFile
 from .messages import ROLE_SEEN, UNKNOWN_ROLE
 from .prompts import PromptFormat, detect_format
-from .rows import BLOCK_BYTES, Block, blocks_of, placed_rows
+from .rows import CHUNK_BYTES, Chunk, chunks_of, placed_rows
 
 SMALL = 8 << 20  # bytes of data; below, to start processes takes longer than the work
 PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when the one that started it ends
-FORMAT = b"2"  # raise it when the same rows and settings give other samples: what older versions kept is read no more
-NAMED = 5  # rows that are named of those to which something happened
+FORMAT = b"2"  # raise it when the same rows and settings give other samples; older prepared data is then unused
+NAMED = 5  # rows of each kind that are named
 
 
 @dataclass(frozen=True)
 class Encoding:
     """How rows become samples."""
 
-    prompt_format: PromptFormat | None  # None: what the columns of each row tell
+    prompt_format: PromptFormat | None  # None: detected from the columns of each row
     tokenizer: Tokenizer
     sequence_len: int  # tokens that a sample may have
     strategy: str = "drop"  # for longer ones: drop, truncate or raise; long `completion` rows are split instead
@@ -62,7 +62,7 @@ class Encoding:
 
 @dataclass
 class Places:
-    """Rows to which something happened: their number, and where the first few of them stand."""
+    """Some rows: their number, and the places of the first few."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
@@ -83,11 +83,11 @@ class Counts:
     longest: int = 0  # tokens of the longest
     too_long: Places = field(default_factory=Places)  # longer than sequence_len: dropped or cut
     unsupervised: Places = field(default_factory=Places)  # without a supervised token: dropped
-    notes: dict[str, Places] = field(default_factory=dict)  # of `encode_row`: what was noted -> the rows it is true of
+    notes: dict[str, Places] = field(default_factory=dict)  # of `encode_row`: a note -> its rows
     invalid: dict[str, Places] = field(default_factory=dict)  # why rows cannot be used -> those rows
 
     def note(self, texts: Iterable[str], where: str) -> None:
-        """Count what was noted of the row that stands there: each note once, a role for each of its messages."""
+        """Count the notes on the row at this place: each note once, a role for each of its messages."""
         for text, number in Counter(texts).items():
             count = number if text.startswith(ROLE_SEEN) else 1
             self.notes.setdefault(text, Places()).add(Places(count, [where]))
@@ -127,7 +127,7 @@ class InvalidRows(UserError):
 
 @dataclass(kw_only=True)
 class Reading(Counts):
-    """The samples of a data set, and what became of its rows; printed before step 1: no row is left out unnoticed."""
+    """The samples of a data set, and what became of its rows, which is printed before step 1."""
 
     samples: Samples
     files: dict[str, str] = field(default_factory=dict)  # path -> SHA-256 of its contents, where they were prepared
@@ -142,7 +142,7 @@ class Reading(Counts):
         ]
 
     def describe(self, sequence_len: int, strategy: str) -> str:
-        """One line on the samples, and on the rows that are too long or without anything to learn."""
+        """One line on the samples, and on the rows that are too long or have no supervised token."""
         tokens, targets = int(self.samples.lengths.sum()), int(self.samples.num_targets.sum())
         text = f"{len(self.samples)} samples, {tokens} tokens, {targets / max(tokens, 1):.0%} of them supervised"
         if self.too_long:
@@ -197,7 +197,7 @@ def prepare_samples(files: list[DataFile], encoding: Encoding, folder: Path) -> 
 
 
 def _kept(prepared: Path, hashes: dict[str, str]) -> Reading | None:
-    """What a folder keeps, if it is complete and as it was written: a copy may be cut, a file edited."""
+    """The prepared data of a folder, if it is complete and unchanged."""
     try:
         facts = json.loads((prepared / "counts.json").read_text("utf-8"))
         words = np.memmap(prepared / "words.bin", np.uint32, "r")
@@ -216,7 +216,7 @@ def _stamps(files: list[DataFile]) -> list[tuple[int, int]]:
 
 
 def _seal(facts: dict, folder: Path) -> str:
-    """A hash of what is kept beside the words."""
+    """A hash of all prepared data but the words."""
     samples = (folder / "samples.npy").read_bytes()
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode() + samples).hexdigest()
 
@@ -277,7 +277,7 @@ def _read(files: list[DataFile], encoding: Encoding, write: Callable[[np.ndarray
 
 
 def _note_repeated(rows: np.ndarray, files: list[DataFile], part: str, counts: Counts) -> None:
-    """Count rows that stand there twice. rows: a hash of the tokens of each."""
+    """Count repeated rows. rows: a hash of the tokens of each."""
     _, firsts = np.unique(rows, return_index=True)
     if len(firsts) == len(rows):
         return
@@ -291,18 +291,18 @@ def _note_repeated(rows: np.ndarray, files: list[DataFile], part: str, counts: C
 
 @dataclass(frozen=True)
 class Encoded:
-    """The samples of a block, a hash of each row to find those that stand there twice, and what became of the rows."""
+    """The samples of a chunk, a hash of each row to find repeated ones, and what became of the rows."""
 
     samples: Samples
     rows: np.ndarray  # (rows,) int64
     counts: Counts
 
 
-def encode_block(block: Block, encoding: Encoding) -> Encoded:
-    """Tokenise the rows of a block."""
+def encode_chunk(chunk: Chunk, encoding: Encoding) -> Encoded:
+    """Tokenise the rows of a chunk."""
     counts, rows = Counts(), list[int]()
     samples: list[np.ndarray] = []
-    for where, row in block.rows():
+    for where, row in chunk.rows():
         counts.rows += 1
         notes: list[str] = []
         num_samples = len(samples)
@@ -328,7 +328,7 @@ def encode_block(block: Block, encoding: Encoding) -> Encoded:
                 samples.append(piece)
             else:
                 counts.unsupervised.add(Places(1, [where]))
-        rows.append(hash(words.tobytes() if len(samples) > num_samples else where))  # only what is kept
+        rows.append(hash(words.tobytes() if len(samples) > num_samples else where))  # only of rows that are used
     lengths = np.array([len(sample) for sample in samples], np.int32)
     num_targets = np.array([np.count_nonzero(sample[1:] >= SUPERVISED) for sample in samples], np.int32)
     words = np.concatenate([np.empty(0, np.uint32), *samples])
@@ -336,13 +336,13 @@ def encode_block(block: Block, encoding: Encoding) -> Encoded:
 
 
 def _encode_files(files: list[DataFile], encoding: Encoding) -> Iterator[Encoded]:
-    """The blocks of all files, tokenised, in order; in as many processes as there are cores, if they are worth it."""
-    blocks = blocks_of(files, encoding.part)
+    """The chunks of all files, tokenised, in order; in as many processes as there are cores, if they are worth it."""
+    chunks = chunks_of(files, encoding.part)
     num_bytes = sum(file.path.stat().st_size for file in files)
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1  # elsewhere a forked process may crash
-    workers = min(cores, 1 + num_bytes // BLOCK_BYTES)
+    workers = min(cores, 1 + num_bytes // CHUNK_BYTES)
     if num_bytes < SMALL or workers < 2:
-        yield from (encode_block(block, encoding) for block in blocks)
+        yield from (encode_chunk(chunk, encoding) for chunk in chunks)
         return
     # Forked, a process starts at once and has the tokenizer. It must not touch torch, whose threads it does not have.
     pool = ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (encoding,))
@@ -356,8 +356,8 @@ def _encode_files(files: list[DataFile], encoding: Encoding) -> Iterator[Encoded
                 bar.update(size)
 
         try:
-            for block in blocks:
-                waiting.append((block.num_bytes, pool.submit(_encode_in_worker, block)))
+            for chunk in chunks:
+                waiting.append((chunk.num_bytes, pool.submit(_encode_in_worker, chunk)))
                 yield from finished(but=3 * workers)  # not all at once: they would be held in memory
             yield from finished(but=0)
         except BrokenProcessPool as error:
@@ -382,5 +382,5 @@ def _start_worker(encoding: Encoding) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # and so does whatever kills it
 
 
-def _encode_in_worker(block: Block) -> Encoded:
-    return encode_block(block, _encoding)
+def _encode_in_worker(chunk: Chunk) -> Encoded:
+    return encode_chunk(chunk, _encoding)

@@ -13,7 +13,7 @@ of its tokens are supervised. The next three put the columns of a row into a fra
 behind them is supervised, with its end token. Of a completion every token is.
 
 The format is saved beside what was trained, as prompt.json: the same file that made the training tokens makes the
-prompt of a chat, and the template of an Ollama Modelfile (export/go_template.py). Left out: content in parts.
+prompt of a chat, and the template of an Ollama Modelfile (export/go_template.py).
 Read next: data/messages.py, data/masks.py; data/prepare.py, which has all rows of a run encoded.
 """
 
@@ -33,7 +33,7 @@ from .messages import Note, chat_of, names_in, note_unread, plain, require, say,
 from .row_format import FRAMES, TEMPLATES, Frame, RowFormat
 
 # For models that bring none of their own; the tokenizer must know the special tokens. An answer in alpaca and mistral
-# ends with the tokenizer's end token, and a system message stands in front of the first question.
+# ends with the tokenizer's end token, and a system message comes before the first question.
 CHAT_TEMPLATES = {
     name: (TEMPLATES / f"{name}.jinja").read_text("utf-8").removesuffix("\n")
     for name in ("chatml", "llama3", "alpaca", "mistral")
@@ -47,7 +47,7 @@ class PromptFormat(RowFormat):
         """The same with the chat template written out, so that it no longer depends on the tokenizer's."""
         return dataclasses.replace(self, chat_template=self.jinja(tok))
 
-    # What the format says of a tokenizer
+    # Properties of the format with a tokenizer
 
     def jinja(self, tok: Tokenizer) -> str | None:
         """The chat template in effect; None when the format is not a chat."""
@@ -68,7 +68,7 @@ class PromptFormat(RowFormat):
             return tok.add_bos
         return self.encode_prompt(tok, say("user", "a question"))[:1] == [tok.bos_id]
 
-    # Talking
+    # Prompts
 
     def render(
         self, tok: Tokenizer, messages: Messages, add_generation_prompt: bool = False, tools: Tools = None
@@ -80,13 +80,13 @@ class PromptFormat(RowFormat):
         return trace(last, 0) if self.type == "completion" else self._frame.prompt(last)
 
     def encode_prompt(self, tok: Tokenizer, messages: Messages, tools: Tools = None) -> list[int]:
-        """The tokens that the model is to go on from, when it shall answer."""
+        """The tokens of a prompt, which the model continues with its answer."""
         if self.type == "chat_template":
             return tok.encode_chat(messages, add_generation_prompt=True, chat_template=self.jinja(tok), tools=tools)
         return self._prompt_ids(tok, self.render(tok, messages))
 
     def question(self, row: dict[str, Any]) -> Messages | None:
-        """What a row asks: all that stands before its first answer; None if that is nothing."""
+        """The messages before the first answer of a row; None without any."""
         if self.type == "completion":
             return None
         if self.type != "chat_template":
@@ -95,7 +95,7 @@ class PromptFormat(RowFormat):
         return messages[: next((i for i, message in enumerate(messages) if message["role"] == "assistant"), 0)] or None
 
     def last_question(self, row: dict[str, Any]) -> tuple[Messages, Tools]:
-        """What a row of a chat holds in front of its last answer, and its tools."""
+        """The messages before the last answer of a row, and its tools."""
         chat = chat_of(row, self, note=lambda _: None)
         last = max((i for i, is_trained in enumerate(chat.trained) if is_trained), default=0)
         return _as_texts(chat.messages[:last]), chat.tools
@@ -105,7 +105,7 @@ class PromptFormat(RowFormat):
     def encode_row(
         self, tok: Tokenizer, row: dict[str, Any], note: Callable[[str], object] = lambda _: None
     ) -> tuple[list[int], list[bool]]:
-        """Tokens of a row of data, and for each whether the model shall learn to write it.
+        """Tokens of a row of data, and for each whether it is supervised.
 
         Args:
             note: called with everything that the user should know of this row. Rows with the same text are
@@ -130,12 +130,12 @@ class PromptFormat(RowFormat):
         return ids, mask
 
     def _prompt_ids(self, tok: Tokenizer, prompt: str) -> list[int]:
-        """The ids of a prompt that is no chat, with BOS where the tokenizer puts one: the frame may have it already."""
+        """The ids of a prompt that is not a chat, with BOS where the tokenizer adds it and the frame has none."""
         ids, _ = tok.encode_guarded(prompt)
         return [tok.bos_id, *ids] if tok.bos_id is not None and tok.add_bos and ids[:1] != [tok.bos_id] else ids
 
     def _texts(self, row: dict[str, Any], note: Note) -> tuple[str, str]:
-        """What a row that is no chat prompts with, and what is to be written."""
+        """Prompt and answer of a row that is not a chat."""
         if self.type == "completion":
             require((self.field,), row, self)
             note_unread(row, {self.field}, note)
@@ -248,7 +248,7 @@ EMPTY_ANSWER = "the answer is empty, so only the token that ends it is learnt"
 
 
 def detect_format(row: dict[str, Any]) -> PromptFormat:
-    """The format that the columns of a row tell of."""
+    """The format of a row, by its columns."""
     pair = row.get("prompt"), row.get("completion")
     if "messages" in row or all(isinstance(part, list) for part in pair):
         return PromptFormat(type="chat_template")

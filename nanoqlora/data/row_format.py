@@ -32,7 +32,7 @@ class Frame:
 
     format: str = WITH_INPUT  # of a row with an input
     no_input_format: str | None = None  # of one without; None: the same, or Axolotl's own where format is Axolotl's own
-    system_format: str = "{system}"  # stands in front, if there is a system text
+    system_format: str = "{system}"  # comes first, if there is a system text
     system_prompt: str = ""  # the system text of rows that have none
     field_system: str = "system"  # names of columns
     field_instruction: str = "instruction"
@@ -40,7 +40,7 @@ class Frame:
     field_output: str = "output"
 
     def prompt(self, instruction: str, context: str = "", system: str = "") -> str:
-        """The text in front of what is to be written; the columns in it are traced, the frame is the author's."""
+        """The text before the answer; the columns in it are traced, the frame is trusted."""
         columns = {"instruction": instruction, "input": context, "system": system}
         texts = {name: trace(text, 0) for name, text in columns.items()}
         texts["system"] = texts["system"] or self.system_prompt
@@ -77,7 +77,7 @@ class RowFormat:
     field_system: str = "system"  # chat_template: the column with a system text, where no message has one
     field_instruction: str = ""  # chat_template: the column with a question, in place of messages; and with its answer
     field_output: str = ""
-    message_field_training: str = ""  # chat_template: the key that says whether a message is learnt
+    message_field_training: str = ""  # chat_template: the key that decides whether a message is supervised
     # What the template calls a field of a message, or a role -> what the file calls it.
     message_property_mappings: dict[str, str] = dataclasses.field(default_factory=dict)
     roles: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -88,7 +88,7 @@ class RowFormat:
                 raise UserError(f"{name} is {getattr(self, name)!r}. Use {' or '.join(allowed)}.")
         if self.type == "custom" and self.frame is None:
             raise UserError("type is custom and there is no frame: the text around the columns. Give one.")
-        # From JSON they come as lists; frozen, so that nobody changes a format between training and talking.
+        # From JSON they come as lists; frozen, so that training and prompts have the same format.
         object.__setattr__(self, "roles_to_train", tuple(self.roles_to_train))
         object.__setattr__(self, "roles", {role: tuple(names) for role, names in self.roles.items()})
         if unknown := [role for role in self.roles_to_train if role not in self.role_of]:

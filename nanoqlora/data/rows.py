@@ -1,7 +1,7 @@
 """From files to rows: JSON, CSV, Parquet, Arrow and text.
 
-    read_blocks    a file -> blocks of about a megabyte, as it streams by; cheap, so that one process can do it
-    Block.rows     a block -> rows, each with its place ("a.jsonl, line 7"); the work, which many processes share
+    read_chunks    a file -> chunks of about a megabyte, as it streams by; cheap, so that one process can do it
+    Chunk.rows     a chunk -> rows, each with its place ("a.jsonl, line 7"); the work, which many processes share
 
 A row is a map from column names to values. What is wrong with one is reported with its place. A JSON list is cut into
 its values by their brackets alone (`_list_values`); json then parses each value.
@@ -28,19 +28,19 @@ from .files import DataFile
 
 Row = dict[str, Any]
 BinaryFile = io.BufferedReader | gzip.GzipFile
-Placed = tuple[str, Row | UserError]  # where it stands, for messages; and the row, or why there is none
+Placed = tuple[str, Row | UserError]  # its place, for messages; and the row, or why it cannot be read
 
-BLOCK_BYTES = 1 << 20
-ARROW_ROWS = 512  # of a block
+CHUNK_BYTES = 1 << 20
+ARROW_ROWS = 512  # of a chunk
 UNREADABLE = (ValueError, TypeError, LookupError, OverflowError, NotImplementedError, SystemError)
-LONGEST_CSV_FIELD = 1 << 26  # bytes; a quote that nobody closes would take the rest of the file for one field
+LONGEST_CSV_FIELD = 1 << 26  # bytes; an open quote would make the rest of the file one field
 
 
-# ------------------------------------------------------------------------------------------------ blocks
+# ------------------------------------------------------------------------------------------------ chunks
 
 
 @dataclass(frozen=True)
-class Block:
+class Chunk:
     """Some rows of a file, not yet parsed; small, and ready to be sent to another process."""
 
     parse: Callable[[Any], Iterable[Placed]]  # a function of this module, with what is the same for all of the file
@@ -49,13 +49,13 @@ class Block:
     wanted: tuple[int, int | None] = (0, None)  # of its rows, those from the one to the other
 
     def rows(self) -> Iterator[Placed]:
-        """The wanted rows with their places; in place of a row that cannot be read, why."""
+        """The wanted rows with their places; for a row that cannot be read, the error."""
         return islice(self.parse(self.unparsed), *self.wanted)
 
 
 def placed_rows(files: list[DataFile], part: str = "") -> Iterator[Placed]:
-    """The rows of some files, in order; see `blocks_of`."""
-    return (placed for block in blocks_of(files, part) for placed in block.rows())
+    """The rows of some files, in order; see `chunks_of`."""
+    return (placed for chunk in chunks_of(files, part) for placed in chunk.rows())
 
 
 def read_rows(files: list[DataFile], part: str = "") -> Iterator[tuple[str, Row]]:
@@ -66,14 +66,14 @@ def read_rows(files: list[DataFile], part: str = "") -> Iterator[tuple[str, Row]
         yield where, row
 
 
-def blocks_of(files: list[DataFile], part: str = "") -> Iterator[Block]:
-    """The rows of some files in blocks, in order.
+def chunks_of(files: list[DataFile], part: str = "") -> Iterator[Chunk]:
+    """The rows of some files in chunks, in order.
 
     Args:
         part: as of a list, with numbers of rows or percentages: ":1000", "10%:20%", "-500:"; "": all rows.
     """
     is_relative = re.search("[%-]", part)
-    total = sum(len(b.unparsed) for file in files for b in read_blocks(file)) if is_relative else sys.maxsize
+    total = sum(len(b.unparsed) for file in files for b in read_chunks(file)) if is_relative else sys.maxsize
 
     def place(text: str) -> int | None:
         number = text.removesuffix("%")
@@ -81,49 +81,49 @@ def blocks_of(files: list[DataFile], part: str = "") -> Iterator[Block]:
 
     start, stop, _ = slice(*map(place, (part or ":").split(":"))).indices(total)
     first = 0
-    for block in (block for file in files for block in read_blocks(file)):
-        size = len(block.unparsed)
+    for chunk in (chunk for file in files for chunk in read_chunks(file)):
+        size = len(chunk.unparsed)
         wanted = max(0, start - first), min(stop - first, size)
         if wanted[0] < wanted[1]:
-            yield replace(block, wanted=wanted)
+            yield replace(chunk, wanted=wanted)
         first += size
         if first >= stop:
             return
 
 
-def read_blocks(file: DataFile) -> Iterator[Block]:
-    """The rows of a file in blocks, in order. Memory: one block."""
+def read_chunks(file: DataFile) -> Iterator[Chunk]:
+    """The rows of a file in chunks, in order. Memory: one chunk."""
     path = file.path
     try:
         if file.kind in ("parquet", "arrow"):
-            yield from _arrow_blocks(file)
+            yield from _arrow_chunks(file)
             return
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as opened:
             start = opened.peek(64)[:64].removeprefix(b"\xef\xbb\xbf").lstrip()
             if file.kind == "csv":
-                yield from _csv_blocks(path, opened)
+                yield from _csv_chunks(path, opened)
             else:
                 is_list = file.kind == "json" and start.startswith(b"[")
                 lines = ((number, line) for number, line in enumerate(opened, 1) if not line.isspace())
                 texts = _list_values(path, opened) if is_list else lines
                 parse = partial(_rows_of_texts, path, file.kind)
-                yield from _in_blocks(parse, ((text, len(text[1])) for text in texts))
+                yield from _in_chunks(parse, ((text, len(text[1])) for text in texts))
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"data {path}: cannot be read ({error}). Check the file, or copy it again.") from error
 
 
-def _in_blocks(parse: Callable[[Any], Iterable[Placed]], items: Iterable[tuple[Any, int]]) -> Iterator[Block]:
-    """Unparsed rows, each with its number of bytes, in blocks."""
+def _in_chunks(parse: Callable[[Any], Iterable[Placed]], items: Iterable[tuple[Any, int]]) -> Iterator[Chunk]:
+    """Unparsed rows, each with its number of bytes, in chunks."""
     unparsed: list[Any] = []
     size = 0
     for item, length in items:
         unparsed.append(item)
         size += length
-        if size >= BLOCK_BYTES:
-            yield Block(parse, unparsed, size)
+        if size >= CHUNK_BYTES:
+            yield Chunk(parse, unparsed, size)
             unparsed, size = [], 0
     if unparsed:
-        yield Block(parse, unparsed, size)
+        yield Chunk(parse, unparsed, size)
 
 
 # ------------------------------------------------------------------------------------------------ text and JSON
@@ -172,10 +172,10 @@ NEXT_MARK, NEXT_BRACKET = (
 
 
 def _cut_at_own_marks(opened: BinaryFile) -> Iterator[tuple[bytes, bytes]]:
-    """A JSON list, cut at its own brackets and commas: what stands in front of each, and it; then the rest, and b""."""
+    """A JSON list, cut at its own brackets and commas: the text before each, and the mark; then the rest, and b""."""
     text, at, depth = b"", 0, 0
-    while chunk := opened.read(max(BLOCK_BYTES, len(text))):  # ever more of a long value, which is searched again
-        text, start = text + chunk, 0
+    while more := opened.read(max(CHUNK_BYTES, len(text))):  # twice as much of a long value each time
+        text, start = text + more, 0
         while found := (NEXT_BRACKET if depth > 1 else NEXT_MARK).match(text, at):
             at, mark = found.end(), found[1]
             if mark in b"[,]" and depth == (mark != b"["):
@@ -208,7 +208,7 @@ def _list_values(path: Path, opened: BinaryFile) -> Iterator[tuple[int, bytes, i
 # ------------------------------------------------------------------------------------------------ CSV
 
 
-def _csv_blocks(path: Path, opened: Iterable[bytes]) -> Iterator[Block]:
+def _csv_chunks(path: Path, opened: Iterable[bytes]) -> Iterator[Chunk]:
     """The rows of a CSV file with a header, commas and double quotes; a row may span lines.
 
     The first column may be without a name, as pandas writes the numbers of rows.
@@ -219,7 +219,7 @@ def _csv_blocks(path: Path, opened: Iterable[bytes]) -> Iterator[Block]:
         raise UserError(f"{where}: the header is {', '.join(header)}. Give every column a name of its own.")
     if len(header) == 1 and re.search(r"[;\t|]", header[0]):
         raise UserError(f"{where}: the header is one column, {header[0]!r}. Separate the columns with commas.")
-    yield from _in_blocks(partial(_csv_rows, header), ((line, sum(map(len, line[1]))) for line in lines))
+    yield from _in_chunks(partial(_csv_rows, header), ((line, sum(map(len, line[1]))) for line in lines))
 
 
 def _csv_lines(path: Path, opened: Iterable[bytes]) -> Iterator[tuple[str, list[str]]]:
@@ -249,7 +249,7 @@ def _csv_rows(header: list[str], lines: list[tuple[str, list[str]]]) -> Iterator
 # ------------------------------------------------------------------------------------------------ Parquet and Arrow
 
 
-def _arrow_blocks(file: DataFile) -> Iterator[Block]:
+def _arrow_chunks(file: DataFile) -> Iterator[Chunk]:
     import pyarrow  # here, because most runs read none
     import pyarrow.ipc
     import pyarrow.parquet
@@ -267,7 +267,7 @@ def _arrow_blocks(file: DataFile) -> Iterator[Block]:
             for batch in batches:
                 for start in range(0, len(batch), ARROW_ROWS):
                     part = batch.slice(start, ARROW_ROWS)
-                    yield Block(partial(_arrow_rows, file.path, first), part, part.nbytes)
+                    yield Chunk(partial(_arrow_rows, file.path, first), part, part.nbytes)
                     first += len(part)
     except (pyarrow.ArrowException, ValueError) as error:
         kind = file.kind.title()

@@ -30,12 +30,12 @@ LONGEST_BLANK = 500_000  # white space in a row; the regex engine runs out of st
 
 @dataclass(frozen=True)
 class SplitRule:
-    """How a family of models breaks text into words, in the three forms that we meet."""
+    """How a family of models breaks text into words, in three forms."""
 
     pattern: str  # one regular expression, for tiktoken
     steps: tuple[dict[str, Any], ...]  # the same rule as tokenizer.json writes it
     whole_words: bool  # a word that is a token is taken as it is, even if no merges lead to it ("ignore_merges")
-    add_bos: bool  # what a GGUF file means when it does not say
+    add_bos: bool  # the default for a GGUF file without it
 
 
 def byte_level(use_regex: bool) -> dict[str, Any]:
@@ -113,7 +113,9 @@ class BytePairs:
         ids = {piece: id for id, piece in enumerate(vocab)}
         learnt = dict.fromkeys(merge.replace(" ", "") for merge in vocabulary.merges)  # a set that keeps its order
         words = list(learnt)
-        if rule.whole_words:  # then tokens without merges are words too; ids say when they were learnt, if they rise
+        if (
+            rule.whole_words
+        ):  # then tokens without merges are words too, in the order of the ids if that is the order of the merges
             in_order = all(ids[a] < ids[b] for a, b in pairwise(words))
             pieces = vocabulary.normal_pieces()
             words += [p for p in pieces if len(p) > 1 and p not in learnt and piece_to_bytes(p)]
@@ -145,7 +147,7 @@ def _unreached(words: list[str]) -> set[str]:
     spelled = [_spell(word) for word in words]
     ranks = {bytes([byte]): byte for byte in range(256)} | {token: 256 + i for i, token in enumerate(spelled)}
     engine = tiktoken.Encoding("parts", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={})
-    mark = set(range(256)) - set(b"".join(spelled))  # behind a byte that joins nothing, no word is looked up
+    mark = set(range(256)) - set(b"".join(spelled))  # a byte that joins nothing keeps tiktoken from looking up the word
     if not mark:
         return set()
     end = bytes([max(mark)])
@@ -161,7 +163,7 @@ def has_unreached(fields: Fields) -> bool:
 
 
 def merges_of(vocabulary: Vocabulary) -> list[str]:
-    """The merges of a vocabulary, for files that want them: those it was read with, else rebuilt from its ids."""
+    """The merges of a vocabulary, for files that want them: those of its file, else rebuilt from its ids."""
     return vocabulary.merges or _merges_of_ranks(vocabulary.normal_pieces())
 
 

@@ -58,7 +58,7 @@ def render(
 
 
 class _CodeGenerator(jinja2.compiler.CodeGenerator):
-    """`a ~ b` goes through functions that know of spans."""
+    """`a ~ b` goes through functions that keep spans."""
 
     def visit_Concat(self, node: jinja2.nodes.Concat, frame: jinja2.compiler.Frame) -> None:
         self.write("environment.concat((")
@@ -87,8 +87,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         written = super().wrap_str_format(value)
-        if written and traced.spans_of(value.__self__):  # a row's text as a layout: what it writes is anybody's
-            return lambda *args, **kwargs: traced.of_anybody(written(*args, **kwargs))
+        if written and traced.spans_of(value.__self__):  # a row's text as a layout: the source of the result is unknown
+            return lambda *args, **kwargs: traced.of_unknown(written(*args, **kwargs))
         return written
 
 
@@ -132,7 +132,7 @@ def _compile(template: str, is_traced: bool) -> jinja2.Template:
     return sandbox.from_string(template)
 
 
-# Roles that templates know. They are not the row's text: "<|{{ role }}|>" writes a special token.
+# Roles of templates. They are not the row's text: "<|{{ role }}|>" writes a special token.
 ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "ipython", "function", "model"))
 
 

@@ -85,7 +85,7 @@ NAMED_KEYS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "c
 
 
 def _tokens_in_other_files(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What tokenizer_config.json, special_tokens_map.json and added_tokens.json say of tokens, to transformers.
+    """The tokens in tokenizer_config.json, special_tokens_map.json and added_tokens.json, as transformers reads them.
 
     Returns:
         tokenizer_config.json, with special_tokens_map.json in it and named tokens as text; and all tokens, in the order
@@ -162,7 +162,7 @@ def _add(path: Path, fields: Fields, ids: dict[str, int], token: dict[str, Any])
         kinds[id] = kind
     else:
         return
-    fields["original_files"].pop("tokenizer.json", None)  # it does not know of the token
+    fields["original_files"].pop("tokenizer.json", None)  # it does not have the token
 
 
 def read_chat_template(folder: Path) -> str | None:
@@ -254,7 +254,7 @@ def read_gguf_metadata(metadata: dict[str, Any], path: Path) -> Fields:
         if not get(needed):
             advice = "Use the file of a complete model, written by a llama.cpp of 2024 or later"
             raise UserError(f"{path}: there is no tokenizer.ggml.{needed}. {advice}.")
-    # What llama.cpp takes where the file does not say.
+    # The defaults of llama.cpp.
     unsaid = {"bos": 1, "eos": 2, "unk": 0} if is_sentencepiece else {}
     add_bos = get("add_bos_token", bool)
     fields: Fields = {
@@ -311,7 +311,7 @@ def _checked(path: Path, fields: Fields) -> Fields:
 def write_folder(vocabulary: Vocabulary, folder: Path, chat_template: str | None) -> None:
     """The files that transformers' AutoTokenizer, llama.cpp and `read_folder` read.
 
-    A file that was read is written again byte by byte. The chat template stands in two places, because some readers
+    A file that was read is copied unchanged. The chat template is written to two places, because some readers
     know only the one and some only the other.
     """
     named = vocabulary.named_texts
@@ -322,8 +322,8 @@ def write_folder(vocabulary: Vocabulary, folder: Path, chat_template: str | None
     else:
         config["chat_template"] = chat_template
         write_text(folder / "chat_template.jinja", chat_template)
-    # tokenizer.json cannot say all that tokenizer.model says, and llama.cpp's own converter wants the latter. It says
-    # that texts which begin with a space get one more, so it must not stand beside a tokenizer.json that does not.
+    # tokenizer.json cannot hold all of tokenizer.model, and llama.cpp's own converter needs the latter. With it
+    # texts that begin with a space get one more, so it must not be beside a tokenizer.json that differs in that.
     files = dict(vocabulary.original_files)
     if vocabulary.is_sentencepiece:
         config["legacy"] = vocabulary.space_before == "every"

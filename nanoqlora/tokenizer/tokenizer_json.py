@@ -47,7 +47,7 @@ def read(path: Path, data: dict[str, Any]) -> Fields:
     space_rule = _space_rule(path, data, vocab)
     for token in added:
         check_normalized(path, data, token)
-    # All merges that make one piece stand together, so the order of the pieces says as much as that of the merges.
+    # All merges that make one piece are adjacent, so the order of the pieces is enough.
     ranks = {piece: rank for rank, piece in enumerate(dict.fromkeys(merge.replace(" ", "") for merge in merges))}
     scores = [float(-ranks[piece]) if piece in ranks else UNREACHED for piece in vocab]
     return fields | {"pre": SENTENCEPIECE, "merges": [], "scores": scores, **space_rule}

@@ -1,12 +1,12 @@
-"""Text that remembers who wrote which part of it.
+"""Text with the source of each of its parts.
 
 A chat template mixes its own text with that of a row. What a row has given must never turn into a special token, or a
 message that holds "<|im_end|>" could end its own turn; and data/masks.py has to know where each message has got to. No
 character could mark that, as users may write any. So while a template runs, each string of a row is a `Traced`: a str
 that also has spans, and what is made of it has them too.
 
-Pieces, sums and replacements of strings know their spans. Everything else that makes strings of strings (formatting,
-JSON, filters) is recomputed, with marks around the parts that are traced, and the marks tell the spans. They are
+Pieces, sums and replacements of strings keep their spans. Everything else that makes strings of strings (formatting,
+JSON, filters) is recomputed, with marks around the parts that are traced, and the marks give the spans. They are
 halves of surrogate pairs, which no text holds (`trace`), and nobody sees the second result.
 """
 
@@ -156,8 +156,8 @@ def trace(value: Any, source: int) -> Any:
     return value
 
 
-def of_anybody(text: str) -> Traced:
-    """A text of which nobody knows who gave which part."""
+def of_unknown(text: str) -> Traced:
+    """A text whose sources are unknown."""
     return Traced(text, [Span(0, len(text), None)])
 
 
@@ -182,7 +182,7 @@ def join(parts: Iterable[str]) -> str:
 
 
 def is_own(function: Any) -> bool:
-    """Whether this is a method of a traced text that knows its spans."""
+    """Whether this is a method of a traced text that keeps its spans."""
     return isinstance(getattr(function, "__self__", None), Traced) and isinstance(function, MethodType)
 
 
@@ -240,7 +240,7 @@ def _unmarked(marked: Any, text: str, given: list[str]) -> Traced:
         opened = None if number < 0 else (at, number - 2 if number else None)
     if is_known and opened is None:
         return Traced(text, spans)
-    # The function minds the marks. If it was given nothing but traced text, all of the result is that.
+    # The marks change the result. If all arguments have one source, so has the result.
     return Traced(text, [Span(0, len(text), _source_of(given))])
 
 

@@ -1,4 +1,4 @@
-"""What a tokenizer knows, before it does anything: its tokens, how to break text, and the tokens with a name.
+"""The data of a tokenizer: its tokens, how to break text, and the tokens with a name.
 
 A token has three names: its id; its bytes, which text is made of; and its piece, the way files spell it. There are two
 families, and they spell in two ways.

@@ -36,7 +36,7 @@ def test_free_memory_is_all_there_is(mac):
 def test_a_run_ends_well(mac, monkeypatch, tmp_path):
     """With data that would be tokenised by several processes; ru_maxrss is in bytes there."""
     monkeypatch.setattr(prepare, "SMALL", 0)
-    monkeypatch.setattr(prepare, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(prepare, "CHUNK_BYTES", 100)
     model, data = save_tiny_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", alpaca_rows(6))
     keys = {"num_epochs": 1, "dataset_prepared_path": str(tmp_path / "prepared"), "load_in_4bit": True}
     ended = run_here(train.main, write_run(tmp_path / "train.yml", model, data, **keys))

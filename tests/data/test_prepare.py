@@ -205,7 +205,7 @@ def test_roles_that_no_mapping_knows_are_counted_over_all_rows(tmp_path):
 @pytest.mark.parametrize("blocks", [1, 1 << 20])
 def test_rows_that_stand_there_twice_are_counted(tmp_path, monkeypatch, blocks):
     """In one file or in two, in one block or in several."""
-    monkeypatch.setattr(rows, "BLOCK_BYTES", blocks)
+    monkeypatch.setattr(rows, "CHUNK_BYTES", blocks)
     texts = [f"text {i}" for i in range(20)]
     for name, some in {"a.jsonl": [*texts, texts[3]], "b.jsonl": ["other", texts[3], texts[19], "other"]}.items():
         (tmp_path / name).write_text("\n" + lines([{"text": text} for text in some]))
@@ -252,7 +252,7 @@ def test_rows_that_are_dropped_or_learnt_otherwise_are_no_repeated_ones(tmp_path
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 def test_keys_that_stand_twice_make_a_row_invalid(tmp_path, monkeypatch, name):
     """At any depth, also where only a part of the object is in memory; rows behind it are read."""
-    monkeypatch.setattr(rows, "BLOCK_BYTES", 8)
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 8)
     deep = '{"text": "c", "more": {"x": 1, "y": [{"x": 2, "x": 2}]}}'
     objects = ['{"text": "a", "text": "b"}', deep, '{"text": "d"}']
     path = tmp_path / name
@@ -331,11 +331,11 @@ def test_processes_end_with_the_one_that_started_them(many, monkeypatch, number)
     context = get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
-    def never_done(block: rows.Block, encoding: Encoding) -> None:
+    def never_done(block: rows.Chunk, encoding: Encoding) -> None:
         sender.send(os.getpid())
         time.sleep(60)
 
-    monkeypatch.setattr(prepare, "encode_block", never_done)
+    monkeypatch.setattr(prepare, "encode_chunk", never_done)
 
     def read() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as `run_command` does
@@ -363,7 +363,7 @@ def test_processes_end_with_the_one_that_started_them(many, monkeypatch, number)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_process_that_is_ended_from_outside_is_told(many, monkeypatch, number):
     """By the system, for want of memory, or by hand; in a command, where SIGTERM is as Ctrl-C for the first process."""
-    monkeypatch.setattr(prepare, "encode_block", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr(prepare, "encode_chunk", lambda *_: os.kill(os.getpid(), number))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with pytest.raises(UserError, match="a process that tokenised data was ended from outside"):
@@ -502,7 +502,7 @@ def test_a_run_that_fails_leaves_nothing_in_the_folder(data):
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_data(tmp_path, monkeypatch):
     """Four times as much data: the peak of all Python and numpy objects is the same, but for the lengths."""
-    monkeypatch.setattr(rows, "BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 1 << 16)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     peaks = []
     for count in (2_000, 8_000):

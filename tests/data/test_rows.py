@@ -15,10 +15,10 @@ import pytest
 
 from nanoqlora.config.errors import UserError
 from nanoqlora.config.splits import split_and_part
-from nanoqlora.data import rows as rows_room
+from nanoqlora.data import rows as rows_module
 from nanoqlora.data.files import find_files
 from nanoqlora.data.prompts import PromptFormat
-from nanoqlora.data.rows import read_blocks, read_rows
+from nanoqlora.data.rows import read_chunks, read_rows
 from nanoqlora.tokenizer.tokenizer import load_tokenizer
 
 ROWS = [
@@ -62,12 +62,12 @@ def read(path: Path, **options: Any) -> list[dict[str, Any]]:
 )
 @pytest.mark.parametrize("block", [1, 1 << 20])
 def test_every_kind_of_file_gives_its_rows_in_order(tmp_path, monkeypatch, name, block):
-    monkeypatch.setattr(rows_room, "BLOCK_BYTES", block)
+    monkeypatch.setattr(rows_module, "CHUNK_BYTES", block)
     path = write(tmp_path / name, ROWS * 5)
     assert read(path) == ROWS * 5
     numbers = [int(where.split()[-1].strip(")")) for where, _ in read_rows(find_files(path))]
     assert numbers == sorted(set(numbers)), "every row has a place of its own"
-    blocks = list(read_blocks(find_files(path)[0]))
+    blocks = list(read_chunks(find_files(path)[0]))
     assert (len(blocks) > 1) == (block == 1 and "parquet" not in name)
 
 
@@ -105,7 +105,7 @@ def test_json_lists_are_read_as_the_standard_library_reads_them(tmp_path, monkey
         return chance.choice(kinds)
 
     for i in range(60):
-        monkeypatch.setattr(rows_room, "BLOCK_BYTES", chance.choice([1, 2, 7, 50]))
+        monkeypatch.setattr(rows_module, "CHUNK_BYTES", chance.choice([1, 2, 7, 50]))
         rows = [{"a": value(2), "b": value(2)} for _ in range(chance.randint(0, 6))]
         text = json.dumps(rows, indent=chance.choice([None, 0, 2]), ensure_ascii=bool(i % 2))
         (tmp_path / "a.json").write_text(f" \n{text}\n", "utf-8")
@@ -308,7 +308,7 @@ def test_folders_give_the_files_of_a_split(folder):
 @pytest.mark.parametrize("block", [1, 1 << 20])
 def test_a_part_of_the_rows_is_that_of_a_list(tmp_path, monkeypatch, kind, block):
     """Over the border between two files, and between blocks; percentages are rounded to whole rows."""
-    monkeypatch.setattr(rows_room, "BLOCK_BYTES", block)
+    monkeypatch.setattr(rows_module, "CHUNK_BYTES", block)
     rows = [{"text": str(i)} for i in range(27)]
     files = find_files(write(tmp_path / f"a.{kind}", rows[:11])) + find_files(write(tmp_path / f"b.{kind}", rows[11:]))
     parts = {"[3:13]": rows[3:13], "[:5]": rows[:5], "[20:]": rows[20:], "[-4:]": rows[-4:], "[:-20]": rows[:-20]}
@@ -415,7 +415,7 @@ def test_files_that_are_damaged_anywhere_are_told(tmp_path):
 
 
 def test_a_quote_that_is_never_closed_does_not_take_the_whole_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows_room, "LONGEST_CSV_FIELD", 1000)
+    monkeypatch.setattr(rows_module, "LONGEST_CSV_FIELD", 1000)
     (tmp_path / "a.csv").write_text('text\na\n"never closed\n' + "x\n" * 5000)
     with pytest.raises(UserError, match="a.csv, line 3: .*field larger"):
         read(tmp_path / "a.csv")

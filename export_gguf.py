@@ -5,7 +5,7 @@
     python export_gguf.py --adapter FOLDER --model BASE          the adapter alone, for a base model's .gguf
     ollama create my-model -f output_dir/Modelfile
 
-How the file is made is in nanoqlora/export/gguf_model.py, of an adapter in gguf_adapter.py, and how `--prove` compares
+How the file is made is in nanoqlora/export/gguf_model.py, and how `--prove` compares
 it with what was trained in proof.py. From Python: `nanoqlora.export_gguf`.
 """
 
@@ -21,11 +21,9 @@ from nanoqlora.config.commands import run_command
 from nanoqlora.config.errors import UserError
 from nanoqlora.config.schema import Config
 from nanoqlora.config.scripts import script_command
-from nanoqlora.export.gguf_adapter import export_adapter
-from nanoqlora.export.gguf_file import own_folder
-from nanoqlora.export.gguf_model import export_gguf
+from nanoqlora.export.gguf_model import export_adapter, export_gguf, own_folder
 from nanoqlora.export.proof import export_and_prove
-from nanoqlora.weights.adapter_files import check_merged
+from nanoqlora.weights.adapter import check_merged
 from nanoqlora.weights.hub import local_path
 
 

@@ -12,8 +12,7 @@ from .config.commands import run_command
 from .parallel import distributed
 from .run.generate import answer
 from .run.usable import load_for_use
-from .weights.checkpoint import open_weights
-from .weights.generation import end_ids, read_generation
+from .weights.checkpoint import end_ids, open_weights, read_generation
 
 
 def main() -> None:

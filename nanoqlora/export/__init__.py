@@ -1,10 +1,9 @@
 """What leaves a run: merged weights in each form, GGUF files, Ollama's template, and the proof of what is in them.
 
     merge.py                                                 an adapter merged into its base
-    gguf_model.py, gguf_adapter.py, tokenizer_metadata.py    model, adapter and vocabulary as GGUF
-    gguf_file.py                                             the file itself, and the Modelfile beside it
+    gguf_model.py, tokenizer_metadata.py                     model or adapter, and vocabulary, as GGUF; the Modelfile
     go_template.py                                           the prompt in Ollama's template language
-    forms.py, certificate.py, held_out.py                    each form of the model, scored on held-out texts
+    forms.py, certificate.py                                 each form of the model, scored on held-out texts
     proof.py, llama_cpp.py                                   a GGUF file, asked by our reader and by real llama.cpp
     answer_speed.py                                          how fast each form answers
 

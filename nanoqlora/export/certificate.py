@@ -15,19 +15,25 @@ of any size can be compared with any other on any machine; what is kept are the 
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 from ..config.errors import UserError
+from ..config.schema import Config
 from ..data.batches import Batch, Sample, collate
+from ..data.files import find_files
 from ..data.packing import pack
+from ..data.prepare import Encoding, read_samples
+from ..data.prompts import PromptFormat
 from ..gguf.config import model_config
-from ..model import Block, RMSNorm, rope_frequencies
+from ..model import rope_frequencies
+from ..run.inputs import data_files, encoding_of, prepare_data
+from ..tokenizer.tokenizer import Tokenizer
 from ..weights.checkpoint import Tensors
+from ..weights.pretrained import empty_model
 
 ROW_TOKENS = 1024  # of a row when the samples are short
 CHUNK_TOKENS = 64  # whose logits are held at once: for a vocabulary of 128,000 33 MB each
@@ -46,8 +52,7 @@ class Form(NamedTuple):
     states: tuple[Tensor, Tensor] | None = None  # what `hidden_states` gives, where that is known
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """One line of the certificate."""
 
     form: str
@@ -57,8 +62,7 @@ class Score:
     num_bytes: int
 
 
-@dataclass(frozen=True)
-class Texts:
+class Texts(NamedTuple):
     """Held-out samples in rows."""
 
     rows: list[Batch]
@@ -87,29 +91,21 @@ def hidden_states(weights: Tensors, texts: Texts, device: torch.device) -> tuple
     """What the head reads at the supervised positions, (N, D), and the head, (V, D); float32 on the device."""
     config = model_config(weights.config, weights.where)
 
-    def load(name: str) -> Tensor:
+    def load(name: str, shape: torch.Size) -> Tensor:
         return weights.load(name).to(device, torch.float32)
 
-    embedding = load("model.embed_tokens.weight")
-    head = embedding if config.tie_word_embeddings else load("lm_head.weight")
+    model, fill = empty_model(config, load, load_in_4bit=False, dtype=torch.float32, device=device)
+    fill(None)
     rows = [row.to(device) for row in texts.rows]
-    streams = [embedding[row.tokens] for row in rows]
-    del embedding
+    streams = [model.model.embed_tokens(row.tokens) for row in rows]
     angles = [row.segments.positions.to(device).unsqueeze(-1) * rope_frequencies(config).to(device) for row in rows]
-    with torch.device("meta"):
-        block = Block(config, 0)
-    names = list(dict(block.named_parameters()))
-    for layer in range(config.num_hidden_layers):
-        for name in names:
-            module, _, part = name.rpartition(".")
-            w = nn.Parameter(load(f"model.layers.{layer}.{name}"), requires_grad=False)
-            setattr(block.get_submodule(module), part, w)
+    for layer, block in enumerate(model.model.layers):
+        fill(layer)
         for i, row in enumerate(rows):
             streams[i] = block(streams[i], (angles[i].cos(), angles[i].sin()), row.segments, None)
-    norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-    norm.weight = nn.Parameter(load("model.norm.weight"), requires_grad=False)
-    hidden = [norm(x).flatten(0, 1)[row.supervised] for x, row in zip(streams, rows, strict=True)]
-    return torch.cat(hidden), head
+        block.to("meta")  # drops its weights
+    hidden = [model.model.norm(x).flatten(0, 1)[row.supervised] for x, row in zip(streams, rows, strict=True)]
+    return torch.cat(hidden), model.lm_head.weight
 
 
 @torch.no_grad()
@@ -157,20 +153,16 @@ def recommend(scores: list[Score], limit: float = ENOUGH) -> str:
                 f"was evaluated in training, from which it is {original.mean_kl:.3g} nats a token away."
             )
         else:
-            words.append(
-                f"--base nf4: it is what was trained ({nf4.mean_kl:.2g} nats a token away), and the original weights "
-                f"{'gain only' if gain > 0 else 'lose'} {abs(gain):.1%} of perplexity."
-            )
+            change = f"{'gain only' if gain > 0 else 'lose'} {abs(gain):.1%} of perplexity"
+            trained = f"it is what was trained ({nf4.mean_kl:.2g} nats a token away)"
+            words.append(f"--base nf4: {trained}, and the original weights {change}.")
     files = sorted((score for score in scores if score.form.startswith(GGUF)), key=lambda score: score.num_bytes)
-    near = [score for score in files if score.mean_kl <= limit]
-    if near:
-        words.append(f"{near[0].form}: the smallest file within {limit:g} nats a token of the trained model.")
+    if near := [score.form for score in files if score.mean_kl <= limit]:
+        words.append(f"{near[0]}: the smallest file within {limit:g} nats a token of the trained model.")
     elif files:
         best = min(files, key=lambda score: score.mean_kl)
-        words.append(
-            f"{best.form}: none of these files is within {limit:g} nats a token of the trained model, and this one is "
-            f"nearest ({best.mean_kl:.3g}). Larger types lose less."
-        )
+        far = f"none of these files is within {limit:g} nats a token of the trained model"
+        words.append(f"{best.form}: {far}, and this one is nearest ({best.mean_kl:.3g}). Larger types lose less.")
     return " ".join(words)
 
 
@@ -188,21 +180,15 @@ def certify(
     print(f"against the trained model, on {len(texts.targets)} held-out tokens of {data}:")
     scores = score_forms(forms, texts, device)
     for score in scores:
-        if not score.mean_kl <= limits.get(score.form, math.inf):
-            raise UserError(
-                f"{score.form}: {score.mean_kl:.3g} nats a token from the trained model, where --max_kl allows "
-                f"{limits[score.form]:g}, so it would answer differently. Nothing is written. Leave it out, choose a "
-                f"larger --dtype or type, or set a higher --max_kl."
-            )
-    advice = recommend(scores, max(limits.values(), default=ENOUGH) if len(limits) > 1 else ENOUGH)
+        if not score.mean_kl <= (limit := limits.get(score.form, math.inf)):
+            far = f"{score.mean_kl:.3g} nats a token from the trained model, where --max_kl allows {limit:g}"
+            advice = "Leave it out, choose a larger --dtype or type, or set a higher --max_kl"
+            raise UserError(f"{score.form}: {far}. Nothing is written. {advice}.")
+    advice = recommend(scores, max(limits.values()) if len(limits) > 1 else ENOUGH)
     if advice:
         print(f"recommended: {advice}")
-    return {
-        "held_out": {"data": data, "tokens": len(texts.targets)},
-        "forms": [asdict(score) for score in scores],
-        "recommendation": advice,
-        "max_kl": limits,
-    }
+    found = {"held_out": {"data": data, "tokens": len(texts.targets)}, "forms": [score._asdict() for score in scores]}
+    return found | {"recommendation": advice, "max_kl": limits}
 
 
 def verdict_of_merge(out: object, form: str, record: dict[str, Any]) -> str:
@@ -213,15 +199,57 @@ def verdict_of_merge(out: object, form: str, record: dict[str, Any]) -> str:
     """
     if record.get("trained_on") not in (None, record.get("base_fingerprint")):
         return f"verdict: {out} is what --other_base asks for, which is not the model that was trained"
-    trained, *_ = forms = record.get("forms", [None])
-    found = next((score for score in forms if score and score["form"] == form), None)
-    if found is None:
+    forms = record.get("forms", [])
+    score = next((score for score in forms if score["form"] == form), None)
+    if score is None:
         gap = "was not compared with the trained model; not asked: answers on held-out texts"
         return f"verdict: not proven: {out} {gap}"
-    far = f"{found['mean_kl']:.2g} nats a token from it on {record['held_out']['tokens']} held-out tokens"
-    if form == ON_ORIGINAL and trained["form"] == TRAINED:
+    far = f"{score['mean_kl']:.2g} nats a token from it on {record['held_out']['tokens']} held-out tokens"
+    if form == ON_ORIGINAL and forms[0]["form"] == TRAINED:
         return f"verdict: {out} is what --base original asks for, which is not the model that was trained: {far}"
-    if not found["mean_kl"] <= MAX_KL:
+    if not score["mean_kl"] <= MAX_KL:
         why = f"{far}, more than a rounding of its weights costs"
         return f"verdict: NOT what was trained: {out}: {why}. Do not serve it."
     return f"verdict: {out} is what was trained: {far}"
+
+
+# ------------------------------------------------------------------------------------------------ the texts
+
+# What the run kept away from training. They are named by the user: a file, or the YAML of the run on the command line.
+# The train.yml in an adapter's folder is not asked: the folder may come from anybody, and a configuration decides which
+# files are read and written.
+LIMIT = 4096  # tokens of a text when no run says sequence_len
+
+
+def held_out_texts(
+    config: Config | None, tokenizer: Tokenizer, prompt_format: PromptFormat | None, data: str | None, max_tokens: int
+) -> tuple[str, Texts] | None:
+    """What was held out, by its name, or None with a line that names the reason.
+
+    Args:
+        config: of the run, from the YAML that the user named; None: no YAML was named.
+        prompt_format: of the run, for `data`.
+        data: a file that the user names; it wins.
+        max_tokens: the first samples, up to so many tokens.
+    Raises:
+        UserError: `data` cannot be read. The run's own data may be missing by now.
+    """
+    if data:
+        reading = read_samples(find_files(data), Encoding(prompt_format, tokenizer, LIMIT, "drop"))
+        return data, Texts.of(reading.samples, max_tokens)
+    if config is None:
+        print("Nothing is scored: no held-out texts are named. Give a file with --data, or the run's YAML file first.")
+        return None
+    try:
+        if config.test_datasets:
+            dataset = config.test_datasets[0]
+            encoding = replace(encoding_of(config, dataset, tokenizer), strategy="drop")
+            return dataset.path, Texts.of(read_samples(data_files(dataset), encoding).samples, max_tokens)
+        if config.val_set_size:
+            held_out = prepare_data(config, tokenizer, 1).held_out
+            return f"val_set_size {config.val_set_size}", Texts.of(held_out, max_tokens)
+        reason = "its YAML has neither test_datasets nor val_set_size."
+    except UserError as error:
+        reason = str(error)
+    print(f"Nothing is scored, because the run has no held-out data to read: {reason} Name a file with --data.")
+    return None

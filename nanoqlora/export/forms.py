@@ -20,8 +20,7 @@ from ..gguf.file_types import tensor_types
 from ..gguf.ggml_blocks import FORMATS, dequantize, quantize_checked
 from ..gguf.names import tensor_shapes
 from ..qlora import ROWS_AT_A_TIME, QLoRALinear, check_width
-from ..weights.adapter import Update
-from ..weights.adapter_files import read_trained
+from ..weights.adapter import Update, read_trained
 from ..weights.checkpoint import Tensors, Weights
 from .certificate import GGUF, ON_NF4, ON_ORIGINAL, TRAINED, Form
 
@@ -41,9 +40,8 @@ class Merged:
         self.config, self.where = self.base.config, self.base.where
         self.shapes = tensor_shapes(model_config(self.config, self.where))
         self.changes: dict[str, float] = {}  # by layer: the norm of what was added over the norm of W
-        for layer in self.updates:
-            if f"{layer}.weight" not in self.shapes:
-                raise UserError(f"adapter: has an update of {layer}, which {self.where} has not. Wrong base?")
+        for layer, update in self.updates.items():
+            check_fits(layer, update, self.shapes.get(f"{layer}.weight"), "adapter", f"the model of {self.where}")
 
     def names(self) -> list[str]:
         return list(self.shapes)
@@ -62,8 +60,7 @@ class Merged:
         is_linear = ".layers." in name and w.ndim == 2
         merged = self._merged_linear(name, layer, w) if is_linear else w.to(self.seen).to(self.dtype)
         if not torch.isfinite(torch.stack(merged.aminmax())).all():
-            why = "Base or adapter is damaged, or a value is too large for this --dtype"
-            raise UserError(f"{name}: holds NaN or infinite values in {self.dtype}, so every answer would. {why}.")
+            raise UserError(f"{name}: holds NaN or infinite values in {self.dtype}. Choose a larger --dtype.")
         return merged
 
     def as_training_saw(self, name: str, w: Tensor) -> QLoRALinear:
@@ -79,12 +76,6 @@ class Merged:
         linear, update = self.as_training_saw(name, w), self.updates.get(layer)
         if update:
             update = update.to(self.device)
-            a, b = update.lora_A, update.lora_B
-            if (b.shape[0], a.shape[1]) != w.shape:
-                raise UserError(
-                    f"adapter: {layer} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, which make no update "
-                    f"of {tuple(w.shape)}, the shape of its weight in the base model. Wrong base?"
-                )
         merged, step = torch.empty(w.shape, dtype=self.dtype, device=self.device), max(1, ROWS_AT_A_TIME // w.shape[1])
         before = after = torch.zeros((), dtype=torch.float64, device=self.device)
         is_changed = False
@@ -97,15 +88,20 @@ class Merged:
                 is_changed = is_changed or not torch.equal(merged[rows], plain)
                 before = before + base.norm().double() ** 2
                 after = after + (exact - base).norm().double() ** 2
-        is_zero = update and not (update.lora_A.any() and update.lora_B.any())  # as training starts
-        if update and not is_changed and not is_zero:
-            raise UserError(
-                f"adapter: {layer} has an update that does not change its weight in {self.dtype}, so it would be "
-                f"lost. Choose a larger --dtype, train further, or leave this layer out of the adapter."
-            )
         if update:
+            is_zero = not (update.lora_A.any() and update.lora_B.any())  # as training starts
+            if not is_changed and not is_zero:
+                raise UserError(f"adapter: {layer}: does not change in {self.dtype}. Choose a larger --dtype.")
             self.changes[layer] = (after / before.clamp(min=1e-60)).sqrt().item()
         return merged
+
+
+def check_fits(layer: str, update: Update, shape: tuple[int, ...] | None, where: str | Path, base: str) -> None:
+    """Raises UserError if an update is not one of a weight of this shape; None: there is no such layer."""
+    found = (update.lora_B.shape[0], update.lora_A.shape[1])
+    if shape != found:
+        what = f"the update of {layer} is for a weight of shape {found}, and {base} has {shape or 'no such layer'}"
+        raise UserError(f"{where}: {what}: an adapter of another model. Give the base that it was trained on.")
 
 
 class Rounded:
@@ -133,11 +129,10 @@ def trained_form(base: Weights, updates: dict[str, Update], adapter: str | Path,
     """Base and adapter as training computed with them, in float32, and what they take: NF4 and the small update."""
     in_4bit, seen, _ = read_trained(adapter)
     weights = Merged(base, updates, in_4bit, seen, torch.float32, device)
-    total = 0.0
+    total = sum(4 * (update.lora_A.numel() + update.lora_B.numel()) for update in updates.values()) + 0.0
     for name, shape in weights.shapes.items():
         in_nf4 = in_4bit and ".layers." in name and len(shape) == 2
         total += math.prod(shape) * (0.5 + 1 / 64 + 4 / 64 / 256 if in_nf4 else 2)
-    total += sum(4 * (update.lora_A.numel() + update.lora_B.numel()) for update in updates.values())
     return Form(TRAINED if in_4bit else "adapter on base", weights, round(total))
 
 
@@ -159,8 +154,10 @@ def all_forms(merged: Merged, written: Weights, adapter: str | Path, types: list
         elif in_4bit:
             other = Merged(base, updates, on_nf4, seen if on_nf4 else torch.float32, merged.dtype, device)
             forms.append(Form(name, other, num_bytes))
-    rounded = [(name.lower(), Rounded(written, name, device)) for name in types]
-    return forms + [Form(GGUF + name, form, form.num_bytes) for name, form in rounded]
+    for name in types:
+        rounded = Rounded(written, name, device)
+        forms.append(Form(GGUF + name.lower(), rounded, rounded.num_bytes))
+    return forms
 
 
 def bytes_on_disk(folder: Path) -> int:

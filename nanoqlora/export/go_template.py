@@ -41,22 +41,18 @@ def go_template(fmt: PromptFormat, tok: Tokenizer, ends: Sequence[int] = ()) -> 
     stops = stop_texts(fmt, tok, ends)
 
     def render(messages: Messages) -> str:
-        text = fmt.render(tok, messages, add_generation_prompt=True)
-        if tok.add_bos and tok.bos_id is not None:
-            return text.removeprefix(tok.vocab[tok.bos_id])
-        return text  # SmolLM2's BOS is <|im_start|>: stays
+        text, bos = fmt.render(tok, messages, add_generation_prompt=True), tok.bos_id
+        return text.removeprefix(tok.vocab[bos]) if tok.add_bos and bos is not None else text  # SmolLM2's stays
 
     if fmt.type != "chat_template":  # then the last message alone is prompted with
         texts = map(go_text, render(say("user", "\0")).split("\0"))
         last = '{{ $last := "" }}{{ range .Messages }}{{ $last = .Content }}{{ end }}'
         return GoTemplate(last + "{{ $last }}".join(texts), None, stops)
-
     if "strftime_now" in (fmt.jinja(tok) or ""):
         raise _inexpressible("it writes today's date")
     joints = Joints.read(render)
-    turns = Turns.read(joints, render)
-    chats = probes(render)
-    writer = next((w for w in (turns, joints) if w and all(w.write(chat) == render(chat) for chat in chats)), None)
+    writers, chats = (Turns.read(joints, render), joints), probes(render)
+    writer = next((w for w in writers if w and all(w.write(chat) == render(chat) for chat in chats)), None)
     if writer is None:
         raise _inexpressible("what it writes around a message depends on more than the message before")
     stops = stops or [joints.gaps["assistant", "user"].strip()]
@@ -89,7 +85,7 @@ class Joints(NamedTuple):
     def read(cls, render: Callable[[Messages], str]) -> "Joints":
         """Read the strings off three conversations; a template may refuse the shorter one, and a system message."""
         turns = say("user", "content 1", "assistant", "content 2", "user", "content 3")
-        system, text = say("system", "content 0"), render(turns)
+        with_system, text = say("system", "content 0") + turns, render(turns)
         gaps = _gaps(text, turns)
         if gaps is None:
             raise _inexpressible("it leaves out a message")
@@ -97,15 +93,13 @@ class Joints(NamedTuple):
             raise _inexpressible("nothing stands between two messages")
         if takes(render, turns[:2]):
             gaps |= _gaps(render(turns[:2]), turns[:2]) or {}
-        if not takes(render, system + turns):
+        # Of a system message that is left out, the Go template leaves it out too, without a case for it.
+        if not takes(render, with_system) or (all_text := render(with_system)) == text:
             return cls(gaps)
-        with_system = render(system + turns)
-        if more := _gaps(with_system, system + turns):
-            return cls(gaps | {joint: gap for joint, gap in more.items() if joint not in gaps})
-        if with_system == text:  # it leaves such messages out, and so does the Go template without a case for them
-            return cls(gaps)
+        if more := _gaps(all_text, with_system):
+            return cls(gaps | more | gaps)  # in the order of `gaps`, whose texts win
         question = "content 3" + gaps["user", ""]
-        added = with_system.removeprefix(text.removesuffix(question)).removesuffix(question)
+        added = all_text.removeprefix(text.removesuffix(question)).removesuffix(question)
         before, _, after = added.partition("content 0")
         return cls(gaps, (before, after))
 
@@ -208,8 +202,4 @@ class Turns(NamedTuple):
 
 
 def _inexpressible(why: str) -> UserError:
-    return UserError(
-        f"the chat template cannot be written as a Go template for Ollama: {why}. With another template than "
-        "in training the model answers badly. Train with chat_template chatml or llama3, or use llama.cpp, which runs "
-        "Jinja."
-    )
+    return UserError(f"Ollama has no TEMPLATE for the chat template: {why}. Train with chat_template chatml or llama3.")

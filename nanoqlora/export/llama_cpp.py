@@ -5,8 +5,7 @@ process of its own, where xllamacpp is imported and nothing of ours is (`serve`)
 of the loopback interface. So a file that crashes llama.cpp crashes nothing else.
 
 Who is to blame when that fails? `Refused`: llama.cpp does not take the file. `NotAsked`: it could not be asked (not
-installed, another version, no memory, killed), which is no evidence against the file. A file that is known to be good
-decides, where the failure itself does not show it.
+installed, another version, another processor, no memory, killed), which is no evidence against the file.
 
 As a command it asks a GGUF file one question, with the chat template that is stored in it, and prints the answer:
 
@@ -16,19 +15,17 @@ As a command it asks a GGUF file one question, with the chat template that is st
 import http.client
 import importlib.util
 import json
-import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 CANNOT_START = 3  # exit code of a process without a usable xllamacpp
-NO_FAULT = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU}  # sent from outside
+NO_FAULT = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU, signal.SIGILL}
 NO_MEMORY = re.compile(
     r"bad_alloc|insufficient memory|(?:unable|failed) to allocate|cannot allocate|out of memory", re.IGNORECASE
 )
@@ -50,24 +47,17 @@ class Server:
         exact: float32 keys and values and no faster kernels that round differently; else llama.cpp's own defaults.
         hidden: `hidden_states` are wanted.
         threads: they wait for each other in busy loops, so one too many is slower than one alone, by far.
-        judge: where a failure leaves open who is to blame, try a file that is known to be good.
     Raises:
         NotAsked, Refused: see above.
     """
 
     def __init__(
-        self,
-        file: str | Path,
-        n_ctx: int = 512,
-        exact: bool = True,
-        hidden: bool = False,
-        threads: int = 1,
-        judge: bool = True,
-    ):
+        self, file: str | Path, n_ctx: int = 512, exact: bool = True, hidden: bool = False, threads: int = 1
+    ) -> None:
         if importlib.util.find_spec("xllamacpp") is None:
             raise NotAsked("the package xllamacpp is not installed")
         settings = {"n_ctx": n_ctx, "exact": exact, "hidden": hidden, "threads": threads}
-        self.judge, self.log = judge, tempfile.TemporaryFile()
+        self.log = tempfile.TemporaryFile()
         command = [sys.executable, "-P", __file__, str(file), json.dumps(settings)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
         assert self.process.stdin and self.process.stdout
@@ -106,8 +96,7 @@ class Server:
             return NotAsked(f"its process was ended by {name}{', as when memory runs out' * (name == 'SIGKILL')}")
         if found := NO_MEMORY.search(log):
             return NotAsked(f"it has not enough memory ({found[0]})")
-        reason = reason_in(log) or f"its process ended with {name}"
-        return NotAsked(reason) if self.judge and not works() else Refused(reason)
+        return Refused(reason_in(log) or f"its process ended with {name}")
 
     def ask(self, path: str, **question: Any) -> Any:
         """The answer to a request to the server.
@@ -154,56 +143,18 @@ def reason_in(log: str) -> str:
     return "; ".join(lines[:1] + [line for line in lines[1:] if line.startswith("Error: ")][:1])[:400]
 
 
-def works() -> bool:
-    """Whether llama.cpp takes a file that is known to be good."""
-    vocabulary = {
-        "tokenizer.ggml.model": ("string", "gpt2"),
-        "tokenizer.ggml.pre": ("string", "gpt-2"),
-        "tokenizer.ggml.tokens": ("string[]", ["a", "b", "ab"]),
-        "tokenizer.ggml.token_type": ("i32[]", [1, 1, 1]),
-        "tokenizer.ggml.merges": ("string[]", ["a b"]),
-        "tokenizer.chat_template": ("string", "{{ messages[0]['content'] }}"),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            with Server(write_small(Path(folder) / "good.gguf", vocabulary), judge=False) as llama:
-                return llama.tokenize(llama.prompt([{"role": "user", "content": "ab"}])) == [2]
-        except (NotAsked, Refused):
-            return False
-
-
-def write_small(file: Path, vocabulary: dict[str, tuple[str, Any]]) -> Path:
-    """A model of one block of zeros, with this vocabulary."""
-    import torch
-
-    from ..gguf.config import model_metadata
-    from ..gguf.names import gguf_name, tensor_shapes
-    from ..gguf.writer import NewTensor, write_gguf
-    from ..model import ModelConfig
-
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
-    config = ModelConfig.from_hf(sizes | {"vocab_size": len(vocabulary["tokenizer.ggml.tokens"][1])})
-    tensors = [
-        NewTensor(gguf_name(name), shape, "F32", partial(torch.zeros, 4 * math.prod(shape), dtype=torch.uint8))
-        for name, shape in tensor_shapes(config).items()
-    ]
-    write_gguf(file, model_metadata(config, "small", "F32") | vocabulary, tensors)
-    return file
-
-
 def serve(file: str, n_ctx: int, exact: bool, hidden: bool, threads: int) -> None:
     """The other end: load the file, print the address, and stay until the process that asks closes the pipe or ends."""
     try:
         import xllamacpp
 
-        params = xllamacpp.CommonParams()
+        params, f32 = xllamacpp.CommonParams(), xllamacpp.ggml_type.GGML_TYPE_F32
         params.model.path = file
         params.cpuparams.n_threads = threads
         # The generation prompt also behind an answer, as training renders it; by default the answer is gone on with.
         settings = {"prefill_assistant": False, "ui": False, "warmup": False, "fit_params": False, "verbosity": 1}
         settings |= {"n_ctx": n_ctx, "n_parallel": 1, "n_gpu_layers": 0, "port": 0}
         if exact:
-            f32 = xllamacpp.ggml_type.GGML_TYPE_F32
             settings |= {"cache_type_k": f32, "cache_type_v": f32, "no_extra_bufts": True}
             settings["flash_attn_type"] = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if hidden:  # all tokens of a text in one batch
@@ -211,10 +162,12 @@ def serve(file: str, n_ctx: int, exact: bool, hidden: bool, threads: int) -> Non
             settings["pooling_type"] = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
         for name, value in settings.items():
             setattr(params, name, value)
+        server = xllamacpp.Server(params)
+    except RuntimeError:
+        raise  # of a file that it does not take
     except Exception as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(CANNOT_START)
-    server = xllamacpp.Server(params)
     print(server.listening_address, flush=True)
     sys.stdin.buffer.read()
     os._exit(0)  # at once, whatever it is doing

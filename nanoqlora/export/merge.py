@@ -30,14 +30,11 @@ from ..gguf.config import model_config
 from ..model import ModelConfig
 from ..run.usable import talking
 from ..tokenizer.tokenizer import Tokenizer, save_tokenizer
-from ..weights.adapter import read_updates
-from ..weights.adapter_files import DTYPES, adapter_hash, check_base, read_trained
-from ..weights.checkpoint import Weights, fingerprint, open_weights, write_shards
-from ..weights.generation import end_ids, read_generation
+from ..weights.adapter import DTYPES, adapter_hash, check_base, read_trained, read_updates
+from ..weights.checkpoint import Weights, end_ids, fingerprint, open_weights, read_generation, write_shards
 from ..weights.hub import is_hub_name
-from .certificate import GGUF, MAX_KL, ON_NF4, ON_ORIGINAL, certify, verdict_of_merge
+from .certificate import GGUF, MAX_KL, ON_NF4, ON_ORIGINAL, certify, held_out_texts, verdict_of_merge
 from .forms import Merged, all_forms, bytes_on_disk
-from .held_out import held_out_texts
 
 OURS = (  # files that a merge writes, all of which the next one into the same folder replaces
     r"(merge|config|generation_config|prompt|tokenizer|tokenizer_config|special_tokens_map)\.json|tokenizer\.model|"
@@ -101,7 +98,10 @@ def write_merge(asked: MergeOptions, config: Config | None = None) -> dict[str, 
         for name, text in settings.items():
             write_text(folder / name, text)
         save_tokenizer(tokenizer, folder, fmt.jinja(tokenizer) if fmt else None)
-        print_merged(record)
+        what = f"{record['merged_layers']} layers onto the {record['base']} weights of {model}"
+        print(f"merged {what} ({record['dtype']}, mean change {record['mean_relative_change']:.2%})")
+        if record["unchanged_layers"]:
+            print(f"{record['unchanged_layers']} of them have an update of zero, so they are the base's")
         form, types = ON_NF4 if in_4bit else ON_ORIGINAL, [name.upper() for name in asked.types]
         if texts:
             forms = all_forms(merged, open_weights(folder), adapter, types, bytes_on_disk(folder))
@@ -117,12 +117,10 @@ def write_merge(asked: MergeOptions, config: Config | None = None) -> dict[str, 
 
 def places(asked: MergeOptions, config: Config | None) -> tuple[str, str, Path]:
     """Base, adapter and the folder to write."""
-    if config:
-        adapter, folder = asked.adapter or config.output_dir, config.output_dir
-        return asked.model or config.base_model, adapter, Path(asked.out or f"{folder}/merged")
-    assert asked.model and asked.adapter
-    folder = Path(asked.adapter).name if is_hub_name(asked.adapter) else asked.adapter
-    return asked.model, asked.adapter, Path(asked.out or f"{folder}/merged")
+    model, adapter = asked.model or config and config.base_model, asked.adapter or config and config.output_dir
+    assert model and adapter
+    folder = config.output_dir if config else Path(adapter).name if is_hub_name(adapter) else adapter
+    return model, adapter, Path(asked.out or f"{folder}/merged")
 
 
 def check_out(out: Path) -> None:
@@ -130,11 +128,8 @@ def check_out(out: Path) -> None:
     found = [path.name for path in out.iterdir()] if out.is_dir() else []
     if out.is_file() or (found and "merge.json" not in found):
         raise UserError(f"{out}: exists and is no earlier merge, so nothing is written over it. Name another --out.")
-    if others := sorted(name for name in found if not re.fullmatch(OURS, name)):
-        raise UserError(
-            f"{out}: an earlier merge, and beside it {', '.join(map(visible, others[:3]))}, which would be removed "
-            f"with it. Move what is to stay, or name another --out."
-        )
+    if others := ", ".join(sorted(visible(name) for name in found if not re.fullmatch(OURS, name))[:3]):
+        raise UserError(f"{out}: an earlier merge, and beside it {others}. Move them, or name another --out.")
 
 
 def check_unscored(asked: MergeOptions) -> None:
@@ -166,11 +161,8 @@ def write_weights(merged: Merged, folder: Path, max_shard_bytes: int) -> dict[st
     write_shards(folder, merged, tensors, max_shard_bytes)
     changes = merged.changes.values()
     assert len(changes) == len(merged.updates)
-    return {
-        "merged_layers": len(changes),
-        "unchanged_layers": sum(change == 0 for change in changes),
-        "mean_relative_change": sum(changes) / max(1, len(changes)),
-    }
+    facts: dict[str, Any] = {"merged_layers": len(changes), "unchanged_layers": sum(c == 0 for c in changes)}
+    return facts | {"mean_relative_change": sum(changes) / max(1, len(changes))}
 
 
 def merged_config(config: dict[str, Any], dtype: torch.dtype, ids: dict[str, Any]) -> dict[str, Any]:
@@ -183,12 +175,3 @@ def merged_config(config: dict[str, Any], dtype: torch.dtype, ids: dict[str, Any
     kind = config.get("model_type") or ("mistral" if "Mistral" in str(config.get("architectures")) else "llama")
     names = {"model_type": kind, "architectures": [f"{kind.title()}ForCausalLM"]}
     return config | names | model | ids | {"torch_dtype": str(dtype).removeprefix("torch.")}
-
-
-def print_merged(record: dict[str, Any]) -> None:
-    print(
-        f"merged {record['merged_layers']} layers onto the {record['base']} weights of {record['base_model']} "
-        f"({record['dtype']}, mean change {record['mean_relative_change']:.2%})"
-    )
-    if record["unchanged_layers"]:
-        print(f"{record['unchanged_layers']} of them have an update of zero, so they are the base's")

@@ -24,8 +24,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
-from importlib.resources import files
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,24 +43,19 @@ from ..run.inputs import data_files, prompt_format_of
 from ..run.usable import talking
 from ..tokenizer.chat_template import Messages
 from ..tokenizer.tokenizer import Tokenizer, load_tokenizer
-from ..weights.adapter import read_updates
-from ..weights.adapter_files import adapter_hash, read_trained
-from ..weights.checkpoint import GGUFWeights, Weights, fingerprint, open_weights
-from ..weights.generation import end_ids, read_generation
+from ..weights.adapter import adapter_hash, read_trained, read_updates
+from ..weights.checkpoint import GGUFWeights, Weights, end_ids, fingerprint, open_weights, read_generation
 from ..weights.hub import local_path
-from .certificate import GGUF, MAX_KL, TRAINED, Form, Texts, compare, hidden_states, score_forms
+from .certificate import GGUF, MAX_KL, TRAINED, Form, Texts, compare, held_out_texts, hidden_states, score_forms
 from .forms import Merged, Rounded, bytes_on_disk, trained_form
-from .gguf_file import prompt_format, usual_format
-from .gguf_model import export_gguf
-from .held_out import held_out_texts
+from .gguf_model import export_gguf, prompt_format, usual_format
 from .llama_cpp import NotAsked, Refused, Server
-from .tokenizer_metadata import end_of_answer, tokenizer_metadata, without_bos
+from .tokenizer_metadata import ASKED, end_of_answer, tokenizer_metadata, without_bos
 
-_asked = json.loads(files(__package__).joinpath("asked.json").read_text("utf-8"))
-WORDS: list[str] = _asked["texts"]
+WORDS: list[str] = ASKED["texts"]
 Chat = tuple[str, Messages, list[Any] | None]  # its name, its messages, its tools
 CHATS: list[Chat] = [
-    (chat["name"], chat["messages"], _asked["tools"] * chat["with_tools"] or None) for chat in _asked["conversations"]
+    (chat["name"], chat["messages"], ASKED["tools"] * chat["with_tools"] or None) for chat in ASKED["conversations"]
 ]
 AGAIN = "merge and export again, and if that does not help, report this line"
 ALIKE = "train with a chat template that llama.cpp writes alike, or serve with a program that runs Jinja itself"
@@ -83,9 +77,6 @@ class Proof:
     tok: Tokenizer  # of the run, and the format of its prompts; without a run, of the model
     fmt: PromptFormat
     config: Config | None  # of the run that the user named
-    facts: dict[str, Any] = field(default_factory=dict)
-    wrong: list[str] = field(default_factory=list)
-    not_asked: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,7 +87,8 @@ class Proof:
         self.is_on_other = False  # base than the adapter was trained on
         with open(self.file, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self.facts |= {"type": self.file_type.lower(), "file_sha256": digest}
+        self.facts: dict[str, Any] = {"type": self.file_type.lower(), "file_sha256": digest}
+        self.wrong, self.not_asked = list[str](), list[str]()
         self.trained: Form | None = None
 
     def fail(self, what: str, advice: str = AGAIN) -> None:
@@ -106,18 +98,19 @@ class Proof:
     def verdict(self) -> str:
         """The line that everything comes down to."""
         gaps = f"; not asked: {'; '.join(self.not_asked)}" if self.not_asked else ""
+        is_what, of_type = f"verdict: {self.file.name} is what was trained", f"as {self.facts['type']}"
         if self.wrong:
             more = f" ({len(self.wrong) - 1} more in {self.record_path})" if len(self.wrong) > 1 else ""
             line = f"verdict: NOT what was trained: {self.file}: {self.wrong[0]}{more}"
         elif self.trained is None:
-            line = f"verdict: not proven: {self.file.name} is the model in {self.model}, as {self.facts['type']}{gaps}"
+            line = f"verdict: not proven: {self.file.name} is the model in {self.model}, {of_type}{gaps}"
         else:
-            what, option = "what was trained", "--other_base" if self.is_on_other else "--base original"
             if self.is_on_other or (self.is_on_original and self.trained.name == TRAINED):
-                what = f"what {option} merged, which is not the model that was trained"
+                option = "--other_base" if self.is_on_other else "--base original"
+                is_what = f"verdict: {self.file.name} is what {option} merged, which is not the model that was trained"
             kls = [form["mean_kl"] for form in self.facts.get("forms", ()) if form["form"].startswith(GGUF)]
             far = f", {kls[0]:.2g} nats a token from the trained model" if kls else ""
-            line = f"verdict: {self.file.name} is {what}: base and adapter, merged, as {self.facts['type']}{far}{gaps}"
+            line = f"{is_what}: base and adapter, merged, {of_type}{far}{gaps}"
         return visible(" ".join(line.split()))
 
 
@@ -130,24 +123,16 @@ def export_and_prove(
         config: of the run that the user named.
         data: held-out texts of the user's, else those of the run; `max_tokens` of them.
     """
-    tok, fmt = trained_talk(model, config)
+    if config is None or adapter_hash(Path(config.output_dir).absolute()) is None:  # which is no hub name
+        tok = load_tokenizer(model)
+        fmt = prompt_format(local_path(model), tok)
+    else:  # those of the run
+        base = open_weights(config.base_model)
+        tok, of_run, _ = talking(config.base_model, config.output_dir, base.config["vocab_size"])
+        fmt = of_run or usual_format(tok)
     texts = held_out_texts(config, tok, fmt, data, max_tokens) if max_tokens else None
     export_gguf(model, out, type)
     prove_file(Proof(Path(out), type.upper(), local_path(model), tok, fmt, config), texts)
-
-
-def trained_talk(model: str | Path, config: Config | None) -> tuple[Tokenizer, PromptFormat]:
-    """Tokenizer and prompt format of the run that the user named; without one, of the model.
-
-    Raises:
-        UserError: among others, the run's base cannot be opened.
-    """
-    if config is None or adapter_hash(Path(config.output_dir).absolute()) is None:  # which is no hub name
-        tok = load_tokenizer(model)
-        return tok, prompt_format(local_path(model), tok)
-    base = open_weights(config.base_model)
-    tok, fmt, _ = talking(config.base_model, config.output_dir, model_config(base.config, base.where).vocab_size)
-    return tok, fmt or usual_format(tok)
 
 
 def prove_file(proof: Proof, texts: tuple[str, Texts] | None) -> None:
@@ -164,9 +149,21 @@ def prove_file(proof: Proof, texts: tuple[str, Texts] | None) -> None:
     """
     source = open_weights(proof.model)
     proof.trained = trained_model(proof)
+    trained = proof.trained.weights if proof.trained else None
     try:
-        compare_all(proof, source, texts)
-    except UserError as error:
+        stored = GGUFWeights(proof.file)
+        compare_tensors(proof, stored, source)
+        compare_words(proof, load_tokenizer(proof.file).encode)
+        if isinstance(trained, Merged):
+            compare_merged(proof, source, trained)
+        if texts is None:
+            proof.not_asked.append("answers on held-out texts (--data names a file)")
+            ask_llama_cpp(proof)
+        else:
+            compare_answers(proof, stored, source, *texts)
+        if isinstance(trained, Merged):
+            compare_run(proof, stored, trained.base)
+    except UserError as error:  # the file, or a weight that it is compared with, is damaged
         proof.fail(str(error).rstrip("."))
     line = proof.verdict()
     proof.facts |= {"wrong": proof.wrong, "not_asked": proof.not_asked, "verdict": line}
@@ -179,42 +176,19 @@ def prove_file(proof: Proof, texts: tuple[str, Texts] | None) -> None:
         raise SystemExit(1)
 
 
-def compare_all(proof: Proof, source: Weights, texts: tuple[str, Texts] | None) -> None:
-    """Ask everything, and fill in what was found.
-
-    Raises:
-        UserError: the file, or a weight that it is compared with, is damaged.
-    """
-    stored = GGUFWeights(proof.file)
-    compare_tensors(proof, stored, source)
-    compare_words(proof, load_tokenizer(proof.file).encode)
-    trained = proof.trained.weights if proof.trained else None
-    if isinstance(trained, Merged):
-        compare_merged(proof, source, trained)
-    if texts is None:
-        proof.not_asked.append("answers on held-out texts (--data names a file)")
-        ask_llama_cpp(proof)
-    else:
-        compare_answers(proof, stored, source, *texts)
-    if isinstance(trained, Merged):
-        compare_run(proof, stored, trained.base)
-
-
 def compare_answers(proof: Proof, stored: GGUFWeights, source: Weights, name: str, texts: Texts) -> None:
     """What the trained model, the exported one and the file answer on held-out texts, of the file by llama.cpp too."""
     own = hidden_states(stored, texts, proof.device)
-    theirs = ask_llama_cpp(proof, texts, own)
-    num_bytes = proof.file.stat().st_size
+    theirs, num_bytes = ask_llama_cpp(proof, texts, own), proof.file.stat().st_size
     forms = [proof.trained] if proof.trained else []
     if proof.model.is_dir():
         forms.append(Form("merged" if proof.record else "exported", source, bytes_on_disk(proof.model)))
     forms.append(Form(f"{GGUF}{proof.file.name}"[:26], stored, num_bytes, own))
+    in_llama_cpp = [Form(IN_LLAMA_CPP, stored, num_bytes, theirs)] if theirs else []
+    scores = score_forms(forms + in_llama_cpp, texts, proof.device)
+    proof.facts |= {"held_out": name, "forms": [score._asdict() for score in scores[: len(forms)]]}
     if theirs:
-        forms.append(Form(IN_LLAMA_CPP, stored, num_bytes, theirs))
-    scores = score_forms(forms, texts, proof.device)
-    proof.facts |= {"held_out": name, "forms": [vars(score) for score in scores if score.form != IN_LLAMA_CPP]}
-    if theirs:
-        proof.facts["llama_cpp"] |= vars(scores[-1])
+        proof.facts["llama_cpp"] |= scores[-1]._asdict()
     if proof.trained and not proof.is_on_original and not scores[1].mean_kl <= MAX_KL:
         proof.fail(f"what was merged is {scores[1].mean_kl:.3g} nats a token from the trained model")
 
@@ -227,23 +201,19 @@ def compare_tensors(proof: Proof, stored: GGUFWeights, source: Weights) -> None:
     if not compare_configs(proof, stored, source, "the model"):
         return
     rounded, worst = Rounded(source, proof.file_type, proof.device), 0.0
-    names = stored.names()
-    if missing := set(source.names()) & set(rounded.names()) - set(names):
-        proof.fail(f"tensor {min(missing)} is missing")
-    for name in names:
+    for name in stored.names():
         w, ours = stored.load(name).to(proof.device), source.load(name).to(proof.device, torch.float32)
         if not torch.equal(w, rounded.load(name)):
-            proof.fail(f"tensor {name} is not the merged model's, rounded to {rounded.types[name]}")
-            return
+            return proof.fail(f"tensor {name} is not the merged model's, rounded to {rounded.types[name]}")
         worst = max(worst, ((w - ours).norm() / ours.norm().clamp(min=1e-30)).item())
-    proof.facts |= {"tensors": len(names), "largest_relative_error": worst}
-    print(f"tensors   {len(names)} equal those of {proof.model}, rounded once (at most {worst:.2%} off)")
+    proof.facts |= {"tensors": len(stored.names()), "largest_relative_error": worst}
+    print(f"tensors   {len(stored.names())} equal those of {proof.model}, rounded once (at most {worst:.2%} off)")
 
 
 def compare_configs(proof: Proof, stored: GGUFWeights, source: Weights, whose: str) -> bool:
     """The numbers that a model computes with. Returns whether the tensors can be compared."""
     config, written = (model_config(weights.config, weights.where) for weights in (source, stored))
-    for name in (f.name for f in fields(config) if f.type in (int, float) and f.name != "rope_theta"):
+    for name in (f.name for f in fields(config) if f.type in (int, float, bool) and f.name != "rope_theta"):
         if not math.isclose(getattr(config, name), getattr(written, name), rel_tol=NEAR):
             proof.fail(f"{name} is {getattr(written, name)} in it and {getattr(config, name)} in {whose}")
             return False
@@ -262,13 +232,12 @@ def trained_model(proof: Proof) -> Form | None:
     if digest is None:
         proof.not_asked.append(f"the trained model ({adapter} has no adapter)")
         return None
-    weights = open_weights(base)
+    weights, trained_on = open_weights(base), read_trained(adapter).base
     proof.facts |= {"adapter_sha256": digest, "base_fingerprint": fingerprint(weights)}
     if proof.record.get("adapter_sha256", digest) != digest:
         proof.fail(f"{proof.model} was merged from another adapter than the one in {adapter}")
     if proof.record.get("base_fingerprint", proof.facts["base_fingerprint"]) != proof.facts["base_fingerprint"]:
         proof.fail(f"{proof.model} was merged onto other weights than those of {base}")
-    trained_on = read_trained(adapter).base
     proof.is_on_other = trained_on not in (None, proof.facts["base_fingerprint"])
     if trained_on is None:
         proof.not_asked.append(f"whether {adapter} was trained on these weights of {base} (it has no fingerprint)")
@@ -279,18 +248,15 @@ def compare_merged(proof: Proof, source: Weights, trained: Merged) -> None:
     """Every tensor of the exported model against base and adapter: it may be off by one rounding to its dtype."""
     if proof.is_on_original:
         trained = Merged(trained.base, trained.updates, False, torch.float32, torch.float32, proof.device)
-    names = set(source.names())
+    if missing := sorted({*trained.names()} - {*source.names()}):
+        return proof.fail(f"{proof.model} has no tensor {missing[0]}, and the trained model has")
     for name in trained.names():
-        if name not in names:
-            proof.fail(f"{proof.model} has no tensor {name}, and the trained model has")
-            return
         w, exact = source.load(name), trained.load(name)
         bound = torch.finfo(w.dtype).eps / 2 * exact.abs() + NOISE * exact.abs().max()
         distance, in_nf4 = (w.to(proof.device, torch.float32) - exact).abs(), trained.in_4bit and ".layers." in name
         off = (distance > bound).float().mean()
         if off > (OTHER_CODES if in_nf4 else 0) or off and distance.max() > ONE_CODE * exact.abs().max():
-            proof.fail(f"tensor {name} of {proof.model} is not that of base and adapter ({off:.2%} are others)")
-            return
+            return proof.fail(f"tensor {name} of {proof.model} is not that of base and adapter ({off:.2%} are others)")
     print(f"merged    {len(trained.names())} tensors of {proof.model} are those of base and adapter, rounded once")
 
 
@@ -299,13 +265,11 @@ def compare_words(proof: Proof, encode: Callable[[str], list[int]], by: str = "i
     which is chosen so that prompts have the same ids."""
     read = load_tokenizer(proof.file)
     if read.pre != proof.tok.pre:
-        proof.fail(f"its vocabulary splits text by the rule {read.pre!r}, in training it was {proof.tok.pre!r}")
-        return
+        return proof.fail(f"its vocabulary splits text by the rule {read.pre!r}, in training it was {proof.tok.pre!r}")
     tok = replace(proof.tok, space_before=read.space_before, space_before_space=read.space_before_space)
     for text in WORDS:
         if encode(text) != tok.encode(text):
-            proof.fail(f"{by} gives {text!r} other token ids than in training")
-            return
+            return proof.fail(f"{by} gives {text!r} other token ids than in training")
     proof.facts["texts"] = len(WORDS)
     print(f"words     {len(WORDS)} hard texts have the ids of training, by {by}")
 
@@ -320,8 +284,7 @@ def compare_run(proof: Proof, stored: GGUFWeights, base: Weights) -> None:
     for key in dict.fromkeys([*trained, *(key for key in written if key.startswith("tokenizer."))]):
         found, value = written.get(key), trained.get(key, ("", None))[1]
         if found != value and not (key == "tokenizer.chat_template" and str(found).endswith(value)):
-            proof.fail(f"its {key} is not that of the run in {proof.config.output_dir}")
-            return
+            return proof.fail(f"its {key} is not that of the run in {proof.config.output_dir}")
 
 
 # ------------------------------------------------------------------------------------------------ real llama.cpp
@@ -331,16 +294,12 @@ def ask_llama_cpp(
     proof: Proof, texts: Texts | None = None, own: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor] | None:
     """Words, prompts and the end token; and `hidden_states` of held-out texts, where `own` are ours of the file."""
-    documents = []  # (ids, places of what is supervised)
-    for row in texts.rows if texts else []:
-        for _, start, end in row.segments.documents:
-            places = [i - start for i in row.supervised.tolist() if start <= i < end]
-            documents.append((row.tokens.flatten()[start:end].tolist(), places))
-    longest = max((len(ids) for ids, _ in documents), default=0)
-    if longest >= open_weights(proof.file).config["max_position_embeddings"]:
-        proof.not_asked.append(f"answers in llama.cpp (a held-out text of {longest} tokens is longer than its context)")
-        documents = []
-    before = len(proof.wrong)
+    documents = [  # (ids, places of what is supervised)
+        (row.tokens.flatten()[start:end].tolist(), [i - start for i in row.supervised.tolist() if start <= i < end])
+        for row in (texts.rows if texts else [])
+        for _, start, end in row.segments.documents
+    ]
+    longest, before = max((len(ids) for ids, _ in documents), default=0), len(proof.wrong)
     try:
         with Server(proof.file, n_ctx=longest + 8, hidden=True, threads=torch.get_num_threads()) as llama:
             compare_words(proof, llama.tokenize, "llama.cpp")
@@ -368,8 +327,8 @@ def ask_llama_cpp(
 
 def compare_prompts(proof: Proof, llama: Server) -> int:
     """Conversations through the template in the file, by llama.cpp's engine, and its end token. Returns how many."""
-    tok, fmt, count = proof.tok, proof.fmt, 0
-    for name, messages, tools in conversations(proof):
+    tok, fmt, asked = proof.tok, proof.fmt, conversations(proof)
+    for name, messages, tools in asked:
         try:
             prompt = llama.prompt(as_sent(messages), tools)
             ids = llama.tokenize(prompt, add_special=True, parse_special=True)
@@ -382,34 +341,38 @@ def compare_prompts(proof: Proof, llama: Server) -> int:
             theirs, ours = (repr(x[max(0, at - 20) : at + 20]) for x in (prompt, text))
             what = "other token ids" if prompt == text else f"{theirs} where training has {ours}"
             proof.fail(f"llama.cpp makes {what} of {name}", ALIKE)
-        count += 1
     end = end_of_answer(tok, fmt)
     if llama.complete([end], 2, logit_bias=[[end, 1e4]])["stop_type"] != "eos":
         proof.fail(f"llama.cpp does not stop at {tok.vocab[end]!r}, which ends an answer in training")
-    return count
+    return len(asked)
 
 
 def conversations(proof: Proof) -> list[Chat]:
     """Those that are to be asked: all of which training's own prompt holds every part."""
-    skipped: dict[str, list[str]] = {}
-    asked = []
+    asked, skipped = list[Chat](), dict[str, list[str]]()
     for name, messages, tools in [*CHATS, *chats_of_run(proof)]:
-        try:
-            text = proof.fmt.render(proof.tok, messages, True, tools)
-        except UserError:
-            skipped.setdefault("training's own template refuses it", []).append(name)
-            continue
-        parts = [message["content"].split("</think>")[-1].strip() for message in messages if message.get("content")]
-        calls = [call for message in messages for call in message.get("tool_calls") or ()]
-        parts += [each["function"]["name"] for each in [*calls, *(tools or [])] if "function" in each]
-        if not all(part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text for part in parts):
-            skipped.setdefault("training's prompt leaves a part of it out", []).append(name)
-        elif any(token in part for part in parts for token in proof.tok.special_tokens):
-            skipped.setdefault("its text holds special tokens, which llama.cpp reads as such", []).append(name)
-        else:
+        why = _why_not(proof, messages, tools)
+        if why is None:
             asked.append((name, messages, tools))
+        else:
+            skipped.setdefault(why, []).append(name)
     proof.not_asked += [f"{', '.join(names)} ({why})" for why, names in skipped.items()]
     return asked
+
+
+def _why_not(proof: Proof, messages: Messages, tools: list[Any] | None) -> str | None:
+    try:
+        text = proof.fmt.render(proof.tok, messages, True, tools)
+    except UserError:
+        return "training's own template refuses it"
+    parts = [message["content"].split("</think>")[-1].strip() for message in messages if message.get("content")]
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    parts += [each["function"]["name"] for each in [*calls, *(tools or [])] if "function" in each]
+    if not all(part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text for part in parts):
+        return "training's prompt leaves a part of it out"
+    if any(token in part for part in parts for token in proof.tok.special_tokens):
+        return "its text holds special tokens, which llama.cpp reads as such"
+    return None
 
 
 def chats_of_run(proof: Proof) -> Iterator[Chat]:
@@ -430,12 +393,10 @@ def chats_of_run(proof: Proof) -> Iterator[Chat]:
 
 def as_sent(messages: Messages) -> Messages:
     """Messages as programs send them to a server: the arguments of a call are a JSON text."""
-    sent = []
-    for message in messages:
-        calls = []
-        for call in message.get("tool_calls") or ():
-            function = call.get("function", call)
-            text = json.dumps(function.get("arguments", {}), ensure_ascii=False)
-            calls.append({"type": "function", **call, "function": {**function, "arguments": text}})
-        sent.append({**message, "tool_calls": calls} if calls else message)
-    return sent
+
+    def with_text(call: dict[str, Any]) -> dict[str, Any]:
+        function = call.get("function", call)
+        text = json.dumps(function.get("arguments", {}), ensure_ascii=False)
+        return {"type": "function", **call, "function": {**function, "arguments": text}}
+
+    return [m | {"tool_calls": [*map(with_text, m["tool_calls"])]} if m.get("tool_calls") else m for m in messages]

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 
 from ..config.errors import UserError
@@ -21,6 +22,8 @@ from ..tokenizer.sentencepieces import UNREACHED
 from ..tokenizer.tokenizer import Tokenizer
 from ..tokenizer.vocabulary import UNUSED
 
+ASKED = json.loads(files(__package__).joinpath("asked.json").read_text("utf-8"))  # texts to try
+PROBES = [say(*turns) for turns in ASKED["probes"]]  # conversations of each kind that a template writes
 STOPS_BY_NAME = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "</s>")
 
 
@@ -39,12 +42,10 @@ def tokenizer_metadata(
     Raises:
         UserError: the file could not say how the model was trained.
     """
-    pieces, kinds = list(tok.vocab), list(tok.kinds)
-    if len(pieces) > num_rows:
-        what = f"the tokenizer has {len(pieces)} tokens and the embedding {num_rows} rows"
-        raise UserError(f"{model}: {what}, so some tokens would have no vector. Take both from one model.")
+    pieces, kinds, padding = list(tok.vocab), list(tok.kinds), num_rows - len(tok.vocab)
+    if padding < 0:
+        raise UserError(f"{model}: {len(pieces)} tokens and the embedding {num_rows} rows. Take both from one model.")
     pieces += [f"[PAD{id}]" for id in range(len(pieces), num_rows)]
-    kinds += [UNUSED] * (num_rows - len(kinds))
     end = end_of_answer(tok, fmt, model)
     puts_spaces, lead = spaces(tok, fmt)
     # As an expression, because Jinja drops spaces in front of a block.
@@ -52,34 +53,25 @@ def tokenizer_metadata(
     for name in GIVEN_BY_SERVERS:
         if name in jinja:
             jinja = f"{{% set {name} = not_given %}}{jinja}"
-    ranking: Metadata = {"tokenizer.ggml.merges": ("string[]", [] if tok.is_sentencepiece else merges_of(tok))}
-    if tok.is_sentencepiece:
-        ranking = {"tokenizer.ggml.scores": ("f32[]", tok.scores + [UNREACHED] * (num_rows - len(tok.scores)))}
     for text in (jinja, *(fmt.render(tok, chat) for chat in probes(partial(fmt.render, tok)))):
         if half := re.search("[\ud800-\udfff]", text):
-            raise UserError(
-                f"{model}: the chat template writes {half[0]!a}, half of a surrogate pair, which is no character and "
-                f"has no UTF-8 bytes, so no file can hold it. Correct chat_template in tokenizer_config.json."
-            )
+            raise UserError(f"{model}: {half[0]!a} is half of a surrogate pair, no character. Correct chat_template.")
     others = unnamed_ends(tok, [id for id in ends if id != end])
     bos = end if tok.bos_id is None else tok.bos_id  # no token cannot be said: llama.cpp would take token 11
     jinja = _set_names(tok, {"bos_token": tok.vocab[bos], "eos_token": tok.vocab[end]}, jinja) + jinja
-    metadata: Metadata = {
-        "tokenizer.ggml.model": ("string", "llama" if tok.is_sentencepiece else "gpt2"),
-        "tokenizer.ggml.pre": ("string", tok.pre),
-        "tokenizer.ggml.tokens": ("string[]", pieces),
-        "tokenizer.ggml.token_type": ("i32[]", kinds),
-        **ranking,
-        # Without these llama.cpp takes token 11 for both, or the first marker that it happens to find.
-        "tokenizer.ggml.bos_token_id": ("u32", bos),
-        "tokenizer.ggml.eos_token_id": ("u32", end),
-        "tokenizer.ggml.eot_token_id": ("u32", others[1] if len(others) > 1 else end),
-        **({"tokenizer.ggml.eom_token_id": ("u32", others[0])} if others else {}),
-        "tokenizer.ggml.add_bos_token": ("bool", fmt.add_bos(tok)),
-        "tokenizer.ggml.add_eos_token": ("bool", False),
-        "tokenizer.ggml.add_space_prefix": ("bool", puts_spaces),
-        "tokenizer.chat_template": ("string", jinja),
-    }
+    is_llama = tok.is_sentencepiece
+    own: Metadata = {"model": ("string", "llama" if is_llama else "gpt2"), "pre": ("string", tok.pre)}
+    own |= {"tokens": ("string[]", pieces), "token_type": ("i32[]", kinds + [UNUSED] * padding)}
+    scores = ("f32[]", tok.scores + [UNREACHED] * (num_rows - len(tok.scores)))
+    own |= {"scores": scores} if is_llama else {"merges": ("string[]", merges_of(tok))}
+    # Without these llama.cpp takes token 11 for both, or the first marker that it happens to find.
+    own |= {"bos_token_id": ("u32", bos), "eos_token_id": ("u32", end)}
+    own |= {"eot_token_id": ("u32", others[1] if len(others) > 1 else end)}
+    own |= {"eom_token_id": ("u32", others[0])} if others else {}
+    own |= {"add_bos_token": ("bool", fmt.add_bos(tok)), "add_eos_token": ("bool", False)}
+    own |= {"add_space_prefix": ("bool", puts_spaces)}
+    metadata = {f"tokenizer.ggml.{name}": value for name, value in own.items()}
+    metadata["tokenizer.chat_template"] = ("string", jinja)
     for name, id in {"padding": tok.pad_id, "unknown": tok.unk_id}.items():
         if id is not None:
             metadata[f"tokenizer.ggml.{name}_token_id"] = ("u32", id)
@@ -88,13 +80,9 @@ def tokenizer_metadata(
 
 def end_of_answer(tok: Tokenizer, fmt: PromptFormat, model: str | Path = "model") -> int:
     """The token that ends an answer in training."""
-    end = fmt.end_id(tok)
-    end = tok.eos_id if end is None else end
-    if end is None:
-        raise UserError(
-            f"{model}: no file names the token at which answers end. Set eos_token in tokenizer_config.json."
-        )
-    return end
+    if (end := fmt.end_id(tok)) is not None or (end := tok.eos_id) is not None:
+        return end
+    raise UserError(f"{model}: no file names the token at which answers end. Set eos_token in tokenizer_config.json.")
 
 
 def without_bos(tok: Tokenizer, fmt: PromptFormat, text: str) -> str:
@@ -143,11 +131,8 @@ def spaces(tok: Tokenizer, fmt: PromptFormat) -> tuple[bool, str]:
         served = replace(tok, space_before="every" if is_wanted else "never", space_before_space=True)
         if all(served_ids(served, fmt, chat, lead) == fmt.encode_prompt(tok, chat) for chat in chats):
             return is_wanted, lead
-    raise UserError(
-        "llama.cpp puts a space in front of every stretch of text, or of none. Neither gives the token ids that "
-        "prompts had in training, so the model would answer badly. Use a chat template that begins with the BOS token "
-        "and has no space behind special tokens."
-    )
+    what = "llama.cpp puts a space in front of every stretch of text, or of none, and neither gives the ids of training"
+    raise UserError(f"{what}. Use a chat template that begins with the BOS token and has no space behind such tokens.")
 
 
 def probes(render: Callable[[Messages], str]) -> list[Messages]:
@@ -178,14 +163,3 @@ def jinja_of_text(fmt: PromptFormat, tok: Tokenizer) -> str:
     words = [json.dumps(text, ensure_ascii=False) for text in fmt.render(tok, say("user", "\0")).split("\0")]
     # As an expression, because Jinja drops a line break at the very end of a template, where alpaca has one.
     return "{{ " + " + messages[-1]['content'] + ".join(words) + " }}"
-
-
-PROBES = [
-    say("user", "question?"),
-    say("system", "Be brief.", "user", "one\n\ntwo"),
-    say("user", "{{ .Content }} {% if %}", "assistant", "'quoted' \"text\" \\n", "user", "<b>&amp;</b>"),
-    say("system", "s", "user", "u", "assistant", "a", "user", "\u00fc \u4f60 \U0001f642")
-    + say("assistant", "b", "user", "v"),
-    say("user", "u", "assistant", "an answer to go on with"),
-    say("user", "u", "assistant", "<think>hm</think> so", "user", "v", "assistant", "w", "user", "x" * 500),
-]

@@ -17,27 +17,8 @@ from ..config.errors import UserError
 from ..model import ModelConfig, rope_frequencies
 from .container import Metadata
 from .file_types import FILE_TYPES
-from .names import ROPE_DIVISORS, check_tensors, gguf_name
+from .names import ROPE_DIVISORS, TABLES, check_tensors, gguf_name
 from .reader import GGUFFile, short
-
-NUMBERS = (  # field of config.json, its key as `llama.*`, its type there
-    ("num_hidden_layers", "block_count", "u32"),
-    ("max_position_embeddings", "context_length", "u32"),
-    ("hidden_size", "embedding_length", "u32"),
-    ("intermediate_size", "feed_forward_length", "u32"),
-    ("vocab_size", "vocab_size", "u32"),
-    ("num_attention_heads", "attention.head_count", "u32"),
-    ("num_key_value_heads", "attention.head_count_kv", "u32"),
-    ("head_dim", "attention.key_length", "u32"),
-    ("head_dim", "attention.value_length", "u32"),
-    ("rms_norm_eps", "attention.layer_norm_rms_epsilon", "f32"),
-    ("head_dim", "rope.dimension_count", "u32"),
-    ("rope_theta", "rope.freq_base", "f32"),
-)
-CONFIG_ORDER = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta"),
-)
 
 
 def model_config(config: dict[str, Any], where: str | Path) -> ModelConfig:
@@ -57,32 +38,25 @@ def hf_config(gguf: GGUFFile) -> dict[str, Any]:
     _refuse_other_models(gguf)
     meta, embedding = gguf.metadata, gguf.tensors.get("token_embd.weight")
     found: dict[str, Any] = {"rope_theta": 10000.0}  # as llama.cpp takes what is not there
-    for field, key, kind in NUMBERS:
+    for field, key, kind in TABLES["numbers"]:
         if field == "vocab_size":  # some files lack the number
             found[field] = embedding.shape[0] if embedding else 1
             continue
         value = gguf.number(f"llama.{key}", float if kind == "f32" else int, found.get(field))
         if field == "head_dim" and value != found[field] and key != "attention.key_length":
-            what = f"metadata llama.{key} is {value} where a head has {found[field]} dimensions"
-            raise UserError(f"{gguf.path}: {what}, and in a Llama these are equal. Use another model.")
+            raise UserError(f"{gguf.path}: llama.{key} is {value}, where a head has {found[field]} dimensions.")
         found[field] = value
         if field == "num_attention_heads":
             found |= {"num_key_value_heads": value, "head_dim": found["hidden_size"] // value}
     ids = [meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     ends = [id for id in dict.fromkeys(ids) if id is not None]
-    config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **{field: found[field] for field in CONFIG_ORDER},
-        "rope_scaling": None,
-        "tie_word_embeddings": "output.weight" not in gguf.tensors,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": ends if len(ends) > 1 else ids[0],
-        "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
-    }
+    config: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    config |= {field: found[field] for field in TABLES["config"]}
+    config |= {"rope_scaling": None, "tie_word_embeddings": "output.weight" not in gguf.tensors}
+    config |= {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    config |= {"bos_token_id": meta.get("tokenizer.ggml.bos_token_id")}
+    config |= {"eos_token_id": ends if len(ends) > 1 else ids[0]}
+    config |= {"pad_token_id": meta.get("tokenizer.ggml.padding_token_id")}
     shapes = {name: info.shape for name, info in gguf.tensors.items()}
     check_tensors(gguf.path, model_config(config, gguf.path), shapes, gguf_name)
     kind = meta.get("llama.rope.scaling.type", "linear" if "llama.rope.scale_linear" in meta else "none")
@@ -100,8 +74,7 @@ def _refuse_other_models(gguf: GGUFFile) -> None:
     meta = gguf.metadata
     architecture, kind = meta.get("general.architecture"), meta.get("general.type", "model")
     if architecture != "llama":
-        what = f"metadata general.architecture is {short(architecture)}; only llama is read"
-        raise UserError(f"{gguf.path}: {what}. Use a Llama, Mistral or SmolLM file.")
+        raise UserError(f"{gguf.path}: general.architecture is {short(architecture)}; only llama is read.")
     if kind != "model":
         raise UserError(f"{gguf.path}: holds a {short(kind)}, not a model. Give the model's file.")
     if (parts := meta.get("split.count", 1)) not in (0, 1):
@@ -136,8 +109,7 @@ def _llama3_scaling(gguf: GGUFFile, config: dict[str, Any]) -> dict[str, Any] | 
         rebuilt = rope_divisors(replace(plain, rope_scaling=scaling)).double()
         if has_shape and torch.allclose(rebuilt, divisors, rtol=1e-4, atol=0):
             return scaling
-    what = f"{ROPE_DIVISORS} is not what the llama3 kind of RoPE scaling gives for any original context"
-    raise UserError(f"{gguf.path}: {what}. Take the model from its Hugging Face folder instead.")
+    raise UserError(f"{gguf.path}: {ROPE_DIVISORS} is not what the llama3 kind gives. Use the original folder.")
 
 
 def rope_divisors(config: ModelConfig) -> Tensor:
@@ -151,15 +123,15 @@ def model_metadata(config: ModelConfig, name: str, file_type: str) -> Metadata:
     Args:
         file_type: a key of `FILE_TYPES`.
     """
-    metadata: Metadata = {
-        "general.architecture": ("string", "llama"),
-        "general.type": ("string", "model"),
-        "general.name": ("string", name),
-        "general.file_type": ("u32", FILE_TYPES[file_type]),
-        "general.quantization_version": ("u32", 2),
-    }
-    metadata |= {f"llama.{key}": (kind, getattr(config, field)) for field, key, kind in NUMBERS}
+    metadata = general_metadata("model", name, file_type) | {"general.quantization_version": ("u32", 2)}
+    metadata |= {f"llama.{key}": (kind, getattr(config, field)) for field, key, kind in TABLES["numbers"]}
     if config.rope_scaling.get("rope_type") == "linear":
         metadata["llama.rope.scaling.type"] = ("string", "linear")
         metadata["llama.rope.scaling.factor"] = ("f32", config.rope_scaling["factor"])
     return metadata
+
+
+def general_metadata(kind: str, name: str, file_type: str) -> Metadata:
+    """How a file of ours begins; `kind`: model or adapter."""
+    found: Metadata = {"general.architecture": ("string", "llama"), "general.type": ("string", kind)}
+    return found | {"general.name": ("string", name), "general.file_type": ("u32", FILE_TYPES[file_type])}

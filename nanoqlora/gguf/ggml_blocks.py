@@ -69,8 +69,7 @@ def quantize(w: Tensor, ggml_type: str) -> Tensor:
     """
     fmt = _format(ggml_type)
     if w.shape[-1] % fmt.block_size:
-        what = f"rows of {w.shape[-1]} weights do not split into blocks of {fmt.block_size}"
-        raise ValueError(f"GGUF type {ggml_type}: {what}. Store this tensor as F16.")
+        raise ValueError(f"{ggml_type}: rows of {w.shape[-1]} weights do not split into blocks of {fmt.block_size}.")
     blocks = w.reshape(-1, fmt.block_size)
     raw = torch.empty(len(blocks), fmt.block_bytes, dtype=torch.uint8, device=w.device)
     step = (CHUNK_WEIGHTS if w.device.type == "cpu" else GPU_CHUNK_WEIGHTS) // fmt.block_size
@@ -94,15 +93,11 @@ def quantize_checked(w: Tensor, ggml_type: str, name: str) -> Tensor:
     largest = torch.stack(w.aminmax()).abs().max().item()  # NaN if there is one
     if not math.isfinite(largest):
         raise UserError(f"{name} holds NaN or infinity, which would be in every answer. Train with a lower rate.")
-    if ggml_type in PLAIN or largest < 2**30:  # far above what any scale can hold
+    if FORMATS[ggml_type].block_size == 1 or largest < 2**30:  # far above what any scale can hold
         raw = quantize(w, ggml_type)
         if ggml_type == "F32" or torch.isfinite(_halves(raw, ggml_type)).all():
             return raw
-    what = f"holds values up to {largest:.4g}, which are infinite in {ggml_type}: its scales, and F16, reach to 65504"
-    raise UserError(f"{name} {what}. Train with a lower rate, or export as bf16 or f32.")
-
-
-PLAIN = ("F32", "F16", "BF16")
+    raise UserError(f"{name} holds values up to {largest:.4g}, which are infinite in {ggml_type}; export as bf16.")
 
 
 def _halves(raw: Tensor, ggml_type: str) -> Tensor:
@@ -232,72 +227,50 @@ def _dequantize_32(raw: Tensor, bits: int, has_minimum: bool) -> Tensor:
 # ------------------------------------------------------------------------------------------------ blocks of 256
 
 
-def _group_scales(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """The first 16 bytes of a Q4_K or Q5_K block -> scale and minimum of its 8 groups, (n, 8, 1) float32 each.
+def _six_bits(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, 8) float32 -> d, the largest over 63, as bytes; codes, (n, 8) uint8; and d times codes as it is read back."""
+    largest = x.amax(dim=-1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 0)  # never -0.0
+    codes = nearest(torch.where(largest > 0, x.new_tensor(63) / largest, 0) * x)
+    codes, d = (codes.to(torch.int32) & 255).clamp_(max=63).to(torch.uint8), _to_half(_divide(largest, 63))
+    return d, codes, (_from_half(d) * codes).flatten()
 
-    d and dmin in half precision, then 8 pairs of 6-bit numbers in 12 bytes. The low four groups have a byte each,
-    whose two spare bits keep the top of the high four groups' numbers:
+
+def _quantize_k(x: Tensor, bits: int) -> Tensor:
+    """Q4_K, Q5_K: d, dmin, 8 pairs of 6 bits, of Q5_K the fifth bits, then the low four bits.
+
+    Each group of 32 has a scale and a minimum: 6-bit numbers, times d and dmin. The 8 pairs take 12 bytes. The low four
+    groups have a byte each, whose two spare bits keep the top of the high four groups' numbers:
 
         bytes 0-3    scale of group g, and above it the top 2 bits of the scale of group g + 4
         bytes 4-7    the same for the minimum
         bytes 8-11   group g + 4: low 4 bits of the scale, then low 4 bits of the minimum
     """
-    scale, minimum, rest = raw[:, 4:8], raw[:, 8:12], raw[:, 12:16]
-    scales = torch.cat([scale & 63, rest & 15 | scale >> 6 << 4], dim=-1)
-    minima = torch.cat([minimum & 63, rest >> 4 | minimum >> 6 << 4], dim=-1)
-    return (_from_half(raw[:, 0:2]) * scales)[:, :, None], (_from_half(raw[:, 2:4]) * minima)[:, :, None]
-
-
-def _pack_group_scales(scales: Tensor, minima: Tensor) -> Tensor:
-    """The inverse: 8 scales and minima of 6 bits, (n, 8) uint8 each -> (n, 12) bytes."""
-    tops = torch.cat([scales[:, :4] | scales[:, 4:] >> 4 << 6, minima[:, :4] | minima[:, 4:] >> 4 << 6], dim=-1)
-    return torch.cat([tops, scales[:, 4:] & 15 | minima[:, 4:] << 4], dim=-1)
-
-
-def _six_bits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, 8) float32 -> d, (n, 1), the largest over 63, and the codes of all, (n, 8) uint8, for which d is 1."""
-    largest = x.amax(dim=-1, keepdim=True)
-    largest = torch.where(largest > 0, largest, 0)  # never -0.0
-    codes = nearest(torch.where(largest > 0, x.new_tensor(63) / largest, 0) * x)
-    return _divide(largest, 63), (codes.to(torch.int32) & 255).clamp_(max=63).to(torch.uint8)
-
-
-def _codes_of_groups(x: Tensor, highest: int, first: float, num_trials: int) -> tuple[Tensor, Tensor]:
-    """Q4_K and Q5_K: the search of each group's scale and minimum, then codes for those as six bits tell them.
-
-    Returns:
-        The first 16 bytes of each block, and the codes, (n, 8, 32) uint8.
-    """
+    highest, first, num_trials = (15, -1.0, 21) if bits == 4 else (31, -0.5, 16)
     groups = x.view(-1, 32).T.contiguous()  # (32, n * 8)
     scale, minimum, inverse, its_minimum = search_lines(groups, highest, first, num_trials)
-    d, scales = _six_bits(scale.view(-1, 8))
-    dmin, minima = _six_bits(-minimum.view(-1, 8))
-    d, dmin = _to_half(d), _to_half(dmin)
-    rough_scale = (_from_half(d) * scales).flatten()  # what a reader will see
-    rough_minimum = (_from_half(dmin) * minima).flatten()
+    d, scales, rough_scale = _six_bits(scale.view(-1, 8))
+    dmin, minima, rough_minimum = _six_bits(-minimum.view(-1, 8))
     codes = nearest((groups + rough_minimum).div_(rough_scale))
     if (is_zero := rough_scale == 0).any():  # read as 0 times code, and C leaves the codes of the search there
         codes = torch.where(is_zero, nearest((groups - its_minimum).mul_(inverse)), codes)
     codes = codes.clamp_(0, highest).to(torch.uint8).T.contiguous().view(-1, 8, 32)
-    return torch.cat([d, dmin, _pack_group_scales(scales, minima)], dim=-1), codes
-
-
-def _quantize_k(x: Tensor, bits: int) -> Tensor:
-    """Q4_K, Q5_K: d, dmin, 8 pairs of 6 bits, of Q5_K the fifth bits, then the low four bits."""
-    first, num_trials = (-1.0, 21) if bits == 4 else (-0.5, 16)
-    head, codes = _codes_of_groups(x, 2**bits - 1, first, num_trials)
-    groups = torch.arange(8, dtype=torch.uint8, device=x.device)[:, None]
-    fifth = [(codes >> 4 << groups).sum(dim=1, dtype=torch.uint8)] if bits == 5 else []  # byte j: element j of 8 groups
-    return torch.cat([head, *fifth, _pack_nibbles(codes.view(-1, 4, 64)).flatten(1)], dim=-1)
+    tops = [numbers[:, :4] | numbers[:, 4:] >> 4 << 6 for numbers in (scales, minima)]
+    head = [d, dmin, *tops, scales[:, 4:] & 15 | minima[:, 4:] << 4]
+    places = torch.arange(8, dtype=torch.uint8, device=x.device)[:, None]
+    fifth = [(codes >> 4 << places).sum(dim=1, dtype=torch.uint8)] if bits == 5 else []  # byte j: element j of 8 groups
+    return torch.cat([*head, *fifth, _pack_nibbles(codes.view(-1, 4, 64)).flatten(1)], dim=-1)
 
 
 def _dequantize_k(raw: Tensor, bits: int) -> Tensor:
-    d, m = _group_scales(raw)
+    scale, minimum, rest = raw[:, 4:8], raw[:, 8:12], raw[:, 12:16]
+    d = _from_half(raw[:, 0:2]) * torch.cat([scale & 63, rest & 15 | scale >> 6 << 4], dim=-1)  # (n, 8)
+    m = _from_half(raw[:, 2:4]) * torch.cat([minimum & 63, rest >> 4 | minimum >> 6 << 4], dim=-1)
     codes = _unpack_nibbles(raw[:, -128:].reshape(-1, 4, 32)).view(-1, 8, 32)  # 32 bytes hold two groups of 32
     if bits == 5:
-        groups = torch.arange(8, dtype=torch.uint8, device=raw.device)[:, None]
-        codes = codes | (raw[:, None, 16:48] >> groups & 1) << 4
-    return (d * codes - m).flatten(1)
+        places = torch.arange(8, dtype=torch.uint8, device=raw.device)[:, None]
+        codes = codes | (raw[:, None, 16:48] >> places & 1) << 4
+    return (d[:, :, None] * codes - m[:, :, None]).flatten(1)
 
 
 def _quantize_q6_k(x: Tensor) -> Tensor:

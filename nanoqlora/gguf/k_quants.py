@@ -99,10 +99,8 @@ def search_lines(x: Tensor, highest: int, first: float, num_trials: int) -> tupl
         new_scale, new_minimum = torch.where(is_above, sum_qx / sum_qq, new_scale), new_minimum.clamp_(max=0)
         new_error = error_of(new_scale, new_minimum)
         is_better = (determinant > 0) & (new_error < best)
-        best = torch.where(is_better, new_error, best)
-        best_inverse = torch.where(is_better, inverse, best_inverse)
-        best_minimum = torch.where(is_better, minimum, best_minimum)
-        scale = torch.where(is_better, new_scale, scale)
+        pairs = (new_error, best), (inverse, best_inverse), (minimum, best_minimum), (new_scale, scale)
+        best, best_inverse, best_minimum, scale = (torch.where(is_better, new, old) for new, old in pairs)
         minimum = torch.where(is_better, new_minimum, minimum)  # the next trial starts from it
     return scale, minimum, best_inverse, best_minimum
 

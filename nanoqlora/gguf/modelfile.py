@@ -89,8 +89,7 @@ class Recipe(NamedTuple):
 def file_value(path: str) -> str:
     """A path for FROM or ADAPTER. Raises UserError if the parser would look for another file."""
     if "\n" in path or (value := quoted(path)) is None:
-        advice = "Use a name without line breaks, invisible characters and three quotes in a row"
-        raise UserError(f"{path!r}: a Modelfile cannot hold this name. {advice}.")
+        raise UserError(f"{path!r}: a Modelfile cannot hold this name. Use plain characters, in one line.")
     return path if re.fullmatch(r"[\w./-]+", path, re.ASCII) else value
 
 

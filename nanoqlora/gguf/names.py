@@ -7,9 +7,11 @@ row order    RoPE turns pairs of dimensions. Hugging Face pairs dimension i of a
              Without it the file loads and the model talks nonsense.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 from torch import Tensor
@@ -17,20 +19,10 @@ from torch import Tensor
 from ..config.errors import UserError
 from ..model import ModelConfig
 
-NAMES = {  # Hugging Face's: of a GGUF file, of Meta's folder; in the order of the model
-    "model.embed_tokens": ("token_embd", "tok_embeddings"),
-    "model.layers.N.input_layernorm": ("blk.N.attn_norm", "layers.N.attention_norm"),
-    "model.layers.N.self_attn.q_proj": ("blk.N.attn_q", "layers.N.attention.wq"),
-    "model.layers.N.self_attn.k_proj": ("blk.N.attn_k", "layers.N.attention.wk"),
-    "model.layers.N.self_attn.v_proj": ("blk.N.attn_v", "layers.N.attention.wv"),
-    "model.layers.N.self_attn.o_proj": ("blk.N.attn_output", "layers.N.attention.wo"),
-    "model.layers.N.post_attention_layernorm": ("blk.N.ffn_norm", "layers.N.ffn_norm"),
-    "model.layers.N.mlp.gate_proj": ("blk.N.ffn_gate", "layers.N.feed_forward.w1"),
-    "model.layers.N.mlp.up_proj": ("blk.N.ffn_up", "layers.N.feed_forward.w3"),
-    "model.layers.N.mlp.down_proj": ("blk.N.ffn_down", "layers.N.feed_forward.w2"),
-    "model.norm": ("output_norm", "norm"),
-    "lm_head": ("output", "output"),
-}
+# names.json: "tensors" has Hugging Face's name -> [of a GGUF file, of Meta's folder], in the order of the model;
+# "numbers" has [field of config.json, its key as `llama.*`, its type there], and "config" the fields in their order.
+TABLES = json.loads(files(__package__).joinpath("names.json").read_text("utf-8"))
+NAMES: dict[str, list[str]] = TABLES["tensors"]
 ROPE_DIVISORS = "rope_freqs.weight"  # not a weight: it stands for config.json's llama3 rope_scaling
 
 
@@ -89,12 +81,10 @@ def check_tensors(
         raise UserError(f"{where}: {what}, {len(missing)} in all. Get a complete copy.")
     computed = {ROPE_DIVISORS, *(name for name in found if name.endswith("rotary_emb.inv_freq"))}
     if others := sorted(found.keys() - expected.keys() - computed):
-        what = f"tensor {others[0]} has no place in the model that it describes"
-        raise UserError(f"{where}: {what}. Only a Llama without biases and extras is read.")
+        raise UserError(f"{where}: tensor {others[0]} has no place in the model. Only plain Llamas are read.")
     for name, shape in expected.items():
         if (other := found[name]) is not None and tuple(other) != shape:
-            what = f"tensor {name} has shape {tuple(other)} and should have {shape} by the configuration"
-            raise UserError(f"{where}: {what}. Get a matching copy.")
+            raise UserError(f"{where}: tensor {name} has shape {tuple(other)} and should have {shape}.")
 
 
 def permute_rows(w: Tensor, num_heads: int) -> Tensor:

@@ -60,8 +60,7 @@ class GGUFFile:
         """A number of the metadata that has to be there, unless there is a default, and has to be above zero."""
         value = self.metadata.get(key, default)
         if type(value) is not kind or not value > 0:
-            needed = f"and a Llama needs a number of type {kind.__name__} above zero there"
-            raise UserError(f"{self.path}: metadata {key} is {short(value)}, {needed}. Convert the model again.")
+            raise UserError(f"{self.path}: {key} is {short(value)}, and not of type {kind.__name__} and above zero.")
         # 1e-5 comes back from float32 as 9.99999974e-06: take the shortest number that is the same in float32.
         return float(str(np.float32(value))) if kind is float else value
 
@@ -117,19 +116,17 @@ class _Header:
 
     def value(self, what: str) -> Any:
         """A metadata value with its type in front; arrays as lists."""
-        kind = self.kind(f"the type of {what}")
-        if kind != "array":
-            return self.items(kind, 1, what)[0]
-        kind = self.kind(f"the element type of {what}")
-        return self.items(kind, self.count(f"the length of {what}", bytes_each=1), what)
+        kind, count = self.kind(f"the type of {what}"), 1
+        if is_list := kind == "array":
+            kind = self.kind(f"the element type of {what}")
+            count = self.count(f"the length of {what}", bytes_each=1)
+        if kind in ("array", "unknown"):
+            raise self.wrong(f"{what} has a type that does not exist or may not stand there")
+        items = self.strings(count, what) if kind == "string" else self.scalars(kind, count, what)
+        return items if is_list else items[0]
 
     def kind(self, what: str) -> str:
         return dict(enumerate(VALUE_TYPES)).get(self.number("u32", what), "unknown")
-
-    def items(self, kind: str, count: int, what: str) -> list[Any]:
-        if kind in ("array", "unknown"):
-            raise self.wrong(f"{what} has a type that does not exist or may not stand there")
-        return self.strings(count, what) if kind == "string" else self.scalars(kind, count, what)
 
 
 def read_gguf(path: str | Path) -> GGUFFile:
@@ -151,8 +148,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
     header.position = len(MAGIC)
     version = header.number("u32", "the version")
     if version not in (2, VERSION):
-        what = f"GGUF version {version}; only 2 and {VERSION} are read here (a large number: a big-endian file)"
-        raise UserError(f"{path}: {what}. Convert the model again with a current converter.")
+        raise UserError(f"{path}: GGUF version {version}; only 2 and {VERSION} are read here, and no big-endian files.")
     num_tensors = header.count("the number of tensors", bytes_each=8 + 4 + 8 + 4 + 8)
     num_entries = header.count("the number of metadata entries", bytes_each=8 + 4 + 1)
 
@@ -188,8 +184,7 @@ def _read_tensor_info(header: _Header, name: str, alignment: int) -> TensorInfo:
     offset = header.number("u64", f"the offset of tensor {name}")
     ggml_type = next((name for name, fmt in FORMATS.items() if fmt.type_id == type_id), None)
     if ggml_type is None:
-        what = f"tensor {name} is of type {type_id}, which cannot be read here"
-        raise UserError(f"{header.path}: {what}. Use a file whose tensors are {', '.join(FORMATS)}.")
+        raise UserError(f"{header.path}: {name} is of type {type_id}. Use one with {', '.join(FORMATS)}.")
     fmt = FORMATS[ggml_type]
     if 0 in shape or shape[-1] % fmt.block_size:
         raise header.wrong(f"tensor {name} has shape {shape}, impossible for {ggml_type} blocks of {fmt.block_size}")

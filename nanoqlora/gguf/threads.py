@@ -20,9 +20,6 @@ def in_threads(pieces: Iterable[Callable[[], T]]) -> Iterator[T]:
     Within a piece PyTorch has one thread, so that a piece may itself call this.
     """
     threads = torch.get_num_threads()
-    if threads == 1:
-        yield from (piece() for piece in pieces)
-        return
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads) as pool:

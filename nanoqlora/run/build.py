@@ -23,8 +23,7 @@ from ..model import Block, Llama
 from ..parallel import collectives, devices
 from ..parallel.fsdp import BlockStore, fill_over_ranks
 from ..qlora import ALL_LINEAR, flatten_trainable, inject_lora, start_magnitudes
-from ..weights.adapter import continue_adapter
-from ..weights.adapter_files import read_trained
+from ..weights.adapter import continue_adapter, read_trained
 from ..weights.checkpoint import fingerprint, open_weights
 from ..weights.pretrained import Fill
 from .log import Metrics

@@ -14,8 +14,7 @@ from ..config.schema import Config
 from ..data.batches import Samples
 from ..data.packing import BatchSchedule
 from ..parallel import collectives
-from ..weights.adapter import fill_adapter, save_adapter
-from ..weights.adapter_files import read_adapter
+from ..weights.adapter import fill_adapter, read_adapter, save_adapter
 from ..weights.checkpoint import fingerprint, open_weights
 from .early_stopping import Progress
 from .optimizer_state import load_state, state_kind, state_problem

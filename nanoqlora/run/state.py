@@ -18,7 +18,7 @@ from ..model import Llama
 from ..ops import Segments
 from ..parallel.fsdp import BlockStore
 from ..qlora import set_dropout_rows
-from ..weights.adapter_files import Trained
+from ..weights.adapter import Trained
 from ..weights.checkpoint import fingerprint, open_weights
 from .early_stopping import Progress
 from .log import Metrics

@@ -14,8 +14,7 @@ from ..model import Llama
 from ..parallel import devices
 from ..tokenizer.files import read_chat_template
 from ..tokenizer.tokenizer import Tokenizer, brings_tokenizer, load_tokenizer
-from ..weights.adapter import load_adapter
-from ..weights.adapter_files import check_base, check_merged
+from ..weights.adapter import check_base, check_merged, load_adapter
 from ..weights.checkpoint import open_weights
 from ..weights.hub import ADAPTER_FILES, local_path
 from ..weights.pretrained import load_model

@@ -1,30 +1,256 @@
-"""The trained part in and out, in PEFT's layout: adapter_config.json and adapter_model.safetensors.
+"""Adapters, in and out, in PEFT's layout: adapter_config.json and adapter_model.safetensors.
 
 The file holds, for each layer that learnt, `base_model.model.NAME.lora_A.weight` (r, n_in) and `.lora_B.weight`
 (n_out, r), and with DoRA `.lora_magnitude_vector` (n_out,). Rank and alpha stand in the configuration; a layer may
 have its own in rank_pattern and alpha_pattern, whose keys are regular expressions for the end of a layer's name.
+adapter_model.bin, a pickle, is read too, and nothing but tensors of it.
+
+The metadata of the tensors have what our training adds, and PEFT does not look at: how the base was computed with, and
+a fingerprint of its weights.
 
 An adapter computes something else when a part of it is left out. So a configuration key that is not understood here,
-and asks for anything, is an error that names it.
+and asks for anything, is an error that names it. The files may come from anybody: every value is checked before it is
+used, regular expressions end after a while, and nothing here names a file to read or to write.
 """
 
+import hashlib
 import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import regex
 import torch
 import torch.nn as nn
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config.errors import UserError
-from ..config.files import whole_file, write_text
+from ..config.errors import UserError, visible
+from ..config.files import read_json, whole_file, write_text
+from ..config.scripts import script_command
+from ..gguf.reader import short
 from ..model import Llama
 from ..qlora import ALL_LINEAR, QLoRALinear, add_update, block_linears, lora_layers, target_layers
-from .adapter_files import Trained, adapter_file, rank_and_alpha, read_adapter, sort_metadata
+from .checkpoint import Weights, fingerprint
+from .hub import ADAPTER_FILES, local_path
+from .tensor_files import load_tensors, reading
+
+HANDLED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"}
+NOT_COMPUTED = {  # of no effect here: the tensors show which layers learnt
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "eva_config"),
+    *("megatron_core", "qalora_group_size", "runtime_config"),
+}
+ONLY = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}
+PATTERNS = ("rank_pattern", "alpha_pattern")
+LARGEST = 1e6  # rank or alpha
+LARGEST_PATTERN, PATTERN_S = 1000, 0.2  # characters or repetitions; seconds for one name, where 0.00001 are usual
+
+IN_4BIT, COMPUTED_IN, BASE = "load_in_4bit", "computed_in", "base_fingerprint"  # keys of our metadata
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Trained(NamedTuple):
+    """What an adapter's own files report of its training; of a stranger's adapter, the usual."""
+
+    in_4bit: bool = True  # the base's linear layers were in NF4
+    computed_in: torch.dtype = torch.bfloat16
+    base: str | None = None  # `fingerprint` of the base's weights
+
+    def metadata(self) -> dict[str, str]:
+        """As it is kept in the safetensors file."""
+        found = {IN_4BIT: str(self.in_4bit), COMPUTED_IN: str(self.computed_in).removeprefix("torch.")}
+        return found | ({BASE: self.base} if self.base else {})
+
+
+def adapter_file(folder: str | Path) -> Path:
+    """The file with the tensors of an adapter, by its folder or hub name.
+
+    Raises:
+        UserError: no such folder, or no such file in it.
+    """
+    path = local_path(folder, ADAPTER_FILES) / "adapter_model.safetensors"
+    if path.is_file():
+        return path
+    if not path.parent.is_dir():
+        raise UserError(f"adapter {folder}: no such folder. Give the folder with adapter_model.safetensors.")
+    pickled = local_path(folder, (*ADAPTER_FILES, "adapter_model.bin")) / "adapter_model.bin"
+    if pickled.is_file():
+        return pickled
+    raise UserError(f"{path}: no such file, so the adapter has no tensors. Save or copy the adapter again.")
+
+
+def adapter_hash(folder: str | Path) -> str | None:
+    """SHA-256 of the file with an adapter's tensors, by which a certificate names it; None without an adapter."""
+    with suppress(UserError), open(adapter_file(folder), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    return None
+
+
+def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """adapter_config.json and the tensors of an adapter's folder, or of an adapter by its hub name.
+
+    Raises:
+        UserError: files missing or damaged, or a kind of adapter that is more than LoRA or DoRA.
+    """
+    path = adapter_file(folder)
+    config = read_config(path.with_name("adapter_config.json"))
+    state = load_tensors(path)
+    for name, w in state.items():
+        if w.dtype not in (torch.float64, *DTYPES.values()):
+            kind = str(w.dtype).removeprefix("torch.")
+            raise UserError(f"{path}: {name} is of type {kind}, and not of a floating-point type. Save it again.")
+    return config, state
+
+
+def read_config(where: Path) -> dict[str, Any]:
+    """adapter_config.json, if all that it asks for is built in and of the right type."""
+    config = read_json(where)
+
+    def expect(key: str, is_right: bool, expected: str) -> None:
+        if not is_right:
+            raise UserError(f"{where}: {key} is {short(config.get(key))}, {expected}.")
+
+    for key, value in config.items():
+        is_known = value in (None, False, [], {}) or key in HANDLED | NOT_COMPUTED or value in ONLY.get(key, ())
+        expect(key, is_known, "which is not built in. LoRA, rsLoRA and DoRA on linear layers of the blocks are read")
+    for key in ("r", "lora_alpha"):
+        expect(key, _is_positive(config.get(key)), "where a number above zero is expected")
+    for key in ("use_rslora", "use_dora"):
+        expect(key, config.get(key) in (None, True, False), "where true or false is expected")
+    for key in PATTERNS:
+        patterns = config.get(key) or {}
+        is_right = isinstance(patterns, dict) and all(map(_is_positive, patterns.values()))
+        expect(key, is_right, "where a map from names to numbers above zero is expected")
+        for pattern in patterns:
+            try:
+                _check_pattern(pattern)
+            except (re.error, ValueError, OverflowError, RecursionError) as error:
+                what = f"{key} has {short(pattern)}, which is not a regular expression ({error})"
+                raise UserError(f"{where}: {what}. Correct it.") from error
+    return config
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < LARGEST
+
+
+def _check_pattern(pattern: str) -> None:
+    counts = [int(count[:9]) for count in re.findall(r"[{,] *(\d+)", pattern)]
+    if max(len(pattern), math.prod(count or 1 for count in counts)) > LARGEST_PATTERN:
+        raise ValueError(f"it has more than {LARGEST_PATTERN} characters or repetitions")
+    re.compile(pattern)
+    re.compile(_of_ends(pattern))
+
+
+def _of_ends(pattern: str) -> str:
+    """PEFT's use of a pattern: it has to fit the end of a layer's name."""
+    return rf"(.*\.)?({pattern})$"
+
+
+def rank_and_alpha(config: dict[str, Any], name: str) -> tuple[int, float]:
+    """What adapter_config.json asks of one layer: of the patterns that fit the end of its name, the first."""
+
+    def fits(key: str, pattern: str) -> bool:
+        try:
+            return regex.match(_of_ends(pattern), name, timeout=PATTERN_S) is not None
+        except (TimeoutError, regex.error) as error:
+            what = f"{key} has {short(pattern)}, and whether {name} fits it was not found in {PATTERN_S} s ({error})"
+            raise UserError(f"adapter_config.json: {what}. Write the names of layers.") from error
+
+    of_name = [[own for pattern, own in (config.get(key) or {}).items() if fits(key, pattern)] for key in PATTERNS]
+    r, alpha = ([*own, config[key]][0] for own, key in zip(of_name, ("r", "lora_alpha"), strict=True))
+    return r, alpha
+
+
+# ------------------------------------------------------------------------------------------------ where it comes from
+
+
+def read_trained(folder: str | Path) -> Trained:
+    """What the metadata of an adapter's tensors report of its training.
+
+    Raises:
+        UserError: they are there and cannot be understood.
+    """
+    path, about = adapter_file(folder), dict[str, str]()
+    if path.suffix == ".safetensors":
+        with reading(path), safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+    usual = Trained().metadata() | about
+    if usual[IN_4BIT] not in ("True", "False") or usual[COMPUTED_IN] not in DTYPES:
+        raise UserError(f"{path}: its metadata have {about}, so it is not known how it was trained. Copy it again.")
+    return Trained(usual[IN_4BIT] == "True", DTYPES[usual[COMPUTED_IN]], about.get(BASE))
+
+
+def sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file, which come in any order, into one: equal tensors make equal files."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size, "the header has another length"
+        file.seek(8)
+        file.write(text)
+
+
+def check_base(folder: str | Path, base: str | Path, weights: Weights, other_base: bool) -> str | None:
+    """Refuse a base that an adapter was not trained on, by the fingerprint of its weights.
+
+    Args:
+        base: what the user calls it; `weights`: it, opened.
+        other_base: the user asks for another one.
+    Returns:
+        A line for the user, if there is something to be known.
+    Raises:
+        UserError: another base, and nobody asked for it.
+    """
+    path = adapter_file(folder)
+    trained_on = read_trained(folder).base
+    name = read_json(path.with_name("adapter_config.json")).get("base_model_name_or_path")
+    name = visible(name) if name and isinstance(name, str) else None
+    if trained_on is None:
+        if name is None or Path(name).resolve() == Path(base).resolve() or Path(name).name == hub_or_last_name(base):
+            return None
+        return f"note: {folder} names {name} as its base; used on {base}. Whether they are the same is not known."
+    if trained_on == fingerprint(weights):
+        return None
+    its_name = f" (its base is called {name})" if name else ""
+    of = f"{folder}: was trained on other weights than those of {base}{its_name}"
+    if other_base:
+        return f"note: {of}; used on them, as --other_base asks."
+    raise UserError(f"{of}. Give the base that it was trained on, or --other_base true to use it on this one.")
+
+
+def hub_or_last_name(path: str | Path) -> str:
+    """The last part of a path, or of the hub name that the path of the hub's cache stands for."""
+    cached = [part for part in Path(path).absolute().parts if part.startswith("models--")]
+    return cached[-1].split("--")[-1] if cached else Path(path).name
+
+
+def check_merged(model: str | Path, run: str | Path | None = None) -> None:
+    """Refuse `merged` in the folder of a run that has another adapter by now: it is the result of an earlier run.
+
+    Args:
+        run: the folder of the run that the user named, for models in any place.
+    """
+    folder = Path(model).absolute()
+    record, named, run = folder / "merge.json", run is not None, Path(run or folder.parent).absolute()
+    if not (named or folder.name == "merged") or not record.is_file() or adapter_hash(run) is None:
+        return
+    merged = read_json(record).get("adapter_sha256")
+    if merged is not None and merged != adapter_hash(run):
+        again = script_command("merge.py", *[run / "train.yml"] * (run / "train.yml").is_file())
+        as_it_is = "or name the folder with --model alone" if named else "or give the folder another name"
+        raise UserError(f"{model}: holds the adapter of an earlier run than {run}. Merge again: {again}; {as_it_is}.")
+
+
+# ------------------------------------------------------------------------------------------------ in and out of a model
 
 PREFIX = "base_model.model."
 PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}  # ours: PEFT's
@@ -60,14 +286,10 @@ class Update(NamedTuple):
         return w if self.magnitude is None else w * (self.magnitude / w.norm(dim=1)).unsqueeze(1)
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+def adapter_state(layers: Mapping[str, QLoRALinear | Update]) -> dict[str, Tensor]:
     """The trained tensors under PEFT's names: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight, ..."""
-    state = {}
-    for name, layer in lora_layers(model).items():
-        for ours, theirs in PARTS.items():
-            if getattr(layer, ours) is not None:
-                state[f"{PREFIX}{name}.{theirs}"] = getattr(layer, ours).data
-    return state
+    found = {f"{PREFIX}{name}.{PARTS[part]}": getattr(layer, part) for name, layer in layers.items() for part in PARTS}
+    return {name: w.detach() for name, w in found.items() if w is not None}
 
 
 def ranks_of(layers: dict[str, QLoRALinear]) -> dict[str, int]:
@@ -88,25 +310,15 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "", tra
     r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     kinds = {name.rpartition(".")[2] for name in layers}
     has_all = {name for name, _ in block_linears(model) if name.rpartition(".")[2] in kinds} == layers.keys()
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base_model),
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": first.dropout_p,
-        "use_rslora": first.use_rslora,
-        "use_dora": first.magnitude is not None,
-        "target_modules": sorted(kinds if has_all else layers),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "rank_pattern": {re.escape(name): own for name, own in ranks.items() if own != r},
-        "alpha_pattern": {re.escape(name): own for name, own in alphas.items() if own != alpha},
-        "modules_to_save": None,
-    }
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in adapter_state(model).items()}
+    config: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
+    config |= {"base_model_name_or_path": str(base_model), "r": r, "lora_alpha": alpha}
+    config |= {"lora_dropout": first.dropout_p, "use_rslora": first.use_rslora, "use_dora": first.magnitude is not None}
+    config |= {"target_modules": sorted(kinds if has_all else layers), "bias": "none", "fan_in_fan_out": False}
+    config |= {"inference_mode": True, "init_lora_weights": True}
+    for key, values, usual in (("rank_pattern", ranks, r), ("alpha_pattern", alphas, alpha)):
+        config[key] = {re.escape(name): own for name, own in values.items() if own != usual}
+    config["modules_to_save"] = None
+    state = {name: tensor.cpu().contiguous().clone() for name, tensor in adapter_state(layers).items()}
     with whole_file(Path(folder) / "adapter_model.safetensors") as file:
         save_file(state, file, metadata={"format": "pt"} | (trained.metadata() if trained else {}))
         sort_metadata(file)
@@ -128,13 +340,13 @@ def read_updates(folder: str | Path) -> dict[str, Update]:
             raise UserError(f"{path}: holds {key}, which is no part of a LoRA update, and would be left out. Refused.")
         layers.setdefault(match[1], {})[match[2]] = tensor.float()
     if not layers:
-        raise UserError(f"{path}: holds no update of any layer, so it is no adapter. Save it again.")
+        raise UserError(f"{path}: holds no update of any layer, so it is no adapter. {AGAIN}")
     kind, needed = ("DoRA", {*PARTS.values()}) if config.get("use_dora") else ("LoRA", {*PARTS.values()} - {MAGNITUDE})
     updates = {}
     for name, parts in layers.items():
         for wrong in sorted(parts.keys() ^ needed):
             has = "has" if wrong in parts else "lacks"
-            raise UserError(f"{path}: {name} {has} {wrong}, which does not fit {kind}. Save the adapter again.")
+            raise UserError(f"{path}: {name} {has} {wrong}, which does not fit {kind}. {AGAIN}")
         for part, w in parts.items():
             if w.ndim != (1 if part == MAGNITUDE else 2):
                 raise UserError(f"{path}: {name} has {part} of shape {tuple(w.shape)}, so it is no update. {AGAIN}")
@@ -143,10 +355,10 @@ def read_updates(folder: str | Path) -> dict[str, Update]:
         a, b = parts[PARTS["lora_A"]], parts[PARTS["lora_B"]]
         r, alpha = rank_and_alpha(config, name)
         if not len(a) == b.shape[1] == r:
-            raise UserError(
-                f"{path}: {name} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} where "
-                f"adapter_config.json says rank {r}, so its scale would be wrong. Take both files from one adapter."
+            what = (
+                f"{name} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} where its configuration has rank {r}"
             )
+            raise UserError(f"{path}: {what}. Take both files from one adapter.")
         updates[name] = Update(a, b, alpha, bool(config.get("use_rslora")), parts.get(MAGNITUDE))
     return updates
 
@@ -162,20 +374,15 @@ def load_adapter(model: Llama, folder: str | Path, dropout: float = 0.0) -> None
     model.requires_grad_(False)
     for name, update in updates.items():
         if name not in linears:
-            what = f"has an update of {name}, and the blocks have no such linear layer"
-            raise UserError(f"{path}: {what}, so this adapter is of another model.")
+            raise UserError(f"{path}: has an update of {name}, so this adapter is of another model.")
         r, is_dora = len(update.lora_A), update.magnitude is not None
         add_update(model, name, r, update.alpha, dropout, update.use_rslora, is_dora)
-    parts = {
-        f"{PREFIX}{name}.{PARTS[part]}": getattr(update, part) for name, update in updates.items() for part in PARTS
-    }
-    state = {name: tensor for name, tensor in parts.items() if tensor is not None}
-    fill_adapter(model, state, path)
+    fill_adapter(model, adapter_state(updates), path)
 
 
 def fill_adapter(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Copy tensors under PEFT's names into the injected layers; both sides have to have the same names and shapes."""
-    ours = adapter_state(model)
+    ours = adapter_state(lora_layers(model))
     for name in sorted(ours.keys() ^ state.keys()):
         here, there = ("the model", "the file") if name in ours else ("the file", "the model")
         raise UserError(f"{path}: {here} has {name} and {there} has not, so this adapter is of another model or cut.")
@@ -208,9 +415,8 @@ def continue_adapter(model: Llama, folder: str | Path, dropout: float, **wanted:
     for key, value in wanted.items():
         is_target = key == "lora_target_modules"
         if value and (target_layers(model, value) != [*layers] if is_target else [value] != found[key]):
-            raise UserError(
-                f"{key} is {value!r} and the adapter in {folder}, from which lora_model_dir goes on, has "
-                f"{', '.join(map(str, found[key]))}. An adapter keeps its own: remove {key}, or start a new adapter."
-            )
+            has = ", ".join(map(str, found[key]))
+            what = f"{key} is {value!r} and the adapter in {folder}, from which lora_model_dir goes on, has {has}"
+            raise UserError(f"{what}. An adapter keeps its own: remove {key}, or start a new adapter.")
     ranks, alphas = (", ".join(f"{value:g}" for value in found[key]) for key in ("lora_r", "lora_alpha"))
     return f"going on from {folder}: rank {ranks}, alpha {alphas}, on {len(layers)} layers ({' '.join(kinds)})"

@@ -1,6 +1,7 @@
 """Weights in and out, one tensor at a time.
 
     open_weights(path)     a Hugging Face folder, Meta's or a GGUF file, with one interface: config, names, load(name)
+    read_generation        generation_config.json: at which tokens answers end, and how its author would draw them
     write_shards           the files of a merged model
 
 Every error names its file. Files are written atomically. Read next: `pretrained.py`, a Llama from these tensors.
@@ -9,13 +10,12 @@ Every error names its file. Files are written atomically. Read next: `pretrained
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ..config.errors import UserError, note
@@ -25,6 +25,7 @@ from ..gguf.names import check_tensors, gguf_name, tensor_shapes
 from ..gguf.reader import read_gguf
 from .hub import local_path
 from .meta import MetaWeights, is_meta_folder
+from .tensor_files import reading
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 AGAIN = "Download or copy the checkpoint again."
@@ -64,8 +65,8 @@ def open_weights(path: str | Path) -> Weights:
     if path.is_file() and path.suffix == ".gguf":
         return GGUFWeights(path)
     found = "a file of another kind" if path.exists() else "nothing"
-    kinds = "a folder with config.json and *.safetensors, or a .gguf file"
-    raise UserError(f"model {path}: found {found} there. A model is {kinds}; give the path of one.")
+    advice = "Give the path of a folder with config.json and *.safetensors, or of a .gguf file"
+    raise UserError(f"model {path}: found {found} there. {advice}.")
 
 
 def fingerprint(weights: Weights) -> str:
@@ -76,16 +77,16 @@ def fingerprint(weights: Weights) -> str:
     """
     digests = {}
     for name in weights.names():
-        if not name.endswith("rotary_emb.inv_freq"):  # which only some files have
-            digest = hashlib.sha256()
-            for part, shape in weights.stored(name):
-                digest.update(str(list(shape)).encode())
-                last = (shape[0] if shape else 0) - 1
-                for row in sorted({i * last // 7 for i in range(8 if last >= 0 else 0)}):
-                    digest.update(part[row : row + 1].float().numpy().tobytes())
-            digests[name] = digest.hexdigest()
-    if digests.get("lm_head.weight") == digests.get("model.embed_tokens.weight"):  # tied: some files have both
-        digests.pop("lm_head.weight", None)
+        if name.endswith("rotary_emb.inv_freq"):  # which only some files have
+            continue
+        digest = hashlib.sha256()
+        for part, shape in weights.stored(name):
+            digest.update(str(list(shape)).encode())
+            for row in sorted({i * (shape[0] - 1) // 7 for i in range(8)}) if shape and shape[0] else ():
+                digest.update(part[row : row + 1].float().numpy().tobytes())
+        digests[name] = digest.hexdigest()
+    if digests.get(HEAD) == digests.get(EMBEDDING):  # tied: some files have both
+        digests.pop(HEAD, None)
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
@@ -97,13 +98,13 @@ class FolderWeights:
         self.config = read_json(self.where)
         if about := self.config.get("quantization_config"):
             method = about.get("quant_method") if isinstance(about, dict) else about
-            what = f"quantization_config.quant_method is {method!r}, which is not read here"
-            raise UserError(f"{self.where}: {what}. Use the folder of the original weights, or a GGUF file.")
+            raise UserError(f"{self.where}: quantization_config.quant_method is {method!r}. Use the original weights.")
         self.handles: dict[str, Any] = {}
         self.places = self._places()  # of every tensor, the file that it is in and its name there
         if self.config.get("tie_word_embeddings") is True and HEAD in self.places:
             self.places.setdefault(EMBEDDING, self.places[HEAD])
-            if equal_tensors(self.load(HEAD), self.load(EMBEDDING)):
+            head, embedding = self.load(HEAD), self.load(EMBEDDING)
+            if head.dtype == embedding.dtype and torch.equal(head[:1], embedding[:1]) and torch.equal(head, embedding):
                 del self.places[HEAD]
             else:  # as in transformers: a head of its own in the file is the head
                 self.config["tie_word_embeddings"] = False
@@ -119,21 +120,18 @@ class FolderWeights:
         missing = [file for file in files if not (folder / file).is_file()]
         if single != index.name and (folder / single).is_file():
             if other := [file for file in files if file != single]:
-                raise UserError(
-                    f"{folder}: holds {single}, and {index.name} beside it names other files, {other[0]} first"
-                    f"{', which is not there' if missing else ''}: two checkpoints in one folder. Remove the wrong one."
-                )
+                is_there = ", which is not there" if missing else ""
+                what = f"holds {single}, and {index.name} beside it names other files, {other[0]} first{is_there}"
+                raise UserError(f"{folder}: {what}: two checkpoints in one folder. Remove the wrong one.")
             files, missing = [single], []
         if missing:
             raise UserError(f"{folder / missing[0]}: {index.name} names this file, and it is missing. {AGAIN}")
         others = sorted({path.name for path in folder.glob("*.safetensors")} - set(files))
         if not files:
-            found = others or sorted(path.name for end in ("bin", "pth", "pt") for path in folder.glob(f"*.{end}"))
+            found = others or sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pth", ".pt"))
+            what = f"has config.json but neither {single} nor {index.name}; it holds {found[:3] or 'no weights'}"
             advice = "rename the file if it is the model" if others else "get the weights as safetensors"
-            raise UserError(
-                f"{folder}: has config.json but neither {single} nor {index.name}; it holds "
-                f"{', '.join(found[:3]) or 'no weights'}. Only these names are read, as in transformers: {advice}."
-            )
+            raise UserError(f"{folder}: {what}. Only these names are read, as in transformers: {advice}.")
         if others:
             read = index.name if weight_map else single
             note(f"{folder}: the weights are those of {read}; not read: {', '.join(others)}.")
@@ -144,20 +142,16 @@ class FolderWeights:
                     raise UserError(f"{folder}: tensor {name} is in {places[name][0]} and in {file}. {AGAIN}")
                 places[name] = file, name
         for name, file in weight_map.items():
-            if places.get(name, ("", ""))[0] != file:
-                raise UserError(
-                    f"{folder / file}: tensor {name} cannot be read: {index.name} places it in this file, and it is "
-                    f"not there. {AGAIN}"
-                )
+            if places.get(name) != (file, name):
+                raise UserError(f"{folder / file}: tensor {name} cannot be read: it is not there. {AGAIN}")
         return places
 
     def _read_index(self, index: Path) -> dict[str, str]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise UserError(f"{index}: weight_map is no map from tensors to files. {AGAIN}")
-        for file in weight_map.values():
-            if Path(file).name != file:
-                raise UserError(f"{index}: weight_map names {file}, which is outside of the folder. Refused.")
+        if outside := [file for file in weight_map.values() if Path(file).name != file]:
+            raise UserError(f"{index}: weight_map names {outside[0]}, which is outside of the folder. Refused.")
         return weight_map
 
     def _open(self, file: str) -> Any:
@@ -185,19 +179,6 @@ class FolderWeights:
             return [(part, part.get_shape())]
 
 
-@contextmanager
-def reading(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a complete safetensors file ({error}). {AGAIN}") from error
-
-
-def equal_tensors(a: Tensor, b: Tensor) -> bool:
-    """Equal in every value; of two that differ, little is read."""
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a[:1], b[:1]) and torch.equal(a, b)
-
-
 class GGUFWeights:
     """A GGUF file of the llama architecture, dequantised to float32 tensor by tensor."""
 
@@ -214,6 +195,57 @@ class GGUFWeights:
     def stored(self, name: str) -> list[tuple[Any, Sequence[int]]]:
         raw = self.file.raw(gguf_name(name))
         return [(raw, raw.shape)]
+
+
+# ------------------------------------------------------------------------------------------------ how it answers
+
+# What Ollama calls transformers' settings. The first acts on every answer, the others where tokens are drawn.
+OLLAMA_NAMES = {"repetition_penalty": "repeat_penalty", "temperature": "temperature"}
+OLLAMA_NAMES |= {name: name for name in ("top_k", "top_p", "min_p", "typical_p")}
+NAMED_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def read_generation(weights: Weights) -> dict[str, Any]:
+    """generation_config.json beside a model's weights, with config.json's tokens where it names none.
+
+    As transformers does. A merge keeps the base's end tokens and puts the one that training ended answers with first;
+    the export writes them all.
+
+    Raises:
+        UserError: an end token that is no token, or a setting of `OLLAMA_NAMES` that is not a number.
+    """
+    path, num_tokens = weights.where.with_name("generation_config.json"), weights.config["vocab_size"]
+    found = read_json(path) if path.is_file() and weights.where.name == "config.json" else {}
+    where = path if "eos_token_id" in found else weights.where
+    found = {name: weights.config[name] for name in NAMED_IDS if weights.config.get(name) is not None} | found
+    for id in end_ids(found):
+        if type(id) is not int or not 0 <= id < num_tokens:
+            raise UserError(f"{where}: eos_token_id holds {json.dumps(id)}, and tokens are 0 to {num_tokens - 1}.")
+    for name in OLLAMA_NAMES:
+        value = found.get(name)
+        if value is not None and not (type(value) in (int, float) and abs(value) < 1e9):
+            shown = json.dumps(value)[:40]
+            raise UserError(f"{path}: {name} is {shown}, not a number that it can be. Correct or remove it.")
+    return found
+
+
+def end_ids(generation: dict[str, Any], first: Iterable[int | None] = ()) -> list[int]:
+    """Every end token once, those of `first` in front."""
+    ends, found = generation.get("eos_token_id"), list[Any]()
+    for id in [*first, *(ends if isinstance(ends, list) else [ends])]:
+        if id is not None and id not in found:  # a file may hold what has no hash
+            found.append(id)
+    return found
+
+
+def ollama_parameters(generation: dict[str, Any]) -> list[tuple[str, int | float]]:
+    """The same settings as PARAMETERs of a Modelfile, which has no other names for them than Ollama's options."""
+    given = {name: generation[name] for name in OLLAMA_NAMES if generation.get(name) is not None}
+    if generation.get("do_sample") is False:  # then transformers takes the likeliest token
+        given = {name: given[name] for name in given if name == "repetition_penalty"} | {"temperature": 0}
+    parameters = [(OLLAMA_NAMES[name], int(value) if name == "top_k" else value) for name, value in given.items()]
+    # Transformers looks back on everything, Ollama by itself on 64 tokens.
+    return parameters + [("repeat_last_n", -1)] * ("repetition_penalty" in given)
 
 
 # ------------------------------------------------------------------------------------------------ writing models

@@ -30,8 +30,8 @@ WEIGHTS = (".safetensors", ".pth", ".gguf")
 def is_hub_name(path: str | Path) -> bool:
     """Whether this can only be a hub name: owner/name with nothing of that name, or of the owner's, in this folder."""
     name = str(path)
-    has_form = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and ".." not in name
-    return bool(has_form) and len(name) < 200 and not Path(name).exists() and not Path(name).parent.exists()
+    has_form = len(name) < 200 and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and ".." not in name
+    return bool(has_form) and not Path(name).exists() and not Path(name).parent.exists()
 
 
 def local_path(path: str | Path, patterns: Sequence[str] = MODEL_FILES) -> Path:
@@ -62,8 +62,7 @@ def _check_links(folder: Path, of_adapter: bool) -> None:
         is_inside = target.is_relative_to(home) or target.parent == home.parent.parent / "blobs"
         is_shared = not of_adapter and (target.name == file.name or file.suffix in WEIGHTS and target.suffix in WEIGHTS)
         if not is_inside and not is_shared and target.is_file():
-            why = "whoever made the folder would choose which file is read"
-            raise UserError(f"{file}: is a link to {target}, out of its folder; {why}. Put a copy in its place.")
+            raise UserError(f"{file}: is a link to {target}, out of its folder. Put a copy in its place.")
 
 
 def hub_files(
@@ -84,31 +83,25 @@ def hub_files(
         import huggingface_hub as hub
         from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
     except ImportError as error:
-        what = f"{kind} {name}: no such folder here, and the package that reads the hub's cache is not installed"
-        raise UserError(f"{what}. Run: pip install huggingface_hub. Or give the path of a folder.") from error
+        raise UserError(f"{kind} {name}: no such folder here. For the hub run: pip install huggingface_hub.") from error
     where: dict[str, Any] = {"repo_id": name, "repo_type": kind, "revision": revision}
+    wanted = where | {"allow_patterns": list(patterns)}
     try:
         hub.get_cached_repo_tree(**where)  # without its list of files nobody knows whether a cached copy is complete
-        return Path(hub.snapshot_download(**where, allow_patterns=list(patterns), local_files_only=True))
+        return Path(hub.snapshot_download(**wanted, local_files_only=True))
     except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
         pass
     try:
-        fetched, folder = _fetch(hub, where, list(patterns))
+        try:
+            fetched = [file.filename for file in hub.snapshot_download(**wanted, dry_run=True) if file.will_download]
+        except hub.errors.DryRunError:  # no hub: what follows gives a copy with no list of its files, or the reason
+            fetched = []
+        folder = Path(hub.snapshot_download(**wanted))
     except Exception as error:  # the hub's client has many, of three libraries; what they mean to a user is few
         raise UserError(f"{kind} {name}: {_explain(error, name, kind, patterns, revision)}") from error
     for file in fetched:
         _check(folder / file)
     return folder
-
-
-def _fetch(hub: Any, where: dict[str, Any], patterns: list[str]) -> tuple[list[str], Path]:
-    """Download what is missing: these files, into this folder."""
-    try:
-        files = hub.snapshot_download(**where, allow_patterns=patterns, dry_run=True)
-        missing = [file.filename for file in files if file.will_download]
-    except hub.errors.DryRunError:  # no hub: what follows gives a copy whose list of files is not known, or the reason
-        missing = []
-    return missing, Path(hub.snapshot_download(**where, allow_patterns=patterns))
 
 
 def _check(path: Path) -> None:
@@ -136,14 +129,13 @@ def _explain(error: Exception, name: str, kind: str, patterns: Sequence[str], re
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     log_in = "run 'hf auth login' or set HF_TOKEN."
-    reasons = {  # the first is a kind of the second
-        GatedRepoError: f"its owner asks you to accept its terms. Accept them on its page of the hub, then {log_in}",
-        RepositoryNotFoundError: "no such folder here, and the hub has no public repository of that name. "
-        f"Check the name; for a private one {log_in}",
-        RevisionNotFoundError: "the hub's repository has no such revision. Check its name.",
-    }
-    if reason := next((text for cls, text in reasons.items() if isinstance(error, cls)), None):
-        return reason
+    if isinstance(error, GatedRepoError):  # a kind of the next one
+        return f"its owner asks you to accept its terms. Accept them on its page of the hub, then {log_in}"
+    if isinstance(error, RepositoryNotFoundError):
+        what = "no such folder here, and the hub has no public repository of that name"
+        return f"{what}. Check the name; for a private one {log_in}"
+    if isinstance(error, RevisionNotFoundError):
+        return "the hub's repository has no such revision. Check its name."
     quoted = (shlex.quote(text) if "'" in text else f"'{text}'" for text in patterns)
     options = [f"--repo-type {kind}"] * (kind != "model")
     options += [f"--revision {shlex.quote(revision)}"] if revision else []

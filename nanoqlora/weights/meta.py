@@ -16,7 +16,6 @@ The files are pickles. They are read with `weights_only=True`, which makes tenso
 memory holds the tensor at hand.
 """
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from ..config.errors import UserError
 from ..config.files import read_json
 from ..gguf.config import model_config
 from ..gguf.names import check_tensors, meta_name, tensor_shapes, unpermute_rows
+from .tensor_files import load_tensors
 
 SPLIT_COLUMNS = ("attention.wo", "feed_forward.w2")  # of these each part has some columns, of other matrices some rows
 
@@ -48,7 +48,7 @@ class MetaWeights:
     def __init__(self, folder: Path) -> None:
         self.where = folder / "params.json"
         self.params = read_json(self.where)
-        self.parts = [_open(path) for path in _paths(folder)]
+        self.parts = [load_tensors(path, mmap=True) for path in _paths(folder)]
         self.config = self._config()
         config = model_config(self.config, self.where)
         self.shapes = tensor_shapes(config)
@@ -68,8 +68,7 @@ class MetaWeights:
                 by_columns = w.shape[1] != self.params["dim"]
             w = torch.cat(slices, dim=1 if by_columns else 0)
         if tuple(w.shape) != self.shapes[name]:
-            what = f"tensor {name} has shape {tuple(w.shape)} in all parts and should have {self.shapes[name]}"
-            raise UserError(f"{self.where}: {what} by params.json. Get a matching copy.")
+            raise UserError(f"{self.where}: {name} has shape {tuple(w.shape)}, not {self.shapes[name]} by params.json.")
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
         return unpermute_rows(w, self.config[heads]) if heads else w
 
@@ -81,15 +80,14 @@ class MetaWeights:
 
     def _config(self) -> dict[str, Any]:
         params, part, count = self.params, self.parts[0], len(self.parts)
-        for key in sorted(key for key in params.keys() - MAY_BE_THERE if params[key] not in (None, False)):
-            raise UserError(f"{self.where}: {key} is {str(params[key])[:60]}, which is not built in. Use a text model.")
+        if unknown := sorted(key for key in params.keys() - MAY_BE_THERE if params[key] not in (None, False)):
+            raise UserError(f"{self.where}: {unknown[0]} is {str(params[unknown[0]])[:60]}, which is not built in.")
         for key in NUMBERS:
             if type(params.get(key)) not in (int, float) or not params[key] > 0:
                 raise UserError(f"{self.where}: {key} is {params.get(key)!r}, and a Llama needs a number above zero.")
         names = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight", "layers.0.attention.wq.weight")
-        for name in names:
-            if name not in part:
-                raise UserError(f"{self.where.parent}: its weights have no {name}, so they are not those of a Llama.")
+        if missing := [name for name in names if name not in part]:
+            raise UserError(f"{self.where.parent}: its weights have no {missing[0]}, so they are not those of a Llama.")
         (rows, columns), (ff_rows, _), (q_rows, _) = (part[name].shape for name in names)
         heads, tied, is_scaled = params["n_heads"], self._is_tied(), bool(params.get("use_scaled_rope"))
         head_dim = params.get("head_dim") or params["dim"] // heads
@@ -106,23 +104,14 @@ class MetaWeights:
         context = 131072 if is_scaled else 8192 if vocab_size > 100_000 else 4096
         factor = params.get("rope_scaling_factor") or (32.0 if tied else 8.0)
         scaled = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "hidden_size": params["dim"],
-            "intermediate_size": ff_rows * count,
-            "num_hidden_layers": params["n_layers"],
-            "num_attention_heads": heads,
-            "num_key_value_heads": params.get("n_kv_heads") or heads,
-            "head_dim": head_dim,
-            "vocab_size": vocab_size,
-            "max_position_embeddings": 2048 if params["norm_eps"] == 1e-6 else context,
-            "rms_norm_eps": params["norm_eps"],
-            "rope_theta": params.get("rope_theta") or 10000.0,
-            "rope_scaling": scaled | {"original_max_position_embeddings": 8192} if is_scaled else None,
-            "tie_word_embeddings": tied,
-        }
+        scaled |= {"original_max_position_embeddings": 8192}
+        config: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+        config |= {"hidden_size": params["dim"], "intermediate_size": ff_rows * count}
+        config |= {"num_hidden_layers": params["n_layers"], "num_attention_heads": heads}
+        config |= {"num_key_value_heads": params.get("n_kv_heads") or heads, "head_dim": head_dim}
+        config |= {"vocab_size": vocab_size, "max_position_embeddings": 2048 if params["norm_eps"] == 1e-6 else context}
+        config |= {"rms_norm_eps": params["norm_eps"], "rope_theta": params.get("rope_theta") or 10000.0}
+        return config | {"rope_scaling": scaled if is_scaled else None, "tie_word_embeddings": tied}
 
     def _is_tied(self) -> bool:
         """Whether the head is the embedding: left out of the file, or there with the same values."""
@@ -138,14 +127,3 @@ def _paths(folder: Path) -> list[Path]:
     if missing := [path for path in wanted if path not in paths]:
         raise UserError(f"{missing[0]}: this part is missing, so not all weights are there. Download it again.")
     return paths
-
-
-def _open(path: Path) -> dict[str, Tensor]:
-    try:
-        part = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = f"{str(error).splitlines()[0]}). Nothing but tensors is read from it"
-        raise UserError(f"{path}: not a complete file of weights ({reason}. Download or copy it again.") from error
-    if not isinstance(part, dict) or not all(isinstance(w, Tensor) for w in part.values()):
-        raise UserError(f"{path}: holds something else than named tensors, so it is no part of a Llama.")
-    return part

@@ -26,7 +26,7 @@ from nanoqlora.config.commands import run_command
 from nanoqlora.config.errors import UserError
 from nanoqlora.data.prompts import CHAT_TEMPLATES, PromptFormat
 from nanoqlora.data.row_format import Frame
-from nanoqlora.export import gguf_file, gguf_model
+from nanoqlora.export import gguf_model
 from nanoqlora.export.llama_cpp import Server
 from nanoqlora.gguf.config import hf_config
 from nanoqlora.gguf.file_types import FILE_TYPES, tensor_type
@@ -412,10 +412,10 @@ def test_half_of_a_surrogate_pair_in_a_template(spelling: str, folder: Path, tmp
 
 
 def test_what_a_model_is_called():
-    assert gguf_file.name_of("nowhere/Llama-3.2-1B") == "Llama-3.2-1B"
-    assert gguf_file.name_of(Path("runs/v1.5/merged")) == "v1.5"
-    assert gguf_file.name_of("a/SmolLM2.Q4_1.gguf") == "SmolLM2.Q4_1"
-    assert gguf_file.name_of("a/\udcff") == "?"  # a name that is not UTF-8
+    assert gguf_model.name_of("nowhere/Llama-3.2-1B") == "Llama-3.2-1B"
+    assert gguf_model.name_of(Path("runs/v1.5/merged")) == "v1.5"
+    assert gguf_model.name_of("a/SmolLM2.Q4_1.gguf") == "SmolLM2.Q4_1"
+    assert gguf_model.name_of("a/\udcff") == "?"  # a name that is not UTF-8
 
 
 # ------------------------------------------------------------------------------------------------ what can be wrong

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft_witness import save_random_adapter
+from peft_witness import save_random_adapter, trained_in_float32
 from processes import run_process
 from safetensors.torch import load_file, save_file
 from small_runs import CHATML, merged, run_here, save_tiny_model, write_rows, write_run
@@ -18,7 +18,7 @@ import merge
 from nanoqlora.data.prompts import PromptFormat
 from nanoqlora.export import gguf_model, llama_cpp, proof
 from nanoqlora.export import merge as merge_module
-from nanoqlora.weights import adapter_files
+from nanoqlora.weights import adapter as adapter_module
 
 
 @pytest.fixture
@@ -206,6 +206,7 @@ def test_missing_base_is_found_before_a_file_is_written(run: Path, model: Path):
 def change_adapter(folder: Path, factor: float) -> None:
     path = folder / "adapter_model.safetensors"
     save_file({name: w * (factor if "lora_B" in name else 1) for name, w in load_file(path).items()}, path)
+    trained_in_float32(folder)
 
 
 @pytest.mark.parametrize("factor", [1.01, -1.0])
@@ -234,7 +235,7 @@ def test_merge_on_the_original_base_is_not_called_what_was_trained(run: Path, mo
 
 def test_merge_onto_another_base_is_not_called_what_was_trained(run: Path, model: Path, monkeypatch):
     trained_on = lambda folder, good=proof.read_trained: good(folder)._replace(base="0" * 64)  # noqa: E731
-    for module in (proof, merge_module, adapter_files):
+    for module in (proof, merge_module, adapter_module):
         monkeypatch.setattr(module, "read_trained", trained_on)
     ended = merged(run, model, "--max_tokens", 0)
     assert ended.code == 2 and "--other_base" in ended.err
@@ -364,13 +365,12 @@ def test_conversations_of_the_run_are_asked(chat_model: Path, tmp_path: Path):
     ]
     data = write_rows(tmp_path / "rows.jsonl", rows)
     dataset = {"path": str(data), "type": "chat_template"}
-    save_random_adapter(chat_model, tmp_path / "out")
+    trained_in_float32(save_random_adapter(chat_model, tmp_path / "out"))
     keys = {"datasets": [dataset], "test_datasets": [dataset], "chat_template_jinja": str(tmp_path / "chat.jinja")}
     (tmp_path / "chat.jinja").write_text(TOOLS_CHATML)
     config = write_run(tmp_path / "run.yml", chat_model, data, **keys)
     fmt = PromptFormat(type="chat_template", chat_template=TOOLS_CHATML)
     (tmp_path / "out" / "prompt.json").write_text(fmt.to_json())
-    shutil.copy(config, tmp_path / "out" / "train.yml")
     assert run_here(merge.main, config).code == 0
     ended = run_here(export_gguf.main, config, "--prove", "--type", "bf16")
     assert ended.code == 0, ended.out + ended.err

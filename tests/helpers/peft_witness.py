@@ -8,6 +8,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file, save_file
 
 from nanoqlora.qlora import ALL_LINEAR
 from nanoqlora.weights.pretrained import load_model
@@ -33,6 +34,14 @@ def save_random_adapter(model: Path, folder: Path, seed: int = 0, r: int = 4, **
         if "lora_B" in name:
             parameter.data.mul_(0.1)
     theirs.save_pretrained(folder)
+    return folder
+
+
+def trained_in_float32(folder: Path) -> Path:
+    """Give an adapter the metadata of a float32 run of ours."""
+    path = folder / "adapter_model.safetensors"
+    about = {"format": "pt", "load_in_4bit": "True", "computed_in": "float32"}
+    save_file(load_file(path), path, metadata=about)
     return folder
 
 

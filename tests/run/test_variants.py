@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from peft.optimizers import create_loraplus_optimizer
-from peft_witness import save_random_adapter
+from peft_witness import save_random_adapter, trained_in_float32
 from ranks import end_of_run, on_ranks
 from small_runs import alpaca_rows, run_here, save_tiny_model, steps_of, write_rows, write_run
 from tiny import save_random_llama
@@ -214,7 +214,7 @@ def test_dora_merges_into_the_trained_model(world, tmp_path):
     for layer in lora_layers(model).values():
         layer.magnitude.data *= 1.2
     nq.save_adapter(model, tmp_path / "adapter")
-    (tmp_path / "adapter" / "train.yml").write_text("{load_in_4bit: true, bf16: false}")  # as a run leaves it
+    trained_in_float32(tmp_path / "adapter")
     words = ("--model", world[0], "--adapter", tmp_path / "adapter", "--out", tmp_path / "merged")
     ended = run_here(merge.main, *words, "--base", "nf4", "--dtype", "float32")
     assert ended.code == 0, ended.err

@@ -16,6 +16,7 @@ from go_text import go_write, needs_go
 from hard_texts import CHATS, HARD, TEXTS, as_text
 from llama_cpp import LlamaCpp
 from sentencepiece_models import train
+from small_gguf import write_small
 from small_runs import PIRATE
 from tiny import save_random_llama
 from transformers import AutoTokenizer
@@ -25,7 +26,7 @@ from nanoqlora.config.errors import UserError
 from nanoqlora.data.prompts import CHAT_TEMPLATES, PromptFormat
 from nanoqlora.export import gguf_model
 from nanoqlora.export.go_template import go_template
-from nanoqlora.export.llama_cpp import Server, write_small
+from nanoqlora.export.llama_cpp import Server
 from nanoqlora.export.tokenizer_metadata import served_ids, tokenizer_metadata
 from nanoqlora.gguf.writer import write_gguf
 from nanoqlora.tokenizer.files import read_gguf_metadata

@@ -18,13 +18,14 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from small_gguf import write_small
 from tiny import CONFIG, save_random_llama
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import nanoqlora as nq
 from nanoqlora.config.errors import UserError
 from nanoqlora.data.prompts import PromptFormat
-from nanoqlora.export.llama_cpp import Server, write_small
+from nanoqlora.export.llama_cpp import Server
 from nanoqlora.export.merge import merged_config
 from nanoqlora.export.tokenizer_metadata import tokenizer_metadata
 from nanoqlora.model import ModelConfig, rope_frequencies

@@ -1,0 +1,35 @@
+"""Files of tensors that may come from anybody: damaged ones are refused, and of a pickle only tensors are read."""
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..config.errors import UserError
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the readers of such files raise into a line for the user."""
+    try:
+        yield
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):  # PyTorch's text advises to run what is in it
+            reason = "more than tensors is in it, or it is damaged; nothing of it was run"
+        raise UserError(f"{path}: not a complete file of tensors ({reason}). Download or copy it again.") from error
+
+
+def load_tensors(path: Path, mmap: bool = False) -> dict[str, Tensor]:
+    """All tensors of a .safetensors, .pth or .bin file. Raises UserError: it is damaged, or holds something else."""
+    with reading(path):
+        is_pickle = path.suffix != ".safetensors"
+        state = torch.load(path, "cpu", weights_only=True, mmap=mmap) if is_pickle else load_file(path)
+    if not isinstance(state, dict) or not all(isinstance(w, Tensor) and isinstance(k, str) for k, w in state.items()):
+        raise UserError(f"{path}: holds something else than named tensors. Download or copy it again.")
+    return state

@@ -113,9 +113,7 @@ class BytePairs:
         ids = {piece: id for id, piece in enumerate(vocab)}
         learnt = dict.fromkeys(merge.replace(" ", "") for merge in vocabulary.merges)  # a set that keeps its order
         words = list(learnt)
-        if (
-            rule.whole_words
-        ):  # then tokens without merges are words too, in the order of the ids if that is the order of the merges
+        if rule.whole_words:  # tokens without merges are words too, in the order of the ids if the merges are
             in_order = all(ids[a] < ids[b] for a, b in pairwise(words))
             pieces = vocabulary.normal_pieces()
             words += [p for p in pieces if len(p) > 1 and p not in learnt and piece_to_bytes(p)]

@@ -40,18 +40,15 @@ def main() -> None:
     try:
         reading = read_samples(find_files(args.data, split=split), encoding)
     except InvalidRows as error:
-        trained = used.prompt_format if args.adapter else None
-        kind = (
-            f" Its rows have to be of the type that {args.adapter} was trained on: {trained.type}." if trained else ""
-        )
-        raise UserError(f"--data: {error}{kind}") from error
-    unused = split_without_effect(args.data, args.split)
-    for line in [unused] * bool(unused) + [f"{args.data}: {line}" for line in reading.describe_notes()]:
+        kind = used.prompt_format.type if args.adapter and used.prompt_format else ""
+        advice = f" Its rows have to be of the type that {args.adapter} was trained on: {kind}."
+        raise UserError(f"--data: {error}{advice * bool(kind)}") from error
+    lines = [split_without_effect(args.data, args.split), *(f"{args.data}: {x}" for x in reading.describe_notes())]
+    for line in filter(None, lines):
         print(line, file=sys.stderr)
     scores = score_samples(used.model, reading.samples)
     if args.out:
-        rows = [json.dumps({"nll": nll, "tokens": tokens}) + "\n" for nll, tokens in scores]
-        write_text(args.out, "".join(rows))
+        write_text(args.out, "".join(json.dumps({"nll": nll, "tokens": tokens}) + "\n" for nll, tokens in scores))
     loss = mean_loss(scores)
     if not math.isfinite(loss):
         raise UserError(f"model {args.model}: its loss on {args.data} is {loss}, so its weights are damaged.")
@@ -62,7 +59,7 @@ def main() -> None:
 
 
 class _Callable(ModuleType):
-    """Who imports this module has it in the place of the function `nq.evaluate`; so it can be called as that."""
+    """An import of this module puts it in the place of the function `nq.evaluate`, so it can be called like that."""
 
     def __call__(self, *arguments: Any, **options: Any) -> dict[str, float]:
         return from_python.evaluate(*arguments, **options)

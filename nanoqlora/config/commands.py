@@ -60,9 +60,9 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 class Stream:
-    """stdout or stderr, whose reader or terminal may end, and whose encoding may lack characters: the run goes on.
+    """stdout or stderr. The run continues if its reader ends, or its encoding lacks a character, or it is closed.
 
-    It may be closed (`>&-`) too. Of a full disk under stdout, `> log`, nobody would know: that ends the run.
+    A full disk under stdout (`> log`) ends the run, because nobody would notice it.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -91,7 +91,7 @@ class Stream:
 
 
 def _leave(code: int, message: str) -> NoReturn:
-    """Say this and end, also where torchrun tells this rank to end because another one has just done the same."""
+    """Print this and exit. Signals are ignored: torchrun may stop this rank because another one has just failed too."""
     for received in (signal.SIGINT, signal.SIGTERM):
         signal.signal(received, signal.SIG_IGN)
     if message:

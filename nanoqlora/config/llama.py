@@ -96,28 +96,31 @@ def _rope(config: dict[str, Any], positions: int) -> tuple[float, dict[str, Any]
     there, it reads `rope_scaling` and drops the other; here they must not contradict each other.
     """
     thetas = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
-    kinds: list[dict[str, Any]] = []
+    kinds: dict[str, dict[str, Any]] = {}
     for key in ("rope_scaling", "rope_parameters"):
-        rope = config.get(key)
-        if rope in (None, {}):
-            continue
+        rope = config.get(key) or {}
         if not isinstance(rope, dict):
             raise ValueError(f"{key} is {_short(rope)}, where a map is expected")
-        kinds.append(_rope_kind(key, rope, config.get("original_max_position_embeddings"), positions))
+        if rope:
+            kind = _rope_kind(key, rope, config.get("original_max_position_embeddings"), positions)
+            if not kinds or kind["rope_type"] != "default":
+                kinds[key] = kind
         if "rope_theta" in rope:
             thetas[f"{key}.rope_theta"] = rope["rope_theta"]
-        elif key == "rope_scaling" and "rope_theta" not in config:
+        elif rope and key == "rope_scaling" and "rope_theta" not in config:
             thetas["rope_scaling.rope_theta, by default,"] = 10000.0
-    for name, value in thetas.items():
-        _positive(value, name)
-    (first_name, theta), *other_thetas = thetas.items() or [("", 10000.0)]
-    for name, value in other_thetas:
-        if value != theta:
-            raise ValueError(f"{first_name} is {theta} and {name} is {value}, which contradict")
-    first, *others = kinds or [{"rope_type": "default"}]
-    if others and others[0]["rope_type"] != "default" and others[0] != first:
-        raise ValueError(f"rope_scaling is {first} and rope_parameters is {others[0]}, which contradict")
-    return float(theta), {} if first["rope_type"] == "default" else first
+    theta = _same({name: _positive(value, name) for name, value in thetas.items()} or {"": 10000.0})
+    kind = _same(kinds or {"": {"rope_type": "default"}})
+    return theta, {} if kind["rope_type"] == "default" else kind
+
+
+def _same(found: dict[str, Any]) -> Any:
+    """The value that several keys give. Raises ValueError if two of them differ."""
+    (first, value), *others = found.items()
+    for name, other in others:
+        if other != value:
+            raise ValueError(f"{first} is {_short(value)} and {name} is {_short(other)}, which contradict")
+    return value
 
 
 def _rope_kind(key: str, given: dict[str, Any], outside: Any, positions: int) -> dict[str, Any]:
@@ -128,10 +131,7 @@ def _rope_kind(key: str, given: dict[str, Any], outside: Any, positions: int) ->
         positions: max_position_embeddings, which replaces that number where both places lack it.
     """
     rope, context = dict(given), "original_max_position_embeddings"
-    names = [rope[name] for name in ("rope_type", "type") if name in rope] or ["default"]
-    kind = names[0]
-    if kind != names[-1]:
-        raise ValueError(f"{key}.rope_type is {kind!r} and {key}.type is {names[1]!r}, which contradict")
+    kind = _same({f"{key}.{name}": rope[name] for name in ("rope_type", "type") if name in rope} or {"": "default"})
     if kind not in list(ROPE_NUMBERS):
         raise ValueError(f"{key}.rope_type is {kind!r}; known are {', '.join(ROPE_NUMBERS)}")
     if rope.get("partial_rotary_factor") not in (1.0, None):
@@ -141,9 +141,9 @@ def _rope_kind(key: str, given: dict[str, Any], outside: Any, positions: int) ->
         if name not in known and value is not None:
             raise ValueError(f"{key}.{name} is {_short(value)}, which RoPE of type {kind!r} has no use for")
     if kind == "llama3":
-        inside = rope.setdefault(context, positions if outside is None else outside)
-        if outside not in (None, inside):
-            raise ValueError(f"{context} is {outside!r} and {key}.{context} is {inside!r}, which contradict")
+        found = {} if outside is None else {context: outside}
+        found |= {f"{key}.{context}": rope[context]} if context in rope else {}
+        rope[context] = _same(found or {"": positions})
     numbers = {name: rope.get(name) for name in ROPE_NUMBERS[kind]}
     checked = {name: _positive(value, f"{key}.{name}") for name, value in numbers.items()}
     if kind == "llama3" and checked["low_freq_factor"] >= checked["high_freq_factor"]:

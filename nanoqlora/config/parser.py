@@ -93,26 +93,20 @@ def read_words(
     result, words, places = Map("command line: --"), list(words), list(positional)
     while words:
         word = words.pop(0)
-        if not word.startswith("-"):
-            if not places and positional == ("file",):
-                raise UserError(
-                    f"command line: {result['file']} and {word} are both files, but a run has one. Remove one."
-                )
-            if not places:
-                raise UserError(f"command line: {word} follows no --option, so it would do nothing. See --help.")
-            name = places[0]
-            if ... in own.get(name, ()):  # all words that follow are of the last one
-                result.put(name, [*result.get(name, ()), word], f"command line: {name}")
-                continue
-            places.pop(0)
-            result.put(name, word, f"command line: {name}")
-            continue
-        name, equals, text = word.lstrip("-").partition("=")
-        name, at = name.replace("-", "_"), f"command line: --{name.replace('-', '_')}"
-        kinds = own.get(name) or keys.get(name, frozenset())
-        is_switch = own.get(name) == {bool}
-        has_value = words and (words[0].lower() in ("true", "false") if is_switch else words[0][:2] != "--")
-        text = text if equals else words.pop(0) if has_value else "true"
+        if word.startswith("-"):
+            name, equals, text = word.lstrip("-").partition("=")
+            name, at = name.replace("-", "_"), f"command line: --{name.replace('-', '_')}"
+            kinds = own.get(name) or keys.get(name, frozenset())
+            is_switch = own.get(name) == {bool}
+            has_value = words and (words[0].lower() in ("true", "false") if is_switch else words[0][:2] != "--")
+            text = text if equals else words.pop(0) if has_value else "true"
+        elif places:
+            name, text, at, kinds = places[0], word, f"command line: {places[0]}", {str}
+            places = places[... not in own.get(name, ()) :]  # a list takes all words that follow
+        elif positional == ("file",):
+            raise UserError(f"command line: {result['file']} and {word} are both files, but a run has one. Remove one.")
+        else:
+            raise UserError(f"command line: {word} follows no --option, so it would do nothing. See --help.")
         if ... in own.get(name, ()):
             result.put(name, [*result.get(name, ()), text], at)
             continue

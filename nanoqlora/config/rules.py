@@ -9,14 +9,7 @@ from .scripts import TORCHRUN
 from .splits import split_without_effect
 
 # Two ways to say one thing. Both in one file is an error; on the command line the one given there wins.
-EXCLUSIVE = (
-    ("warmup_steps", "warmup_ratio"),
-    ("val_set_size", "test_datasets"),
-    ("evals_per_epoch", "eval_steps"),
-    ("saves_per_epoch", "save_steps"),
-    ("resume_from_checkpoint", "auto_resume_from_checkpoints"),
-    ("overwrite_output_dir", "auto_resume_from_checkpoints"),
-)
+EXCLUSIVE: list[list[str]] = load_table("rules.yml")["exclusive"]
 
 
 def _evaluates(config: Config) -> bool:
@@ -42,23 +35,23 @@ def _is_half_an_instruction(dataset: DatasetConfig) -> bool:
     return given[0] != given[1] or (given[0] and dataset.type != "chat_template")
 
 
+def _with_templates(config: Config) -> tuple[Config | DatasetConfig, ...]:
+    """The maps that may name a chat template."""
+    return config, *config.all_datasets
+
+
 def template_in_force(config: Config, dataset: DatasetConfig) -> tuple[Config | DatasetConfig, str]:
     """The chat template of a data set by its name, and whose word it is: the data set's own, else the run's."""
     part = dataset if dataset.chat_template or dataset.chat_template_jinja else config
     return part, part.chat_template or ("jinja" if part.chat_template_jinja else "tokenizer_default")
 
 
-def _with_templates(config: Config) -> tuple[Config | DatasetConfig, ...]:
-    """The maps that may name a chat template."""
-    return config, *config.all_datasets
-
-
 def notes_on(config: Config) -> list[str]:
     """What is to be printed once at start: keys that are not used, templates, and differences from Axolotl."""
-    lines = [line for dataset in config.all_datasets for line in _unused(dataset)]
-    lines += filter(None, (split_without_effect(dataset.path, dataset.split) for dataset in config.all_datasets))
+    lines = [_unused(dataset) for dataset in config.all_datasets]
+    lines += [split_without_effect(dataset.path, dataset.split) for dataset in config.all_datasets]
     lines += [text for text, holds in RULES["differences"].items() if holds(config)]
-    return lines + template_notes(config)
+    return [*filter(None, lines), *template_notes(config)]
 
 
 CHAT = {"field_messages", "field_tools", "field_system", "message_property_mappings", "message_field_training"}
@@ -66,11 +59,11 @@ CHAT |= {"roles", "roles_to_train", "train_on_eos", "chat_template", "chat_templ
 UNREAD = {"chat_template": {"field"}, "completion": CHAT}  # keys of a data set that its type does not read
 
 
-def _unused(dataset: DatasetConfig) -> list[str]:
-    """A line on the keys of a data set that its type does not read."""
+def _unused(dataset: DatasetConfig) -> str:
+    """A line on the keys of a data set that its type does not read; else ""."""
     given = dataset.model_dump(exclude_defaults=True, include=UNREAD.get(str(dataset.type), CHAT | {"field"}))
     kind = dataset.type if isinstance(dataset.type, str) else "a map"
-    return [f"data {dataset.path}: {', '.join(given)} ignored, which type: {kind} does not read"] if given else []
+    return f"data {dataset.path}: {', '.join(given)} ignored, which type: {kind} does not read" if given else ""
 
 
 def template_notes(config: Config) -> list[str]:

@@ -124,12 +124,11 @@ def _subtitle(rows: list[dict], name: str) -> str:
     steps, _ = series(rows, "loss")
     _, epochs = series(rows, "epoch")
     _, perplexities = series(rows, "eval_perplexity")
-    parts = [name.replace("$", r"\$"), f"{len(steps)} steps" if len(steps) != 1 else "1 step"]
-    if epochs:
-        parts.append(f"{max(epochs):.3g} epochs" if round(max(epochs), 2) != 1 else "1 epoch")
+    parts = [name.replace("$", r"\$"), f"{len(steps)} step{'s' * (len(steps) != 1)}"]
+    parts += [f"{epoch:.3g} epoch{'s' * (round(epoch, 2) != 1)}" for epoch in sorted(epochs)[-1:]]
     if len(perplexities) > 1:
         parts.append(f"held-out perplexity {perplexities[0]:.2f} to {perplexities[-1]:.2f}")
-    return "   |   ".join(part for part in parts if part)
+    return "   |   ".join(filter(None, parts))
 
 
 def panel(figure: Any, place: Any, title: str, unit: str, rows: list[dict]) -> Any:

@@ -30,18 +30,19 @@ class Metrics:
 
     def write(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
-        if self.writes:
+        if not self.writes:
+            return
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise Failed(cannot_write(self.path.parent, self.path.name, error)) from error
+        for track in [*self.trackers]:
             try:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-            except OSError as error:
-                raise Failed(cannot_write(self.path.parent, self.path.name, error)) from error
-            for track in [*self.trackers]:
-                try:
-                    track(row)
-                except Exception as error:  # a disk, a network, a service: the run is worth more than its curve
-                    self.trackers.remove(track)
-                    print(f"warning: {track.__name__} failed ({error}) and gets no more rows", file=sys.stderr)
+                track(row)
+            except Exception as error:  # a disk, a network, a service: the run is worth more than its curve
+                self.trackers.remove(track)
+                print(f"warning: {track.__name__} failed ({error}) and gets no more rows", file=sys.stderr)
 
 
 class Display:

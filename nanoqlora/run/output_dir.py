@@ -101,10 +101,9 @@ def describe(folder: Path) -> str:
     files = files_of_run(folder)
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime(max(path.stat().st_mtime for path in files)))
     steps = [row["step"] for row in read_log(folder / LOG)] + list(checkpoint_folders(folder))
-    if not steps:
-        return f"{', '.join(path.name for path in files)} (written {written})"
     kind = "a finished run" if is_finished(folder) else "a run that has not ended"
-    return f"{kind}, {max(steps)} steps of it (last written {written})"
+    what = f"{kind}, {max(steps)} steps of it" if steps else ", ".join(path.name for path in files)
+    return f"{what} (last written {written})"
 
 
 def checkpoint_to_resume(config: Config) -> Path | None:

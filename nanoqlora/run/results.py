@@ -122,8 +122,8 @@ def command_line() -> str:
     if "TORCHELASTIC_RUN_ID" in os.environ and launcher.exists():
         words = launcher.read_text("utf-8", "replace").rstrip("\0").split("\0")
         return shlex.join(["torchrun", *words[2:]] if Path(words[1]).name == "torchrun" else ["python", *words[1:]])
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        ranks = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
         return f"torchrun --nproc_per_node={ranks} {shlex.join(sys.argv)}"
     return this_command(*sys.argv[1:])
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from ..config.errors import UserError
 from ..config.options import ModelOptions
+from ..config.parser import read_yaml
 from ..fast.decode import Decoder
 from ..gguf.reader import read_gguf
 from ..model import Llama
@@ -61,12 +61,8 @@ def bench_deploy(folder: Path, prompt_tokens: int, new_tokens: int) -> list[dict
     run = folder / "train.yml"
     if not run.exists():
         raise UserError(f"{folder}: has no train.yml, so it is no run's output folder. Give the output_dir of a run.")
-    try:
-        trained = yaml.safe_load(run.read_text("utf-8"))
-        base, in_4bit = str(trained["base_model"]), trained.get("load_in_4bit", True) is True
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {str(error)[:200]!r}"
-        raise UserError(f"{run}: cannot be read ({reason}), so what was trained is not known.") from error
+    trained = read_yaml(str(run))
+    base, in_4bit = str(trained.get("base_model")), trained.get("load_in_4bit", True) is True
     options: dict[str, dict[str, Any]] = {"base": {"model": base}}
     options[f"adapter on {'4-bit ' * in_4bit}base"] = {"model": base, "adapter": str(folder), "load_in_4bit": in_4bit}
     if (folder / "merged").exists():

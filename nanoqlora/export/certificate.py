@@ -98,12 +98,14 @@ def hidden_states(weights: Tensors, texts: Texts, device: torch.device) -> tuple
     fill(None)
     rows = [row.to(device) for row in texts.rows]
     streams = [model.model.embed_tokens(row.tokens) for row in rows]
+    if not config.tie_word_embeddings:
+        model.model.embed_tokens.to("meta")  # drops its weights
     angles = [row.segments.positions.to(device).unsqueeze(-1) * rope_frequencies(config).to(device) for row in rows]
     for layer, block in enumerate(model.model.layers):
         fill(layer)
         for i, row in enumerate(rows):
             streams[i] = block(streams[i], (angles[i].cos(), angles[i].sin()), row.segments, None)
-        block.to("meta")  # drops its weights
+        block.to("meta")
     hidden = [model.model.norm(x).flatten(0, 1)[row.supervised] for x, row in zip(streams, rows, strict=True)]
     return torch.cat(hidden), model.lm_head.weight
 

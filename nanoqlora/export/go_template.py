@@ -202,4 +202,4 @@ class Turns(NamedTuple):
 
 
 def _inexpressible(why: str) -> UserError:
-    return UserError(f"Ollama has no TEMPLATE for the chat template: {why}. Train with chat_template chatml or llama3.")
+    return UserError(f"the chat template cannot be a Go template: {why}. Train with chat_template chatml or llama3.")

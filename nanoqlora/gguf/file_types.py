@@ -19,11 +19,9 @@ INSTEAD = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # for rows that do n
 
 def tensor_types(config: ModelConfig, file_type: str) -> dict[str, str]:
     """The type of each tensor of a model, by Hugging Face's names."""
-    is_tied, is_gqa = config.tie_word_embeddings, config.num_key_value_heads < config.num_attention_heads
-    return {
-        name: tensor_type(gguf_name(name), shape, file_type, is_tied, config.num_hidden_layers, is_gqa)
-        for name, shape in tensor_shapes(config).items()
-    }
+    is_gqa = config.num_key_value_heads < config.num_attention_heads
+    model = file_type, config.tie_word_embeddings, config.num_hidden_layers, is_gqa
+    return {name: tensor_type(gguf_name(name), shape, *model) for name, shape in tensor_shapes(config).items()}
 
 
 def tensor_type(name: str, shape: tuple[int, ...], file_type: str, is_tied: bool, num_blocks: int, is_gqa: bool) -> str:
@@ -42,8 +40,7 @@ def tensor_type(name: str, shape: tuple[int, ...], file_type: str, is_tied: bool
     ggml_type = file_type.removesuffix("_M").removesuffix("_S")
     if ggml_type in ("F32", "F16", "BF16"):
         return ggml_type
-    _, _, part = name.partition("blk.")
-    block, _, part = part.partition(".")
+    block, _, part = name.removeprefix("blk.").partition(".")
     if name == "output.weight" or (is_tied and name == "token_embd.weight"):
         ggml_type = "Q8_0" if ggml_type == "Q8_0" else "Q6_K"  # every token's score comes out of this matrix
     elif part in ("attn_v.weight", "ffn_down.weight"):

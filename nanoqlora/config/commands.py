@@ -43,12 +43,14 @@ def run_command(main: Callable[[], None]) -> None:
         _leave(130, str(stopped) if is_first_rank() else "")
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as fault:  # it goes on as it came; under torchrun its traceback gets the rank as a title
+    except Exception as fault:  # it is raised again; under torchrun its traceback gets the rank as a title
         if not all(ask() for ask in asks_ranks):
             sys.exit(1)
         if isinstance(fault, OSError) and fault.errno in DISK_FULL:
             what = fault.filename or "stdout or a file"
-            _leave(1, f"error: {what} cannot be written ({fault.strerror}). Make room, then run the command again.")
+            _leave(
+                1, f"error: {what} cannot be written ({fault.strerror}). Free some space, then run the command again."
+            )
         if "RANK" in os.environ:
             print(f"error: rank {os.environ['RANK']} failed:", file=sys.stderr)
         fault.add_note(OURS)

@@ -22,7 +22,7 @@ class UserError(ValueError):
 
 
 class Failed(Exception):
-    """The run cannot go on, though the input was right: a rank is dead, a loss is NaN. The message names what to do.
+    """The run cannot continue, though the input was right: a rank is dead, a loss is NaN. The message names what to do.
 
     everywhere: all ranks fail so, with the same message.
     """

@@ -79,9 +79,9 @@ def sweep(folder: Path) -> None:
     """Remove what a killed process has left half-written in a folder; a complete folder gets its name back."""
     for path in folder.glob(".*.tmp"):
         if found := LEFTOVER.fullmatch(path.name):
-            whole = folder / found[1]
-            if found[2] == "old" and not whole.exists():
-                os.replace(path, whole)
+            complete = folder / found[1]
+            if found[2] == "old" and not complete.exists():
+                os.replace(path, complete)
             else:
                 _delete(path)
 
@@ -124,10 +124,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_space(path: str | Path, num_bytes: int, advice: str = "write elsewhere with --out") -> None:
-    """Refuse to begin what the disk has no room for.
+    """Refuse to begin what does not fit the disk.
 
     Args:
-        advice: what to do other than to make room.
+        advice: what to do instead of freeing space.
     Raises:
         UserError: `path`, which need not exist yet, is on a disk with less than `num_bytes` free.
     """

@@ -91,7 +91,7 @@ def load_command(own: type[RunT], argv: list[str] | None = None) -> tuple[Config
 
 
 def _read(own: type[Keys], argv: list[str] | None, more: dict[str, Any]) -> Map:
-    """The words of a command line; `more` are keys that it takes beside its own. Ends here after `--help`."""
+    """The arguments of a command line; `more` are keys that it takes beside its own. Ends here after `--help`."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         if os.environ.get("RANK", "0") == "0":

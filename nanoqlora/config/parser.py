@@ -82,7 +82,7 @@ def read_yaml(path: str) -> Map:
 def read_words(
     words: list[str], positional: tuple[str, ...], own: Mapping[str, Set[Any]], keys: Mapping[str, Set[Any]]
 ) -> Map:
-    """The words of a command line as a map: `--name value`, `--name=value`, `--switch`, or by their position.
+    """The arguments of a command line as a map: `--name value`, `--name=value`, `--switch`, or by their position.
 
     Args:
         positional: names of the values that stand without one, in their order.

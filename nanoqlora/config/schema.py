@@ -201,8 +201,8 @@ class Config(Keys):
     early_stopping_patience: int | None = key("stop after so many evaluations without a better one", None, ge=1)
     loss_watchdog_threshold: float | None = key("stop when the loss stays above this", None, gt=0)
     loss_watchdog_patience: int = key("so many logged losses in a row", 3, ge=1)
-    resume_from_checkpoint: PathText | None = key("go on from this checkpoint-STEP folder", None)
-    auto_resume_from_checkpoints: bool = key("go on from the newest checkpoint in output_dir, if any", False)
+    resume_from_checkpoint: PathText | None = key("resume from this checkpoint-STEP folder", None)
+    auto_resume_from_checkpoints: bool = key("resume from the newest checkpoint in output_dir, if any", False)
 
     use_tensorboard: bool = key("write event files to output_dir/tensorboard too", False, group="logs")
     use_wandb: bool = key("send metrics to Weights & Biases; unset: if wandb_project is given", None)
@@ -210,7 +210,7 @@ class Config(Keys):
     wandb_entity: str | None = key("user or team there", None)
     wandb_name: str | None = key("name of the run there", None)
     wandb_mode: Literal["online", "offline", "disabled"] | None = key("offline writes to output_dir alone", None)
-    wandb_run_id: str | None = key("go on with this run there", None)
+    wandb_run_id: str | None = key("continue this run there", None)
 
     fsdp: Many[Fsdp] = key(FSDP_MEANING, (), group="several GPUs")
     shard_optimizer_state: bool = key("each GPU keeps its part of the moments and updates its part of LoRA", False)

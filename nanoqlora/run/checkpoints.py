@@ -1,4 +1,4 @@
-"""checkpoint-STEP: what a run needs to go on bit for bit, written, checked, and taken up again."""
+"""checkpoint-STEP: what a run needs to resume bit for bit. How it is written, checked and loaded."""
 
 import json
 from dataclasses import asdict
@@ -29,7 +29,7 @@ def save_checkpoint(run: Run, step: int) -> None:
     """Write checkpoint-STEP atomically: adapter, optimizer state and step; then drop the oldest ones.
 
     The data order, the schedule and the dropout masks are functions of the seed and the step, so nothing else is
-    needed to go on bit for bit.
+    needed to resume bit for bit.
     """
     optimizer_state = run.optimizer.state_dict()  # to which every rank may have to add its part
     if run.rank == 0:
@@ -102,7 +102,7 @@ def find_checkpoint(config: Config, samples: Samples, plan: BatchSchedule) -> tu
         f"trained over other weights than those in base_model {config.base_model} now": (
             state.get("base_fingerprint") not in (None, fingerprint(open_weights(config.base_model)))
         ),
-        f"had optimizer: {optimizer}, whose state ({state_kind(optimizer)}) {config.optimizer} cannot take up": (
+        f"had optimizer: {optimizer}, whose state ({state_kind(optimizer)}) {config.optimizer} cannot load": (
             state_kind(optimizer) != state_kind(config.optimizer)
         ),
     }

@@ -46,9 +46,9 @@ Run = tuple[dict[str, Any], list[dict[str, Any]]]  # values of train.yml by thei
 
 def read_run(folder: str) -> Run:
     """Raises UserError: there is no run in the folder, or its files cannot be read."""
-    files = Path(folder, "train.yml"), Path(folder, "report.md")
     try:
         rows = read_log(Path(folder, LOG))
+        files = Path(folder, "train.yml"), Path(folder, "report.md")
         settings, report = (file.read_text("utf-8") if file.is_file() else "" for file in files)
         values = flat(yaml.safe_load(settings) or {})
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:

@@ -26,7 +26,7 @@ class Progress:
         self.high = self.high + 1 if threshold and loss > threshold else 0
 
     def reason_to_stop(self, config: Config) -> str:
-        """Why to end before the last step, in words; empty: go on."""
+        """Why to end before the last step, in words; empty: continue."""
         patience = config.early_stopping_patience
         if patience and self.since_best >= patience:
             return f"{self.since_best} evaluations without a better one than after step {self.best_step}"

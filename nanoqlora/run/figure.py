@@ -132,7 +132,7 @@ def _subtitle(rows: list[dict], name: str) -> str:
 
 
 def panel(figure: Any, place: Any, title: str, unit: str, rows: list[dict]) -> Any:
-    """An empty panel: title and unit on the left, horizontal grid lines, whole steps below."""
+    """An empty panel: title and unit on the left, horizontal grid lines, integer steps below."""
     from matplotlib.ticker import MaxNLocator
 
     axes = figure.add_subplot(place)
@@ -147,8 +147,8 @@ def panel(figure: Any, place: Any, title: str, unit: str, rows: list[dict]) -> A
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     steps = [row["step"] for row in rows if "step" in row] or [0]
-    room = max(0.012 * (max(steps) - min(steps)), 0.5)
-    axes.set_xlim(min(steps) - room, max(steps) + room)
+    margin = max(0.012 * (max(steps) - min(steps)), 0.5)
+    axes.set_xlim(min(steps) - margin, max(steps) + margin)
     return axes
 
 
@@ -198,7 +198,7 @@ def _plot_loss(axes: Any, rows: list[dict]) -> None:
 
 
 def _mark_epochs(axes: Any, rows: list[dict]) -> None:
-    """A thin line after every whole epoch but the last, if there are few enough to help."""
+    """A thin line after every full epoch but the last, if there are few enough to help."""
     steps, epochs = series(rows, "epoch")
     ends: dict[int, float] = {}
     for step, epoch in zip(steps, epochs, strict=True):

@@ -48,22 +48,17 @@ def set_learning_rate(optimizer: Any, rate: float) -> None:
 
 
 def make_optimizer(
-    name: str,
-    flat: nn.Parameter,
-    *,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    groups: list[dict[str, Any]] | None = None,
+    name: str, flat: nn.Parameter, *, groups: list[dict[str, Any]] | None = None, **options: Any
 ) -> torch.optim.Optimizer:
     """AdamW on the flat buffer. Its learning rate is set before each step.
 
     Args:
         name: adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_8bit or paged_adamw_32bit.
         groups: views of the buffer that learn at rates of their own, in its place.
+        options: betas, eps, weight_decay.
     """
     params: list[Any] = [flat] if groups is None else [*groups]
-    options: dict[str, Any] = {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    options |= {"lr": 0.0}
     if name.startswith("adamw_torch"):
         return torch.optim.AdamW(params, fused=name.endswith("fused"), **options)
     from bitsandbytes import optim
@@ -79,8 +74,8 @@ def state_bytes(name: str) -> float:
 
 def gradient_norm(grad: Tensor) -> Tensor:
     """The norm of norms of 4096 values each: on a CPU one float32 sum over 40 million squares loses 0.3 %."""
-    whole = grad.numel() // 4096 * 4096
-    return torch.cat((grad[:whole].view(-1, 4096).norm(dim=1), grad[whole:].norm()[None])).norm()
+    n = grad.numel() // 4096 * 4096
+    return torch.cat((grad[:n].view(-1, 4096).norm(dim=1), grad[n:].norm()[None])).norm()
 
 
 def clip_gradient(grad: Tensor, max_norm: float, norm: Tensor | None = None) -> Tensor:

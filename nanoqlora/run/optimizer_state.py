@@ -11,6 +11,7 @@ from ..parallel import collectives
 from .optim import clip_gradient, gradient_norm, make_optimizer
 
 BLOCK = 256  # values that share a scale in bitsandbytes' 8-bit state
+NESTED = "__bnb_optimizer_quant_state__"  # where bitsandbytes keeps a part of a state, if saved by one rank
 WHOLE, PER_BLOCK = ("exp_avg", "exp_avg_sq", "state1", "state2"), ("absmax1", "absmax2")
 
 
@@ -51,12 +52,12 @@ class PartOptimizer:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take this rank's part of it; another number of ranks may have saved it."""
         state = dict(saved["state"][0])
-        state |= state.pop("__bnb_optimizer_quant_state__", {})  # where bitsandbytes has it, if saved by one rank
+        state |= state.pop(NESTED, {})
         for key in (*WHOLE, *PER_BLOCK):
             if key in state:
                 size = len(self.flat) if key in WHOLE else len(self.flat) // BLOCK
-                whole = F.pad(state[key], (0, size - len(state[key])))
-                state[key] = whole.view(self.ranks, -1)[self.rank].to(self.flat.device, copy=True)
+                padded = F.pad(state[key], (0, size - len(state[key])))
+                state[key] = padded.view(self.ranks, -1)[self.rank].to(self.flat.device, copy=True)
         self.state[self.part] = state
 
 
@@ -64,7 +65,7 @@ Optimizer = torch.optim.Optimizer | PartOptimizer
 
 
 def state_kind(name: str) -> str:
-    """Optimizers of one kind can take up each other's state."""
+    """Optimizers of one kind can load each other's state."""
     return "8 bits" if "8bit" in name else "32 bits of bitsandbytes" if "32bit" in name else "32 bits of PyTorch"
 
 
@@ -80,10 +81,10 @@ def state_problem(optimizer: Optimizer, saved: Any) -> str:
     if not isinstance(states, dict) or (states and set(states) != set(range(len(shapes)))):
         return f"it does not hold the state of {len(shapes)} parameters"
     for i, state in states.items():
-        nested = state.get("__bnb_optimizer_quant_state__", {}) if isinstance(state, dict) else None
+        nested = state.get(NESTED, {}) if isinstance(state, dict) else None
         if not isinstance(nested, dict):
             return f"the state of parameter {i} is no map"
-        found = {key: _kind(value) for key, value in (state | nested).items() if key != "__bnb_optimizer_quant_state__"}
+        found = {key: _kind(value) for key, value in (state | nested).items() if key != NESTED}
         n, moments = math.prod(shapes[i]), (shapes[i], torch.float32)
         if isinstance(inner, torch.optim.AdamW):
             wanted: dict[str, Any] = {"step": ((), torch.float32), "exp_avg": moments, "exp_avg_sq": moments}

@@ -1,10 +1,10 @@
 """The folder that a run writes to. No run ends another, and one at a time writes there.
 
-    refuse_other_runs    before anything is loaded: the folder holds a run that this one does not go on with
+    refuse_other_runs    before anything is loaded: the folder holds a run that this one does not resume
     claim                after all checks: lock it; with overwrite_output_dir remove the earlier run's files
 
 Only files that this program writes are removed; a user's own stay. W&B's folder stays too: it may not be synced yet.
-Read next: `run/inputs.py`, how a run goes on from a checkpoint.
+Read next: `run/inputs.py`, the data of a run.
 """
 
 import fcntl
@@ -107,7 +107,7 @@ def describe(folder: Path) -> str:
 
 
 def checkpoint_to_resume(config: Config) -> Path | None:
-    """The folder of the checkpoint that the configuration asks to go on from; None: begin with the first step.
+    """The folder of the checkpoint that the configuration asks to resume; None: begin with the first step.
 
     Raises:
         UserError: the folder that is named is no checkpoint.
@@ -127,10 +127,10 @@ def checkpoint_to_resume(config: Config) -> Path | None:
 
 
 def refuse_other_runs(config: Config) -> None:
-    """Refuse an output_dir whose run this one does not go on with, or in which another run is writing.
+    """Refuse an output_dir whose run this one does not resume, or in which another run is writing.
 
     Raises:
-        UserError: with the ways to go on. Nothing has been touched.
+        UserError: with what to do instead. Nothing has been touched.
     """
     folder = Path(config.output_dir)
     if not folder.is_dir():
@@ -152,7 +152,7 @@ def _check(config: Config) -> None:
         what = "holds a train.yml that no run has written, and this run would replace it by its own"
         raise UserError(f"output_dir {folder}: {what}. Move the file, or name another output_dir.")
     files = files_of_run(folder)
-    log_alone = {path.name for path in files} <= {LOG}  # killed before its first checkpoint: nothing can go on from it
+    log_alone = {path.name for path in files} <= {LOG}  # killed before its first checkpoint: nothing can resume it
     if not files or _goes_on(config) or (config.auto_resume_from_checkpoints and log_alone):
         return
     if config.overwrite_output_dir:
@@ -209,7 +209,7 @@ def claim(config: Config, rank: int, step: int, say: Callable[..., None]) -> Ite
     """Hold output_dir until the run ends, and remove what does not belong to it. Rank 0 does, for all.
 
     Args:
-        step: up to which a run in this folder is gone on with; its later checkpoints are of another course.
+        step: the step from which a run in this folder resumes; its later checkpoints are of another course.
     """
     folder = Path(config.output_dir)
     with ExitStack() as held:

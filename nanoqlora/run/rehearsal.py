@@ -67,7 +67,7 @@ def rehearse(run: Run, data: Data, tokenizer: Tokenizer, say: Callable[..., None
 
 
 def save_and_resume(run: Run, folder: Path) -> None:
-    """Write a checkpoint and go on from it: the same values and the same optimizer state, to the bit."""
+    """Write a checkpoint and resume from it: the same values and the same optimizer state, to the bit."""
     paths = {"output_dir": str(folder), "resume_from_checkpoint": str(folder / "checkpoint-1")}
     config = run.config.model_copy(update=paths)
     mine = replace(run, config=config, metrics=Metrics(folder / "metrics.jsonl", writes=run.rank == 0))

@@ -50,7 +50,7 @@ def make_trackers(config: dict[str, Any], start: int = 0) -> list[Tracker]:
 
     Args:
         config: the resolved configuration, as plain values. use_tensorboard, wandb_project and those below it decide.
-        start: steps taken already; a resumed run goes on in the same TensorBoard folder and as a new W&B run.
+        start: steps taken already; a resumed run continues in the same TensorBoard folder and as a new W&B run.
     Raises:
         UserError: W&B does not begin the run. TensorBoard's folder is not touched before the first row.
     """

@@ -1,6 +1,7 @@
 """How fast is a training step, and how far from the fastest that this machine could do it?
 
     python bench.py [--model llama3-8b | FOLDER | FILE.gguf] [--micro_batch_size 4] [--sequence_len 2048] ...
+    python bench.py --model llama3-8b --decode  prefill and decode of a 4-bit model with an adapter
     python bench.py --deploy OUTPUT_DIR         prefill and decode of what a run left (nanoqlora/export/answer_speed.py)
 
 What is timed is the loop of train.py itself, on random tokens, all supervised: rows to tensors, forward, backward, sum
@@ -42,7 +43,8 @@ from nanoqlora.config.files import check_file, write_text
 from nanoqlora.config.schema import Config
 from nanoqlora.data.batches import SUPERVISED, Samples
 from nanoqlora.data.packing import BatchSchedule, Rows
-from nanoqlora.export.answer_speed import bench_deploy
+from nanoqlora.export.answer_speed import bench_deploy, speed_of
+from nanoqlora.fast.decode import Decoder, merged_fits
 from nanoqlora.fast.memory import held_bytes, step_bytes
 from nanoqlora.fast.stats import GIB
 from nanoqlora.model import Llama, ModelConfig
@@ -336,6 +338,17 @@ def measure(args: BenchOptions, rank: int, ranks: int, device: torch.device) -> 
     }
 
 
+def bench_decode(args: BenchOptions, prompt_tokens: int = 256, new_tokens: int = 256) -> list[dict[str, Any]]:
+    """Tokens a second, one conversation: with merged weights where they fit, and with the weights as they are held."""
+    run, _ = prepare(args, Times(), *distributed.start())
+    rows = []
+    for dense in (True, False) if merged_fits(run.model) else (False,):
+        speeds = speed_of(Decoder(run.model.eval(), dense), prompt_tokens, new_tokens)
+        rows.append({"model": args.model, "weights": "merged" if dense else "as held", **speeds})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
 def report(figures: dict[str, Any], peers: list[dict[str, Any]]) -> None:
     """The table, and the figures once more as one line of JSON."""
     for key, value in figures.items():
@@ -353,8 +366,8 @@ def main() -> None:
     args = load_options(BenchOptions)
     if args.json_file:
         check_file(args.json_file, "--json")
-    if args.deploy:
-        rows = bench_deploy(Path(args.deploy), prompt_tokens=256, new_tokens=32)
+    if args.deploy or args.decode:
+        rows = bench_deploy(Path(args.deploy), 256, 32) if args.deploy else bench_decode(args)
         return write_text(args.json_file, json.dumps(rows) + "\n") if args.json_file else None
     if args.peer and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--peer: under torchrun every rank would start it. Run the peer by itself, before or after.")

@@ -155,4 +155,5 @@ class BenchOptions(Keys):
     steps: int = key("steps to measure", 10, ge=1)
     peer: Many[str] = key("a command to measure first, whose last line is JSON", ())
     deploy: PathText | None = key("instead: how fast the results in this output_dir answer", None)
+    decode: bool = key("instead: how fast this model with its adapter answers", False)
     json_file: PathText | None = key("write the figures to this file", None, alias="json")

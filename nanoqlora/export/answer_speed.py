@@ -17,15 +17,14 @@ from ..config.options import ModelOptions
 from ..config.parser import read_yaml
 from ..fast.decode import Decoder
 from ..gguf.reader import read_gguf
-from ..model import Llama
 from ..run.usable import load_for_use
 from .llama_cpp import NotAsked, Refused, Server
 
 
-def speed_of(model: Llama, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
+def speed_of(decoder: Decoder, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
     """Tokens a second of our own code; the best of two runs, after one that warms up."""
+    model, prefill, decode = decoder.model, [], []
     ids = torch.randint(model.config.vocab_size, (prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-    decoder, prefill, decode = Decoder(model), [], []
     for count in (2, new_tokens + 1, new_tokens + 1):
         start = time.perf_counter()
         answer = decoder.generate([ids], set(), count)
@@ -77,7 +76,7 @@ def bench_deploy(folder: Path, prompt_tokens: int, new_tokens: int) -> list[dict
 
     for name, given in options.items():
         used = load_for_use(ModelOptions.model_validate(given | {"bf16": trained.get("bf16", "auto")}))
-        add(name, speed_of(used.model, prompt_tokens, new_tokens))
+        add(name, speed_of(used.decoder, prompt_tokens, new_tokens))
     for file in sorted(folder.glob("model-*.gguf")):
         try:
             add(f"{file.name} in llama.cpp", speed_in_llama_cpp(file, prompt_tokens, new_tokens))

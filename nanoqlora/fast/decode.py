@@ -14,7 +14,6 @@ so none of them attends to it, and the new tokens overwrite its keys and values.
 
 import math
 from collections.abc import Callable, Iterator, Sequence, Set
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ def merged(layer: nn.Linear | QLoRALinear, dtype: torch.dtype) -> Tensor:
     return w.to(dtype)
 
 
-def dense(weight: Tensor) -> Linear:
+def matmul(weight: Tensor) -> Linear:
     """x W^T. In float32 on a CPU that has FBGEMM, W is rounded to half precision: half the bytes to read.
 
     The products and sums are in float32. With W in bfloat16 or float16 in the model's files nothing is rounded at all.
@@ -76,22 +75,35 @@ def as_held(layer: nn.Linear | QLoRALinear, dtype: torch.dtype) -> Linear:
     return linear
 
 
+def merged_fits(model: Llama) -> bool:
+    """Whether merged weights fit: into a quarter of a GPU's free memory, half of a CPU's. A sharded base does not."""
+    device = model.model.norm.weight.device
+    numbers = sum(layer.in_features * layer.out_features for _, layer in block_linears(model))
+    if device.type == "cuda":
+        free = (gpu_budget(device) - torch.cuda.memory_reserved(device)) // 4
+    else:
+        free = free_host_bytes() // 2
+    return not hasattr(model, "store") and 2 * numbers < free
+
+
 class Decoder:
     """A model with its present weights prepared for decoding; later changes of them do not reach it.
 
     The model must be in evaluation mode. Every rank of a run has to call the same methods with the same arguments.
     """
 
-    def __init__(self, model: Llama) -> None:
+    def __init__(self, model: Llama, dense: bool | None = None) -> None:
+        """dense: multiply with merged copies of the weights; None: where they fit."""
         config, weight = model.config, model.model.norm.weight
         self.model, self.device, self.dtype = model, weight.device, weight.dtype
         self.head_counts = config.num_attention_heads, 2 * config.num_key_value_heads
         self.store = getattr(model, "store", None)
         self.complete = self.device.type == "cuda"  # attend to the complete cache under a mask, at fixed addresses
         self.cache = weight.new_empty(config.num_hidden_layers, 0, 0, self.head_counts[1], config.head_dim)
+        self.dense = merged_fits(model) if dense is None else dense
         with torch.no_grad():
             self.projections = [self.projections_of(i) for i in range(config.num_hidden_layers)]
-            self.head = dense(model.lm_head.weight)
+            self.head = matmul(model.lm_head.weight)
 
     def projections_of(self, i: int) -> list[Linear]:
         """The matmuls of block i: q, k and v; o; gate and up; down."""
@@ -100,20 +112,9 @@ class Decoder:
         block: Any = self.model.model.layers[i]
         attn, mlp = block.self_attn, block.mlp
         groups = (attn.q_proj, attn.k_proj, attn.v_proj), (attn.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
-        if self.dense_fits:
-            return [dense(torch.cat([merged(layer, self.dtype) for layer in layers])) for layers in groups]
+        if self.dense:
+            return [matmul(torch.cat([merged(layer, self.dtype) for layer in layers])) for layers in groups]
         return [side_by_side([as_held(layer, self.dtype) for layer in layers]) for layers in groups]
-
-    @cached_property
-    def dense_fits(self) -> bool:
-        """Whether merged weights fit: into a quarter of a GPU's free memory, half of a CPU's; no sharded base does."""
-        layers = [layer for _, layer in block_linears(self.model)]
-        numbers = sum(layer.in_features * layer.out_features for layer in layers)
-        if self.device.type == "cuda":
-            free = (gpu_budget(self.device) - torch.cuda.memory_reserved(self.device)) // 4
-        else:
-            free = free_host_bytes() // 2
-        return self.store is None and 2 * numbers < free
 
     @torch.no_grad()
     def start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -153,15 +154,18 @@ class Decoder:
 
     def one_step(self) -> None:
         size = self.cache.shape[2] if self.complete else self.end
-        mask = torch.arange(size, device=self.device) <= self.positions[:, None]  # (B, S)
-        bias = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, -math.inf)[:, None, None]
+        bias: Tensor | None = None
+        if self.complete or len(self.rows) > 1:
+            mask = torch.arange(size, device=self.device) <= self.positions[:, None]  # (B, S)
+            bias = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, -math.inf)[:, None, None]
 
         def attend(i: int, q: Tensor, kv: Tensor) -> Tensor:
             """The query heads that share a key/value head are like so many queries of one head."""
             self.cache[i].index_put_((self.rows, self.positions), kv[:, 0])
             k, v = self.cache[i, :, :size].transpose(1, 2).chunk(2, dim=1)  # (B, KV, S, hd)
             q = q.view(len(q), k.shape[1], -1, q.shape[-1])  # (B, KV, H / KV, hd)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(-1, q.shape[1], q.shape[2], -1))
+            mask = None if bias is None else bias.expand(-1, *q.shape[1:3], -1)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
         hidden = self.hidden(self.tokens[:, None], self.angles[:, self.positions, None], attend)
         self.positions += 1

@@ -11,6 +11,7 @@ from tiny import save_random_llama
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+from nanoqlora.config.options import BenchOptions
 from nanoqlora.fast import stats
 
 
@@ -71,3 +72,12 @@ def test_what_recorded_graphs_hold_is_added(monkeypatch):
     assert stats.memory_figures(device)[name] == 5
     stats.count_graph(held=1 * stats.GIB, peak=7 * stats.GIB)
     assert stats.memory_figures(device)[name] == 7
+
+
+def test_decode_measures_merged_weights_and_those_that_are_held(tmp_path, capsys):
+    save_random_llama(tmp_path / "model")
+    options = BenchOptions(model=str(tmp_path / "model"), lora_r=4, sequence_len=16, micro_batch_size=1)
+    rows = bench.bench_decode(options, prompt_tokens=20, new_tokens=5)
+    assert [row["weights"] for row in rows] == ["merged", "as held"]
+    assert all(row["prefill"] > row["decode"] > 0 for row in rows)
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows

@@ -39,9 +39,9 @@ def test_speeds_are_tokens_a_second(run: Path, monkeypatch: pytest.MonkeyPatch):
             clock[0] += 0.01 if i else 0.02
             yield [0]
 
-    monkeypatch.setattr(answer_speed, "Decoder", lambda model: SimpleNamespace(generate=generate))
+    decoder = SimpleNamespace(generate=generate, model=load_model(run / "model"))
     monkeypatch.setattr(answer_speed, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    speeds = answer_speed.speed_of(load_model(run / "model"), prompt_tokens=100, new_tokens=8)
+    speeds = answer_speed.speed_of(decoder, prompt_tokens=100, new_tokens=8)
     assert speeds == pytest.approx({"prefill": 5000, "decode": 100}, rel=1e-9)
 
 

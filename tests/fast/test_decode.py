@@ -47,13 +47,12 @@ def rows(decoder: Decoder, prompts: list[list[int]], stop_ids: set[int] | None =
 
 @pytest.mark.parametrize("is_dense", [True, False], ids=["dense", "as held"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_tokens_are_those_of_the_plain_forward_pass(tmp_path, monkeypatch, kind, is_dense):
+def test_greedy_tokens_are_those_of_the_plain_forward_pass(tmp_path, kind, is_dense):
     """In float32, prompts of four lengths together and each alone, over the valid part of the cache and all of it."""
     model = model_of(kind, tmp_path)
-    monkeypatch.setattr(Decoder, "dense_fits", is_dense)
     expected = [greedy(model, prompt) for prompt in PROMPTS]
     assert len({token for row in expected for token in row}) > 15, "varied enough to see a wrong position"
-    decoder = Decoder(model)
+    decoder = Decoder(model, is_dense)
     for complete in (True, False) if DEVICE == "cpu" else (True,):
         decoder.complete = complete
         assert rows(decoder, PROMPTS) == expected
@@ -95,7 +94,7 @@ def test_half_precision_weights_of_16_bit_models_are_exact():
     w[w.abs() < 2.0**-14] = 0
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(1))
     bound = 128 * 2.0**-24 * (x.abs().double() @ w.abs().double().t())  # of float32 sums in any order
-    assert ((decode.dense(w)(x).double() - x.double() @ w.double().t()).abs() <= bound).all()
+    assert ((decode.matmul(w)(x).double() - x.double() @ w.double().t()).abs() <= bound).all()
 
 
 @pytest.mark.gpu
@@ -104,12 +103,11 @@ def test_half_precision_weights_of_16_bit_models_are_exact():
 def test_recorded_steps_are_those_launched_one_by_one(tmp_path, monkeypatch, kind, is_dense):
     """In bfloat16: the same bits, and logits near those of the model's own forward pass."""
     model = model_of(kind, tmp_path, torch.bfloat16)
-    monkeypatch.setattr(Decoder, "dense_fits", is_dense)
-    recorded = Decoder(model)
+    recorded = Decoder(model, is_dense)
     tokens = rows(recorded, PROMPTS)
     with monkeypatch.context() as patch:
         patch.setattr(decode, "record", lambda step: step)
-        launched = Decoder(model)
+        launched = Decoder(model, is_dense)
         assert rows(launched, PROMPTS) == tokens
     assert torch.equal(recorded.logits, launched.logits)
     for i, prompt in enumerate(PROMPTS):

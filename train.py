@@ -45,7 +45,7 @@ from nanoqlora.run.optimizer_state import sum_and_clip
 from nanoqlora.run.output_dir import checkpoint_to_resume, claim
 from nanoqlora.run.preview import plan_text
 from nanoqlora.run.rehearsal import rehearse
-from nanoqlora.run.results import judge, save_results
+from nanoqlora.run.results import answer_table, judge, save_results
 from nanoqlora.run.scoring import loss_over_ranks
 from nanoqlora.run.state import Run
 from nanoqlora.run.stopping import end_early, told_to_stop
@@ -53,9 +53,14 @@ from nanoqlora.run.trackers import make_trackers
 from nanoqlora.tokenizer.tokenizer import Tokenizer
 from nanoqlora.weights.pretrained import open_model
 
+Ask = Callable[[int, Callable[[str], None]], None]
 
-def train_loop(run: Run, start: int, stop: list[bool], display: Display) -> int:
-    """Take every step from `start` on. Returns the last one. Raises Stopped when `stop` is filled."""
+
+def train_loop(run: Run, start: int, stop: list[bool], display: Display, ask: Ask = lambda *_: None) -> int:
+    """Take every step from `start` on. Returns the last one. Raises Stopped when `stop` is filled.
+
+    ask: answers questions at an evaluation, given the step and what shows a line.
+    """
     config, plan, model = run.config, run.plan, run.model
     evaluate_at, save_at = set(evaluations(config, plan) if run.held_out else ()), set(saves(config, plan))
     learning_rate, stopwatch, step = learning_rates(config, plan), Stopwatch(), start
@@ -106,6 +111,7 @@ def train_loop(run: Run, start: int, stop: list[bool], display: Display) -> int:
             held_out_loss = evaluate(run, step)
             run.progress.evaluated(step, held_out_loss)
             display.note(f"step {step}: held-out loss {held_out_loss:.4f}")
+            ask(step, display.note)
         is_best = config.load_best_model_at_end and step in evaluate_at and step == run.progress.best_step
         reason = run.progress.reason_to_stop(config)
         flags = [bool(stop), is_best and run.rank == 0, bool(reason) and run.rank == 0]
@@ -203,8 +209,10 @@ def train_to_the_end(
     say: Callable[..., None],
 ) -> None:
     """The steps from `start` on, with what is asked of the model before and after, and the results."""
+    ask = partial(answer_table, run, data, tokenizer)
     if start == 0 and run.held_out:
         evaluate(run, 0)
+        ask(0, say)
         run.before |= judge(run, data, tokenizer, 0)
     started, last = time.perf_counter(), start
     display = Display(len(run.plan), start, run.rank)
@@ -214,7 +222,7 @@ def train_to_the_end(
         if reason := start and run.progress.reason_to_stop(run.config):  # killed between the decision and the results
             display.note(f"step {start}: ends here, {reason}")
         else:
-            last = train_loop(run, start, stop, display)
+            last = train_loop(run, start, stop, display, ask)
     seconds = time.perf_counter() - started
     last_kept = load_best(run, last)
     after = judge(run, data, tokenizer, last_kept) if run.before else {}

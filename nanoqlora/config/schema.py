@@ -190,6 +190,8 @@ class Config(Keys):
     eval_strategy: Cadence = key("when to evaluate; unset: by the two keys below, else every epoch", None)
     eval_steps: Amount | None = key("steps between evaluations; below 1: a share of all", None, ge=0)
     evals_per_epoch: int | None = key("evaluations in an epoch; 0: none", None, ge=0)
+    eval_table_size: int = key("questions to answer at each evaluation, printed, in the log and the report", 0, ge=0)
+    eval_max_new_tokens: int = key("the longest of these answers, in tokens", 128, ge=1)
     eval_batch_size: int | None = key("accepted: evaluation takes one packed row at a time", None, ge=1)
     save_strategy: Cadence = key("when to save; unset: by the two keys below, else every epoch", None)
     save_steps: Amount | None = key("steps between checkpoints; below 1: a share of all", None, ge=0)

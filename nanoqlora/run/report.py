@@ -36,6 +36,7 @@ def write_report(path: str | Path, facts: dict[str, Any]) -> None:
             memory: {label: {"predicted": GiB, "measured": GiB}}.
             time_s: {"predicted": s, "measured": s}.    tokens_per_second: x.    basis: str, of the predictions.
             samples: list of {"prompt", "before", "after"}, all text.
+            progress: {prompt: {step: answer}}.
             files: {file: what it is}.                  versions: {"torch": "2.13.0", ...}.
             notes: list of str, what the reader should know.
     """

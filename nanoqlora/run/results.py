@@ -6,7 +6,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from itertools import islice
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..config.errors import Failed, UserError
+from ..config.errors import Failed, UserError, visible
 from ..config.files import write_text
 from ..config.schema import Config
 from ..config.scripts import this_command
@@ -59,9 +59,35 @@ def judge(run: Run, data: Data, tokenizer: Tokenizer, step: int) -> dict[str, An
     return figures
 
 
-def sample_answers(run: Run, tokenizer: Tokenizer, prompt_format: PromptFormat, count: int = 3) -> list[str]:
+def sample_answers(
+    run: Run, tokenizer: Tokenizer, prompt_format: PromptFormat, count: int = 3, max_new_tokens: int = 80
+) -> list[str]:
     """Greedy answers to the first questions of the held-out file, or of the training data without one."""
-    return answers(Usable(run.model, tokenizer, prompt_format), questions(run.config, count), max_new_tokens=80)
+    return answers(Usable(run.model, tokenizer, prompt_format), questions(run.config, count), max_new_tokens)
+
+
+def answer_table(run: Run, data: Data, tokenizer: Tokenizer, step: int, note: Callable[[str], None]) -> None:
+    """Answer `eval_table_size` questions, as an evaluation after `step` steps does: printed, and a line of the log."""
+    count, max_new_tokens = run.config.eval_table_size, run.config.eval_max_new_tokens
+    if not count:
+        return
+    run.model.eval()
+    given = sample_answers(run, tokenizer, data.prompt_format, count, max_new_tokens)
+    run.model.train()
+    asked = [messages[-1]["content"] for messages in questions(run.config, count)]
+    table = [{"prompt": prompt, "answer": text} for prompt, text in zip(asked, given, strict=True)]
+    run.metrics.write({"step": step, "eval_table": table})
+    for row in table:
+        note(visible(f"step {step}: {' '.join(row['prompt'].split())}\n    {' '.join(row['answer'].split())}"))
+
+
+def answers_over_steps(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, str]]:
+    """What `answer_table` has logged: prompt -> step -> answer."""
+    found: dict[str, dict[int, str]] = {}
+    for row in rows:
+        for line in row.get("eval_table", ()):
+            found.setdefault(line["prompt"], {})[row["step"]] = line["answer"]
+    return found
 
 
 def questions(config: Config, count: int = 3) -> list[Messages]:
@@ -171,6 +197,7 @@ def run_facts(run: Run, data: Data, forecast: Forecast, seconds: float) -> dict[
         "memory": memory,
         "time_s": {"predicted": round(forecast.seconds), "measured": round(seconds)},
         "basis": forecast.basis,
+        "progress": answers_over_steps(run.metrics.rows),
         "tokens_per_second": sum(row["tokens_per_second"] for row in losses) / max(1, len(losses)),
         "files": FILES,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},

@@ -46,6 +46,7 @@ import train
 from nanoqlora.config.load import load_config, make_config
 from nanoqlora.data.batches import Sample, collate
 from nanoqlora.data.packing import Step
+from nanoqlora.data.prompts import PromptFormat
 from nanoqlora.ops import linear_cross_entropy
 from nanoqlora.qlora import flatten_trainable, inject_lora, lora_layers
 from nanoqlora.run.cadence import due
@@ -634,3 +635,25 @@ def test_any_conversation_that_can_be_trained_on_can_be_held_out(world, tmp_path
     assert ended.code == 0, ended.err
     asked = "**Who?**" in (tmp_path / "out" / "report.md").read_text("utf-8")
     assert asked == (case in ("plain", "other names"))
+
+
+def test_questions_are_answered_at_each_evaluation(world, tmp_path):
+    """eval_table_size of them, by the model of that step: the last answers are those of the finished run."""
+    keys = {"test_datasets": world.tests, "evals_per_epoch": 2, "eval_table_size": 2, "eval_max_new_tokens": 7}
+    file = write_run(tmp_path / "train.yml", world.model, world.data, num_epochs=1, learning_rate=0.01, **keys)
+    ended = run_here(train.main, file)
+    assert ended.code == 0, ended.err
+    out = tmp_path / "out"
+    rows = metrics_of(out)
+    tables = {row["step"]: row["eval_table"] for row in rows if "eval_table" in row}
+    assert [*tables] == [row["step"] for row in rows if "eval_loss" in row] and len(tables) == 3
+    form = PromptFormat.from_json((out / "prompt.json").read_text())
+    chats = [form.question(row) for row in alpaca_rows(2, seed=1)]
+    model, tok = nq.Llama.from_pretrained(world.model, load_in_4bit=True), nq.load_tokenizer(out)
+    nq.load_adapter(model, out)
+    last = [nq.generate(model, tok, asked, max_new_tokens=7, prompt_format=form) for asked in chats]
+    table = [{"prompt": asked[-1]["content"], "answer": text} for asked, text in zip(chats, last, strict=True)]
+    assert tables[max(tables)] == table and tables[0] != table
+    report = (out / "report.md").read_text()
+    assert "## Answers at each evaluation" in report and report.count("| step | answer |") == 2
+    assert all(f"step {step}: {' '.join(table[0]['prompt'].split())}" in ended.out + ended.err for step in tables)

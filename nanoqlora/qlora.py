@@ -58,7 +58,9 @@ class QLoRALinear(nn.Module):
         self.layer_seed = 0
         self.resident = True  # False: the frozen tensors are views of a buffer that all blocks use in turn
         self.dense: Tensor | None = None  # the dequantized W, where it is kept
-        self.row_seeds: Tensor | None = None  # (B,) int64, set for each batch by `set_dropout_rows`
+        self.row_seeds: Tensor | None = None  # set for each batch by `set_dropout_rows`, as in `ops.Dropout`
+        self.places: Tensor | None = None
+        self.row_scale: Tensor | None = None  # (n_out,) DoRA's c, where a fused block keeps it for a step
 
     @property
     def has_lora(self) -> bool:
@@ -90,20 +92,24 @@ class QLoRALinear(nn.Module):
         absmax = ops.dequantize_absmax(self.absmax, self.nested_absmax, self.nested_offset)
         return ops.dequantize_nf4(self.packed[rows], absmax[rows], dtype)
 
-    def rebuild_into(self, out: Tensor, update: tuple[Tensor, Tensor] | None = None) -> None:
+    def rebuild_into(
+        self, out: Tensor, update: tuple[Tensor, Tensor] | None = None, row_scale: Tensor | None = None
+    ) -> None:
         """Dequantize W into `out`, in its dtype; `out` may be rows of a larger buffer.
 
         Args:
             update: A (r, n_in) and s B (n_out, r) in that dtype: W + s B A is written, summed in float32 and rounded
                 once.
+            row_scale: (n_out,) float32, with an update only: W's rows are multiplied by it.
         """
         if not hasattr(self, "weight"):
             codes = self.packed, self.absmax, self.nested_absmax, self.nested_offset
-            ops.dequantize_into(*codes, out, update and (*update, 1.0))
+            ops.dequantize_into(*codes, out, update and (*update, 1.0), row_scale)
         elif update is None:
             out.copy_(self.weight)
         else:
-            out.copy_(self.rebuild(torch.float32).addmm_(update[1].float(), update[0].float()))
+            w = self.weight.float() if row_scale is None else self.weight.float() * row_scale[:, None]
+            out.copy_(torch.addmm(w, update[1].float(), update[0].float()))
 
     def add_lora(
         self, r: int, alpha: float, dropout: float, use_rslora: bool, layer_seed: int, use_dora: bool = False
@@ -131,13 +137,22 @@ class QLoRALinear(nn.Module):
             return F.linear(x, self.rebuild(x.dtype))
         return ops.nf4_linear(x, self.packed, self.absmax, self.nested_absmax, self.nested_offset)
 
+    @torch.no_grad()
+    def measure_rows(self, dtype: torch.dtype) -> None:
+        """Set `row_scale`, DoRA's c = magnitude / norm of the rows of W + s B A, with A and s B cast to `dtype`."""
+        assert self.magnitude is not None
+        w = torch.empty(self.out_features, self.in_features, device=self.device)
+        self.rebuild_into(w, (self.lora_A.to(dtype), (self.scaling * self.lora_B).to(dtype)))
+        c = self.magnitude / w.norm(dim=1)
+        self.row_scale = c if self.row_scale is None else self.row_scale.copy_(c)  # its address is in CUDA graphs
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.has_lora:
             return ops.frozen_linear(x, self.rebuild)
         dropout = None
         if self.training and self.dropout_p > 0:
             assert self.row_seeds is not None, "set_dropout_rows comes before the forward pass"
-            dropout = ops.Dropout(self.dropout_p, self.row_seeds ^ self.layer_seed)
+            dropout = ops.Dropout(self.dropout_p, self.row_seeds ^ self.layer_seed, self.places)
         if self.magnitude is not None:
             return self.dora(x, self.magnitude, dropout)
         return ops.lora_linear(x, self.rebuild, self.lora_A, self.lora_B, self.scaling, dropout)
@@ -149,9 +164,11 @@ class QLoRALinear(nn.Module):
         the inputs that remain go through W + s B A, and those that were dropped through W alone.
         Source: DoRA (arXiv:2402.09353). Cost: W is dequantized once more, in float32, for the norms.
         """
-        with torch.no_grad():
-            norm = (self.rebuild(torch.float32) + self.delta()).norm(dim=1)
-        c = magnitude / norm
+        c = self.row_scale
+        if c is None:
+            with torch.no_grad():
+                norm = (self.rebuild(torch.float32) + self.delta()).norm(dim=1)
+            c = magnitude / norm
         dropped = x if dropout is None else (x * dropout.mask(x)).to(x.dtype)
         y = c * ops.lora_linear(dropped, self.rebuild, self.lora_A, self.lora_B, self.scaling, None)  # float32
         return y.to(x.dtype) if dropout is None else (y + ops.frozen_linear(x - dropped, self.rebuild)).to(x.dtype)
@@ -244,14 +261,22 @@ def start_magnitudes(module: nn.Module) -> None:
 
 def add_update(model: Llama, name: str, r: int, alpha: float, dropout: float, use_rslora: bool, use_dora: bool) -> None:
     """Add an update to one linear layer of a block, by its full name. Arguments as in `inject_lora`."""
-    linear = model.get_submodule(name)
-    if isinstance(linear, nn.Linear):
-        linear = QLoRALinear(linear.weight.data)
-        model.set_submodule(name, linear)
-    assert isinstance(linear, QLoRALinear)
+    linear = qlora_linear(model, name)
     path, _, kind = name.rpartition(".")
     layer_input = 4 * int(path.split(".")[2]) + INPUT_OF[kind]
     linear.add_lora(r, alpha, dropout, use_rslora, layer_input * 0x9E3779B97F4A7C1 % 2**62, use_dora)
+
+
+def qlora_linear(model: nn.Module, name: str) -> QLoRALinear:
+    """The linear layer of that name; a plain one is replaced, over the same weight."""
+    linear = model.get_submodule(name)
+    if isinstance(linear, nn.Linear):
+        layer = QLoRALinear(linear.weight.data)
+        layer.resident = getattr(linear, "resident", True)
+        model.set_submodule(name, layer)
+        return layer
+    assert isinstance(linear, QLoRALinear)
+    return linear
 
 
 def block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | QLoRALinear]]:
@@ -266,10 +291,15 @@ def lora_layers(model: nn.Module) -> dict[str, QLoRALinear]:
     return {name: m for name, m in block_linears(model) if isinstance(m, QLoRALinear) and m.has_lora}
 
 
-def set_dropout_rows(model: nn.Module, row_seeds: Tensor) -> None:
-    """Set the dropout seeds of the next batch: (B,) int64, a number for each row made of (run, step, row)."""
+def set_dropout_rows(model: nn.Module, row_seeds: Tensor, places: Tensor | None = None) -> None:
+    """Set what decides the dropout masks of the next batch.
+
+    Args:
+        row_seeds: (B,) int64, a number for each row made of (run, step, row); with `places` (B, T), for each token.
+        places: (B, T) int64, the place of each token in its row, where several rows were laid into one.
+    """
     for layer in lora_layers(model).values():
-        layer.row_seeds = row_seeds
+        layer.row_seeds, layer.places = row_seeds, places
 
 
 def flatten_trainable(model: nn.Module, multiple: int = 1) -> nn.Parameter:

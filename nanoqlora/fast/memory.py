@@ -29,13 +29,13 @@ from .block import Keep, can_fuse
 SPARE = 0.06  # of the free memory, for fragmentation and for libraries
 
 
-def kept_bytes(config: ModelConfig, N: int, R: int, keep: Keep, itemsize: int = 2) -> int:
-    """What one block saves for N tokens; R is the sum of the r of its seven layers."""
+def kept_bytes(config: ModelConfig, N: int, R: int, keep: Keep, itemsize: int = 2, dora: bool = False) -> int:
+    """What one block saves for N tokens; R is the sum of the r of its layers."""
     D, FF = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads * config.head_dim
     kv = 2 * config.num_key_value_heads * config.head_dim
     xa = R // 7  # of down_proj, which is not recomputed
-    numbers = {"offload": xa, "input": D + xa, "no_mlp": 2 * D + 2 * heads + kv + R}
+    numbers = {"offload": xa, "input": D + xa, "no_mlp": (4 if dora else 2) * D + 2 * heads + kv + R}
     numbers |= {"all": numbers["no_mlp"] + 2 * FF, "mlp_host": numbers["no_mlp"]}
     lse = 4 * N * config.num_attention_heads if keep not in ("input", "offload") else 0
     return numbers[keep] * N * itemsize + lse
@@ -76,9 +76,10 @@ def step_bytes(model: Llama, N: int, keeps: Sequence[Keep], optimizer_bytes: flo
     itemsize = model.model.embed_tokens.weight.element_size()
     heads, kv = config.num_attention_heads * config.head_dim, 2 * config.num_key_value_heads * config.head_dim
     layers = lora_layers(model).values()
-    trained = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers)
+    trained = sum(p.numel() for layer in layers for p in layer.parameters(recurse=False) if p.requires_grad)
     R = sum(layer.lora_A.shape[0] for layer in layers) // config.num_hidden_layers
-    kept = sum(kept_bytes(config, N, R, keep, itemsize) for keep in keeps)
+    dora = any(layer.magnitude is not None for layer in layers)
+    kept = sum(kept_bytes(config, N, R, keep, itemsize, dora) for keep in keeps)
     scratch = itemsize * max(D * max(2 * FF, heads + kv), min(N, ROWS_ON_GPU) * V)
     loss = itemsize * 4 * N * D
     gradients = itemsize * N * (FF + 3 * D)  # in the last block: of its output, of act, of its input

@@ -72,7 +72,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     module: ModuleType = attention_reference
     if _fast and q.device.type == "cpu" and q.dtype != torch.float64:
         module = attention_cpu
-    elif _fast and q.is_cuda and attention_cuda.can_run(q, segments):
+    elif _fast and q.is_cuda and q.dtype != torch.float64:
         module = attention_cuda
     return module.attention(q, k, v, segments)
 
@@ -94,6 +94,8 @@ class Kernels(NamedTuple):
     lora_backward_A: Callable
     lora_backward_B: Callable
     lora_dx_add_: Callable
+    swiglu_backward_: Callable
+    column_dot: Callable
 
 
 @lru_cache
@@ -162,11 +164,13 @@ def dequantize_into(
     nested_offset: Tensor,
     out: Tensor,
     update: tuple[Tensor, Tensor, float] | None = None,
+    row_scale: Tensor | None = None,
 ) -> None:
     """Dequantize W, scales included, into `out` (n_out, n_in), which may be rows of a larger buffer.
 
     Args:
         update: lora_A (r, n_in), lora_B (n_out, r), scaling: writes W + scaling * B A, summed in float32.
+        row_scale: (n_out,) float32, with an update only: W's rows are multiplied by it.
     """
     if _fast and out.is_cuda:
         from .triton import nf4 as nf4_triton
@@ -174,14 +178,16 @@ def dequantize_into(
         if update is None:
             nf4_triton.dequantize_nf4_double(packed, codes, nested_absmax, nested_offset, out)
         else:
-            nf4_triton.dequantize_nf4_merged(packed, codes, nested_absmax, nested_offset, *update, out)
+            nf4_triton.dequantize_nf4_merged(packed, codes, nested_absmax, nested_offset, *update, out, row_scale)
         return
     absmax = dequantize_absmax(codes, nested_absmax, nested_offset)
     if update is None:
         out.copy_(dequantize_nf4(packed, absmax, out.dtype))
     else:
         lora_A, lora_B, scaling = update
-        out.copy_(dequantize_nf4(packed, absmax).addmm_(lora_B.float(), lora_A.float(), alpha=scaling))
+        w = dequantize_nf4(packed, absmax)
+        w = w if row_scale is None else w * row_scale[:, None]
+        out.copy_(w.addmm_(lora_B.float(), lora_A.float(), alpha=scaling))
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,17 +24,23 @@ Rebuild = Callable[[torch.dtype], Tensor]  # gives W (n_out, n_in) in a dtype
 
 
 class Dropout(NamedTuple):
-    """What decides the dropout mask: the probability p and a seed for each row, (B,) int64."""
+    """What decides the dropout mask: the probability p, and for each token the seed and the place that it has.
+
+    A row has one seed, (B,) int64, and its tokens are numbered from 0. Or each token has its own of both, (B, T): in a
+    row that several others were laid into, it keeps those of its own row, and so its mask.
+    """
 
     p: float
     seed: Tensor
+    places: Tensor | None = None
 
     def mask(self, x: Tensor) -> Tensor:
         """For x (B, T, n_in): 0 where dropped and 1 / (1 - p) elsewhere, in float32 or more.
 
         In bfloat16 1 / 0.95 would be 0.2 % too large, and so would every update.
         """
-        return dropout_mask(x.shape, self.p, self.seed, torch.promote_types(x.dtype, torch.float32))
+        numbers = token_numbers(self.seed, x.shape[1], self.places)
+        return mask_of(numbers, x.shape[-1], self.p, torch.promote_types(x.dtype, torch.float32))
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -85,9 +91,15 @@ def dropout_mask(shape: Sequence[int], p: float, seed: Tensor, dtype: torch.dtyp
     return mask_of(token_numbers(seed, T), n_in, p, dtype)
 
 
-def token_numbers(seed: Tensor, T: int) -> Tensor:
-    """An odd 32-bit number for each of T tokens of every row: (..., B) int64 seeds -> (..., B, T) int32."""
-    return mix(to_32_bits(seed)[..., None] ^ mix(torch.arange(T, device=seed.device, dtype=torch.int32))) | 1
+def token_numbers(seed: Tensor, T: int, places: Tensor | None = None) -> Tensor:
+    """An odd 32-bit number for each of T tokens of every row: (..., B) int64 seeds -> (..., B, T) int32.
+
+    Args:
+        places: (B, T) int64, if tokens have their own; `seed` is then (..., B, T).
+    """
+    if places is None:
+        seed, places = seed[..., None], torch.arange(T, device=seed.device)
+    return mix(to_32_bits(seed) ^ mix(places.to(torch.int32))) | 1
 
 
 def mask_of(numbers: Tensor, n_in: int, p: float, dtype: torch.dtype) -> Tensor:

@@ -123,16 +123,31 @@ def lora_dx_add_(dx: Tensor, dxa: Tensor, A: Tensor, dropout: RowDropout | None 
         dx.add_(dropout.mask(dx).mul_(dxa @ A))
 
 
-def lora_backward_B(dy: Tensor, xa: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
+def lora_backward_B(
+    dy: Tensor, xa: Tensor, scaling: float, out: Tensor | None = None, row_scale: Tensor | None = None
+) -> Tensor:
     """dB = scaling * dy^T xa, the gradient of B.
 
     Args:
         dy: (N, n_out), rows may be slices of wider ones. xa: (N, r), likewise.
         out: (n_out, r) float32 to add to. None allocates it.
+        row_scale: (n_out,) float32, DoRA's c: multiplies the rows of dB.
     Returns:
         (n_out, r) float32 (float64 from float64); `out` if it was given.
     """
-    return gradient(dy.t(), xa, scaling, out)
+    if row_scale is None:
+        return gradient(dy.t(), xa, scaling, out)
+    dB = gradient(xa.t(), dy, scaling, None if out is None else out.t(), row_scale).t()
+    return dB if out is None else out
+
+
+def column_dot(dy: Tensor, y: Tensor) -> Tensor:
+    """The sum over the rows of dy * y, (columns,) float32 (float64 from float64), for DoRA's magnitudes.
+
+    Args:
+        dy, y: (N, columns), rows may be slices of wider ones.
+    """
+    return (dy.to(torch.promote_types(dy.dtype, torch.float32)) * y).sum(0)
 
 
 def gradient(left: Tensor, right: Tensor, scaling: float, out: Tensor | None, weight: Tensor | None = None) -> Tensor:

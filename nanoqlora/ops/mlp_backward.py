@@ -20,6 +20,8 @@ from . import lora_parts
 from .block_parts import swiglu_backward_
 from .lora_parts import RowDropout
 
+RowScales = tuple[Tensor, Tensor] | None
+
 
 def mlp_backward_(
     dact: Tensor,
@@ -31,7 +33,8 @@ def mlp_backward_(
     xa: Tensor,
     scalings: tuple[float, float],
     dBs: tuple[Tensor, Tensor],
-) -> None:
+    row_scales: RowScales = None,
+) -> Tensor | None:
     """Overwrite gate_up with its gradient and add to three LoRA gradients. dact is overwritten too.
 
     Args:
@@ -39,8 +42,11 @@ def mlp_backward_(
         dxa: (N, r) of down_proj. A: (r, FF) of down_proj, whose part of dact is added here; None if dact has it.
         dropout: down_proj's. dA: (r, FF) float32.
         xa: (N, r_gate + r_up). scalings: of gate_proj and up_proj. dBs: (FF, r_gate) and (FF, r_up) float32.
+        row_scales: of gate_proj and up_proj with DoRA, which multiply the rows of their dB.
+    Returns:
+        With DoRA (2 FF,) float32, the sum over the rows of gate_up times its gradient, else None.
     """
-    one_by_one(lora_parts, swiglu_backward_, dact, gate_up, dxa, A, dropout, dA, xa, scalings, dBs)
+    return one_by_one(lora_parts, swiglu_backward_, dact, gate_up, dxa, A, dropout, dA, xa, scalings, dBs, row_scales)
 
 
 def one_by_one(
@@ -55,12 +61,16 @@ def one_by_one(
     xa: Tensor,
     scalings: tuple[float, float],
     dBs: tuple[Tensor, Tensor],
-) -> None:
+    row_scales: RowScales,
+) -> Tensor | None:
     """`mlp_backward_` step by step, with the functions of `lora_parts` or with their twins of the same names."""
     if A is not None:
         lora.lora_dx_add_(dact, dxa, A, dropout)
+    values = gate_up.clone() if row_scales else None
     swiglu_backward_(dact, gate_up)
     lora.lora_backward_A(dxa, dact, dropout, dA)
-    parts = zip(gate_up.chunk(2, 1), xa.split([dB.shape[1] for dB in dBs], 1), scalings, dBs, strict=True)
-    for dy, xa_, scaling, dB in parts:
-        lora.lora_backward_B(dy, xa_, scaling, dB)
+    xas = xa.split([dB.shape[1] for dB in dBs], 1)
+    parts = zip(gate_up.chunk(2, 1), xas, scalings, dBs, row_scales or (None, None), strict=True)
+    for dy, xa_, scaling, dB, row_scale in parts:
+        lora.lora_backward_B(dy, xa_, scaling, dB, row_scale)
+    return None if values is None else lora.column_dot(gate_up, values)

@@ -14,7 +14,7 @@ from ..model import Llama
 
 
 class HostMemory:
-    """Tensors of one shape in pinned host memory, from forward to backward pass: last in, first out.
+    """Tensors of one dtype in pinned host memory, from forward to backward pass: last in, first out.
 
     Copies have a stream of their own, so they run beside the matmuls: during the backward pass of one block, the tensor
     of the next is already being copied. A tensor is released when the main stream has waited for its copy, at the next
@@ -34,8 +34,8 @@ class HostMemory:
 
     def put(self, x: Tensor) -> None:
         """Take a contiguous tensor, which the caller then drops."""
-        if self.copies and self.copies[0].shape != x.shape:
-            self.copies.clear()  # a batch of another shape
+        if self.count < len(self.copies) and self.copies[self.count].shape != x.shape:
+            del self.copies[self.count :]  # a batch of another shape
         if self.count == len(self.copies):
             self.copies.append(torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda))
         self.count += 1
@@ -60,12 +60,13 @@ class HostMemory:
         if not self.buffers:  # the first of a backward pass
             main.wait_stream(self.stream)
             self.leaving.clear()
-            self.buffers = [torch.empty_like(self.copies[n], device=device) for _ in range(2)]
+            largest = max(copy.numel() for copy in self.copies[: n + 1])
+            self.buffers = [torch.empty(largest, dtype=self.copies[n].dtype, device=device) for _ in range(2)]
             self.stream.wait_stream(main)
             self.fetch(n)
         main.wait_stream(self.stream)
         self.stream.wait_stream(main)  # the block above has finished with the buffer that is filled next
-        buffer = self.buffers[n % 2]
+        buffer = self.buffer(n)
         if n:
             self.fetch(n - 1)
         else:
@@ -75,7 +76,11 @@ class HostMemory:
     def fetch(self, n: int) -> None:
         """Begin to copy tensor n to its buffer."""
         with torch.cuda.stream(self.stream):
-            self.buffers[n % 2].copy_(self.copies[n], non_blocking=True)
+            self.buffer(n).copy_(self.copies[n], non_blocking=True)
+
+    def buffer(self, n: int) -> Tensor:
+        """Where tensor n comes back to on the device."""
+        return self.buffers[n % 2][: self.copies[n].numel()].view(self.copies[n].shape)
 
 
 class HostEmbedding(nn.Embedding):

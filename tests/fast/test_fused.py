@@ -7,9 +7,9 @@ from tiny_qlora import DEVICE, build, fuse
 
 import nanoqlora as nq
 from nanoqlora import ops
-from nanoqlora.fast.block import can_fuse
+from nanoqlora.fast.block import adapter_changed, can_fuse
 from nanoqlora.ops import Segments
-from nanoqlora.qlora import lora_layers
+from nanoqlora.qlora import ALL_LINEAR, lora_layers
 
 pytestmark = pytest.mark.slow
 
@@ -89,11 +89,75 @@ def test_kept_bytes_per_block(tmp_path):
         assert sum(storages.values()) <= numbers * B * T * 4 * 1.15, keep
 
 
-def test_fallback_when_not_all_layers_learn(tmp_path):
+TARGETS = {
+    "q and v": ("q_proj", "v_proj"),
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "all but down": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"),
+    "up": ("up_proj",),
+    "down": ("down_proj",),
+    "o": ("o_proj",),
+    "second block": ("layers.1.self_attn.k_proj", "layers.1.mlp.gate_proj"),
+    "all": ALL_LINEAR,
+}
+
+
+@pytest.mark.parametrize("keep", ["all", "mlp_host", "no_mlp", "input", "offload"])
+@pytest.mark.parametrize("mode", ["no dropout", "dropout", "merged", "DoRA"])
+@pytest.mark.parametrize("targets", [*TARGETS])
+def test_any_layers_with_an_update(tmp_path, targets, mode, keep):
+    """As through plain blocks: the layers without an update pass the gradient on, and have none of their own."""
     save_random_llama(tmp_path)
-    model = nq.Llama.from_pretrained(tmp_path, load_in_4bit=True, device=DEVICE)
-    nq.inject_lora(model, r=8, alpha=4, target_modules=("q_proj",))
-    assert not can_fuse(model)
+    in_4bit, dropout = keep != "no_mlp", 0.05 if mode == "dropout" else 0.0
+    options = {"targets": TARGETS[targets], "dora": mode == "DoRA", "load_in_4bit": in_4bit}
+    lengths = ((5, 28), (30, 3))
+    plain = results(build(tmp_path, torch.float32, dropout, **options), lengths)
+    model = build(tmp_path, torch.float32, dropout, **options)
+    fuse(model, keep, fold=mode == "merged")
+    fused = results(model, lengths)
+    assert len(fused) == len(plain)
+    for i, (a, b) in enumerate(zip(fused, plain, strict=True)):
+        assert (a - b).abs().max() <= 2e-5 * b.abs().max() + 1e-12, f"result {i}"
+
+
+def test_layers_below_the_first_update_save_nothing(tmp_path):
+    """Blocks that no gradient passes keep no activations, and the embedding needs none."""
+    save_random_llama(tmp_path)
+    model = build(tmp_path, torch.float32, 0.0, targets=("layers.1.self_attn.k_proj",))
+    fuse(model)
+    x = model.model.embed_tokens(torch.arange(20, device=DEVICE)[None])
+    rope = model.model.rope(torch.arange(20, device=DEVICE)[None])
+    y = model.model.layers[0](x, rope, Segments.one_per_row(1, 20), None)
+    assert not y.requires_grad
+    assert model.model.layers[1](y, rope, Segments.one_per_row(1, 20), None).requires_grad
+
+
+def test_row_scales_of_dora_follow_the_adapter(tmp_path):
+    """A changed A, B or magnitude counts from the next step on, in training and in evaluation."""
+    save_random_llama(tmp_path)
+    lengths = ((33,), (33,))
+    models = [build(tmp_path, torch.float32, 0.0, dora=True) for _ in range(2)]
+    fuse(models[1])
+    results(models[1], lengths)
+    for model in models:
+        for layer in lora_layers(model).values():
+            layer.lora_A.data.mul_(2)
+            layer.magnitude.data.mul_(0.5)
+            layer.lora_A.grad = layer.lora_B.grad = layer.magnitude.grad = None
+    models[1].model.embed_tokens.weight.grad = None
+    adapter_changed(models[1])
+    plain, fused = (results(model, lengths) for model in models)
+    for i, (a, b) in enumerate(zip(fused, plain, strict=True)):
+        assert (a - b).abs().max() <= 2e-5 * b.abs().max() + 1e-12, f"result {i}"
+    tokens = torch.arange(20, device=DEVICE)[None]
+    with torch.no_grad():
+        plain, fused = (model.eval()(tokens) for model in models)
+    assert (plain - fused).abs().max() <= 2e-5 * plain.abs().max()
+
+
+def test_dora_with_dropout_is_not_fused(tmp_path):
+    save_random_llama(tmp_path)
+    assert can_fuse(build(tmp_path, torch.float32, 0.0, dora=True))
+    assert not can_fuse(build(tmp_path, torch.float32, 0.1, dora=True))
 
 
 def test_first_block_learns_over_a_frozen_embedding(tmp_path):

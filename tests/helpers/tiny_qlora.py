@@ -5,7 +5,7 @@ import transformers
 
 import nanoqlora as nq
 from nanoqlora.fast.block import can_fuse, fuse_blocks
-from nanoqlora.qlora import block_linears, lora_layers, set_dropout_rows
+from nanoqlora.qlora import ALL_LINEAR, block_linears, lora_layers, set_dropout_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = torch.arange(60).view(2, 30) * 4
@@ -27,13 +27,17 @@ def dequantised_copy(model: nq.Llama, folder) -> transformers.LlamaForCausalLM:
     return theirs
 
 
-def build(folder, dtype: torch.dtype, dropout: float) -> nq.Llama:
-    model = nq.Llama.from_pretrained(folder, load_in_4bit=True, dtype=dtype, device=DEVICE)
-    nq.inject_lora(model, r=8, alpha=4, dropout=dropout)
+def build(
+    folder, dtype: torch.dtype, dropout: float, targets=ALL_LINEAR, dora: bool = False, load_in_4bit: bool = True
+) -> nq.Llama:
+    model = nq.Llama.from_pretrained(folder, load_in_4bit=load_in_4bit, dtype=dtype, device=DEVICE)
+    nq.inject_lora(model, r=8, alpha=4, dropout=dropout, target_modules=targets, use_dora=dora)
     g = torch.Generator().manual_seed(5)
     for layer in lora_layers(model).values():
         layer.lora_A.data.copy_(torch.randn(layer.lora_A.shape, generator=g) / 10)
         layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=g) / 10)
+        if dora:
+            layer.magnitude.data.mul_(1 + torch.rand(layer.magnitude.shape, generator=g).to(DEVICE) / 10)
     set_dropout_rows(model, torch.tensor([11, 12], device=DEVICE))
     return model.train()
 

@@ -168,6 +168,26 @@ def test_lora_backward_B(N, n_out, r, small, monkeypatch):
         assert module.lora_backward_B(dy, xa, scaling, out) is out
         total = before.double() + alone.double()
         assert ((out.double() - total).abs() <= STEP * total.abs() + 2 * sum_error).all()
+    scale = c.random(n_out).float()  # DoRA's
+    for module in (lora_triton, lora_parts):
+        out = before.clone()
+        assert module.lora_backward_B(dy, xa, scaling, out, scale) is out
+        for scaled, base in ((out, before.double()), (module.lora_backward_B(dy, xa, scaling, None, scale), 0)):
+            part = scale.double()[:, None] * true
+            error, rounding = (scaled.double() - base - part).abs(), U * part.abs() * (module is lora_parts)
+            assert (error <= 4 * STEP * scaled.abs() + 2 * scale.abs()[:, None] * sum_error + rounding).all()
+
+
+@pytest.mark.parametrize("N, columns", [(1, 8), (33, 130), (130, 576)])
+def test_column_dot(N, columns):
+    """Slices of wider tensors. A sum of N products in float32: N + 1 roundings of its absolute values."""
+    c = Case(1, N, columns, 16)
+    dy, y = c.random(N, columns + 16)[:, 8 : 8 + columns], c.random(N, columns + 8)[:, :columns]
+    true = (dy.double() * y.double()).sum(0)
+    for module in (lora_triton, lora_parts):
+        got = module.column_dot(dy, y)
+        assert got.shape == (columns,) and got.dtype == torch.float32
+        assert ((got - true).abs() <= (N + 1) * STEP * (dy.double() * y.double()).abs().sum(0)).all()
 
 
 @pytest.mark.parametrize(

@@ -48,10 +48,19 @@ def test_mlp_backward(shape, p, folded):
     c, kwargs = operands(*shape, p)
     if folded:
         kwargs["A"] = None
+        kwargs["row_scales"] = tuple(c.random(shape[1]).float().abs() + 0.5 for _ in range(2))  # DoRA is merged
     exact, plain, ours = copied(kwargs, torch.float64), copied(kwargs), copied(kwargs)
-    mlp_backward.mlp_backward_(**exact)
-    mlp_backward.mlp_backward_(**plain)
-    mlp_backward_triton.mlp_backward_(**ours)
+    dots = [
+        module.mlp_backward_(**values)
+        for module, values in ((mlp_backward, exact), (mlp_backward, plain), (mlp_backward_triton, ours))
+    ]
+    if folded:
+        true, reference, got = dots
+        assert got.shape == (2 * shape[1],) and got.dtype == torch.float32
+        own = max(rms(reference.double() - true), STEP * rms(true))
+        assert rms(got.double() - true) <= 2 * own, "sums of gate and up times their gradients"
+    else:
+        assert dots == [None] * 3
     for name in ("gate_up", "dA"):
         own = max(rms(plain[name].double() - exact[name]), STEP * rms(exact[name]))
         assert rms(ours[name].double() - exact[name]) <= 2 * own, name

@@ -362,3 +362,9 @@ def test_dequantize_merged(shape, r, dtype, lora_dtype):
     inner = (r + 2) * E * 0.3 * (lora_B.double().abs() @ lora_A.double().abs()) + E * true.abs()
     check(out, plain, true, inner)
     assert frame_is_whole(out, buffer)
+    c = 1 + torch.rand(n_out, generator=torch.Generator().manual_seed(3)).to(DEVICE)  # DoRA's row scale
+    scaled = true + (c.double()[:, None] - 1) * w.double()
+    plain = (w * c[:, None] + 0.3 * (lora_B.float() @ lora_A.float())).to(dtype)
+    nf4_triton.dequantize_nf4_merged(*(x.to(DEVICE) for x in parts), lora_A, lora_B, 0.3, out, c)
+    check(out, plain, scaled, inner + 2 * E * (w.double() * c.double()[:, None]).abs() + E * scaled.abs())
+    assert frame_is_whole(out, buffer)

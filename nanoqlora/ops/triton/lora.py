@@ -173,11 +173,26 @@ def lora_dx_add_(dx: Tensor, dxa: Tensor, A: Tensor, dropout: RowDropout | None 
     )  # fmt: skip
 
 
-def lora_backward_B(dy: Tensor, xa: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
+def lora_backward_B(
+    dy: Tensor, xa: Tensor, scaling: float, out: Tensor | None = None, row_scale: Tensor | None = None
+) -> Tensor:
     """As `lora_parts.lora_backward_B`."""
     dB = dy.new_empty(dy.shape[1], xa.shape[1], dtype=torch.float32) if out is None else out
-    add_parts(sums_over_rows(xa, dy, scaling, None), dB.t(), add=out is not None)
+    add_parts(sums_over_rows(xa, dy, scaling, None), dB.t(), add=out is not None, weight=row_scale)
     return dB
+
+
+def column_dot(dy: Tensor, y: Tensor) -> Tensor:
+    """As `lora_parts.column_dot`."""
+    (N, K), tile = dy.shape, Tile(32, 128, 4, 3, 1056)
+    blocks, tiles = triton.cdiv(K, tile.columns), triton.cdiv(N, tile.rows)
+    splits = max(1, min(tile.programs // blocks, tiles))
+    parts = dy.new_empty(splits, K, dtype=torch.float32)
+    column_dot_kernel[(blocks, splits)](
+        dy, y, parts, N, tiles, *row_strides(dy, y),
+        K=K, BLOCK_T=tile.rows, BLOCK_K=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return parts.sum(0)
 
 
 def place_adapter(A: Tensor, B: Tensor, scaling: float, A_rows: Tensor, B_columns: Tensor, first: int) -> None:
@@ -329,6 +344,24 @@ def rows_kernel(
         rc = r + c * BLOCK_R
         here = parts + (tl.program_id(1) * R + rc)[:, None] * K + k[None, :]
         tl.store(here, sums[c] * scale, mask=(rc < R)[:, None] & (k < K)[None, :])
+
+
+@triton.jit
+def column_dot_kernel(
+    dy, y, parts, N, tiles, stride_dy, stride_y, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Program (block of columns, part of the tiles of rows)."""
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    share = ceil_div(tiles, tl.num_programs(1))
+    begin = tl.program_id(1) * share
+    total = tl.full((BLOCK_K,), 0.0, tl.float32)
+    for tile in range(begin, tl.minimum(begin + share, tiles)):
+        row = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+        rows, inside = row.to(tl.int64), (row < N)[:, None] & (k < K)[None, :]
+        dy_ = tl.load(dy + rows[:, None] * stride_dy + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        y_ = tl.load(y + rows[:, None] * stride_y + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(dy_ * y_, axis=0)
+    tl.store(parts + tl.program_id(1) * K + k, total, mask=k < K)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..lora_parts import RowDropout
-from ..mlp_backward import one_by_one
+from ..mlp_backward import RowScales, one_by_one
 from . import elementwise as elementwise_triton
 from . import lora as lora_triton
 from .lora import Masking, Tile, add_parts, ceil_div, kept, row_strides
@@ -33,33 +33,37 @@ def mlp_backward_(
     xa: Tensor,
     scalings: tuple[float, float],
     dBs: tuple[Tensor, Tensor],
-) -> None:
+    row_scales: RowScales = None,
+) -> Tensor | None:
     """As `mlp_backward.mlp_backward_`."""
     N, FF = dact.shape
     ranks = [len(dA), *(dB.shape[1] for dB in dBs)]
     if max(ranks) > LARGEST_RANK or dact.dtype == torch.float32:
         swiglu_backward_ = elementwise_triton.swiglu_backward_
-        one_by_one(lora_triton, swiglu_backward_, dact, gate_up, dxa, A, dropout, dA, xa, scalings, dBs)
-        return
+        operands = dact, gate_up, dxa, A, dropout, dA, xa, scalings, dBs, row_scales
+        return one_by_one(lora_triton, swiglu_backward_, *operands)
     masking, tile = Masking.of(dropout, N), TILES[dropout is not None]
     blocks, tiles = triton.cdiv(FF, tile.columns), triton.cdiv(N, tile.rows)
     splits = max(1, min(tile.programs // blocks, tiles))
-    parts = dact.new_empty(splits, sum(ranks), FF, dtype=torch.float32)
+    parts = dact.new_empty(splits, sum(ranks) + (2 if row_scales else 0), FF, dtype=torch.float32)
     mlp_backward_kernel[(blocks, splits)](
         dact, gate_up, dxa, A, xa, parts, *masking, *scalings,
         N, tiles, *row_strides(dact, gate_up, dxa, xa), 0 if A is None else A.stride(0),
-        FF=FF, R=ranks[0], R_GATE=ranks[1], R_UP=ranks[2], BLOCK_T=tile.rows, BLOCK_K=tile.columns,
+        parts.stride(0), FF=FF, R=ranks[0], R_GATE=ranks[1], R_UP=ranks[2],
+        DORA=row_scales is not None, BLOCK_T=tile.rows, BLOCK_K=tile.columns,
         BLOCK_R=max(16, triton.next_power_of_2(max(ranks))), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    for ours, place in zip(parts.split(ranks, 1), (dA, dBs[0].t(), dBs[1].t()), strict=True):
-        add_parts(ours, place, add=True)
+    places = zip((dA, dBs[0].t(), dBs[1].t()), (None, *(row_scales or (None, None))), strict=True)
+    for ours, (place, weight) in zip(parts[:, : sum(ranks)].split(ranks, 1), places, strict=True):
+        add_parts(ours, place, add=True, weight=weight)
+    return parts[:, -2:].sum(0).flatten() if row_scales else None
 
 
 @triton.jit
 def mlp_backward_kernel(
     dact, gate_up, dxa, A, xa, parts, numbers, threshold, scale, scaling_gate, scaling_up,
-    N, tiles, stride_dact, stride_gate_up, stride_dxa, stride_xa, stride_A,
-    FF: tl.constexpr, R: tl.constexpr, R_GATE: tl.constexpr, R_UP: tl.constexpr,
+    N, tiles, stride_dact, stride_gate_up, stride_dxa, stride_xa, stride_A, stride_part,
+    FF: tl.constexpr, R: tl.constexpr, R_GATE: tl.constexpr, R_UP: tl.constexpr, DORA: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (block of columns, part of the tiles of rows)."""
@@ -70,6 +74,8 @@ def mlp_backward_kernel(
     sum_A = tl.full((BLOCK_R, BLOCK_K), 0.0, tl.float32)
     sum_gate = tl.full((BLOCK_R, BLOCK_K), 0.0, tl.float32)
     sum_up = tl.full((BLOCK_R, BLOCK_K), 0.0, tl.float32)
+    dot_gate = tl.full((BLOCK_T, BLOCK_K), 0.0, tl.float32)  # summed over the rows once, at the end
+    dot_up = tl.full((BLOCK_T, BLOCK_K), 0.0, tl.float32)
     if A is not None:
         A_ = tl.load(A + r[:, None] * stride_A + k[None, :], mask=(r < R)[:, None] & (k < FF)[None, :], other=0.0)
     for tile in range(begin, tl.minimum(begin + share, tiles)):
@@ -104,11 +110,18 @@ def mlp_backward_kernel(
         dup = (d * silu).to(dact.dtype.element_ty)
         tl.store(gate_place, dgate, mask=inside)
         tl.store(gate_place + FF, dup, mask=inside)
+        if DORA:
+            dot_gate += dgate.to(tl.float32) * gate
+            dot_up += dup.to(tl.float32) * up
         sum_A = tl.dot(tl.trans(dxa_), act, sum_A, input_precision="ieee")
         sum_gate = tl.dot(tl.trans(xa_gate), dgate, sum_gate, input_precision="ieee")
         sum_up = tl.dot(tl.trans(xa_up), dup, sum_up, input_precision="ieee")
-    here = parts + (tl.program_id(1) * (R + R_GATE + R_UP) + r)[:, None] * FF + k[None, :]
+    part = parts + tl.program_id(1) * stride_part
+    here = part + r[:, None] * FF + k[None, :]
     in_FF = (k < FF)[None, :]
     tl.store(here, sum_A * scale, mask=in_FF & (r < R)[:, None])
     tl.store(here + R * FF, sum_gate * scaling_gate, mask=in_FF & (r < R_GATE)[:, None])
     tl.store(here + (R + R_GATE) * FF, sum_up * scaling_up, mask=in_FF & (r < R_UP)[:, None])
+    if DORA:
+        tl.store(part + (R + R_GATE + R_UP) * FF + k, tl.sum(dot_gate, axis=0), mask=k < FF)
+        tl.store(part + (R + R_GATE + R_UP + 1) * FF + k, tl.sum(dot_up, axis=0), mask=k < FF)

@@ -70,12 +70,14 @@ def dequantize_nf4_merged(
     lora_B: Tensor,
     scaling: float,
     out: Tensor,
+    row_scale: Tensor | None = None,
 ) -> None:
     """W + scaling * B A: added in float32, rounded once. Without dropout this matrix is the complete layer.
 
     Args:
         lora_A: (r, n_in). lora_B: (n_out, r), of the same dtype, rows may be slices. bfloat16 uses the tensor cores and
             adds 2 r operations per weight, which overlap with the memory traffic; float32 is exact and slow.
+        row_scale: (n_out,) float32, DoRA's: W's rows are multiplied by it.
         the others: as in `dequantize_nf4_double`.
     """
     n_out, n_in = check_shapes(packed, codes, out)
@@ -85,7 +87,7 @@ def dequantize_nf4_merged(
     rows, columns, num_warps = MERGED[lora_A.dtype]
     dequantize_merged_kernel[(triton.cdiv(n_in, columns), triton.cdiv(n_out, rows))](
         *(packed.view(torch.int32), codes, nested_absmax, nested_offset),
-        *(nf4_levels(packed.device), nf4.dynamic_levels(packed.device), lora_A, lora_B, scaling, out),
+        *(nf4_levels(packed.device), nf4.dynamic_levels(packed.device), lora_A, lora_B, scaling, out, row_scale),
         *(n_out, out.stride(0), lora_A.stride(0), lora_B.stride(0), r),
         N_IN=n_in,
         RANK=max(16, triton.next_power_of_2(r)),  # tensor cores need at least 16
@@ -159,6 +161,7 @@ def dequantize_merged_kernel(
     lora_B_ptr,
     scaling,
     out_ptr,
+    row_scale_ptr,
     n_out,
     row_stride,
     A_stride,
@@ -196,5 +199,7 @@ def dequantize_merged_kernel(
 
     levels = tl.load(nf4_levels_ptr + tl.arange(0, 16))
     w = look_up(words, levels, ROWS, COLUMNS) * absmax
+    if row_scale_ptr is not None:
+        w *= tl.load(row_scale_ptr + row, mask=real_row, other=0.0)[:, None]
     place = row[:, None] * row_stride + column[None, :]
     tl.store(out_ptr + place, w + scaling * update, mask=real_row[:, None] & real_column[None, :])

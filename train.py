@@ -129,7 +129,7 @@ def train_loop(run: Run, start: int, stop: list[bool], display: Display, ask: As
 def evaluate(run: Run, step: int) -> float:
     """Held-out loss in nats per supervised token, logged."""
     run.model.eval()
-    loss = loss_over_ranks(run.model, run.held_out, run.config.sequence_len, run.rank, run.ranks)
+    loss = loss_over_ranks(run.model, run.held_out, run.config.sequence_len, run.rank, run.ranks, run.body)
     run.model.train()
     run.metrics.write({"step": step, "eval_loss": round(loss, 6), "eval_perplexity": round(math.exp(loss), 4)})
     return loss

@@ -249,7 +249,7 @@ class Config(Keys):
 
     @property
     def row_width(self) -> int:
-        """Tokens that every row is padded to; 0: to the longest row of its micro-batch.
+        """Tokens that every row is padded to; 0: the rows of a micro-batch are laid one after another.
 
         Packed rows are nearly full anyway, and tensors of one size find their place in memory again.
         """

@@ -100,8 +100,15 @@ class Batch:
     targets: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        tokens, *others = (x.to(device, non_blocking=True) for x in (self.tokens, self.supervised, self.targets))
+        tokens, *others = (to_device(x, device) for x in (self.tokens, self.supervised, self.targets))
+        if device.type == "cuda":  # what attention and RoPE will ask for
+            self.segments.ends(device), self.segments.positions
         return Batch(tokens, self.segments, *others)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device; a GPU's is made while it computes, from pinned memory."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def collate(rows: list[list[Sample]], pad_to: int = 0) -> Batch:
@@ -126,6 +133,17 @@ def collate(rows: list[list[Sample]], pad_to: int = 0) -> Batch:
     flat = targets.flatten()
     supervised = (flat != IGNORED).nonzero().squeeze(1)
     return Batch(tokens, Segments(tuple(lengths)), supervised, flat[supervised])
+
+
+def token_places(row_lengths: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
+    """Where the tokens of rows come from that are laid one after another into one of `width` tokens.
+
+    Returns:
+        The number of each token's row and its place in that row, both (1, width) int64. Padding is one row more.
+    """
+    lengths = [*row_lengths, width - sum(row_lengths)]
+    rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return rows[None], torch.cat([torch.arange(n) for n in lengths])[None]
 
 
 def micro_batches(rows: list[Any], micro_batch_size: int, rank: int, ranks: int) -> Iterator[tuple[int, list[Any]]]:

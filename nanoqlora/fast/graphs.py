@@ -8,8 +8,12 @@ reads and writes at fixed addresses, so its inputs are copied there first:
     gradient of the hidden states                       ->  [blocks backward] ->  added to the gradients of A and B
 
 Embedding, head, loss and optimizer are a few launches and stay outside. The number of documents and the longest length
-are launch parameters of attention, so each is rounded up to a power of two, and every pair has its own graphs.
+are launch parameters of attention: a graph has those of its first batch, rounded up to powers of two, and runs every
+batch that needs no more. Rows that are laid into one have a width of their own in each micro-batch; it is rounded up to
+a few (`recorded_width`), each with its own graph. Evaluation has graphs too, of the forward pass only.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +29,7 @@ from .block import ON_HOST, FusedBlock, gradient_of
 def can_record(model: Llama) -> bool:
     """Whether the blocks can be recorded: fused, on one GPU, with nothing offloaded, in 16 bits.
 
-    In float32 no kernel takes several documents, and attention creates a mask for every batch.
+    In float32 no kernel takes several documents.
     """
     blocks, weight = model.model.layers, model.model.norm.weight
     return (
@@ -34,6 +38,12 @@ def can_record(model: Llama) -> bool:
         and not hasattr(model, "store")  # the blocks are gathered while they run
         and all(isinstance(b, FusedBlock) and b.keep not in ON_HOST for b in blocks)
     )
+
+
+def recorded_width(tokens: int) -> int:
+    """The width of the graph for so many tokens in a row: the next 2^k or 1.5 * 2^k, from 128 on."""
+    width = max(128, power_of_two(tokens))
+    return width * 3 // 4 if tokens <= width * 3 // 4 and width > 128 else width
 
 
 class RecordedSegments:
@@ -45,6 +55,12 @@ class RecordedSegments:
         self._ends = torch.zeros(power_of_two(len(segments.documents)) + 1, dtype=torch.int32, device=device)
         self.set(segments)
 
+    def fits(self, segments: Segments) -> bool:
+        """Whether this graph can run these documents."""
+        if self.one_each or segments.one_each:
+            return self.one_each and segments.one_each
+        return len(segments.documents) < len(self._ends) and segments.longest <= self.longest
+
     def set(self, segments: Segments) -> None:
         ends = segments.ends(self._ends.device)
         self._ends[: len(ends)].copy_(ends)
@@ -54,81 +70,98 @@ class RecordedSegments:
         return self._ends
 
 
-class Buffers:
-    """What all recordings share: tensors at fixed addresses, the memory pool of the graphs, and a stream.
+class Buffers(NamedTuple):
+    """Tensors at fixed addresses, for B rows of T tokens each. Graphs of fewer tokens use a part of them."""
 
-    Sharing is safe because the backward graph of one recording runs before the forward graph of the next: so all
-    recordings need the memory of one.
-    """
+    x: Tensor  # (B, T, D)
+    cos: Tensor  # (B, T, hd / 2) float32; sin likewise
+    sin: Tensor
+    seeds: Tensor  # (B, T) int64, and places: as `set_dropout_rows` takes them
+    places: Tensor
+    dy: Tensor  # (B, T, D)
+    y: Tensor
 
-    def __init__(self, x: Tensor, rope: tuple[Tensor, Tensor], row_seeds: Tensor | None) -> None:
-        self.x = x.detach().clone()
-        self.rope = tuple(c.clone() for c in rope)
-        self.seeds = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    @classmethod
+    def like(cls, x: Tensor, rope: tuple[Tensor, Tensor]) -> "Buffers":
+        """For batches of up to as many tokens as x (B, T, D) has."""
+        seeds, places = (torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device) for _ in range(2))
+        ours, dy, y = (torch.zeros_like(x) for _ in range(3))
+        return cls(ours, torch.zeros_like(rope[0]), torch.zeros_like(rope[1]), seeds, places, dy, y)
+
+    def part(self, B: int, T: int) -> "Buffers":
+        """The first tokens of the same tensors as B rows of T."""
+        return Buffers(*(tensor.flatten(0, 1)[: B * T].unflatten(0, (B, T)) for tensor in self))
+
+    def fill(self, x: Tensor, rope: tuple[Tensor, Tensor], row_seeds: Tensor | None, places: Tensor | None) -> None:
+        """Copy a batch; the seeds may be of fewer rows."""
+        for ours, given in zip((self.x, self.cos, self.sin), (x, *rope), strict=True):
+            ours.copy_(given)
         if row_seeds is not None:
-            self.seeds.copy_(row_seeds)
-        self.dy, self.y = torch.zeros_like(x), torch.empty_like(x)
-        self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream()  # one, because cuBLAS allocates 32 MiB for each stream and thread
+            rows = slice(len(row_seeds))
+            self.seeds[rows].copy_(row_seeds[:, None] if places is None else row_seeds)
+            self.places[rows].copy_(torch.arange(x.shape[1], device=x.device) if places is None else places)
 
 
 class Recording:
-    """Forward and backward graphs of all blocks and the last norm, for B rows of T tokens."""
+    """The graphs of all blocks and the last norm for B rows of T tokens: forward, and backward unless in evaluation."""
 
-    def __init__(self, model: Llama, buffers: Buffers, segments: Segments, is_first: bool) -> None:
-        self.model, self.buffers = model, buffers
-        self.segments = RecordedSegments(segments, buffers.x.shape[1], buffers.x.device)
-        self.layers = list(lora_layers(model).values())
-        row_seeds = self.layers[0].row_seeds
-        for layer in self.layers:
-            layer.row_seeds = buffers.seeds
+    def __init__(self, body: "GraphedBody", buffers: Buffers, segments: Segments) -> None:
+        self.model, self.pool, self.stream, self.buffers = body.model, body.pool, body.stream, buffers
+        self.B, self.T = buffers.x.shape[:2]
+        self.trains = torch.is_grad_enabled()
+        self.segments = RecordedSegments(segments, self.T, buffers.x.device)
+        layers = body.layers
+        before = [(layer.row_seeds, layer.places) for layer in layers]
+        for layer in layers:
+            layer.row_seeds, layer.places = buffers.seeds, buffers.places
             # Gradients that are allocated during the recording would be set to zero in every replay.
-            gradient_of(layer.lora_A), gradient_of(layer.lora_B)
-        if is_first:
-            self.warm_up(segments)
+            for parameter in layer.parameters(recurse=False):
+                if parameter.requires_grad:
+                    gradient_of(parameter)
+        self.warm_up()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
-        before = torch.cuda.memory_stats()["active_bytes.all.current"]
+        in_use = torch.cuda.memory_stats()["active_bytes.all.current"]
         torch.cuda.reset_peak_memory_stats()
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with self.capture(self.forward):
             y = self.run(self.segments)
             buffers.y.copy_(y.detach())
-        held = torch.cuda.memory_stats()["active_bytes.all.current"] - before
-        with self.capture(self.backward):
-            y.backward(buffers.dy)
+        held = torch.cuda.memory_stats()["active_bytes.all.current"] - in_use
+        if y.requires_grad:
+            with self.capture(self.backward):
+                y.backward(buffers.dy)
+        del y
         peak = torch.cuda.memory_stats()["active_bytes.all.peak"]
         stats.count_graph(held=held, peak=peak)
         torch.cuda.reset_peak_memory_stats()  # the graph's peak is counted; from here on the allocator sees the rest
-        for layer in self.layers:
-            layer.row_seeds = row_seeds
+        for layer, (seeds, places) in zip(layers, before, strict=True):
+            layer.row_seeds, layer.places = seeds, places
 
     def capture(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
         """Record what runs within. thread_local: NCCL's watchdog thread calls the GPU in the meantime."""
-        buffers = self.buffers
-        return torch.cuda.graph(graph, pool=buffers.pool, stream=buffers.stream, capture_error_mode="thread_local")
+        return torch.cuda.graph(graph, self.pool.id, self.stream, capture_error_mode="thread_local")
 
-    def warm_up(self, segments: Segments) -> None:
-        """Run one block, so that kernels are compiled and loaded and shared buffers allocated, for both attentions.
+    def warm_up(self) -> None:
+        """Run one block, so that kernels are compiled and loaded and shared buffers allocated.
 
-        Only before the first recording: a block that runs outside of the graphs later would need memory of its own.
-        dy is zero, so nothing is added to the gradients.
+        Its memory comes from the pool of the graphs. dy is zero, so nothing is added to the gradients.
         """
-        buffers = self.buffers
-        B, T = buffers.x.shape[:2]
-        other = Segments(((1, T - 1),) * B) if segments.one_each else Segments.one_per_row(B, T)
-        buffers.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(buffers.stream):
-            for kind in (self.segments, RecordedSegments(other, T, buffers.x.device)):
-                self.run(kind, blocks=1).backward(buffers.dy)
-        torch.cuda.current_stream().wait_stream(buffers.stream)
+        self.buffers.dy.zero_()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
+            y = self.run(self.segments, blocks=1)
+            if y.requires_grad:
+                y.backward(self.buffers.dy)
+            del y
+        torch.cuda.current_stream().wait_stream(self.stream)
 
     def run(self, segments: RecordedSegments, blocks: int | None = None) -> Tensor:
         """The last norm's result, after all blocks or the first few."""
-        h = self.buffers.x
+        h, rope = self.buffers.x, (self.buffers.cos, self.buffers.sin)
         for block in self.model.model.layers[:blocks]:
-            h = block(h, self.buffers.rope, segments, None)
+            h = block(h, rope, segments, None)
         return self.model.model.norm(h)
 
 
@@ -149,49 +182,64 @@ class Replay(torch.autograd.Function):
 
 
 class GraphedBody:
-    """As `model.model(tokens, segments)` in training, with graphs recorded at the first batch of each kind.
+    """As `model.model(tokens, segments)`, with graphs recorded at the first batch that no earlier one fits.
 
     A batch with fewer rows than the first, such as the last of an epoch, runs in the same graphs: rows of zeros are
     added, and their results are dropped. Their gradients are zero. Launched kernel by kernel, it would need memory for
     its activations beside that of the graphs, which is never freed.
+
+    All graphs share one pool of memory, which is safe because the backward graph of one runs before the forward graph
+    of the next: together they need the memory of the largest.
     """
 
     def __init__(self, model: Llama) -> None:
-        self.model = model
-        self.buffers: Buffers | None = None  # created with the first batch, whose shape all graphs have
-        self.recordings: dict[bool | tuple[int, int], Recording] = {}
+        self.model, self.layers = model, list(lora_layers(model).values())
+        self.buffers: Buffers | None = None  # for the largest batch so far
+        self.recordings: list[Recording] = []
+        self.pool: Any = torch.cuda.MemPool()  # its id is typed differently from what graphs take
+        self.stream = torch.cuda.Stream()  # one, because cuBLAS allocates 32 MiB for each stream and thread
 
     def __call__(self, tokens: Tensor, segments: Segments) -> Tensor:
-        (count, width), body = tokens.shape, self.model.model
-        B, T = self.buffers.x.shape[:2] if self.buffers else tokens.shape
-        if width != T or count > B:
-            raise ValueError(f"graphs of {B} rows of {T} tokens cannot run {count} rows of {width}")
-        x = F.pad(body.embed_tokens(tokens), (0, 0, 0, 0, 0, B - count))
+        (count, T), body = tokens.shape, self.model.model
+        for block in body.layers:
+            assert isinstance(block, FusedBlock)
+            block.measure_rows()  # before any of them is recorded or replayed; it holds for one step
+        recording, B = self.find(count, T, segments)
         segments = with_empty_rows(segments, B - count)
+        x = F.pad(body.embed_tokens(tokens), (0, 0, 0, 0, 0, B - count))
         rope = body.rope(segments.positions.to(tokens.device))
-        recording = self.recording_for(x, rope, segments)
-        recording.buffers.x.copy_(x)
-        for ours, given in zip(recording.buffers.rope, rope, strict=True):
-            ours.copy_(given)
-        seeds = recording.layers[0].row_seeds
-        if seeds is not None:
-            recording.buffers.seeds[:count].copy_(seeds)
+        buffers = recording.buffers if recording else self.buffers_for(x, rope)
+        layer = self.layers[0]
+        buffers.fill(x, rope, layer.row_seeds if layer.training else None, layer.places)
+        if recording is None:
+            recording = Recording(self, buffers, segments)
+            self.recordings.append(recording)
         recording.segments.set(segments)
-        return Replay.apply(recording.buffers.x.detach().requires_grad_(), recording)[:count]
+        if not recording.trains:
+            recording.forward.replay()
+            return buffers.y[:count]
+        return Replay.apply(buffers.x.detach().requires_grad_(), recording)[:count]
 
-    def recording_for(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> Recording:
-        """The recording for such documents; made now if this is their first batch."""
-        kind = segments.one_each or (power_of_two(len(segments.documents)), power_of_two(segments.longest))
-        if kind not in self.recordings:
-            is_first = self.buffers is None
-            row_seeds = next(iter(lora_layers(self.model).values())).row_seeds
-            self.buffers = self.buffers or Buffers(x, rope, row_seeds)
-            self.recordings[kind] = Recording(self.model, self.buffers, segments, is_first)
-        return self.recordings[kind]
+    def find(self, count: int, T: int, segments: Segments) -> tuple[Recording | None, int]:
+        """A recording that can run this batch, and its rows; without one, how many rows it should have."""
+        alike = [r for r in self.recordings if r.trains == torch.is_grad_enabled() and r.T == T and r.B >= count]
+        for recording in alike:
+            if recording.segments.fits(with_empty_rows(segments, recording.B - count)):
+                return recording, recording.B
+        return None, max((recording.B for recording in alike), default=count)
+
+    def buffers_for(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Buffers:
+        """Buffers of the shape of x, part of those that there are, or of new ones if these are too small."""
+        B, T, _ = x.shape
+        if self.buffers is None or self.buffers.seeds.numel() < B * T:
+            self.buffers = Buffers.like(x.detach(), rope)
+        return self.buffers.part(B, T)
 
 
 def with_empty_rows(segments: Segments, count: int) -> Segments:
     """The same with `count` rows of padding at the end, whose documents are as long as this kind of graph allows."""
+    if not count:
+        return segments  # which has its tensors already
     T = sum(segments.lengths[0])
     longest = T if segments.one_each else min(T, power_of_two(segments.longest))
     row = (longest,) * (T // longest) + ((T % longest,) if T % longest else ())

@@ -54,7 +54,8 @@ class Segments:
         """(number of documents + 1,) int32 on `device`: where each document ends when all rows are concatenated."""
         if device not in self._ends:
             lengths = [0, *(length for row in self.lengths for length in row)]
-            self._ends[device] = torch.tensor(lengths, device=device).cumsum(0).to(torch.int32)
+            ends = torch.tensor(lengths).cumsum(0).to(torch.int32)
+            self._ends[device] = (ends.pin_memory() if device.type == "cuda" else ends).to(device, non_blocking=True)
         return self._ends[device]
 
     @cached_property

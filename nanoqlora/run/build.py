@@ -71,7 +71,7 @@ def build_run(
         ranks=ranks,
         device=device,
         model=built.model,
-        body=GraphedBody(built.model) if config.row_width and can_record(built.model) else built.model.model,
+        body=GraphedBody(built.model) if can_record(built.model) else built.model.model,
         store=built.store,
         keeps=built.keeps,
         flat=flat,
@@ -169,7 +169,7 @@ def make_fast(model: Llama, keeps: list[Keep], is_resident: bool, say: Callable[
     """Put fused blocks in place of plain ones, where that is possible, each with its entry of `keeps`."""
     if not can_fuse(model):
         recomputed = ", and recomputed in the backward pass" if set(keeps) != {"all"} else ""
-        say(f"plain blocks are used, which is slower{recomputed}: the fused one needs all seven linear layers, no DoRA")
+        say(f"plain blocks are used, which is slower{recomputed}: the fused one takes DoRA with lora_dropout: 0 only")
         for block, keep in zip(model.model.layers, keeps, strict=True):
             assert isinstance(block, Block)
             block.recompute = keep != "all"

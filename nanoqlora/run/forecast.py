@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,19 +53,18 @@ def operations(config: ModelConfig, rows: Iterable[list[int]], width: int, super
     """Multiplications and additions of a micro-batch: 4 a weight and token, 4 a weight of the head and counted token.
 
     Args:
-        rows: for each row the lengths of its documents. width: tokens that rows are padded to; 0: to the longest.
+        rows: for each row the lengths of its documents. width: tokens that rows are padded to; 0: they are not.
         supervised: share of the tokens that count. The frozen weights have no gradient: 2 forward, 2 backward.
     """
     D, hd = config.hidden_size, config.head_dim
     heads, kv = config.num_attention_heads * hd, config.num_key_value_heads * hd
     block = D * (2 * heads + 2 * kv + 3 * config.intermediate_size)
     rows = list(rows)
-    T = width or max(map(sum, rows))
-    squares = sum(n * n for row in rows for n in (*row, T - sum(row)))  # each document attends to itself alone
+    padding = [width - sum(row) for row in rows if width]
+    squares = sum(n * n for row in (*rows, padding) for n in row)  # each document attends to itself alone
     tokens = sum(map(sum, rows))
-    per_layer = (
-        4 * block * T * len(rows) + 6 * heads * squares
-    )  # attention: 2 matmuls forward, 4 backward, half a square
+    # Attention: 2 matmuls forward, 4 backward, half a square.
+    per_layer = 4 * block * (tokens + sum(padding)) + 6 * heads * squares
     return config.num_hidden_layers * per_layer + 4 * D * config.vocab_size * tokens * supervised
 
 
@@ -79,10 +78,10 @@ def measure(run: Run, num_evals: int, num_saves: int) -> Forecast:
     """
     config, size = run.config, run.config.micro_batch_size
     costs = micro_batch_costs(run)
-    longest, median = costs[-1], costs[len(costs) // 2]
+    longest, median = max(costs, key=lambda cost: (cost.tokens, cost.operations)), costs[len(costs) // 2]
 
-    def once(cost: tuple[float, int, int]) -> float:
-        rows = run.plan[cost[1]].rows[cost[2] : cost[2] + size]
+    def once(cost: Cost) -> float:
+        rows = run.plan[cost.step].rows[cost.first : cost.first + size]
         return timed(lambda: forward_backward(run, rows), run.device)
 
     before = memory_figures(run.device)
@@ -92,7 +91,7 @@ def measure(run: Run, num_evals: int, num_saves: int) -> Forecast:
         longest_s = once(longest)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"the longest micro-batch, in step {longest[1] + 1}, does not fit {run.device}: "
+            f"the longest micro-batch, in step {longest.step + 1}, does not fit {run.device}: "
             f"{str(error).split('. ')[0]}. Set gradient_checkpointing to auto or true, or a smaller micro_batch_size "
             f"or sequence_len."
         ) from error
@@ -103,14 +102,14 @@ def measure(run: Run, num_evals: int, num_saves: int) -> Forecast:
     run.optimizer.state.clear()
     gradient_of(run.flat).zero_()
 
-    slope, constant = longest_s / longest[0], 0.0
-    if median[0] < 0.75 * longest[0]:  # far enough apart for a line through both
+    slope, constant = longest_s / longest.operations, 0.0
+    if median.operations < 0.75 * longest.operations:  # far enough apart for a line through both
         once(median)
         median_s = once(median)
-        slope = max(0.0, longest_s - median_s) / (longest[0] - median[0])
-        constant = max(0.0, median_s - slope * median[0])
+        slope = max(0.0, longest_s - median_s) / (longest.operations - median.operations)
+        constant = max(0.0, median_s - slope * median.operations)
         gradient_of(run.flat).zero_()
-    steps_s = constant * len(costs) + slope * sum(cost for cost, *_ in costs) + optimizer_s * len(run.plan)
+    steps_s = constant * len(costs) + slope * sum(cost.operations for cost in costs) + optimizer_s * len(run.plan)
     state = round(state_bytes(config.optimizer) * run.flat.numel())
     best = config.load_best_model_at_end
     num_kept = min(num_saves + best * num_evals, config.save_total_limit + best)
@@ -120,28 +119,39 @@ def measure(run: Run, num_evals: int, num_saves: int) -> Forecast:
             check_space(config.output_dir, disk, "lower save_total_limit, or name another output_dir")
     basis = (
         f"measured on {run.device.type.upper()}: the longest micro-batch {longest_s:.2f} s "
-        f"({longest[0] / longest_s / 1e12:.2f} TFLOP/s), optimizer {optimizer_s:.3f} s; {len(costs)} micro-batches in "
-        f"{len(run.plan)} steps, {num_evals} evaluations of {eval_s:.1f} s"
+        f"({longest.operations / longest_s / 1e12:.2f} TFLOP/s), optimizer {optimizer_s:.3f} s; "
+        f"{len(costs)} micro-batches in {len(run.plan)} steps, {num_evals} evaluations of {eval_s:.1f} s"
     )
     return Forecast(steps_s + num_evals * eval_s, memory, disk, basis)
 
 
 def forward_backward(run: Run, rows: list[list[int]]) -> None:
     """Add the gradient of one micro-batch, as the loop of train.py does it."""
-    batch = run.collate(rows, 0, 0)
+    batch = run.use(run.collate(rows, 0, 0))
     hidden = run.body(batch.tokens, batch.segments).flatten(0, 1)  # (B * T, D)
     ops.linear_cross_entropy(hidden[batch.supervised], run.model.lm_head.weight, batch.targets).backward()
 
 
-def micro_batch_costs(run: Run) -> list[tuple[float, int, int]]:
-    """(operations, step, first row) of each micro-batch that rank 0 will run, the cheapest first."""
+class Cost(NamedTuple):
+    """Of a micro-batch: its operations, where it stands, and its tokens, padding included."""
+
+    operations: float
+    step: int  # from 0
+    first: int  # row within the step
+    tokens: int
+
+
+def micro_batch_costs(run: Run) -> list[Cost]:
+    """Of each micro-batch that rank 0 will run, the cheapest first."""
     size, stride = run.config.micro_batch_size, run.config.micro_batch_size * run.ranks
     supervised = float(run.samples.num_targets.sum() / run.samples.lengths.sum())
     costs = []
     for number, step in enumerate(run.plan):
         for start in range(0, len(step.rows), stride):
             lengths = [run.samples.lengths[row].tolist() for row in step.rows[start : start + size]]
-            costs.append((operations(run.model.config, lengths, run.config.row_width, supervised), number, start))
+            work = operations(run.model.config, lengths, run.config.row_width, supervised)
+            tokens = sum(run.config.row_width or sum(row) for row in lengths)
+            costs.append(Cost(work, number, start, tokens))
     return sorted(costs)
 
 

@@ -21,17 +21,20 @@ class Noise:
 
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
-        self.row_seeds: Tensor  # (B,) int64
+        self.row_seeds: Tensor  # (B,) int64; with places (B, T), as in `ops.Dropout`
+        self.places: Tensor | None = None
         self.segments: Segments  # of the batch to come
 
     def __call__(self, embedding: nn.Module, tokens: tuple[Tensor], x: Tensor) -> Tensor:
         """x (B, T, D) with noise while training; the arguments are those of a forward hook."""
         if not embedding.training:
             return x
-        B, T, D = x.shape
-        index = torch.arange(T * D, device=x.device, dtype=torch.int32).view(1, T, D)
-        seeds = to_32_bits(torch.bitwise_xor(self.row_seeds, SALT)).view(B, 1, 1)
-        uniform = mix(mix(index) ^ seeds).float() / 2**31  # [-1, 1)
+        _, T, D = x.shape
+        seeds, places = self.row_seeds, self.places
+        if places is None:
+            seeds, places = seeds[:, None], torch.arange(T, device=x.device)[None]
+        index = places.to(torch.int32)[..., None] * D + torch.arange(D, device=x.device, dtype=torch.int32)
+        uniform = mix(mix(index) ^ to_32_bits(seeds ^ SALT)[..., None]).float() / 2**31  # [-1, 1)
         lengths = torch.tensor([[n for n in row for _ in range(n)] for row in self.segments.lengths], device=x.device)
         return (x + self.alpha * (lengths * D).rsqrt().unsqueeze(-1) * uniform).to(x.dtype)
 
@@ -43,7 +46,7 @@ def add_noise(model: Llama, alpha: float) -> None:
     model.model.embed_tokens.register_forward_hook(noise)
 
 
-def set_noise_rows(model: Llama, row_seeds: Tensor, segments: Segments) -> None:
-    """Tell the noise which rows the next batch holds; where there is none nothing happens."""
+def set_noise_rows(model: Llama, row_seeds: Tensor, segments: Segments, places: Tensor | None = None) -> None:
+    """Set which rows the next batch holds, as `set_dropout_rows` does; without noise nothing happens."""
     if noise := getattr(model.model, "noise", None):
-        noise.row_seeds, noise.segments = row_seeds, segments
+        noise.row_seeds, noise.places, noise.segments = row_seeds, places, segments

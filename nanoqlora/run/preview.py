@@ -52,7 +52,7 @@ def _slots(row_tokens: list[int], run: Run) -> int:
     """Token slots of a step, padding included."""
     size, width = run.config.micro_batch_size, run.config.row_width
     parts = [row_tokens[i : i + size] for i in range(0, len(row_tokens), size)]
-    return sum(len(part) * (width or max(part)) for part in parts)
+    return sum(len(part) * width or sum(part) for part in parts)
 
 
 def histogram(lengths: Sequence[int] | np.ndarray, bins: int = 8, width: int = 40) -> list[str]:

@@ -1,14 +1,18 @@
 """The loss of samples under a model: in one process, and over the ranks of a run."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 from .. import ops
 from ..data.batches import Sample, collate
 from ..data.packing import Rows, pack
+from ..fast.block import adapter_changed
+from ..fast.graphs import recorded_width
 from ..model import Llama
+from ..ops import Segments
 from ..parallel import collectives
 
 BATCH_TOKENS = 1024  # of a row when the samples are short
@@ -31,13 +35,25 @@ def packed_rows(samples: Sequence[Sample], capacity: int) -> Rows:
     return pack(lengths, range(len(samples)), max(capacity, max(lengths)))
 
 
-def score_rows(model: Llama, samples: Sequence[Sample], rows: Iterable[list[int]]) -> dict[int, tuple[float, int]]:
-    """The same, by the sample's number, of the samples in these packed rows."""
+def score_rows(
+    model: Llama,
+    samples: Sequence[Sample],
+    rows: Iterable[list[int]],
+    body: Callable[[Tensor, Segments], Tensor] | None = None,
+) -> dict[int, tuple[float, int]]:
+    """The same, by the sample's number, of the samples in these packed rows.
+
+    Args:
+        body: `Run.body`, for rows that are not longer than sequence_len.
+    """
     device = model.model.norm.weight.device
     scores: dict[int, tuple[float, int]] = {}
+    adapter_changed(model)
     for row in rows:
-        batch = collate([[samples[i] for i in row]]).to(device)
-        hidden = model.model(batch.tokens, batch.segments).flatten(0, 1)  # (T, D)
+        width = sum(len(samples[i]) for i in row)
+        width = recorded_width(width) if device.type == "cuda" else width
+        batch = collate([[samples[i] for i in row]], width).to(device)
+        hidden = (body or model.model)(batch.tokens, batch.segments).flatten(0, 1)  # (T, D)
         losses = ops.token_losses(hidden[batch.supervised], model.lm_head.weight, batch.targets).double().cpu()
         counts = [samples[i].num_targets for i in row]
         for i, part in zip(row, losses.split(counts), strict=True):
@@ -46,11 +62,18 @@ def score_rows(model: Llama, samples: Sequence[Sample], rows: Iterable[list[int]
 
 
 @torch.no_grad()
-def loss_over_ranks(model: Llama, samples: Sequence[Sample], capacity: int, rank: int, ranks: int) -> float:
+def loss_over_ranks(
+    model: Llama,
+    samples: Sequence[Sample],
+    capacity: int,
+    rank: int,
+    ranks: int,
+    body: Callable[[Tensor, Segments], Tensor] | None = None,
+) -> float:
     """Nats per supervised token. Each rank scores its share of the rows, and all get the same figure."""
     rows = packed_rows(samples, capacity)
     mine = [rows[i] for i in range(rank, len(rows), ranks)]
-    scores = score_rows(model, samples, mine)
+    scores = score_rows(model, samples, mine, body)
     if len(mine) < math.ceil(len(rows) / ranks):  # blocks that are spread travel for all ranks or none
         score_rows(model, samples, [rows[0]])
     sums = torch.tensor([*scores.values()] or [(0.0, 0)], dtype=torch.float64, device=model.model.norm.weight.device)

@@ -191,9 +191,9 @@ def share_of_evaluation(path: Path, capacity: int) -> tuple[float, list[int]]:
     rank, ranks, _ = distributed.start()
     scored, whole = [], scoring.score_rows
 
-    def score_rows(model: Any, samples: Any, rows: list[list[int]]) -> dict:
+    def score_rows(model: Any, samples: Any, rows: list[list[int]], *rest: Any) -> dict:
         scored.extend(i for row in rows for i in row)
-        return whole(model, samples, rows)
+        return whole(model, samples, rows, *rest)
 
     scoring.score_rows = score_rows
     return scoring.loss_over_ranks(load_model(path), SAMPLES, capacity, rank, ranks), scored

@@ -19,7 +19,7 @@ import merge
 import nanoqlora as nq
 import train
 from nanoqlora.ops import Segments
-from nanoqlora.qlora import flatten_trainable, lora_layers, set_dropout_rows
+from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, lora_layers, set_dropout_rows
 from nanoqlora.run.neftune import add_noise, set_noise_rows
 from nanoqlora.run.optim import loraplus_groups, make_optimizer, set_learning_rate
 
@@ -120,7 +120,8 @@ def run(world: tuple[Path, Path], folder: Path, *words: str, **keys) -> tuple[li
 
 VARIANTS = {
     "plain": {},
-    "DoRA": {"peft_use_dora": True, "lora_dropout": 0.1},
+    "DoRA": {"peft_use_dora": True, "lora_dropout": 0},
+    "DoRA, dropout": {"peft_use_dora": True, "lora_dropout": 0.1},
     "LoRA+": {"loraplus_lr_ratio": 8},
     "NEFTune": {"neftune_noise_alpha": 5},
     "one kind": {"lora_target_modules": ["v_proj"]},
@@ -131,7 +132,7 @@ VARIANTS = {
 def test_runs_of_every_variant_learn_resume_and_load_in_peft(world, tmp_path, variant):
     keys = VARIANTS[variant]
     steps, said = run(world, tmp_path / "whole", save_steps=2, saves_per_epoch=None, **keys)
-    assert said.count("plain blocks are used") == (variant in ("DoRA", "one kind"))
+    assert said.count("plain blocks are used") == (variant == "DoRA, dropout")
     resumed, _ = run(
         world,
         tmp_path / "again",
@@ -151,7 +152,7 @@ def test_runs_of_every_variant_learn_resume_and_load_in_peft(world, tmp_path, va
     with torch.no_grad():
         assert (model(TOKENS) - theirs(TOKENS).logits).abs().max() < 1e-4
     config = json.loads((tmp_path / "whole" / "adapter_config.json").read_text())
-    assert config["use_dora"] == (variant == "DoRA")
+    assert config["use_dora"] == variant.startswith("DoRA")
     if variant != "plain":
         plain, _ = run(world, tmp_path / "plain")
         assert [row["loss"] for row in plain[1:]] != [row["loss"] for row in steps[1:]], "the variant changes the run"
@@ -234,3 +235,45 @@ def test_a_run_goes_on_from_an_adapter(world, tmp_path):
     ended = run_here(train.main, file, "--lora_model_dir", str(adapter))
     assert ended.code == 2 and "lora_r is 8" in ended.err and "has 4" in ended.err and ended.err.count("\n") == 1
     assert not (tmp_path / "none").exists()
+
+
+LAYOUTS = {
+    "packed": {"sample_packing": True},
+    "padded": {"pad_to_sequence_len": True},
+    "laid into one": {},
+    "one row at a time": {"micro_batch_size": 1, "gradient_accumulation_steps": 2},
+    "all in one": {"micro_batch_size": 16},
+}
+ON_A_GPU = {
+    "all linear": {},
+    "q and v": {"lora_target_modules": ["q_proj", "v_proj"]},
+    "attention": {"lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "all but down": {"lora_target_modules": [name for name in ALL_LINEAR if name != "down_proj"]},
+    "dropout": {"lora_dropout": 0.05},
+    "DoRA": {"peft_use_dora": True},
+    "DoRA, dropout": {"peft_use_dora": True, "lora_dropout": 0.05},
+    "rsLoRA": {"peft_use_rslora": True, "lora_r": 96},
+    "LoRA+": {"loraplus_lr_ratio": 8},
+    "adamw_8bit": {"optimizer": "adamw_8bit"},
+    "16-bit base": {"adapter": "lora", "load_in_4bit": False},
+    "checkpointing": {"gradient_checkpointing": True},
+    "offload": {"gradient_checkpointing": "offload"},
+    "DoRA, checkpointing": {"peft_use_dora": True, "gradient_checkpointing": True},
+    "full_shard": {"fsdp": ["full_shard"]},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_variant_runs_on_a_gpu(world, tmp_path, layout):
+    """B starts at zero, so every variant has the first loss of float32, to the roundings of bfloat16; and it learns."""
+    keys = {"lora_dropout": 0, "max_steps": 8, "saves_per_epoch": None, "save_strategy": "no"} | LAYOUTS[layout]
+    exact, _ = run(world, tmp_path / "exact", bf16=False, **keys)
+    assert len(exact) == 8
+    for i, (variant, own) in enumerate(ON_A_GPU.items()):
+        steps, said = run(world, tmp_path / f"{i}", **keys | {"bf16": True} | own)
+        assert steps[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.01), variant
+        if "16-bit" not in variant:
+            assert steps[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.1), variant
+        assert sum(row["loss"] for row in steps[4:]) < sum(row["loss"] for row in steps[:4]), f"{variant} learns"
+        assert said.count("plain blocks are used") == (variant == "DoRA, dropout"), variant

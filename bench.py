@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -235,20 +235,27 @@ def config_of(args: BenchOptions) -> Config:
         "lora_dropout",
         "gradient_checkpointing",
     )
-    given += ("shard_optimizer_state", "optimizer", "bf16")
-    values = {key: getattr(args, key) for key in given} | ({} if args.fsdp == "auto" else {"fsdp": [args.fsdp]})
+    given += ("shard_optimizer_state", "optimizer", "bf16", "peft_use_dora", "lora_target_modules")
+    values = (
+        {key: getattr(args, key) for key in given}
+        | {"sequence_len": max(args.sequence_len, *args.row_lengths, 2)}
+        | ({} if args.fsdp == "auto" else {"fsdp": [args.fsdp]})
+    )
     data = {"path": "random tokens", "type": "completion"}
     values |= {"base_model": args.model, "datasets": [data], "load_in_4bit": True, "adapter": "qlora"}
-    values |= {"lora_target_linear": True, "sample_packing": True, "save_strategy": "no", "warmup_steps": 0}
+    values |= {"sample_packing": not args.row_lengths, "save_strategy": "no", "warmup_steps": 0}
+    values |= {"lora_target_linear": not args.lora_target_modules}
     return make_config(values | {"learning_rate": 1e-4, "lr_scheduler": "constant", "output_dir": "none"}, "bench.py")
 
 
-def random_samples(num_rows: int, T: int, packed: bool, vocab_size: int) -> tuple[Samples, Rows]:
-    """Rows of T random tokens, the same on every rank: of one document, or of three of uneven length."""
+def random_samples(
+    num_rows: int, T: int, packed: bool, row_lengths: Sequence[int], vocab_size: int
+) -> tuple[Samples, Rows]:
+    """Random tokens, the same on every rank, in rows of T, of one document or of three; or in rows of given lengths."""
     in_row = (T // 2, T // 3, T - T // 2 - T // 3) if packed else (T,)
-    lengths = np.tile(in_row, num_rows)
-    tokens = np.random.default_rng(0).integers(vocab_size, size=num_rows * T, dtype=np.uint32) | SUPERVISED
-    starts = np.arange(0, len(lengths) + 1, len(in_row))
+    lengths = np.resize(row_lengths, num_rows) if row_lengths else np.tile(in_row, num_rows)
+    tokens = np.random.default_rng(0).integers(vocab_size, size=lengths.sum(), dtype=np.uint32) | SUPERVISED
+    starts = np.arange(0, len(lengths) + 1, 1 if row_lengths else len(in_row))
     return Samples.of(tokens, lengths, lengths - 1, ""), Rows(np.arange(len(lengths)), starts)
 
 
@@ -277,7 +284,9 @@ def prepare(args: BenchOptions, metrics: Metrics, rank: int, ranks: int, device:
     empty = partial(random_model, geometry) if geometry else partial(open_model, args.model, load_in_4bit=True)
     vocab_size = (geometry or model_config(open_weights(args.model).config, args.model)).vocab_size
     num_steps, rows_per_step = WARM_UP + args.steps, args.micro_batch_size * ranks
-    samples, rows = random_samples(num_steps * rows_per_step, args.sequence_len, args.packed, vocab_size)
+    samples, rows = random_samples(
+        num_steps * rows_per_step, args.sequence_len, args.packed, args.row_lengths, vocab_size
+    )
     started = time.perf_counter()
     run = build_run(
         config,
@@ -296,7 +305,7 @@ def prepare(args: BenchOptions, metrics: Metrics, rank: int, ranks: int, device:
 
 def measure(args: BenchOptions, rank: int, ranks: int, device: torch.device) -> dict[str, Any]:
     """Time, memory and floor of the step; the JSON line of the contract with users' scripts."""
-    B, T = args.micro_batch_size, args.sequence_len
+    B, T = args.micro_batch_size, round(statistics.mean(args.row_lengths or [args.sequence_len]))
     times_of = Times()
     run, load_s = prepare(args, times_of, rank, ranks, device)
     config, dtype = run.model.config, run.model.model.norm.weight.dtype

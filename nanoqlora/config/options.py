@@ -4,7 +4,7 @@ They are here and not in the scripts because `--help` and a wrong option are ans
 of a class is what the command's `--help` prints first.
 """
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, model_validator
 
@@ -33,7 +33,9 @@ def split_at_commas(given: str | list[str]) -> list[str]:
     return [name for text in as_list(given) for name in str(text).split(",") if name.strip()]
 
 
-GgufTypes = Annotated[Many[GgufType], BeforeValidator(split_at_commas)]
+T = TypeVar("T")
+AtCommas = Annotated[Many[T], BeforeValidator(split_at_commas)]
+GgufTypes = AtCommas[GgufType]
 Base = Literal["nf4", "original"]
 Dtype = Literal["bf16", "fp16", "fp32", "bfloat16", "float16", "float32"]
 # Keys of a run that say which of its texts are held out, and how they are read.
@@ -145,12 +147,15 @@ class BenchOptions(Keys):
     lora_r: int = key("rank of the update", 64, ge=1)
     lora_alpha: float = key("the update is scaled by lora_alpha / lora_r", 32.0, gt=0)
     lora_dropout: float = key("share of an adapter's inputs that is dropped", 0.0, ge=0, lt=1)
+    lora_target_modules: AtCommas[str] = key("ends of names, at commas; by default all linear layers", ())
+    peft_use_dora: bool = key("as in train.py", False)
     gradient_checkpointing: bool | Literal["auto", "offload"] = key("as in train.py", "auto")
     fsdp: Literal["auto", "replicate", "full_shard"] = key("as in train.py", "auto")
     memory_gib: float = key("of a GPU that may be used; 0: all", 0.0, ge=0)
     shard_optimizer_state: bool = key("each rank keeps its part of AdamW's state", False)
     optimizer: str = key("as in train.py", "adamw_torch_fused")
     packed: bool = key("rows of several documents of uneven length", False)
+    row_lengths: AtCommas[int] = key("lengths, at commas: rows of one document each, these in turn, not padded", ())
     bf16: bool | Literal["auto"] = key("compute in bfloat16; auto: where the hardware has it", "auto")
     steps: int = key("steps to measure", 10, ge=1)
     peer: Many[str] = key("a command to measure first, whose last line is JSON", ())

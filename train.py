@@ -42,6 +42,7 @@ from nanoqlora.run.log import Display, Metrics
 from nanoqlora.run.not_finite import skip_step
 from nanoqlora.run.optim import set_learning_rate
 from nanoqlora.run.optimizer_state import sum_and_clip
+from nanoqlora.run.out_of_memory import explained
 from nanoqlora.run.output_dir import checkpoint_to_resume, claim
 from nanoqlora.run.preview import plan_text
 from nanoqlora.run.rehearsal import rehearse
@@ -195,7 +196,7 @@ def train(config: Config, options: TrainOptions, rank: int, ranks: int, device: 
             say(f"auto_resume_from_checkpoints: {config.output_dir} has no checkpoint, so the run begins with step 1")
         dtype = str(run.model.model.embed_tokens.weight.dtype).removeprefix("torch.")
         say(f"{num_trained(run.model):,} trained values, {len(run.plan)} steps, computing in {dtype}")
-        with told_to_stop(rank) as stop:
+        with told_to_stop(rank) as stop, explained(run):
             train_to_the_end(run, data, tokenizer, start, forecast, stop, say)
 
 

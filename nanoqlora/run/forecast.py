@@ -27,6 +27,7 @@ from ..model import ModelConfig
 from ..parallel import collectives
 from .optim import set_learning_rate, state_bytes
 from .optimizer_state import gradient_of, sum_and_clip
+from .out_of_memory import asked, dials
 from .scoring import score_samples
 from .state import Run
 
@@ -92,8 +93,7 @@ def measure(run: Run, num_evals: int, num_saves: int) -> Forecast:
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the longest micro-batch, in step {longest.step + 1}, does not fit {run.device}: "
-            f"{str(error).split('. ')[0]}. Set gradient_checkpointing to auto or true, or a smaller micro_batch_size "
-            f"or sequence_len."
+            f"{asked(error)}. {dials(run)}."
         ) from error
     eval_s = _evaluation_s(run) if num_evals else 0.0
     memory = memory_figures(run.device)

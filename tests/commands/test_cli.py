@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from nanoqlora.config import commands as config_commands
 from nanoqlora.config.commands import OURS, run_command
 from nanoqlora.config.errors import Failed, UserError
 from nanoqlora.run import build, checkpoints
+from nanoqlora.run.forecast import Forecast
 from nanoqlora.weights import pretrained
 
 COMMANDS = [
@@ -216,10 +218,33 @@ def test_memory_that_runs_out_in_the_middle_is_one_line(run_file, tmp_path, monk
     def fails(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. More")
 
+    keys = ("--max_steps", 4, "--save_steps", 1, "--gradient_checkpointing", "false", "--output_dir")
     monkeypatch.setattr(train, "sum_and_clip", fails)
-    ended = run_here(train.main, run_file, "--output_dir", tmp_path / "out")
-    assert ended.code == 1 and "CUDA out of memory" in ended.err and "gradient_checkpointing" in ended.err
-    assert ended.err.count("\n") == 1
+    ended = run_here(train.main, run_file, *keys, tmp_path / "first")
+    assert ended.code == 1 and ended.err.count("\n") == 1
+    expected = (
+        r"step 1: cpu is out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. .* [0-9.]+ GiB; less needs "
+    )
+    assert re.search(
+        expected + r"gradient_checkpointing: true \([0-9.]+ GiB\), .*No checkpoint is saved yet\.", ended.err
+    )
+
+    step = torch.optim.AdamW.step
+    calls = []
+
+    def fails_later(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:  # on a CPU the error has no type of its own
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 8 bytes")
+        return step(*arguments)
+
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.optim.AdamW, "step", fails_later)
+    monkeypatch.setattr(train, "measure", lambda *_: Forecast(1.0, {}, 1, ""))  # which takes steps too
+    out = tmp_path / "out"
+    ended = run_here(train.main, run_file, *keys, out)
+    assert ended.code == 1 and ended.err.count("error: ") == 1 and "Traceback" not in ended.err
+    assert "step 3: cpu is out of memory: " in ended.err and f"{out}/checkpoint-2 is saved; go on" in ended.err
 
 
 @pytest.mark.parametrize("kind, marks", [("fault", "ZeroDivisionError"), ("failed", "error: no way")])

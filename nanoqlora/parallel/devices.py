@@ -42,6 +42,13 @@ def return_freed_memory() -> None:
         return
 
 
+def describe_threads() -> str:
+    """A line on PyTorch's CPU threads. `config/load.py` sets how they wait."""
+    set_by = {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ}
+    how = ", ".join(f"{name}={value}" for name, value in set_by.items()) or "as is usual"
+    return f"{torch.get_num_threads()} CPU threads; how they wait for each other: {how}"
+
+
 def compute_dtype(bf16: bool | str, device: torch.device) -> torch.dtype:
     """bfloat16 or float32; `auto` is bfloat16 where the hardware has it."""
     if bf16 == "auto":

@@ -73,3 +73,23 @@ def test_a_program_of_the_command_is_ours_and_says_how_it_is_started(site, tmp_p
     assert ended.code == 0 and "usage: nanoqlora chat " in ended.out
     ended = run_installed(site, tmp_path, "evaluate")
     assert ended.code == 2 and ended.err.startswith("error: command line: --model is missing: ")
+
+
+@pytest.mark.parametrize(
+    "given, loaded, expected",
+    [
+        ({}, "", "100"),
+        ({"GOMP_SPINCOUNT": "7"}, "", "7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "", "None"),
+        ({}, "torch", "None"),
+    ],
+    ids=["unset", "the user's", "the user's policy", "PyTorch is there"],
+)
+def test_how_threads_wait_is_set_before_pytorch_is_loaded(given, loaded, expected):
+    """Where PyTorch is there already it has read the variable, and to set it would say what is not so."""
+    program = f"import os, sys; sys.modules.update(dict.fromkeys({loaded.split()}))\n"
+    program += "from nanoqlora.config.load import let_waiting_threads_sleep; let_waiting_threads_sleep()\n"
+    program += "assert not sys.modules.get('torch'); print(os.environ.get('GOMP_SPINCOUNT'))"
+    environment = {key: value for key, value in ENVIRONMENT.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment | given, cwd=ROOT, capture_output=True)
+    assert done.stdout.decode().strip() == expected, done.stderr

@@ -261,10 +261,9 @@ def start_magnitudes(module: nn.Module) -> None:
 
 def add_update(model: Llama, name: str, r: int, alpha: float, dropout: float, use_rslora: bool, use_dora: bool) -> None:
     """Add an update to one linear layer of a block, by its full name. Arguments as in `inject_lora`."""
-    linear = qlora_linear(model, name)
     path, _, kind = name.rpartition(".")
     layer_input = 4 * int(path.split(".")[2]) + INPUT_OF[kind]
-    linear.add_lora(r, alpha, dropout, use_rslora, layer_input * 0x9E3779B97F4A7C1 % 2**62, use_dora)
+    qlora_linear(model, name).add_lora(r, alpha, dropout, use_rslora, layer_input * 0x9E3779B97F4A7C1 % 2**62, use_dora)
 
 
 def qlora_linear(model: nn.Module, name: str) -> QLoRALinear:

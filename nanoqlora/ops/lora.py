@@ -39,8 +39,7 @@ class Dropout(NamedTuple):
 
         In bfloat16 1 / 0.95 would be 0.2 % too large, and so would every update.
         """
-        numbers = token_numbers(self.seed, x.shape[1], self.places)
-        return mask_of(numbers, x.shape[-1], self.p, torch.promote_types(x.dtype, torch.float32))
+        return dropout_mask(x.shape, self.p, self.seed, torch.promote_types(x.dtype, torch.float32), self.places)
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -77,7 +76,9 @@ def lora_linear(
     return frozen_linear(x, rebuild) + scaling * update
 
 
-def dropout_mask(shape: Sequence[int], p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
+def dropout_mask(
+    shape: Sequence[int], p: float, seed: Tensor, dtype: torch.dtype, places: Tensor | None = None
+) -> Tensor:
     """0 with probability p, else 1 / (1 - p), from a hash and not from a random state.
 
     The same token of the same step and layer gets the same mask on one GPU or eight, in the forward pass and in its
@@ -85,10 +86,9 @@ def dropout_mask(shape: Sequence[int], p: float, seed: Tensor, dtype: torch.dtyp
 
     Args:
         shape: (B, T, n_in).
-        seed: (B,) int64, a number for each row made of (run, step, row, layer).
+        seed: (B,) int64, a number for each row made of (run, step, row, layer). places: as in `token_numbers`.
     """
-    B, T, n_in = shape
-    return mask_of(token_numbers(seed, T), n_in, p, dtype)
+    return mask_of(token_numbers(seed, shape[1], places), shape[2], p, dtype)
 
 
 def token_numbers(seed: Tensor, T: int, places: Tensor | None = None) -> Tensor:

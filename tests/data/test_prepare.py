@@ -60,29 +60,29 @@ def test_too_long_rows_are_dropped_cut_or_refused_and_counted(tmp_path):
     text = lines([{"instruction": "i", "output": "x" * length} for length in (3, 90, 4, 500)])
     lengths = read(tmp_path / "all.jsonl", text, 10_000).samples.lengths.tolist()
     assert [length - lengths[0] for length in lengths] == [0, 87, 1, 497]
-    room = lengths[0] + 1
+    space = lengths[0] + 1
 
-    dropped = read(tmp_path / "a.jsonl", text, room)
-    assert dropped.samples.lengths.tolist() == [room - 1, room]
+    dropped = read(tmp_path / "a.jsonl", text, space)
+    assert dropped.samples.lengths.tolist() == [space - 1, space]
     assert [place.rpartition("line ")[2] for place in dropped.too_long.first] == ["2", "4"]
     assert len(dropped.too_long) == 2 and dropped.longest == lengths[3]
-    said = dropped.describe(room, "drop")
+    said = dropped.describe(space, "drop")
     assert said.startswith("2 samples") and "2 longer" in said and "line 2" in said and str(lengths[3]) in said
 
-    cut = read(tmp_path / "a.jsonl", text, room, "truncate")
-    assert cut.samples.lengths.tolist() == [room - 1, room, room, room]
+    cut = read(tmp_path / "a.jsonl", text, space, "truncate")
+    assert cut.samples.lengths.tolist() == [space - 1, space, space, space]
     assert ids(cut)[1][-4:] == [*b"xxxx"], "the start of the row is kept"
     with pytest.raises(UserError, match=rf"a\.jsonl, line 2: .* 2 are too long.*sequence_len to {lengths[3]}"):
-        read(tmp_path / "a.jsonl", text, room, "raise")
+        read(tmp_path / "a.jsonl", text, space, "raise")
 
 
 def test_rows_without_a_token_to_learn_are_dropped_counted_and_named(tmp_path):
     """Cut off before the answer begins."""
     text = lines([{"instruction": "i" * n, "output": "x"} for n in (1, 90, 1, 90, 90, 90, 90, 90)])
-    room = int(read(tmp_path / "all.jsonl", text, 10_000).samples.lengths[0])
-    reading = read(tmp_path / "a.jsonl", text, room, "truncate")
+    space = int(read(tmp_path / "all.jsonl", text, 10_000).samples.lengths[0])
+    reading = read(tmp_path / "a.jsonl", text, space, "truncate")
     assert len(reading.samples) == 2 and len(reading.unsupervised) == 6
-    said = reading.describe(room, "truncate")
+    said = reading.describe(space, "truncate")
     assert (
         "6 without a supervised token dropped" in said
         and f"{tmp_path}/a.jsonl, line 2" in said

@@ -170,7 +170,7 @@ def test_first_block_learns_over_a_frozen_embedding(tmp_path):
 
 @pytest.mark.parametrize("dropout, fold", [(0.0, True), (0.05, False)])
 def test_gradients_without_that_of_the_first_input(tmp_path, dropout, fold):
-    """Over a frozen embedding the first block's way back ends at A and B: the same gradients as when it goes on."""
+    """Over a frozen embedding the backward pass ends at the first A and B: the same gradients as when it goes on."""
     save_random_llama(tmp_path)
     gradients = []
     for goes_on in (False, True):

@@ -151,7 +151,7 @@ class LlamaCpp:
 
     Args:
         vocab_only: only the tokenizer is loaded; logits are not available.
-        n_ctx: room for so many tokens.
+        n_ctx: space for so many tokens.
     """
 
     def __init__(self, path: str | Path, vocab_only: bool = False, n_ctx: int = 512):
@@ -221,14 +221,14 @@ class LlamaCpp:
         data = text.encode()
         ids = (c_int32 * (len(data) + 16))()
         count = lib.llama_tokenize(self.vocab, data, len(data), ids, len(ids), add_special, parse_special)
-        assert count >= 0, f"llama_tokenize wants room for {-count} tokens"
+        assert count >= 0, f"llama_tokenize wants space for {-count} tokens"
         return list(ids[:count])
 
     def piece(self, token: int, special: bool = True) -> bytes:
         """The bytes of one token."""
         buffer = ctypes.create_string_buffer(512)
         count = lib.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
-        assert count >= 0, f"llama_token_to_piece wants room for {-count} bytes"
+        assert count >= 0, f"llama_token_to_piece wants space for {-count} bytes"
         return buffer.raw[:count]
 
     def detokenize(self, ids: list[int], special: bool = True) -> str:

@@ -284,13 +284,13 @@ def end_of_run_with_losses(losses_of_ranks: list[list[float]], *words: object) -
     return end_of_run(*words)
 
 
-def end_of_run_on_full_disk(room: int, *words: object) -> tuple[int, str, str]:
-    """Once there is a checkpoint, no file may grow beyond `room` bytes."""
+def end_of_run_on_full_disk(space: int, *words: object) -> tuple[int, str, str]:
+    """Once there is a checkpoint, no file may grow beyond `space` bytes."""
     whole = train.save_checkpoint
 
     def save_and_fill(run: train.Run, step: int) -> None:
         whole(run, step)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (space, space))
 
     train.save_checkpoint = save_and_fill
     return end_of_run(*words)

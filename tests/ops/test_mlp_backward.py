@@ -1,4 +1,4 @@
-"""SwiGLU's way back with its low-rank gradients in one kernel, against float64 and against the parts one by one."""
+"""SwiGLU's backward pass with its LoRA gradients in one kernel, against float64 and against the parts one by one."""
 
 import pytest
 import torch

@@ -143,7 +143,7 @@ def silu(gate: Near) -> tuple[Near, Near]:
 
 @pytest.mark.parametrize("T", [1, 33])
 def test_mlp(dtype, T):
-    """down(silu(gate(x)) up(x)): each product, silu and their product rounded once, and so on the way back."""
+    """down(silu(gate(x)) up(x)): each product, silu and their product rounded once, and so in the backward pass."""
     D, FF, u = 24, 40, UNIT[dtype]
     config = {"hidden_size": D, "intermediate_size": FF, "num_hidden_layers": 1, "num_attention_heads": 1}
     mlp = MLP(ModelConfig.from_hf(config | {"vocab_size": 8})).to(dtype).requires_grad_(False)

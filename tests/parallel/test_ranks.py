@@ -346,8 +346,8 @@ def test_a_full_disk_leaves_the_older_checkpoint(small_run, tmp_path, too_large,
     """After the first checkpoint no file may be as large as this one; the results come after the last."""
     words = (small_run, "--save_steps", whole, "--output_dir", tmp_path)
     assert on_ranks(1, end_of_run, *words)[0][0] == 0
-    room = 50 if too_large == "metrics.jsonl" else (tmp_path / f"checkpoint-{whole}" / too_large).stat().st_size - 1000
-    ((code, _, err),) = on_ranks(1, end_of_run_on_full_disk, room, *words[:-1], tmp_path / "full")
+    space = 50 if too_large == "metrics.jsonl" else (tmp_path / f"checkpoint-{whole}" / too_large).stat().st_size - 1000
+    ((code, _, err),) = on_ranks(1, end_of_run_on_full_disk, space, *words[:-1], tmp_path / "full")
     assert code == 1 and "Traceback" not in err and said in err and err.count("\nerror: ") == 1, err
     left = {path.name for path in (tmp_path / "full").iterdir()}
     assert f"checkpoint-{whole} is complete" in err and left == {f"checkpoint-{whole}", "metrics.jsonl"}

@@ -27,7 +27,7 @@ ANSI = re.compile(r"\033\[[0-9;]*m")
 
 
 def test_operations_equal_those_that_pytorch_counts(tmp_path):
-    """transformers' forward, counted by PyTorch: we count it twice, once for the way back, and half a square."""
+    """transformers' forward, counted by PyTorch: we count it twice, once for the backward pass, and half a square."""
     save_random_llama(tmp_path)
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     ours = ModelConfig.from_hf(read_json(tmp_path / "config.json"))
@@ -194,9 +194,9 @@ def test_plan_says_what_the_run_then_does(tmp_path):
         predicted, measured = re.search(rf"\| {label} \| ([\d.,]+) \| ([\d.,]+) \|", report).groups()
         assert f"max_rss_gib {float(predicted):.2f}"[:13] in said or label.startswith("time")
         assert float(measured.replace(",", "")) >= 0
-    room = float(re.search(r"disk +([\d.]+) GiB", said)[1]) * 2**30
+    space = float(re.search(r"disk +([\d.]+) GiB", said)[1]) * 2**30
     written = sum(len(data) for name, data in snapshot(tmp_path / "out").items() if name.startswith("checkpoint"))
-    assert written < room + 0.01 * 2**30
+    assert written < space + 0.01 * 2**30
 
 
 def test_plan_ends_as_the_run_would(tmp_path):

@@ -51,10 +51,10 @@ def test_what_would_fail_at_the_end_fails_now(world, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(rehearsal, "PROGRAMS", world.parent)
         (world.parent / "merge.py").write_text(
-            "import sys; print('error: no room for it', file=sys.stderr); sys.exit(2)"
+            "import sys; print('error: no space for it', file=sys.stderr); sys.exit(2)"
         )
         ended = run_here(train.main, world, "--rehearse")
-    assert (ended.code, ended.err) == (2, "error: merge.py would end with: no room for it\n")
+    assert (ended.code, ended.err) == (2, "error: merge.py would end with: no space for it\n")
 
 
 def test_two_commands_in_one_are_refused(world):

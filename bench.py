@@ -45,6 +45,7 @@ from nanoqlora.data.batches import SUPERVISED, Samples
 from nanoqlora.data.packing import BatchSchedule, Rows
 from nanoqlora.export.answer_speed import bench_deploy, speed_of
 from nanoqlora.fast.decode import Decoder, merged_fits
+from nanoqlora.fast.graphs import recorded_width
 from nanoqlora.fast.memory import held_bytes, step_bytes
 from nanoqlora.fast.stats import GIB
 from nanoqlora.model import Llama, ModelConfig
@@ -306,6 +307,7 @@ def prepare(args: BenchOptions, metrics: Metrics, rank: int, ranks: int, device:
 def measure(args: BenchOptions, rank: int, ranks: int, device: torch.device) -> dict[str, Any]:
     """Time, memory and floor of the step; the JSON line of the contract with users' scripts."""
     B, T = args.micro_batch_size, round(statistics.mean(args.row_lengths or [args.sequence_len]))
+    N = recorded_width(B * T) if args.row_lengths and device.type == "cuda" else B * T
     times_of = Times()
     run, load_s = prepare(args, times_of, rank, ranks, device)
     config, dtype = run.model.config, run.model.model.norm.weight.dtype
@@ -340,7 +342,7 @@ def measure(args: BenchOptions, rank: int, ranks: int, device: torch.device) -> 
         "kept": " ".join(f"{run.keeps.count(level)} {level}" for level in dict.fromkeys(run.keeps)),
         "fsdp": "full_shard" if run.store else "replicate",
         "base_gib": round(base_gib, 2),
-        "predicted_gib": round(step_bytes(run.model, B * T, run.keeps, state) / GIB, 2),
+        "predicted_gib": round(step_bytes(run.model, N, run.keeps, state) / GIB, 2),
         "load_s": round(load_s, 2),
         "loss": round(rows[-1]["loss"], 4),
         "breakdown_ms": kinds,

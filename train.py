@@ -196,8 +196,6 @@ def train(config: Config, options: TrainOptions, rank: int, ranks: int, device: 
             say(f"auto_resume_from_checkpoints: {config.output_dir} has no checkpoint, so the run begins with step 1")
         dtype = str(run.model.model.embed_tokens.weight.dtype).removeprefix("torch.")
         say(f"{num_trained(run.model):,} trained values, {len(run.plan)} steps, computing in {dtype}")
-        if device.type == "cpu":
-            say(devices.describe_threads())
         with told_to_stop(rank) as stop, explained(run):
             train_to_the_end(run, data, tokenizer, start, forecast, stop, say)
 

@@ -44,7 +44,7 @@ def let_waiting_threads_sleep() -> None:
     keep theirs busy. Read when PyTorch is loaded, so it is set before. The user's own setting has precedence.
     """
     if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
-        os.environ["GOMP_SPINCOUNT"] = "100"
+        os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 def make_config(values: dict[str, Any], where: str = "configuration") -> Config:

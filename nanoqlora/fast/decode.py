@@ -26,6 +26,7 @@ from ..model import Llama
 from ..ops import Segments
 from ..parallel import collectives
 from ..qlora import QLoRALinear, block_linears
+from . import stats
 from .memory import free_host_bytes, gpu_budget
 
 Linear = Callable[[Tensor], Tensor]
@@ -76,10 +77,15 @@ def as_held(layer: nn.Linear | QLoRALinear, dtype: torch.dtype) -> Linear:
 
 
 def merged_fits(model: Llama) -> bool:
-    """Whether merged weights fit: into a quarter of a GPU's free memory, half of a CPU's. A sharded base does not."""
+    """Whether merged weights fit: into a quarter of a GPU's free memory, half of a CPU's. A sharded base does not.
+
+    Within a run they have to fit below the peak of its steps, which is what was predicted for it.
+    """
     device = model.model.norm.weight.device
     numbers = sum(layer.in_features * layer.out_features for _, layer in block_linears(model))
-    if device.type == "cuda":
+    if device.type == "cuda" and (peak := stats.peak_so_far()):
+        free = peak - torch.cuda.memory_stats(device)["active_bytes.all.current"]
+    elif device.type == "cuda":
         free = (gpu_budget(device) - torch.cuda.memory_reserved(device)) // 4
     else:
         free = free_host_bytes() // 2

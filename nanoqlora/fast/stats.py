@@ -10,6 +10,7 @@ GIB = 2**30
 
 
 _graphs = {"held": 0, "peak": 0}  # bytes
+_most = {"active": 0}  # bytes in all figures so far
 
 
 def count_graph(held: int, peak: int) -> None:
@@ -34,7 +35,13 @@ def memory_figures(device: torch.device) -> dict[str, float]:
         "memory/device_mem_reserved_gib": torch.cuda.max_memory_reserved(device),
     }
     torch.cuda.reset_peak_memory_stats(device)
+    _most["active"] = max(_most["active"], figures["memory/max_mem_active_gib"])
     return {name: round(num_bytes / GIB, 2) for name, num_bytes in figures.items()}
+
+
+def peak_so_far() -> int:
+    """Bytes in use on the GPU at the peak of a run's steps; 0 before any was measured."""
+    return _most["active"]
 
 
 class Stopwatch:

@@ -11,6 +11,7 @@ from ..config.rules import without_effect
 from ..config.schema import Config
 from ..data.special_rows import check_special_rows
 from ..parallel import collectives
+from ..parallel.devices import describe_threads
 from ..tokenizer.tokenizer import Tokenizer
 from ..weights.checkpoint import open_weights
 from ..weights.pretrained import open_model
@@ -56,8 +57,8 @@ def read_inputs(config: Config, rank: int, ranks: int) -> tuple[Tokenizer, Data]
 
 
 def describe_inputs(config: Config, data: Data, tokenizer: Tokenizer, ranks: int, on_gpu: bool) -> list[str]:
-    """Lines about what was read, and warnings of settings that do nothing or cannot be meant."""
-    lines = []
+    """Lines about threads and what was read, and warnings of settings that do nothing or cannot be meant."""
+    lines = [] if on_gpu else [describe_threads()]
     for path, reading in data.readings.items():
         about = [reading.describe(config.sequence_len, config.excess_length_strategy), *reading.describe_notes()]
         lines += [visible(f"{path}: {line}") for line in about]

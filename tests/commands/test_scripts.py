@@ -78,7 +78,7 @@ def test_a_program_of_the_command_is_ours_and_says_how_it_is_started(site, tmp_p
 @pytest.mark.parametrize(
     "given, loaded, expected",
     [
-        ({}, "", "100"),
+        ({}, "", "1000"),
         ({"GOMP_SPINCOUNT": "7"}, "", "7"),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, "", "None"),
         ({}, "torch", "None"),

@@ -272,8 +272,8 @@ def test_every_variant_runs_on_a_gpu(world, tmp_path, layout):
     assert len(exact) == 8
     for i, (variant, own) in enumerate(ON_A_GPU.items()):
         steps, said = run(world, tmp_path / f"{i}", **keys | {"bf16": True} | own)
-        assert steps[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.01), variant
-        if "16-bit" not in variant:
+        if variant != "16-bit base":  # which has other weights
+            assert steps[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.01), variant
             assert steps[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.1), variant
         assert sum(row["loss"] for row in steps[4:]) < sum(row["loss"] for row in steps[:4]), f"{variant} learns"
         assert said.count("plain blocks are used") == (variant == "DoRA, dropout"), variant

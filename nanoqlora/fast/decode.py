@@ -27,6 +27,7 @@ from ..ops import Segments
 from ..parallel import collectives
 from ..qlora import QLoRALinear, block_linears
 from . import stats
+from .graphs import no_collection
 from .memory import free_host_bytes, gpu_budget
 
 Linear = Callable[[Tensor], Tensor]
@@ -246,6 +247,6 @@ def record(step: Callable[[], None]) -> Callable[[], None]:
         for _ in range(2):  # compiles and loads kernels
             step()
     torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # NCCL's watchdog may call the GPU
-        step()
+    with no_collection(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        step()  # thread_local: NCCL's watchdog may call the GPU
     return graph.replay

@@ -13,6 +13,9 @@ batch that needs no more. Rows that are laid into one have a width of their own 
 a few (`recorded_width`), each with its own graph. Evaluation has graphs too, of the forward pass only.
 """
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -100,6 +103,21 @@ class Buffers(NamedTuple):
             rows = slice(len(row_seeds))
             self.seeds[rows].copy_(row_seeds[:, None] if places is None else row_seeds)
             self.places[rows].copy_(torch.arange(x.shape[1], device=x.device) if places is None else places)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Keep Python's garbage collector from running within, where it might free an earlier run's graphs and their pool.
+
+    While a stream is captured the GPU refuses to free memory, and PyTorch ends the process if a pool cannot be freed.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Recording:
@@ -212,13 +230,20 @@ class GraphedBody:
         layer = self.layers[0]
         buffers.fill(x, rope, layer.row_seeds if layer.training else None, layer.places)
         if recording is None:
-            recording = Recording(self, buffers, segments)
+            with no_collection():
+                recording = Recording(self, buffers, segments)
             self.recordings.append(recording)
         recording.segments.set(segments)
         if not recording.trains:
             recording.forward.replay()
             return buffers.y[:count]
         return Replay.apply(buffers.x.detach().requires_grad_(), recording)[:count]
+
+    def __del__(self) -> None:
+        """Free the graphs before the pool that they allocate from."""
+        for recording in getattr(self, "recordings", ()):
+            recording.forward.reset()
+            recording.backward.reset()
 
     def find(self, count: int, T: int, segments: Segments) -> tuple[Recording | None, int]:
         """A recording that can run this batch, and its rows; without one, how many rows it should have."""

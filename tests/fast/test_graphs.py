@@ -1,12 +1,14 @@
 """Recorded graphs against the same blocks launched kernel by kernel."""
 
+import gc
+
 import pytest
 import torch
 from tiny import save_random_llama
 from tiny_qlora import build, fuse
 
 from nanoqlora.fast.block import adapter_changed
-from nanoqlora.fast.graphs import GraphedBody, can_record, power_of_two, with_empty_rows
+from nanoqlora.fast.graphs import GraphedBody, can_record, no_collection, power_of_two, with_empty_rows
 from nanoqlora.ops import Segments
 from nanoqlora.ops.fast import loss as loss_fast
 from nanoqlora.qlora import lora_layers, set_dropout_rows
@@ -99,6 +101,38 @@ def test_rows_of_many_widths_share_the_memory_of_the_widest(tmp_path, options):
         del results, y, evaluated, grads
         peaks.append(torch.cuda.memory_reserved())
     assert max(peaks) <= 1.25 * peaks[0], f"reserved bytes after each batch: {peaks}"
+
+
+@pytest.mark.gpu
+def test_graphs_are_freed_while_others_are_recorded(tmp_path):
+    """A garbage collection at every allocation of an object: what an earlier run left is not freed within a capture."""
+    save_random_llama(tmp_path)
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        for _ in range(3):
+            model = build(tmp_path, torch.bfloat16, 0.05)
+            fuse(model)
+            body = GraphedBody(model)
+            for lengths in ((100, 28), (300, 84), (600, 168)):
+                tokens = torch.zeros(1, sum(lengths), dtype=torch.int64, device="cuda")
+                set_dropout_rows(model, torch.zeros_like(tokens), torch.zeros_like(tokens))
+                body(tokens, Segments((lengths,))).float().sum().backward()
+            model.cycle = [body, model]  # freed by the collector alone
+    finally:
+        gc.set_threshold(*threshold)
+
+
+def test_no_collection_restores_what_was():
+    for was_enabled in (True, False):
+        (gc.enable if was_enabled else gc.disable)()
+        try:
+            with pytest.raises(ValueError), no_collection():
+                assert not gc.isenabled()
+                raise ValueError
+            assert gc.isenabled() == was_enabled
+        finally:
+            gc.enable()
 
 
 @pytest.mark.parametrize("lengths", [((64,),), ((40, 24), (10, 54)), ((5, 5, 54),), ((1,) * 64,), ((33, 31),)], ids=str)

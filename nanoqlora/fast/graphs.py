@@ -144,7 +144,7 @@ class Recording:
         torch.cuda.reset_peak_memory_stats()
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with self.capture(self.forward):
-            y = self.run(self.segments)
+            y = self.run()
             buffers.y.copy_(y.detach())
         held = torch.cuda.memory_stats()["active_bytes.all.current"] - in_use
         if y.requires_grad:
@@ -162,24 +162,24 @@ class Recording:
         return torch.cuda.graph(graph, self.pool.id, self.stream, capture_error_mode="thread_local")
 
     def warm_up(self) -> None:
-        """Run one block, so that kernels are compiled and loaded and shared buffers allocated.
+        """Run all blocks once, so that kernels are compiled and loaded and shared buffers allocated.
 
-        Its memory comes from the pool of the graphs. dy is zero, so nothing is added to the gradients.
+        What they save comes from the pool of the graphs. dy is zero, so nothing is added to the gradients.
         """
         self.buffers.dy.zero_()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
-            y = self.run(self.segments, blocks=1)
+            y = self.run()
             if y.requires_grad:
                 y.backward(self.buffers.dy)
             del y
         torch.cuda.current_stream().wait_stream(self.stream)
 
-    def run(self, segments: RecordedSegments, blocks: int | None = None) -> Tensor:
-        """The last norm's result, after all blocks or the first few."""
+    def run(self) -> Tensor:
+        """The last norm's result."""
         h, rope = self.buffers.x, (self.buffers.cos, self.buffers.sin)
-        for block in self.model.model.layers[:blocks]:
-            h = block(h, rope, segments, None)
+        for block in self.model.model.layers:
+            h = block(h, rope, self.segments, None)
         return self.model.model.norm(h)
 
 

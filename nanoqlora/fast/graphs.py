@@ -225,7 +225,7 @@ class GraphedBody:
         recording, B = self.find(count, T, segments)
         segments = with_empty_rows(segments, B - count)
         x = F.pad(body.embed_tokens(tokens), (0, 0, 0, 0, 0, B - count))
-        rope = body.rope(segments.positions.to(tokens.device))
+        rope = body.rope(segments.positions.pin_memory().to(tokens.device, non_blocking=True))
         buffers = recording.buffers if recording else self.buffers_for(x, rope)
         layer = self.layers[0]
         buffers.fill(x, rope, layer.row_seeds if layer.training else None, layer.places)

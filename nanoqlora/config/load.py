@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ RunT = TypeVar("RunT", bound=RunOptions)
 MAPS: dict[str, type[Keys]] = {"an entry of datasets": DatasetConfig, "type of such an entry, as a map": FrameConfig}
 MAPS |= {"special_tokens": SpecialTokens, "bnb_config_kwargs": BnbConfig, "fsdp_config": FsdpConfig}
 _answered: dict[type[Keys], Any] = {}  # what `answer_early` has read
+began: list[float] = []  # when, by `time.perf_counter`; nothing where Python called us
 
 
 def answer_early(own: type[Keys]) -> None:
@@ -30,6 +32,7 @@ def answer_early(own: type[Keys]) -> None:
     A program calls it above its other imports; `load_command` then has the values already. Of several ranks nobody
     answers here: they do it together, when they have met.
     """
+    began.append(time.perf_counter())
     if own is TrainOptions:  # a chat is over soon, and sleeping costs it a tenth to a fifth of its speed
         let_waiting_threads_sleep()
     if os.environ.get("WORLD_SIZE", "1") == "1":

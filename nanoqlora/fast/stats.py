@@ -3,6 +3,8 @@
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -42,6 +44,24 @@ def memory_figures(device: torch.device) -> dict[str, float]:
 def peak_so_far() -> int:
     """Bytes in use on the GPU at the peak of a run's steps; 0 before any was measured."""
     return _most["active"]
+
+
+stages: dict[str, float] = {}  # seconds of this process by what it did, without what ran within it
+_within: list[float] = []  # of the stages that run now: seconds of the stages inside
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Count the time within as that of a stage, for the report; also a decorator."""
+    started = time.perf_counter()
+    _within.append(0.0)
+    try:
+        yield
+    finally:
+        seconds = time.perf_counter() - started
+        stages[name] = stages.get(name, 0.0) + seconds - _within.pop()
+        if _within:
+            _within[-1] += seconds
 
 
 class Stopwatch:

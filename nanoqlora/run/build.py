@@ -19,6 +19,7 @@ from ..fast.block import Keep, can_fuse, fuse_blocks, keep_dense_weights
 from ..fast.graphs import GraphedBody, can_record
 from ..fast.memory import dense_fits, keeps_for, memory_budget
 from ..fast.sharding_choice import choose_sharding, embedding_waits
+from ..fast.stats import stage
 from ..model import Block, Llama
 from ..parallel import collectives, devices
 from ..parallel.fsdp import BlockStore, fill_over_ranks
@@ -42,6 +43,7 @@ class Built:
     keeps: list[Keep]  # what each block keeps for the backward pass
 
 
+@stage("model")
 def build_run(
     config: Config,
     empty: Callable[..., tuple[Llama, Fill]],

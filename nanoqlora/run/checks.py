@@ -1,5 +1,6 @@
 """What is found wrong before a run: surroundings, inputs, what the ranks have. One rank finds it, and all stop."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import torch
 
 from ..config.errors import UserError, visible
 from ..config.files import check_writable
+from ..config.load import began
 from ..config.rules import without_effect
 from ..config.schema import Config
 from ..data.special_rows import check_special_rows
+from ..fast.stats import stage, stages
 from ..parallel import collectives
 from ..parallel.devices import describe_threads
 from ..tokenizer.tokenizer import Tokenizer
@@ -24,12 +27,16 @@ from .trackers import check_trackers
 from .usable import check_vocabulary
 
 
+@stage("data")
 def check_surroundings(config: Config, rank: int, writes: bool, say: Callable[..., None]) -> None:
     """Before anything is read: trackers that cannot be used, a folder that is taken.
 
     Args:
         writes: whether this command will write to output_dir.
     """
+    stages.clear()  # of an earlier run of this process
+    if began:
+        stages["imports"] = time.perf_counter() - began.pop()
     with collectives.together():
         check_trackers(config.plain(), rank)
         if rank == 0:  # which writes
@@ -42,6 +49,7 @@ def check_surroundings(config: Config, rank: int, writes: bool, say: Callable[..
                 say(f"note: the run itself would end with: {error}")
 
 
+@stage("data")
 def read_inputs(config: Config, rank: int, ranks: int) -> tuple[Tokenizer, Data]:
     """Tokenizer and data of a run, checked before anything is written."""
     with collectives.together():

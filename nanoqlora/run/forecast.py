@@ -22,7 +22,7 @@ import torch
 from .. import ops
 from ..config.errors import UserError
 from ..config.files import check_space
-from ..fast.stats import memory_figures
+from ..fast.stats import memory_figures, stage
 from ..model import ModelConfig
 from ..parallel import collectives
 from .optim import set_learning_rate, state_bytes
@@ -69,6 +69,7 @@ def operations(config: ModelConfig, rows: Iterable[list[int]], width: int, super
     return config.num_hidden_layers * per_layer + 4 * D * config.vocab_size * tokens * supervised
 
 
+@stage("forecast")
 def measure(run: Run, num_evals: int, num_saves: int) -> Forecast:
     """Time the longest micro-batch of the run, and what else a run consists of.
 

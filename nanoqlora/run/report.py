@@ -35,6 +35,7 @@ def write_report(path: str | Path, facts: dict[str, Any]) -> None:
             hyper_parameters: {key of the YAML: value}.
             memory: {label: {"predicted": GiB, "measured": GiB}}.
             time_s: {"predicted": s, "measured": s}.    tokens_per_second: x.    basis: str, of the predictions.
+            stages: {name: s}, what this process did besides training steps.
             samples: list of {"prompt", "before", "after"}, all text.
             progress: {prompt: {step: answer}}.
             files: {file: what it is}.                  versions: {"torch": "2.13.0", ...}.

@@ -24,6 +24,7 @@ from ..config.splits import split_and_part
 from ..data.prepare import Reading
 from ..data.prompts import PromptFormat
 from ..data.rows import placed_rows
+from ..fast.stats import stage, stages
 from ..parallel import collectives
 from ..tokenizer.chat_template import Messages
 from ..tokenizer.tokenizer import Tokenizer, save_tokenizer
@@ -46,7 +47,7 @@ def judge(run: Run, data: Data, tokenizer: Tokenizer, step: int) -> dict[str, An
     Args:
         step: steps taken; an evaluation that was logged after it is not repeated.
     """
-    share = run.config.sequence_len, run.rank, run.ranks
+    share = run.config.sequence_len, run.rank, run.ranks, run.body
     run.model.eval()
     logged = [row["eval_loss"] for row in run.metrics.rows if row["step"] == step and "eval_loss" in row]
     is_logged = collectives.minimum(len(logged), run.device)  # a host may not see the log of an earlier run
@@ -59,6 +60,7 @@ def judge(run: Run, data: Data, tokenizer: Tokenizer, step: int) -> dict[str, An
     return figures
 
 
+@stage("answers")
 def sample_answers(
     run: Run, tokenizer: Tokenizer, prompt_format: PromptFormat, count: int = 3, max_new_tokens: int = 80
 ) -> list[str]:
@@ -119,7 +121,8 @@ def save_results(
     folder = Path(run.config.output_dir)
     try:
         save_trained(run, data, tokenizer, folder)
-        plot_metrics(run.metrics.rows, folder / "Fine-Tuning.png", folder.name)
+        with stage("results"):
+            plot_metrics(run.metrics.rows, folder / "Fine-Tuning.png", folder.name)
         facts = run_facts(run, data, forecast, seconds)
         if run.before:
             facts |= before_and_after(run, tokenizer, after)
@@ -197,6 +200,7 @@ def run_facts(run: Run, data: Data, forecast: Forecast, seconds: float) -> dict[
         "memory": memory,
         "time_s": {"predicted": round(forecast.seconds), "measured": round(seconds)},
         "basis": forecast.basis,
+        "stages": {name: round(spent, 1) for name, spent in stages.items()},
         "progress": answers_over_steps(run.metrics.rows),
         "tokens_per_second": sum(row["tokens_per_second"] for row in losses) / max(1, len(losses)),
         "files": FILES,

@@ -11,6 +11,7 @@ from ..data.batches import Sample, collate
 from ..data.packing import Rows, pack
 from ..fast.block import adapter_changed
 from ..fast.graphs import recorded_width
+from ..fast.stats import stage
 from ..model import Llama
 from ..ops import Segments
 from ..parallel import collectives
@@ -61,6 +62,7 @@ def score_rows(
     return scores
 
 
+@stage("evaluation")
 @torch.no_grad()
 def loss_over_ranks(
     model: Llama,

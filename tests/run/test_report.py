@@ -11,6 +11,7 @@ import pytest
 
 from nanoqlora.data.batches import SUPERVISED, Samples
 from nanoqlora.data.prepare import Places, Reading
+from nanoqlora.fast import stats
 from nanoqlora.run.figure import DPI, HEIGHT_IN, WIDTH_IN, limits, plot_metrics, series, smooth
 from nanoqlora.run.report import write_report
 from nanoqlora.run.results import row_notes
@@ -182,3 +183,22 @@ def test_what_became_of_rows_is_noted():
     reading = replace(reading, too_long=Places(1, ["a.jsonl, line 7"]), longest=9)
     dropped, same = row_notes(reading, config)
     assert same == note and "1 longer than sequence_len 8 dropped (first: a.jsonl, line 7" in dropped
+
+
+def test_stages_leave_out_what_ran_within_them(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(stats.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(stats, "stages", {})
+
+    @stats.stage("inner")
+    def inner() -> None:
+        now[0] += 3
+
+    for _ in range(2):
+        with stats.stage("outer"):
+            now[0] += 1
+            inner()
+            with pytest.raises(ValueError), stats.stage("fails"):
+                now[0] += 0.5
+                raise ValueError
+    assert stats.stages == {"inner": 6, "fails": 1, "outer": 2}

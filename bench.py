@@ -314,11 +314,14 @@ def measure(args: BenchOptions, rank: int, ranks: int, device: torch.device) -> 
     base_gib = held_bytes(run.model) / GIB
     started, display = time.perf_counter(), Display(len(run.plan), 0, rank=1)  # which shows nothing
     train_loop(run, 0, [], display)
+    if args.row_lengths:  # the mean of the rows that are timed
+        timed_rows = [row for number in range(WARM_UP, len(run.plan)) for row in run.plan[number].rows]
+        T = round(sum(int(run.samples.lengths[row].sum()) for row in timed_rows) / len(timed_rows))
     written, rows = times_of.written, run.metrics.rows[WARM_UP:]
     times = [(end - start) * 1e3 for start, end in itertools.pairwise(written[WARM_UP - 1 :])]
     kinds = breakdown(lambda: train_loop(run, len(run.plan) - 1, [], display), device)
     floor = None if args.memory_gib else floor_ms(config, B, T, dtype, device)  # it needs memory of its own
-    median = statistics.median(times)
+    median = statistics.mean(times) if args.row_lengths else statistics.median(times)
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

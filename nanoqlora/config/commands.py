@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from .errors import Failed, Stopped, UserError
+from .errors import Failed, Stopped, UserError, is_out_of_memory
 
 DISK_FULL = errno.ENOSPC, errno.EDQUOT
 OURS = "This is a fault of nanoqlora, not of your input: please report it, with these lines and the command."
@@ -51,6 +51,9 @@ def run_command(main: Callable[[], None]) -> None:
             _leave(
                 1, f"error: {what} cannot be written ({fault.strerror}). Free some space, then run the command again."
             )
+        if is_out_of_memory(fault):
+            asked = ". ".join(str(fault).split(". ")[:2]).strip() or "no memory is left"
+            _leave(1, f"error: out of memory: {asked}. Use a smaller model or shorter rows, or end other programs.")
         if "RANK" in os.environ:
             print(f"error: rank {os.environ['RANK']} failed:", file=sys.stderr)
         fault.add_note(OURS)

@@ -32,6 +32,12 @@ class Failed(Exception):
         self.everywhere = everywhere
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is a failed allocation, of a GPU or of a CPU, where PyTorch and numpy name it in words only."""
+    kinds = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return kinds or any(words in str(error) for words in ("can't allocate memory", "Cannot allocate memory"))
+
+
 class Stopped(Exception):
     """The user asked to stop (Ctrl-C, SIGTERM) and what was done so far is saved."""
 

@@ -6,7 +6,8 @@ of a class is what the command's `--help` prints first.
 
 from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BeforeValidator, model_validator
+import yaml
+from pydantic import BeforeValidator, Field, model_validator
 
 from .errors import UserError
 from .keys import Keys, Many, PathText, as_list, key
@@ -30,12 +31,14 @@ GgufType = Annotated[Types, BeforeValidator(lambda name: str(name).strip().lower
 
 
 def split_at_commas(given: str | list[str]) -> list[str]:
-    return [name for text in as_list(given) for name in str(text).split(",") if name.strip()]
+    lists = [yaml.safe_load(text) if str(text).startswith("[") else str(text).split(",") for text in as_list(given)]
+    return [name for names in lists for name in names if str(name).strip()]
 
 
 T = TypeVar("T")
 AtCommas = Annotated[Many[T], BeforeValidator(split_at_commas)]
 GgufTypes = AtCommas[GgufType]
+RowLength = Annotated[int, Field(ge=2, le=1_000_000)]
 Base = Literal["nf4", "original"]
 Dtype = Literal["bf16", "fp16", "fp32", "bfloat16", "float16", "float32"]
 # Keys of a run that say which of its texts are held out, and how they are read.
@@ -155,7 +158,9 @@ class BenchOptions(Keys):
     shard_optimizer_state: bool = key("each rank keeps its part of AdamW's state", False)
     optimizer: str = key("as in train.py", "adamw_torch_fused")
     packed: bool = key("rows of several documents of uneven length", False)
-    row_lengths: AtCommas[int] = key("lengths, at commas: rows of one document each, these in turn, not padded", ())
+    row_lengths: AtCommas[RowLength] = key(
+        "lengths, at commas: rows of one document each, these in turn, not padded", ()
+    )
     bf16: bool | Literal["auto"] = key("compute in bfloat16; auto: where the hardware has it", "auto")
     steps: int = key("steps to measure", 10, ge=1)
     peer: Many[str] = key("a command to measure first, whose last line is JSON", ())

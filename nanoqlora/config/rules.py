@@ -142,6 +142,8 @@ CONDITIONS: dict[str, dict[str, Callable[[Config], Any]]] = {
         "no_wandb": lambda c: (
             not (c.use_wandb or c.wandb_project) and (c.wandb_entity or c.wandb_name or c.wandb_mode or c.wandb_run_id)
         ),
+        "no_table": lambda c: c.eval_table_size and not _evaluates(c),
+        "no_table_size": lambda c: c.eval_max_new_tokens != 128 and not c.eval_table_size,
         "no_chats": lambda c: c.default_system_message and all(d.type != "chat_template" for d in c.all_datasets),
         "inputs_of_text": lambda c: c.train_on_inputs and all(d.type == "completion" for d in c.datasets),
     },

@@ -271,7 +271,7 @@ def compare_words(proof: Proof, encode: Callable[[str], list[int]], by: str = "i
         if encode(text) != tok.encode(text):
             return proof.fail(f"{by} gives {text!r} other token ids than in training")
     proof.facts["texts"] = len(WORDS)
-    print(f"words     {len(WORDS)} hard texts have the ids of training, by {by}")
+    print(f"ids       {len(WORDS)} hard texts have the ids of training, by {by}")
 
 
 def compare_run(proof: Proof, stored: GGUFWeights, base: Weights) -> None:

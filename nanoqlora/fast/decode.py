@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..config.errors import is_out_of_memory
 from ..model import Llama
 from ..ops import Segments
 from ..parallel import collectives
@@ -52,6 +53,7 @@ def matmul(weight: Tensor) -> Linear:
     The products and sums are in float32. With W in bfloat16 or float16 in the model's files nothing is rounded at all.
     """
     fbgemm = {"fbgemm", "x86"} & set(torch.backends.quantized.supported_engines)
+    fbgemm = fbgemm if weight.is_cuda or weight.abs().max() <= torch.finfo(torch.float16).max else set()
     if weight.device.type == "cpu" and weight.dtype == torch.float32 and fbgemm:
         packed = torch.ops.quantized.linear_prepack_fp16(weight.detach(), None)
         return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
@@ -108,8 +110,15 @@ class Decoder:
         self.complete = self.device.type == "cuda"  # attend to the complete cache under a mask, at fixed addresses
         self.cache = weight.new_empty(config.num_hidden_layers, 0, 0, self.head_counts[1], config.head_dim)
         self.dense = merged_fits(model) if dense is None else dense
+        self.limit = config.max_position_embeddings
         with torch.no_grad():
-            self.projections = [self.projections_of(i) for i in range(config.num_hidden_layers)]
+            try:
+                self.projections = [self.projections_of(i) for i in range(config.num_hidden_layers)]
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:  # under a limit of the system's
+                if not (self.dense and dense is None and is_out_of_memory(error)):
+                    raise
+                self.dense = False
+                self.projections = [self.projections_of(i) for i in range(config.num_hidden_layers)]
             self.head = matmul(model.lm_head.weight)
 
     def projections_of(self, i: int) -> list[Linear]:
@@ -220,9 +229,11 @@ class Decoder:
 
         Args:
             stop_ids: a row ends before the first of them.
+            max_new_tokens: at most as many as the model's context holds after the longest prompt.
             draw: the next tokens (B,) from logits (B, V); by default the likeliest ones.
         """
-        ended = [False] * len(prompts)
+        ended, longest = [False] * len(prompts), max(map(len, prompts))
+        max_new_tokens = min(max_new_tokens, max(self.limit - longest, longest))
         for i in range(max_new_tokens):
             self.step() if i else self.start(prompts, max_new_tokens)
             if draw:

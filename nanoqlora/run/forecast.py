@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from .. import ops
-from ..config.errors import UserError
+from ..config.errors import UserError, is_out_of_memory
 from ..config.files import check_space
 from ..fast.stats import memory_figures, stage
 from ..model import ModelConfig
@@ -91,7 +91,9 @@ def measure(run: Run, num_evals: int, num_saves: int) -> Forecast:
         once(longest)  # compiles kernels, fills the allocator
         optimizer_s = _trial_step(run)
         longest_s = once(longest)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
             f"the longest micro-batch, in step {longest.step + 1}, does not fit {run.device}: "
             f"{asked(error)}. {dials(run)}."

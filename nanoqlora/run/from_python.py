@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..config.errors import UserError
 from ..config.load import make_config, override
 from ..config.schema import Config
 from ..config.scripts import load_program
@@ -94,7 +95,17 @@ def generate(
         temperature: 0 always takes the likeliest token. seed: of the tokens that are drawn otherwise.
         ends: tokens that end an answer besides the tokenizer's and the prompt format's.
         prompt_format: None takes the tokenizer's own chat template.
+    Raises:
+        UserError: an argument has no meaning.
     """
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens!r}, but it takes a whole number from 1 on.")
+    if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+        raise UserError(
+            f"temperature is {temperature!r}, but it takes a number from 0 on; 0 takes the likeliest token."
+        )
+    if not (messages and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)):
+        raise UserError('messages: a list of maps is expected, such as [{"role": "user", "content": "Hello"}].')
     used = Usable(model, tok, prompt_format)
     was_training = model.training
     with torch.no_grad():

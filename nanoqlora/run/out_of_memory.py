@@ -6,18 +6,13 @@ from pathlib import Path
 
 import torch
 
-from ..config.errors import Failed
+from ..config.errors import Failed, is_out_of_memory
 from ..fast.block import Keep, can_fuse
 from ..fast.memory import step_bytes
 from ..fast.stats import GIB
 from .optim import state_bytes
 from .output_dir import checkpoints
 from .state import Run
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is a failed allocation, on a GPU or on a CPU, where PyTorch has no type for it."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def asked(error: BaseException) -> str:

@@ -11,6 +11,8 @@ from tiny import save_random_llama
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+from nanoqlora.config.errors import UserError
+from nanoqlora.config.load import load_options
 from nanoqlora.config.options import BenchOptions
 from nanoqlora.fast import stats
 
@@ -81,3 +83,15 @@ def test_decode_measures_merged_weights_and_those_that_are_held(tmp_path, capsys
     assert [row["weights"] for row in rows] == ["merged", "as held"]
     assert all(row["prefill"] > row["decode"] > 0 for row in rows)
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
+
+
+@pytest.mark.parametrize("lengths", ["0", "1", "-5", "9999999999999", "[100, x]"])
+def test_row_lengths_that_are_refused(lengths):
+    with pytest.raises(UserError, match="row_lengths"):
+        load_options(BenchOptions, ["--row_lengths", lengths])
+
+
+def test_lists_at_commas_or_as_json():
+    for words in ("q_proj,v_proj", '["q_proj", "v_proj"]'):
+        assert load_options(BenchOptions, ["--lora_target_modules", words]).lora_target_modules == ("q_proj", "v_proj")
+    assert load_options(BenchOptions, ["--row_lengths", "[100, 50]"]).row_lengths == (100, 50)

@@ -114,3 +114,33 @@ def test_recorded_steps_are_those_launched_one_by_one(tmp_path, monkeypatch, kin
         with torch.no_grad():
             expected = model(torch.tensor([prompt + tokens[i][:-1]], device=DEVICE))[0, -1].float()
         assert (recorded.logits[i].float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_answers_end_with_the_context(tmp_path):
+    """However many tokens are asked for, the cache holds no more than the model's context."""
+    save_random_llama(tmp_path)
+    decoder = Decoder(nq.Llama.from_pretrained(tmp_path).eval())
+    decoder.limit = 40
+    assert len([*decoder.generate([[1] * 10], set(), 10**12)]) == 30 and decoder.cache.shape[2] == 64
+
+
+def test_a_copy_that_does_not_fit_is_left_out(tmp_path, monkeypatch):
+    """The system may allow less than is free: the weights are then used as they are held."""
+    save_random_llama(tmp_path)
+    model = nq.Llama.from_pretrained(tmp_path).eval()
+    expected = [*Decoder(model, dense=False).generate([[1, 2, 3]], set(), 5)]
+    error = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(decode, "merged", fails)
+    assert [*Decoder(model).generate([[1, 2, 3]], set(), 5)] == expected
+    error = RuntimeError("another fault")
+    with pytest.raises(RuntimeError, match="another"):
+        Decoder(model)
+
+
+def test_weights_beyond_half_precision_stay_as_they_are(tmp_path):
+    weight = torch.tensor([[1e7, 1.0], [3.0, 4.0]])
+    assert torch.equal(decode.matmul(weight)(torch.ones(1, 2)), torch.ones(1, 2) @ weight.t())

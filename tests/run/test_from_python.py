@@ -88,3 +88,17 @@ def test_the_forecast_times_what_the_loop_does(world, tmp_path, monkeypatch):
     assert torch.allclose(
         seen[0], seen[1] * row["supervised_tokens"], rtol=1e-5, atol=1e-5 * seen[0].abs().max().item()
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_new_tokens": n} for n in (0, -1, 1.5, "x")]
+    + [{"temperature": t} for t in (-1, float("nan"), "a")]
+    + [{"messages": m} for m in ("hi", [], [{"content": "hi"}])],
+    ids=str,
+)
+def test_generate_refuses_what_has_no_meaning(options):
+    """Before the model is used, which is not there."""
+    arguments = {"messages": [{"role": "user", "content": "hi"}]} | options
+    with pytest.raises(nq.UserError, match=next(iter(options))):
+        nq.generate(None, None, **arguments)

@@ -309,3 +309,19 @@ def test_told_everywhere_is_told_by_the_first_rank(monkeypatch, capsys):
             run_command(fails)
         assert capsys.readouterr().err == said
     assert config_commands.asks_ranks == []
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes")])
+def test_memory_that_runs_out_anywhere_is_one_line(run_file, monkeypatch, error):
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "check_surroundings", fails)
+    ended = run_here(train.main, run_file)
+    assert ended.code == 1 and ended.err.count("error: out of memory: ") == 1 and "Traceback" not in ended.err
+
+
+def test_eval_table_without_held_out_data_is_named(run_file, tmp_path):
+    keys = ("--eval_table_size", 2, "--val_set_size", 0, "--max_steps", 1)
+    ended = run_here(train.main, run_file, "--output_dir", tmp_path / "out", *keys)
+    assert ended.code == 0 and "warning: eval_table_size answers questions at evaluations" in ended.out

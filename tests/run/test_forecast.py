@@ -143,6 +143,13 @@ def test_what_does_not_fit_is_said_before_the_first_step(monkeypatch):
     expected = "longest micro-batch, in step [12], does not fit cpu: CUDA out of memory.*20.00 GiB. these settings."
     with pytest.raises(UserError, match=expected):
         measure(run, 0, 0)
+
+    def cannot_allocate(*_):  # a CPU has no type for it
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(forecast, "forward_backward", cannot_allocate)
+    with pytest.raises(UserError, match="does not fit cpu: .*can't allocate memory.*these settings"):
+        measure(run, 0, 0)
     monkeypatch.setattr(forecast, "forward_backward", lambda *_: None)
     usage = SimpleNamespace(free=100)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)

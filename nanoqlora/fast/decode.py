@@ -86,12 +86,12 @@ def merged_fits(model: Llama) -> bool:
     """
     device = model.model.norm.weight.device
     numbers = sum(layer.in_features * layer.out_features for _, layer in block_linears(model))
-    if device.type == "cuda" and (peak := stats.peak_so_far()):
-        free = peak - torch.cuda.memory_stats(device)["active_bytes.all.current"]
-    elif device.type == "cuda":
-        free = (gpu_budget(device) - torch.cuda.memory_reserved(device)) // 4
-    else:
+    if device.type != "cuda":
         free = free_host_bytes() // 2
+    elif (below := stats.free_below_peak(device)) is not None:
+        free = below
+    else:
+        free = (gpu_budget(device) - torch.cuda.memory_reserved(device)) // 4
     return not hasattr(model, "store") and 2 * numbers < free
 
 

@@ -41,9 +41,10 @@ def memory_figures(device: torch.device) -> dict[str, float]:
     return {name: round(num_bytes / GIB, 2) for name, num_bytes in figures.items()}
 
 
-def peak_so_far() -> int:
-    """Bytes in use on the GPU at the peak of a run's steps; 0 before any was measured."""
-    return _most["active"]
+def free_below_peak(device: torch.device) -> int | None:
+    """Bytes between what is in use on the GPU and the peak of a run's steps; None before any was measured."""
+    in_use = torch.cuda.memory_stats(device)["active_bytes.all.current"] + _graphs["held"]
+    return _most["active"] - in_use if _most["active"] else None
 
 
 stages: dict[str, float] = {}  # seconds of this process by what it did, without what ran within it

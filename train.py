@@ -28,7 +28,7 @@ import torch
 
 from nanoqlora import ops
 from nanoqlora.config.commands import run_command
-from nanoqlora.config.errors import Failed, visible
+from nanoqlora.config.errors import visible
 from nanoqlora.config.schema import Config
 from nanoqlora.fast.stats import Stopwatch, memory_figures
 from nanoqlora.parallel import collectives, devices, distributed
@@ -142,13 +142,7 @@ def main() -> None:
         with collectives.together():
             config, options = load_command(TrainOptions)
             assert config is not None  # there is always a file
-        try:
-            train(config, options, rank, ranks, device)
-        except torch.OutOfMemoryError as error:
-            raise Failed(
-                f"{device}: {str(error).split('. ')[0]}. Set gradient_checkpointing to auto or true, or a smaller "
-                f"micro_batch_size; a run with a checkpoint goes on with --auto_resume_from_checkpoints true."
-            ) from error
+        train(config, options, rank, ranks, device)
 
 
 def train(config: Config, options: TrainOptions, rank: int, ranks: int, device: torch.device) -> None:

@@ -59,7 +59,7 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     rotate once in thousands of tokens. For longer contexts `linear` divides all frequencies by a factor; `llama3` only
     the low ones, whose wavelength is longer than the context of pre-training, and interpolates in between.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    exponents = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
     if not scaling:
@@ -164,7 +164,7 @@ class LlamaModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # In float32 whatever the model's dtype: in bfloat16 the angle of position 1000 is off by up to 2 radians.

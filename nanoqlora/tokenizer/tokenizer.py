@@ -67,6 +67,8 @@ class Tokenizer(Vocabulary):
         key = "special_tokens.additional_special_tokens"
         more = {self.id_of_special(text, key) for text in additional_special_tokens}
         changed = {id for id in more | set(ids.values()) if self.kinds[id] == USER_DEFINED}
+        if not ids and not changed:
+            return self
         kinds = [CONTROL if id in changed else kind for id, kind in enumerate(self.kinds)]
         files = self.original_files
         if changed or ids.get("bos_id", self.bos_id) != self.bos_id:  # tokenizer.json speaks of both

@@ -1,8 +1,12 @@
 """NF4 against bitsandbytes, bit for bit, and its linear layer against float64."""
 
+import subprocess
+import sys
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from paths import ROOT
 
 from nanoqlora.ops import lora, nf4
 from nanoqlora.ops.fast import nf4 as nf4_fast
@@ -65,6 +69,24 @@ def test_double_quantisation_equals_bitsandbytes():
     found = (levels[nearest.flatten().int()] - scaled).abs()
     assert (found <= (levels[None] - scaled[:, None]).abs().amin(1) + 1e-7).all()
     assert torch.equal(levels, bnb.create_dynamic_map())
+
+
+def test_shapes_on_the_meta_device_are_those_of_values():
+    """Where a model has no memory yet, nothing is computed, and the compiler of PyTorch is not imported for it."""
+    code = """
+import sys, torch
+from nanoqlora.qlora import QLoRALinear
+layers = [QLoRALinear(torch.empty(48, 320, device=device, dtype=torch.bfloat16)) for device in ("meta", "cpu")]
+layers[1].weight.data.normal_()
+layers[0].quantize()
+assert "torch._dynamo" not in sys.modules and "sympy" not in sys.modules
+layers[1].quantize()
+assert "torch._inductor.compile_fx" not in sys.modules
+shapes = [[(name, b.shape, b.dtype) for name, b in layer.named_buffers()] for layer in layers]
+assert shapes[0] == shapes[1] and len(shapes[0]) == 4, shapes
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_bits_per_weight():

@@ -7,6 +7,7 @@ bitsandbytes searches the nearest level in a coarser way. Dequantization gives t
 import logging
 from functools import cache
 from types import ModuleType
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -16,9 +17,13 @@ from .. import nf4
 
 @cache
 def kernels() -> ModuleType:
-    """bitsandbytes' operations. Imported at the first use: the import takes longer than that of PyTorch."""
+    """bitsandbytes' operations. Imported at the first use, without the compiler, whose import takes 2.5 s.
+
+    It is for functions of bitsandbytes that have no kernel of their own on a device; they then run as they are.
+    """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports optional parts that are not used here
-    import bitsandbytes  # noqa: F401  (the import registers the operations)
+    with patch.object(torch, "compile", lambda function=None, **_: function or (lambda inner: inner)):
+        import bitsandbytes  # noqa: F401  (the import registers the operations)
 
     return torch.ops.bitsandbytes
 
@@ -27,6 +32,11 @@ def quantize_nf4(w: Tensor, blocksize: int = nf4.BLOCKSIZE) -> tuple[Tensor, Ten
     """As `nf4.quantize_nf4`."""
     if w.shape[1] % blocksize or w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return nf4.quantize_nf4(w, blocksize)
+    if w.is_meta:  # the operations below would import the compiler
+        n_out, n_in = w.shape
+        return w.new_empty(n_out, n_in // 2, dtype=torch.uint8), w.new_empty(
+            n_out, n_in // blocksize, dtype=torch.float32
+        )
     packed, absmax = kernels().quantize_4bit(w.contiguous(), blocksize, "nf4", torch.uint8)
     return packed.view(w.shape[0], -1), absmax.view(w.shape[0], -1)
 
@@ -42,6 +52,9 @@ def dequantize_nf4(packed: Tensor, absmax: Tensor, dtype: torch.dtype = torch.fl
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `nf4.quantize_absmax`."""
+    if absmax.is_meta:
+        num_nested = -(-absmax.numel() // nf4.NESTED_BLOCKSIZE)
+        return absmax.new_empty(absmax.shape, dtype=torch.uint8), absmax.new_empty(num_nested), absmax.new_empty(())
     offset = absmax.mean()
     levels = nf4.dynamic_levels(absmax.device)
     codes, nested_absmax = kernels().quantize_blockwise(absmax.flatten() - offset, levels, nf4.NESTED_BLOCKSIZE)

@@ -28,7 +28,7 @@ from ..ops import Segments
 from ..parallel import collectives
 from ..qlora import QLoRALinear, block_linears
 from . import stats
-from .graphs import no_collection
+from .graphs import no_collection, recording_stream
 from .memory import free_host_bytes, gpu_budget
 
 Linear = Callable[[Tensor], Tensor]
@@ -252,7 +252,7 @@ def side_by_side(linears: Sequence[Linear]) -> Linear:
 
 def record(step: Callable[[], None]) -> Callable[[], None]:
     """`step` as a CUDA graph, which reads and writes the tensors that `step` does now. It runs twice before."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream, graph = recording_stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):  # compiles and loads kernels

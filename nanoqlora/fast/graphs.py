@@ -16,6 +16,7 @@ a few (`recorded_width`), each with its own graph. Evaluation has graphs too, of
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,12 @@ def recorded_width(tokens: int) -> int:
     """The width of the graph for so many tokens in a row: the next 2^k or 1.5 * 2^k, from 128 on."""
     width = max(128, power_of_two(tokens))
     return width * 3 // 4 if tokens <= width * 3 // 4 and width > 128 else width
+
+
+@cache
+def recording_stream() -> torch.cuda.Stream:
+    """The stream to record graphs on: one, because cuBLAS allocates 32 MiB for each stream and thread."""
+    return torch.cuda.Stream()
 
 
 class RecordedSegments:
@@ -215,7 +222,7 @@ class GraphedBody:
         self.buffers: Buffers | None = None  # for the largest batch so far
         self.recordings: list[Recording] = []
         self.pool: Any = torch.cuda.MemPool()  # its id is typed differently from what graphs take
-        self.stream = torch.cuda.Stream()  # one, because cuBLAS allocates 32 MiB for each stream and thread
+        self.stream = recording_stream()
 
     def __call__(self, tokens: Tensor, segments: Segments) -> Tensor:
         (count, T), body = tokens.shape, self.model.model

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from .errors import Failed, Stopped, UserError, is_out_of_memory
+from .files import free_on_disk
 
-DISK_FULL = errno.ENOSPC, errno.EDQUOT
+DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # the last on disks that hold no file of more than 4 GB
 OURS = "This is a fault of nanoqlora, not of your input: please report it, with these lines and the command."
 
 asks_ranks: list[Callable[[], bool]] = []  # of several ranks: whether this one is the first to tell why the run ends
@@ -47,10 +48,9 @@ def run_command(main: Callable[[], None]) -> None:
         if not all(ask() for ask in asks_ranks):
             sys.exit(1)
         if isinstance(fault, OSError) and fault.errno in DISK_FULL:
-            what = fault.filename or "stdout or a file"
-            _leave(
-                1, f"error: {what} cannot be written ({fault.strerror}). Free some space, then run the command again."
-            )
+            found = f"{fault.filename or 'stdout or a file'} cannot be written ({fault.strerror})"
+            found += f": {free_on_disk(fault.filename)}" if fault.filename else ""
+            _leave(1, f"error: {found}. Free some space, then run the command again.")
         if is_out_of_memory(fault):
             asked = ". ".join(str(fault).split(". ")[:2]).strip() or "no memory is left"
             _leave(1, f"error: out of memory: {asked}. Use a smaller model or shorter rows, or end other programs.")

@@ -1,96 +1,156 @@
 """Files and folders that appear complete or not at all, JSON that is checked, and questions to ask before writing."""
 
+import ctypes
+import errno
+import fcntl
 import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
 
+SIGNS_OF_DISK = "I/O error", "inline_container", "PytorchStreamWriter", "iostream"  # in errors of libraries
+
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Give a temporary name beside `path`; when the block ends well it is flushed to disk and renamed to `path`.
+    """Give a temporary name; when the block ends well the file is flushed to disk and renamed to `path`.
 
     A kill at any moment leaves the old file or the new one, never half of one.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp made it private
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with temporary_folder(path) as folder:  # libraries may write files of their own beside it
+        yield folder / path.name
+        _flush(folder / path.name)
+        os.replace(folder / path.name, path)
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a small text file atomically."""
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with whole_file(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
     """The same for a folder: it is filled under a temporary name, then takes the place of `path`."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            file.chmod(0o644)  # safetensors writes files that only their owner may read
-            with open(file, "rb+") as opened:
-                os.fsync(opened.fileno())
-        temporary.chmod(0o755)
-        old = path.with_name(f".{path.name}.old.tmp")
-        if path.exists():
+    with temporary_folder(path) as new:
+        yield new
+        for file in new.iterdir():
+            _flush(file)
+        new.chmod(0o755)
+        if not path.exists() or not exchange(new, path):  # the old one is deleted under its temporary name
+            old = path.with_name(f".{path.name}.old.tmp")
+            if path.exists():
+                os.replace(path, old)  # after a kill here `sweep` gives it its name back
+            os.replace(new, path)
             _delete(old)
-            os.replace(path, old)
-        os.replace(temporary, path)
-        _delete(old)
-    finally:
-        _delete(temporary)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step, so that there is no moment without either. False: this system cannot."""
+    renameat2: Any = getattr(ctypes.CDLL(None), "renameat2", None)  # glibc's
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, locked as long as this process lives, and deleted at the end of the block.
+
+    What killed processes have left of the same `path` is deleted first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, re.escape(path.name))
+    with ExitStack() as stack:
+        while True:
+            new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+            with suppress(FileNotFoundError):  # another process swept it before it was locked
+                if not stack.enter_context(held(new)) and new.exists():
+                    break
+        try:
+            yield new
+        except Exception as error:
+            if isinstance(error, OSError):
+                error.filename = error.filename or str(path)  # which a full disk does not give
+            elif any(sign in str(error) for sign in SIGNS_OF_DISK):
+                raise OSError(errno.ENOSPC, str(error), str(path)) from error
+            raise
+        finally:
+            _delete(new)
+
+
+def _flush(file: Path) -> None:
+    """Flush a file to the disk. Others may read it, which safetensors does not let them."""
+    file.chmod(0o644)
+    with open(file, "rb+") as opened:
+        os.fsync(opened.fileno())
 
 
 def _delete(path: Path) -> None:
-    """Delete a file or a folder, if there is one."""
-    if path.is_dir():
+    """Delete a file, a link or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
-# Of a process that was killed: `whole_file` and `whole_folder` in the making, and what a folder took the place of.
-LEFTOVER = re.compile(r"\.(.+)\.(old|[a-z0-9_]{8})\.tmp")
+@contextmanager
+def held(path: Path) -> Iterator[str | None]:
+    """Lock a file or a folder until the end of the block, or of this process, however it ends.
+
+    Gives "" if it is locked now, who has it already ("process 123"), or None where the file system has no locks.
+    """
+    handle, holder = os.open(path, os.O_RDONLY | os.O_NONBLOCK), None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            holder = ""
+        except OSError as error:
+            if isinstance(error, BlockingIOError):
+                about = os.fstat(handle)
+                place = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}:{about.st_ino}"
+                locks = Path("/proc/locks")
+                found = re.search(rf" ([1-9]\d*) {place} ", locks.read_text() if locks.is_file() else "")
+                holder = f"process {found[1]}" if found else "another process"
+        yield holder
+    finally:
+        os.close(handle)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed process has left half-written in a folder; a complete folder gets its name back."""
+def sweep(folder: Path, names: str) -> str:
+    """Delete what killed processes have left half-written in a folder; a complete folder gets its name back.
+
+    Args:
+        names: of what this program writes there, as a regular expression.
+    Returns:
+        a process that is writing one of them now; "" for none.
+    """
+    writer = ""
     for path in folder.glob(".*.tmp"):
-        if found := LEFTOVER.fullmatch(path.name):
-            complete = folder / found[1]
-            if found[2] == "old" and not complete.exists():
-                os.replace(path, complete)
-            else:
-                _delete(path)
+        if found := re.fullmatch(rf"\.({names})\.(old|[a-z0-9_]{{8}})\.tmp", path.name):
+            with suppress(OSError), held(path) as holder:
+                writer = writer or holder or ""
+                if found[2] == "old" and not (folder / found[1]).exists():
+                    os.replace(path, folder / found[1])
+                elif holder == "":
+                    _delete(path)
+    return writer
 
 
 def remove(path: Path) -> None:
     """Remove a file or a folder, under another name: a kill in the middle leaves nothing that looks complete."""
-    temporary = path.with_name(f".{path.name}.removing.tmp")  # which `sweep` takes away
-    os.replace(path, temporary)
-    _delete(temporary)
+    hidden = path.with_name(f".{path.name}.removing.tmp")  # which `sweep` deletes
+    _delete(hidden)
+    os.replace(path, hidden)
+    _delete(hidden)
 
 
 HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # an escape in JSON for half of a character above U+FFFF
@@ -131,10 +191,17 @@ def check_space(path: str | Path, num_bytes: int, advice: str = "write elsewhere
     Raises:
         UserError: `path`, which need not exist yet, is on a disk with less than `num_bytes` free.
     """
-    free = shutil.disk_usage(_nearest(path)).free
-    if free < num_bytes:
-        sizes = f"takes {_size(num_bytes)} and its disk has {_size(free)} free"
+    if shutil.disk_usage(_nearest(path)).free < num_bytes:
+        sizes = f"takes {_size(num_bytes)} and {free_on_disk(path)}"
         raise UserError(f"{path}: {sizes}, so it could not be completed. Free some space, or {advice}.")
+
+
+def free_on_disk(path: str | Path) -> str:
+    """What a full disk lacks, in words: bytes or, for many small files, inodes."""
+    there = _nearest(path)
+    disk = os.statvfs(there)
+    files = f" and inodes for {disk.f_favail} files" if disk.f_files else ""  # some systems do not count them
+    return f"its disk has {_size(shutil.disk_usage(there).free)}{files} free"
 
 
 def _nearest(path: str | Path) -> Path:
@@ -159,4 +226,11 @@ def check_file(path: str | Path, key: str) -> None:
     """The same for a file that will be written: before the work, whose result would have no place."""
     if Path(path).is_dir():
         raise UserError(f"{key} {path}: is a folder, so no file can have this name. Give {key} the name of a file.")
+    check_free(path, key)
     check_writable(Path(path).parent, key)
+
+
+def check_free(path: str | Path, key: str) -> None:
+    """Raises UserError if a process that lives is writing `path`; what a killed one has left of it is deleted."""
+    if writer := sweep(Path(path).parent, re.escape(Path(path).name)):
+        raise UserError(f"{key} {path}: {writer} is writing it now. Wait for its end, or give {key} another name.")

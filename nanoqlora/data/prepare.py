@@ -34,7 +34,7 @@ import pydantic
 from tqdm import tqdm
 
 from ..config.errors import UserError
-from ..config.files import remove, whole_folder, write_text
+from ..config.files import check_writable, sweep, whole_folder, write_text
 from ..tokenizer.tokenizer import Tokenizer
 from .batches import SUPERVISED, Samples
 from .files import DataFile
@@ -172,23 +172,20 @@ def prepare_samples(files: list[DataFile], encoding: Encoding, folder: Path) -> 
     before = _stamps(files)
     hashes = {str(file.path): _hash_of_file(file.path) for file in files}
     prepared = folder / _key(encoding, files, hashes)
+    sweep(folder, r"[0-9a-f]{32}")
     if (reading := _kept(prepared, hashes)) is None:
-        try:
-            if prepared.exists():
-                print(f"dataset_prepared_path: {prepared} is damaged, so the data is tokenised again", file=sys.stderr)
-                remove(prepared)
-            with whole_folder(prepared) as temporary:
-                with open(temporary / "words.bin", "wb") as words:
-                    counts, samples = _read(files, encoding, lambda some: words.write(some.data))
-                np.save(temporary / "samples.npy", np.stack([samples.lengths, samples.num_targets]))
-                facts: dict[str, Any] = {"counts": dataclasses.asdict(counts), "fingerprint": samples.fingerprint}
-                facts["seal"] = _seal(facts, temporary)
-                write_text(temporary / "counts.json", json.dumps(facts, indent=2) + "\n")
-                if before != _stamps(files):
-                    raise UserError(f"data {_name(files)}: changed while it was read. Run again.")
-        except OSError as error:
-            found = f"dataset_prepared_path: tokenised data cannot be written to {folder} ({error})"
-            raise UserError(f"{found}. It takes 4 bytes a token. Name another folder.") from error
+        check_writable(folder, "dataset_prepared_path")
+        if prepared.exists():
+            print(f"dataset_prepared_path: {prepared} is damaged, so the data is tokenised again", file=sys.stderr)
+        with whole_folder(prepared) as temporary:
+            with open(temporary / "words.bin", "wb") as words:
+                counts, samples = _read(files, encoding, lambda some: words.write(some.data))
+            np.save(temporary / "samples.npy", np.stack([samples.lengths, samples.num_targets]))
+            facts: dict[str, Any] = {"counts": dataclasses.asdict(counts), "fingerprint": samples.fingerprint}
+            facts["seal"] = _seal(facts, temporary)
+            write_text(temporary / "counts.json", json.dumps(facts, indent=2) + "\n")
+            if before != _stamps(files):
+                raise UserError(f"data {_name(files)}: changed while it was read. Run again.")
         reading = _kept(prepared, hashes)
     assert reading is not None
     if reading.invalid and not encoding.skip_invalid:

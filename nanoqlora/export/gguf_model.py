@@ -256,7 +256,11 @@ def write_file(
         write_gguf(fresh, metadata, tensors)
         if out.exists() and not is_like_ours(out, metadata):
             names = (out.with_name(f"{out.name}.old{number or ''}") for number in itertools.count())
-            os.rename(out, kept := next(name for name in names if not name.exists()))
+            kept = next(name for name in names if not name.exists() or name.samefile(out))
+            with suppress(OSError):  # a disk without hard links, or it was kept before a kill
+                os.link(out, kept)
+            if not kept.exists():
+                os.rename(out, kept)
             print(f"{out}: the file of this name was not written by export_gguf.py and is kept as {kept}")
     print(f"{out}: {len(tensors)} tensors, {out.stat().st_size / 1e6:.1f} MB")
     if recipe:

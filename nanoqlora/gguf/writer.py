@@ -1,4 +1,4 @@
-"""A GGUF file out: a few tensors in memory at a time, under a temporary name until it is complete."""
+"""A GGUF file out: a few tensors in memory at a time."""
 
 import math
 import struct
@@ -9,7 +9,6 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config.files import whole_file
 from .container import ALIGNMENT, MAGIC, STRUCT_CODES, VALUE_TYPES, VERSION, Metadata
 from .ggml_blocks import FORMATS
 from .threads import in_threads
@@ -25,7 +24,7 @@ class NewTensor(NamedTuple):
 
 
 def write_gguf(path: str | Path, metadata: Metadata, tensors: list[NewTensor]) -> None:
-    """Write a GGUF file, complete or not at all.
+    """Write a GGUF file.
 
     The table of tensors comes first, from the shapes and types alone. Then each tensor is produced, written and
     forgotten, so the peak memory is one tensor, or on a CPU one for each thread, however large the model.
@@ -46,7 +45,7 @@ def write_gguf(path: str | Path, metadata: Metadata, tensors: list[NewTensor]) -
     header = MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata))
     header += b"".join(_encode("string", key) + _encode_value(*value) for key, value in metadata.items())
 
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
+    with open(path, "wb") as file:
         file.write(header + table)
         _pad(file)
         pieces = [tensor.produce for tensor in tensors]

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from ..config.errors import Failed, UserError
+from ..config.errors import UserError
 from ..config.files import read_json, remove, whole_folder, write_text
 from ..config.schema import Config
 from ..data.batches import Samples
@@ -18,7 +17,7 @@ from ..weights.adapter import fill_adapter, read_adapter, save_adapter
 from ..weights.checkpoint import fingerprint, open_weights
 from .early_stopping import Progress
 from .optimizer_state import load_state, state_kind, state_problem
-from .output_dir import STATE, cannot_write, checkpoint_to_resume, checkpoints, is_disk_error
+from .output_dir import STATE, checkpoint_to_resume, checkpoints
 from .state import Run, plan_fingerprint
 
 # What a run cannot change on its way: size and scale of what it has learnt, base below, groups of the optimizer.
@@ -34,21 +33,14 @@ def save_checkpoint(run: Run, step: int) -> None:
     optimizer_state = run.optimizer.state_dict()  # to which every rank may have to add its part
     if run.rank == 0:
         folder = Path(run.config.output_dir)
-        try:
-            with whole_folder(folder / f"checkpoint-{step}") as temporary:
-                save_adapter(run.model, temporary, run.config.base_model, run.trained)
-                torch.save(optimizer_state, temporary / "optimizer.pt")
-                state = {"step": step, "plan": plan_fingerprint(run.samples, run.plan), "ranks": run.ranks}
-                state |= {"before": run.before, "optimizer": run.config.optimizer, "base_fingerprint": run.base}
-                state |= {"steps": len(run.plan), "progress": asdict(run.progress)}
-                state["fixed"] = {key: getattr(run.config, key) for key in FIXED}
-                write_text(temporary / "trainer_state.json", json.dumps(state) + "\n")
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if not is_disk_error(error):
-                raise
-            kept = [x for values in run.optimizer.state.values() for x in values.values() if torch.is_tensor(x)]
-            needed = run.flat.nbytes + sum(x.nbytes for x in kept)
-            raise Failed(cannot_write(folder, f"checkpoint-{step}", error, needed)) from error
+        with whole_folder(folder / f"checkpoint-{step}") as temporary:
+            save_adapter(run.model, temporary, run.config.base_model, run.trained)
+            torch.save(optimizer_state, temporary / "optimizer.pt")
+            state = {"step": step, "plan": plan_fingerprint(run.samples, run.plan), "ranks": run.ranks}
+            state |= {"before": run.before, "optimizer": run.config.optimizer, "base_fingerprint": run.base}
+            state |= {"steps": len(run.plan), "progress": asdict(run.progress)}
+            state["fixed"] = {key: getattr(run.config, key) for key in FIXED}
+            write_text(temporary / "trainer_state.json", json.dumps(state) + "\n")
         best = run.progress.best_step if run.config.load_best_model_at_end else None
         for old in checkpoints(folder)[: -run.config.save_total_limit]:
             if old.name != f"checkpoint-{best}":

@@ -9,9 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..config.errors import Failed
 from ..config.files import write_text
-from .output_dir import cannot_write, read_log
+from .output_dir import read_log
 
 
 class Metrics:
@@ -32,11 +31,8 @@ class Metrics:
         self.rows.append(row)
         if not self.writes:
             return
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise Failed(cannot_write(self.path.parent, self.path.name, error)) from error
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
         for track in [*self.trackers]:
             try:
                 track(row)

@@ -11,7 +11,7 @@ from ..fast.block import Keep, can_fuse
 from ..fast.memory import step_bytes
 from ..fast.stats import GIB
 from .optim import state_bytes
-from .output_dir import checkpoints
+from .output_dir import what_is_saved
 from .state import Run
 
 
@@ -47,9 +47,5 @@ def explained(run: Run) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        saved = checkpoints(Path(run.config.output_dir))
-        goes_on = f"{saved[-1]} is saved; go on from it with --auto_resume_from_checkpoints true" if saved else ""
-        raise Failed(
-            f"step {run.step}: {run.device} is out of memory: {asked(error)}. {dials(run)}. "
-            f"{goes_on or 'No checkpoint is saved yet'}."
-        ) from error
+        what = f"step {run.step}: {run.device} is out of memory: {asked(error)}. {dials(run)}"
+        raise Failed(f"{what}. {what_is_saved(Path(run.config.output_dir))}.") from error

@@ -7,21 +7,18 @@ Only files that this program writes are removed; a user's own stay. W&B's folder
 Read next: `run/inputs.py`, the data of a run.
 """
 
-import fcntl
 import json
-import os
+import re
 import shlex
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from ..config.errors import UserError
-from ..config.files import remove, sweep
+from ..config.commands import DISK_FULL
+from ..config.errors import Failed, UserError
+from ..config.files import free_on_disk, held, remove, sweep
 from ..config.keys import keys_of
 from ..config.schema import Config
 from ..gguf.file_types import FILE_TYPES
@@ -29,32 +26,23 @@ from ..gguf.modelfile import is_ours
 from ..parallel import collectives
 
 
-def is_disk_error(error: Exception) -> bool:
-    """Whether a file could not be written, as its writer words it. Anything else is a fault of ours."""
-    signs = {SafetensorError: ("I/O error",), RuntimeError: ("inline_container", "PytorchStreamWriter", "iostream")}
-    return isinstance(error, OSError) or any(sign in str(error) for sign in signs.get(type(error), ()))
-
-
-def cannot_write(folder: Path, what: str, error: Exception, needed: int = 0) -> str:
-    """What to say, and to do, when something in output_dir cannot be written. needed: its bytes, where known."""
-    complete, free = checkpoints(folder), shutil.disk_usage(folder).free
-    takes = f"it takes {needed / 1e6:.0f} MB and " if needed else ""
-    return (
-        f"{folder / what} cannot be written ({error}): {takes}its disk has {free / 1e6:.0f} MB free. "
-        f"{f'{complete[-1]} is complete' if complete else 'There is no checkpoint yet'}. Free some space, then go on "
-        f"with --auto_resume_from_checkpoints true."
-    )
-
-
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
     return [path for path in checkpoint_folders(folder).values() if (path / STATE).is_file()]
 
 
+def what_is_saved(folder: Path) -> str:
+    """The newest complete checkpoint, and how to go on from it."""
+    complete = checkpoints(folder)
+    go_on = "is saved; go on from it with --auto_resume_from_checkpoints true"
+    return f"{complete[-1]} {go_on}" if complete else "No checkpoint is saved yet"
+
+
 LOG, STATE = "metrics.jsonl", "trainer_state.json"
-ADAPTER = "adapter_model.safetensors"
+ADAPTER, REPORT = "adapter_model.safetensors", "report.md"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-FILES = (ADAPTER, "adapter_config.json", LOG, "Fine-Tuning.png", "report.md", "train.yml", "prompt.json", *TOKENIZER)
+FILES = (ADAPTER, "adapter_config.json", LOG, "Fine-Tuning.png", REPORT, "train.yml", "prompt.json", *TOKENIZER)
+OWN_NAMES = "|".join([r"checkpoint-\d+", *map(re.escape, FILES)])
 MADE_FROM_IT = [f"{what}-{name.lower()}.gguf" for what in ("model", "adapter") for name in FILE_TYPES]
 
 
@@ -93,7 +81,7 @@ def files_made_from_it(folder: Path) -> list[Path]:
 
 def is_finished(folder: Path) -> bool:
     """Whether a run has come to its end there: the report is written last."""
-    return (folder / ADAPTER).exists() and (folder / "report.md").exists()
+    return (folder / ADAPTER).exists() and (folder / REPORT).exists()
 
 
 def describe(folder: Path) -> str:
@@ -140,7 +128,7 @@ def refuse_other_runs(config: Config) -> None:
             raise UserError(f"output_dir {folder}: is {key} too, and this run would replace its files. Name another.")
     with lock(folder):
         if config.auto_resume_from_checkpoints:
-            sweep(folder)  # a checkpoint that was being replaced gets its name again
+            sweep(folder, OWN_NAMES)  # a checkpoint that was being replaced gets its name again
         _check(config)
 
 
@@ -190,18 +178,11 @@ def lock(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another run holds it.
     """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            what = "another run is writing there now. Wait for its end, or name another --output_dir."
-            raise UserError(f"output_dir {folder}: {what}") from None
-        except OSError:
-            pass  # a network's file system without locks
+    with held(folder) as holder:
+        if holder:
+            what = f"another run is writing there now ({holder}). Wait for its end, or name another --output_dir."
+            raise UserError(f"output_dir {folder}: {what}")
         yield
-    finally:
-        os.close(handle)
 
 
 @contextmanager
@@ -212,16 +193,16 @@ def claim(config: Config, rank: int, step: int, say: Callable[..., None]) -> Ite
         step: the step from which a run in this folder resumes; its later checkpoints are of another course.
     """
     folder = Path(config.output_dir)
-    with ExitStack() as held:
+    with ExitStack() as until_the_end:
         with collectives.together():
             if rank == 0:
                 folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(lock(folder))
+                until_the_end.enter_context(lock(folder))
                 _check(config)  # again: another run may have ended there in the meantime
-                sweep(folder)
+                sweep(folder, OWN_NAMES)
                 if _goes_on(config):
                     removed = [path for number, path in checkpoint_folders(folder).items() if number > step]
-                    removed += [path for path in [folder / ADAPTER] if path.exists()]
+                    removed += [path for path in (folder / ADAPTER, folder / REPORT) if path.exists()]
                 else:
                     removed = [*files_of_run(folder), *files_made_from_it(folder)]
                 for path in removed:
@@ -229,4 +210,10 @@ def claim(config: Config, rank: int, step: int, say: Callable[..., None]) -> Ite
                 if removed:
                     what = f"of what came after step {step}" if step else "of an earlier run"
                     say(f"{folder}: removed {', '.join(path.name for path in removed)}, {what}")
-        yield
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in DISK_FULL and not str(error.filename).startswith(str(folder)):
+                raise
+            what = f"{error.filename or folder} cannot be written ({error.strerror}): {free_on_disk(folder)}"
+            raise Failed(f"{what}. Free some space. {what_is_saved(folder)}.") from error

@@ -8,11 +8,11 @@ Everything goes into a folder beside output_dir, which is removed again; nothing
 """
 
 import json
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..config.errors import UserError
-from ..config.files import write_text
+from ..config.files import temporary_folder, write_text
 from ..config.scripts import PROGRAMS
 from ..parallel import collectives
 from ..tokenizer.tokenizer import Tokenizer, save_tokenizer
@@ -36,15 +36,15 @@ from .state import Run
 
 def rehearse(run: Run, data: Data, tokenizer: Tokenizer, say: Callable[..., None]) -> None:
     """Go through the end of the run. Raises what the run would have ended with."""
-    output = Path(run.config.output_dir)
-    folder = output.with_name(f".{output.name}.rehearsal.tmp")
-    started = time.perf_counter()
+    output, started = Path(run.config.output_dir), time.perf_counter()
 
     def done(what: str) -> None:
         say(f"rehearsed after {time.perf_counter() - started:4.0f} s: {what}")
 
     done("the longest micro-batch, the optimizer's step" + (", an evaluation" if run.held_out else ""))
-    try:
+    beside = output.with_name(f"{output.name}.rehearsal")
+    with temporary_folder(beside) if run.rank == 0 else nullcontext(output) as made:
+        folder = collectives.gather_objects(made)[0]
         run.model.eval()
         sample_answers(run, tokenizer, data.prompt_format, count=1)
         run.model.train()
@@ -59,10 +59,7 @@ def rehearse(run: Run, data: Data, tokenizer: Tokenizer, say: Callable[..., None
             done("merge.py with one block")
             command("export_gguf.py", folder / "merged", folder / "model.gguf", "--type", "q8_0")
             done(f"export_gguf.py with one block, and its {(folder / 'Modelfile').name}")
-    finally:
-        collectives.barrier()
-        if run.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+        collectives.barrier()  # before rank 0 removes the folder
     say(f"rehearsed to the end in {time.perf_counter() - started:.0f} s; nothing is left of it")
 
 

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from ..config.errors import Failed, UserError, visible
+from ..config.errors import UserError, visible
 from ..config.files import write_text
 from ..config.schema import Config
 from ..config.scripts import this_command
@@ -33,7 +32,6 @@ from .figure import plot_metrics
 from .forecast import Forecast
 from .generate import answers
 from .inputs import Data, data_files, row_format
-from .output_dir import cannot_write, is_disk_error
 from .quality import domain_score, domain_words, plain_samples, plain_text, supervised_texts
 from .report import write_report
 from .scoring import loss_over_ranks
@@ -119,19 +117,14 @@ def save_results(
         forecast: what was predicted for the steps that this process took; seconds: what they took.
     """
     folder = Path(run.config.output_dir)
-    try:
-        save_trained(run, data, tokenizer, folder)
-        with stage("results"):
-            plot_metrics(run.metrics.rows, folder / "Fine-Tuning.png", folder.name)
-        facts = run_facts(run, data, forecast, seconds)
-        if run.before:
-            facts |= before_and_after(run, tokenizer, after)
-            say("Held-out perplexity: {before:.3f} before, {after:.3f} after".format(**facts["perplexity"]))
-        write_report(folder / "report.md", facts)
-    except (OSError, SafetensorError) as error:
-        if not is_disk_error(error):
-            raise
-        raise Failed(cannot_write(folder, "adapter_model.safetensors with its report", error)) from error
+    save_trained(run, data, tokenizer, folder)
+    with stage("results"):
+        plot_metrics(run.metrics.rows, folder / "Fine-Tuning.png", folder.name)
+    facts = run_facts(run, data, forecast, seconds)
+    if run.before:
+        facts |= before_and_after(run, tokenizer, after)
+        say("Held-out perplexity: {before:.3f} before, {after:.3f} after".format(**facts["perplexity"]))
+    write_report(folder / "report.md", facts)
     say(f"adapter, report and figure: {folder}/adapter_model.safetensors, report.md, Fine-Tuning.png")
 
 

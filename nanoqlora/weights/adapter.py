@@ -27,7 +27,6 @@ import regex
 import torch
 import torch.nn as nn
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config.errors import UserError, visible
@@ -36,7 +35,7 @@ from ..config.scripts import script_command
 from ..gguf.reader import short
 from ..model import Llama
 from ..qlora import ALL_LINEAR, QLoRALinear, add_update, block_linears, lora_layers, target_layers
-from .checkpoint import Weights, fingerprint
+from .checkpoint import Weights, fingerprint, write_tensors
 from .hub import ADAPTER_FILES, local_path
 from .tensor_files import load_tensors, reading
 
@@ -187,18 +186,6 @@ def read_trained(folder: str | Path) -> Trained:
     return Trained(usual[IN_4BIT] == "True", DTYPES[usual[COMPUTED_IN]], about.get(BASE))
 
 
-def sort_metadata(path: Path) -> None:
-    """Put the metadata of a safetensors file, which come in any order, into one: equal tensors make equal files."""
-    with open(path, "r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-        assert len(text) == size, "the header has another length"
-        file.seek(8)
-        file.write(text)
-
-
 def check_base(folder: str | Path, base: str | Path, weights: Weights, other_base: bool) -> str | None:
     """Refuse a base that an adapter was not trained on, by the fingerprint of its weights.
 
@@ -318,10 +305,10 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "", tra
     for key, values, usual in (("rank_pattern", ranks, r), ("alpha_pattern", alphas, alpha)):
         config[key] = {re.escape(name): own for name, own in values.items() if own != usual}
     config["modules_to_save"] = None
-    state = {name: tensor.cpu().contiguous().clone() for name, tensor in adapter_state(layers).items()}
+    state = dict(sorted(adapter_state(layers).items()))
+    shapes = {name: (w.shape, w.dtype) for name, w in state.items()}
     with whole_file(Path(folder) / "adapter_model.safetensors") as file:
-        save_file(state, file, metadata={"format": "pt"} | (trained.metadata() if trained else {}))
-        sort_metadata(file)
+        write_tensors(file, shapes, state.__getitem__, {"format": "pt"} | (trained.metadata() if trained else {}))
     write_text(Path(folder) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 

@@ -10,7 +10,7 @@ Every error names its file. Files are written atomically. Read next: `pretrained
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -258,9 +258,6 @@ def write_shards(
 ) -> None:
     """Write model.safetensors, or several files with an index; memory holds one tensor at a time.
 
-    A file is the length of its header (u64), the header, and the values of all tensors. The header has the place of
-    each one, so it is made of their shapes before the first of them is loaded.
-
     Args:
         weights: each tensor is loaded when its turn to be written has come.
         tensors: shape and dtype of those to write, in this order.
@@ -275,20 +272,34 @@ def write_shards(
     for i, names in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
         places |= dict.fromkeys(names, file)
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in names:
-            (shape, dtype), start, end = tensors[name], end, end + sizes[name]
-            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # so that values stand where their processor wants them
-        with open(folder / file, "wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
-            for name in names:
-                w = weights.load(name).cpu()
-                assert (tuple(w.shape), w.dtype) == (tuple(tensors[name][0]), tensors[name][1]), name
-                out.write(w.contiguous().view(-1).view(torch.uint8).numpy().data)
-                del w  # else it would be held while the next one is loaded
+        write_tensors(folder / file, {name: tensors[name] for name in names}, weights.load, {"format": "pt"})
     if count > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, tuple[Sequence[int], torch.dtype]],
+    load: Callable[[str], Tensor],
+    metadata: dict[str, str],
+) -> None:
+    """Write a safetensors file; equal tensors make equal bytes, which the library does not promise.
+
+    A file is the length of its header (u64), the header, and the values of all tensors. The header has the place of
+    each one, so it is made of their shapes before the first of them is loaded.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, (shape, dtype) in tensors.items():
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that values stand where their processor wants them
+    with open(path, "wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for name, (shape, dtype) in tensors.items():
+            w = load(name).cpu()
+            assert (tuple(w.shape), w.dtype) == (tuple(shape), dtype), name
+            out.write(w.contiguous().view(-1).view(torch.uint8).numpy().data)
+            del w  # else it would be held while the next one is loaded

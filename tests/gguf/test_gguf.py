@@ -13,6 +13,7 @@ import torch
 from names_of_gguf import hf_name
 
 from nanoqlora.config.errors import UserError
+from nanoqlora.config.files import whole_file
 from nanoqlora.gguf.config import hf_config, model_metadata, rope_divisors
 from nanoqlora.gguf.ggml_blocks import FORMATS, quantize
 from nanoqlora.gguf.names import gguf_name, heads_to_permute, meta_name, permute_rows, tensor_shapes, unpermute_rows
@@ -106,7 +107,7 @@ def test_few_tensors_are_made_ahead_and_a_failure_leaves_the_old_file(tmp_path: 
 
     def produce(i: int) -> torch.Tensor:
         made.append(i)
-        assert len(list(tmp_path.glob(".new.gguf.*.tmp"))) == 1  # the ones before are in the file by now
+        assert len(list(tmp_path.glob(".new.gguf.*.tmp/new.gguf"))) == 1  # the ones before are in the file by now
         if i == 2:
             raise KeyboardInterrupt
         return quantize(torch.ones(4), "F32")
@@ -115,8 +116,8 @@ def test_few_tensors_are_made_ahead_and_a_failure_leaves_the_old_file(tmp_path: 
     path.write_text("old")
     tensors = [NewTensor(f"t{i}", (4,), "F32", lambda i=i: produce(i)) for i in range(20)]
     assert made == []
-    with pytest.raises(KeyboardInterrupt):
-        write_gguf(path, {}, tensors)
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as new:
+        write_gguf(new, {}, tensors)
     assert {0, 1, 2} <= set(made) <= set(range(3 + torch.get_num_threads()))  # one more for each thread at most
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 

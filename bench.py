@@ -47,6 +47,7 @@ from nanoqlora.export.answer_speed import bench_deploy, speed_of
 from nanoqlora.fast.decode import Decoder, merged_fits
 from nanoqlora.fast.graphs import recorded_width
 from nanoqlora.fast.memory import held_bytes, step_bytes
+from nanoqlora.fast.projections import Fp8
 from nanoqlora.fast.stats import GIB
 from nanoqlora.model import Llama, ModelConfig
 from nanoqlora.ops import Segments
@@ -127,7 +128,7 @@ def synchronize(device: torch.device) -> None:
 KINDS = {
     "between GPUs": r"nccl",
     "attention": r"cudnn|fmha|flash|sdpa|bmm|softmax_backward",
-    "dequantise": r"dequantize",
+    "dequantise": r"quantize|row_scales",
     "loss": r"cross_entropy|softmax|gather|scatter",
     "optimizer": r"[Aa]dam",
     "host copies": r"Memcpy HtoD|Memcpy DtoH",
@@ -160,11 +161,12 @@ def peer_figures(command: str) -> dict[str, Any]:
     return json.loads(lines[-1])
 
 
-def floor_ms(config: ModelConfig, B: int, T: int, dtype: torch.dtype, device: torch.device) -> float:
+def floor_ms(config: ModelConfig, B: int, T: int, dtype: torch.dtype, device: torch.device, fp8: Fp8 = False) -> float:
     """Milliseconds of a step's unavoidable work: base and head matmuls forward and backward, and attention.
 
     All of it in one go, as often and so as long as a step does it: a GPU's clock falls when it multiplies for more than
-    a few milliseconds, and what it does in a burst of one block is up to a tenth faster than a step can be.
+    a few milliseconds, and what it does in a burst of one block is up to a tenth faster than a step can be. The
+    operands of fp8 are in fp8 already.
     """
 
     def make(*shape: int) -> torch.Tensor:
@@ -179,13 +181,20 @@ def floor_ms(config: ModelConfig, B: int, T: int, dtype: torch.dtype, device: to
     )
     N, L = B * T, config.num_hidden_layers
     shapes = [(H * hd, D), (KV * hd, D), (KV * hd, D), (D, H * hd), (FF, D), (FF, D), (D, FF)]
-    operands = [(make(n_out, n_in), make(N, n_in), make(N, n_out)) for n_out, n_in in shapes]
+    kernels = ops.kernels(make(1))
+
+    def product(x: torch.Tensor, w: torch.Tensor, in_fp8: bool) -> Callable[[], object]:
+        if not in_fp8:
+            return lambda: x @ w.t()
+        (x8, x_scale), (w8, w_scale) = kernels.quantize_fp8(x), kernels.quantize_fp8(w.contiguous())
+        return lambda: kernels.matmul_fp8(x8, w8, x_scale, w_scale.flatten(), dtype)
+
+    products = [product(make(N, n_in), make(n_out, n_in), fp8 is True) for n_out, n_in in shapes]
+    products += [product(make(N, n_out), make(n_out, n_in).t(), bool(fp8)) for n_out, n_in in shapes]
 
     def block_products() -> None:
-        for w, x, _ in operands:
-            x @ w.t()
-        for w, _, dy in operands:
-            dy @ w
+        for matmul in products:
+            matmul()
 
     rows = min(N, 1024)  # of logits at a time
     head, hidden, dlogits = make(config.vocab_size, D), make(rows, D), make(rows, config.vocab_size)
@@ -235,6 +244,7 @@ def config_of(args: BenchOptions) -> Config:
         "lora_alpha",
         "lora_dropout",
         "gradient_checkpointing",
+        "fp8",
     )
     given += ("shard_optimizer_state", "optimizer", "bf16", "peft_use_dora", "lora_target_modules")
     values = (
@@ -320,7 +330,8 @@ def measure(args: BenchOptions, rank: int, ranks: int, device: torch.device) -> 
     written, rows = times_of.written, run.metrics.rows[WARM_UP:]
     times = [(end - start) * 1e3 for start, end in itertools.pairwise(written[WARM_UP - 1 :])]
     kinds = breakdown(lambda: train_loop(run, len(run.plan) - 1, [], display), device)
-    floor = None if args.memory_gib else floor_ms(config, B, T, dtype, device)  # it needs memory of its own
+    strengths = () if args.memory_gib else (False, args.fp8)  # a floor needs memory of its own
+    floors = {fp8: round(floor_ms(config, B, T, dtype, device, fp8), 1) for fp8 in dict.fromkeys(strengths)}
     median = statistics.mean(times) if args.row_lengths else statistics.median(times)
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
@@ -340,7 +351,8 @@ def measure(args: BenchOptions, rank: int, ranks: int, device: torch.device) -> 
         "tokens_per_second": round(B * T * ranks / median * 1e3, 1),
         "tokens_per_second_per_gpu": round(B * T / median * 1e3, 1),
         "tflops_useful": round(useful_flops(config, run.flat.numel(), B, T) / median / 1e9, 2),
-        "floor_ms": floor and round(floor, 1),
+        "floor_ms": floors.get(False),
+        **({"fp8": args.fp8, "fp8_floor_ms": floors.get(args.fp8)} if args.fp8 else {}),
         **{key.removeprefix("memory/"): max(row[key] for row in rows) for key in rows[0] if key.startswith("memory/")},
         "kept": " ".join(f"{run.keeps.count(level)} {level}" for level in dict.fromkeys(run.keeps)),
         "fsdp": "full_shard" if run.store else "replicate",
@@ -367,8 +379,9 @@ def report(figures: dict[str, Any], peers: list[dict[str, Any]]) -> None:
     """The table, and the figures once more as one line of JSON."""
     for key, value in figures.items():
         print(f"{key:28} {value}")
-    if figures["floor_ms"]:
-        print(f"{'share of the floor':28} {figures['floor_ms'] / figures['step_ms']:.0%}")
+    for name in ("floor_ms", "fp8_floor_ms"):
+        if figures.get(name):
+            print(f"{'share of ' + name:28} {figures[name] / figures['step_ms']:.0%}")
     for kind, ms in figures["breakdown_ms"].items():
         print(f"  {kind:26} {ms:.1f} ms")
     for peer in peers:

@@ -153,6 +153,7 @@ class BenchOptions(Keys):
     lora_target_modules: AtCommas[str] = key("ends of names, at commas; by default all linear layers", ())
     peft_use_dora: bool = key("as in train.py", False)
     gradient_checkpointing: bool | Literal["auto", "offload"] = key("as in train.py", "auto")
+    fp8: bool | Literal["backward"] = key("as in train.py", False)
     fsdp: Literal["auto", "replicate", "full_shard"] = key("as in train.py", "auto")
     memory_gib: float = key("of a GPU that may be used; 0: all", 0.0, ge=0)
     shard_optimizer_state: bool = key("each rank keeps its part of AdamW's state", False)

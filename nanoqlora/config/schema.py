@@ -185,6 +185,9 @@ class Config(Keys):
     gradient_checkpointing: bool | Literal["offload", "auto"] = key(
         "recompute blocks in backward; offload: keep their inputs in host memory; auto: if memory needs it", None
     )
+    fp8: bool | Literal["backward"] = key(
+        "matmuls with the 4-bit weights in fp8, on GPUs that have it; backward: those of the backward pass only", False
+    )
 
     logging_steps: int = key("optimizer steps between log lines", 1, ge=1, group="cadence")
     eval_strategy: Cadence = key("when to evaluate; unset: by the two keys below, else every epoch", None)

@@ -14,29 +14,8 @@ units of N x D numbers (N tokens, D model width, with the proportions of Llama-3
     "input"     everything is recomputed from x, except down_proj, whose output no gradient needs   1 D
     "offload"   as "input", with x offloaded to host memory                                         0
 
-Projections that read the same input are one matmul: q, k and v; gate and up. Their weights are dequantized side by
-side into a buffer that all blocks share, with the adapters around them:
-
-    Wx = [ W   s B ]    (n_out + R, n_in + R), R the sum of the ranks r. B is block-diagonal: each projection has its
-         [ A    .  ]    own rows and columns, and zeros elsewhere.
-
-A matmul with Wx instead of W costs 1 to 5 % more arithmetic, and it computes LoRA's part in the same pass over the
-wide tensor. With xa = x A^T and dxa = s dy B:
-
-    merged    forward   [y, xa]   = x [W + s B A; A]^T     y includes the update
-              backward  [dx, dxa] = dy [W + s B A, s B]    dx is complete
-    separate  forward   y         = [x, xa] [W, s B]^T     xa of dropout(x) is computed before; x is part of [x, xa]
-              backward  [dx, dxa] = dy [W, s B]            then dx += dropout'(dxa A)
-
-What remains are the gradients of A and B, which read x and dy once each. A layer without an update has r = 0 in all of
-this. Merging needs p = 0, because dropout changes the update's input only.
-
-DoRA multiplies row j of W + s B A by c_j = m_j / norm of that row: it is computed as `merged` with c W and c s B. The
-norm is a constant in the backward pass and is measured once a step. The gradient of m_j is sum(dy_j y_j) / m_j over
-the tokens, so a block also saves the outputs of o_proj and down_proj, 2 D; the others it has.
-
-The update is added during the dequantization, in float32 before the one rounding. The equations of a layer are in
-`ops/lora.py`; those of the norm, RoPE and SwiGLU in `ops/block_parts.py`.
+Projections that read the same input are one matmul, with the adapters around it: `projections.py`. The equations of the
+norm, RoPE and SwiGLU are in `ops/block_parts.py`.
 
 Modules, parameters and their names are those of the plain block.
 """
@@ -56,129 +35,11 @@ from ..ops import RowDropout, Segments
 from ..ops.fast.loss import ROWS_ON_GPU
 from ..ops.fast.scratch import scratch
 from ..parallel.host_memory import HostMemory
-from ..qlora import QLoRALinear, lora_layers, qlora_linear
+from ..qlora import lora_layers, qlora_linear
+from .projections import Fp8, Projections, gradient_of
 
 Keep = Literal["all", "mlp_host", "no_mlp", "input", "offload"]
 ON_HOST = ("mlp_host", "offload")
-
-
-class Projections:
-    """Linear layers that read the same input, computed as one matmul with Wx."""
-
-    def __init__(self, *layers: QLoRALinear) -> None:
-        self.layers = layers
-        self.n_in, self.widths = layers[0].in_features, [layer.out_features for layer in layers]
-        self.ranks = [len(layer.lora_A) if layer.has_lora else 0 for layer in layers]
-        self.trained = [layer for layer in layers if layer.has_lora]
-        self.has_dora = any(layer.magnitude is not None for layer in layers)
-        self.n_out, self.R = sum(self.widths), sum(self.ranks)
-        self.side = self.R + -self.R % 8  # R padded, so that rows start at multiples of 16 bytes
-        self.dense: Tensor | None = None  # Wx, where it is dequantized once for the complete run
-
-    def keep_dense(self, dtype: torch.dtype) -> None:
-        """Dequantize once, n_out * n_in * itemsize bytes; evaluation and chat use these weights too."""
-        self.dense = torch.zeros(self.n_out + self.side, self.n_in + self.side, dtype=dtype)
-        for layer, rows in zip(self.layers, self.dense[: self.n_out, : self.n_in].split(self.widths), strict=True):
-            layer.rebuild_into(rows)
-            layer.dense = rows
-
-    def weight(self, dtype: torch.dtype, merged: bool, backward: bool = False, with_W: bool = True) -> Tensor:
-        """Wx (n_out + side, n_in + side), with W + s B A in place of W if `merged`. The next call overwrites it.
-
-        with_W: False writes the adapters alone.
-        """
-        dense = None if merged else self.dense
-        if dense is not None and backward:
-            return dense  # the forward pass has written the adapters
-        shape, device = (self.n_out + self.side, self.n_in + self.side), self.layers[0].device
-        wx = scratch(*shape, dtype, device) if dense is None else dense
-        w, B = wx[: self.n_out].split([self.n_in, self.side], dim=1)
-        A, first = self.rows_of_A(wx), 0
-        parts = zip(self.layers, w.split(self.widths), A.split(self.ranks), B.split(self.widths), strict=True)
-        for layer, w_rows, A_rows, B_rows in parts:
-            r, c = len(A_rows), layer.row_scale
-            if r:
-                lora_B = layer.lora_B if c is None else layer.lora_B * c[:, None]
-                ops.kernels(wx).place_adapter(layer.lora_A, lora_B, layer.scaling, A_rows, B_rows, first)
-            else:
-                B_rows.zero_()
-            if dense is None and with_W:
-                layer.rebuild_into(w_rows, (A_rows, B_rows[:, first : first + r]) if merged and r else None, c)
-            first += r
-        return wx
-
-    def rows_of_A(self, wx: Tensor) -> Tensor:
-        """A of all projections, (R, n_in)."""
-        return wx[self.n_out : self.n_out + self.R, : self.n_in]
-
-    def input_buffer(self, like: Tensor, merged: bool) -> Tensor:
-        """An empty (N, n_in) tensor for the input; (N, n_in + side) where xa comes beside it."""
-        return like.new_empty(len(like), self.n_in + (0 if merged else self.side))
-
-    def is_one_matmul(self, merged: bool) -> bool:
-        """Whether the matmul with W is all, and xa comes out of it."""
-        return merged or not self.R
-
-    def forward(self, x: Tensor, merged: bool, lora_down: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """y (N, n_out) and xa (N, R). Rows of both may be slices of wider ones.
-
-        Args:
-            x: from `input_buffer`; the input in its first n_in columns.
-            lora_down: computes xa from A (R, n_in), and may write the input as well; not called if `is_one_matmul`.
-        """
-        wx = self.weight(x.dtype, merged)
-        if self.is_one_matmul(merged):
-            both = x @ wx[: self.n_out + self.side, : self.n_in].t()
-            return both[:, : self.n_out], both[:, self.n_out : self.n_out + self.R]
-        beside, xa = x[:, self.n_in :], lora_down(self.rows_of_A(wx))
-        beside[:, : self.R].copy_(xa)
-        beside[:, self.R :].zero_()
-        return x @ wx[: self.n_out].t(), xa
-
-    def backward_x_without_update(self, dy: Tensor, merged: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """dx (N, n_in) and dxa (N, R), slices of one tensor; and A (R, n_in) unless merged: dx then lacks dxa A."""
-        wx = self.weight(dy.dtype, merged, backward=True)
-        both = dy @ wx[: self.n_out]
-        A = None if self.is_one_matmul(merged) else self.rows_of_A(wx)
-        return both[:, : self.n_in], both[:, self.n_in : self.n_in + self.R], A
-
-    def backward_x(self, dy: Tensor, merged: bool, dropout: RowDropout | None) -> tuple[Tensor, Tensor]:
-        """dx (N, n_in), complete, and dxa (N, R)."""
-        dx, dxa, A = self.backward_x_without_update(dy, merged)
-        if A is not None:
-            ops.kernels(dy).lora_dx_add_(dx, dxa, A, dropout)
-        return dx, dxa
-
-    def backward_xa(self, dy: Tensor) -> Tensor:
-        """dxa (N, R) alone, where dx is not needed."""
-        return dy @ self.weight(dy.dtype, False, backward=True, with_W=False)[: self.n_out, self.n_in :][:, : self.R]
-
-    def backward_B(self, dy: Tensor, xa: Tensor) -> None:
-        """Add to the gradient of every B."""
-        for layer, dy_, xa_ in zip(self.layers, dy.split(self.widths, 1), xa.split(self.ranks, 1), strict=True):
-            if layer.has_lora:
-                out = gradient_of(layer.lora_B)
-                ops.kernels(dy).lora_backward_B(dy_, xa_, layer.scaling, out, layer.row_scale)
-
-    def backward_magnitude(self, dots: Tensor | None) -> None:
-        """Add to the gradient of DoRA's magnitudes. dots: (n_out,), the sum over the tokens of dy times y."""
-        for layer, part in zip(self.layers, () if dots is None else dots.split(self.widths), strict=dots is not None):
-            if layer.magnitude is not None:
-                gradient_of(layer.magnitude).addcdiv_(part, layer.magnitude.detach())
-
-    def backward_A(
-        self, dxa: Tensor, x: Tensor, dropout: RowDropout | None, norm: tuple[Tensor, Tensor] | None = None
-    ) -> None:
-        """Add to the gradient of every A. x: (N, n_in), the input, or with `norm` the input before that norm."""
-        if self.R:
-            ops.kernels(x).lora_backward_A(dxa, x, dropout, [gradient_of(layer.lora_A) for layer in self.trained], norm)
-
-
-def gradient_of(parameter: nn.Parameter) -> Tensor:
-    """The float32 tensor that gradients of `parameter` are added to."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
 
 
 class TokenNumbers:
@@ -256,7 +117,7 @@ class BlockFunction(torch.autograd.Function):
         B, T, D = x.shape
         ctx.block, ctx.rope, ctx.segments, ctx.shape = block, [c.flatten(0, 1) for c in rope], segments, (B, T, D)
         ctx.dropouts, ctx.wants_dx = block.dropouts(T), wants_dx
-        ctx.merged = block.merge and not any(ctx.dropouts)
+        ctx.merged = block.merge and not any(ctx.dropouts) and block.projections[0].fp8 is not True
         saved = Saved(x.reshape(-1, D))
         run_to_gate_up(ctx, saved)
         y = run_down(ctx, saved)
@@ -313,8 +174,9 @@ def run_attention(ctx, x: Tensor, h: Tensor) -> Attended:
         q, k, v = (part.detach().requires_grad_() for part in heads.split(block.head_counts, dim=2))
         y = ops.attention(q, k, v, ctx.segments)
     attended = y.detach().reshape(B * T, -1)
-    buffer = attended if o.is_one_matmul(merged) else o.input_buffer(x, merged)
-    lora_down = partial(kernels.lora_down, attended, dropout=ctx.dropouts[1], out=buffer[:, : o.n_in])
+    buffer = attended if o.is_one_matmul(merged) or o.fp8 is True else o.input_buffer(x, merged)
+    out = None if buffer is attended else buffer[:, : o.n_in]
+    lora_down = partial(kernels.lora_down, attended, dropout=ctx.dropouts[1], out=out)
     delta, xa = o.forward(buffer, merged, lora_down)
     xa_o, norm, y_o = xa.clone(), block.post_attention_layernorm, delta if o.has_dora else None
     middle, _, rstd_middle = kernels.add_rms_norm(x, delta, norm.weight, norm.eps, out=h)
@@ -368,7 +230,7 @@ def mlp_backward(ctx, saved: Saved, dy: Tensor) -> Tensor:
     down.backward_B(dy, xa_down)
     if saved.y_down is not None:
         down.backward_magnitude(kernels.column_dot(dy, saved.y_down))
-    dact, dxa, A = down.backward_x_without_update(dy, merged)
+    dact, dxa, A = down.backward_x_without_update(dy, merged, ctx.dropouts[3])
     (gate, up), (down_,) = gate_up.layers, down.layers
     if gate.has_lora and up.has_lora and down_.has_lora:
         dBs = gradient_of(gate.lora_B), gradient_of(up.lora_B)
@@ -482,18 +344,21 @@ class FusedBlock(Block):
         return BlockFunction.apply(x, self, rope, segments, wants_dx)
 
 
-def fuse_blocks(model: Llama, keeps: Sequence[Keep], merge: bool = False) -> None:
+def fuse_blocks(model: Llama, keeps: Sequence[Keep], merge: bool = False, fp8: Fp8 = False) -> None:
     """Replace every block by its fused twin.
 
     Args:
         keeps: what each block saves for its backward pass.
         merge: compute with W + s B A where there is no dropout.
+        fp8: which matmuls with W are in fp8, of a 4-bit base: the input gradients (backward), or all (True).
     """
     host, blocks = HostMemory(), []
     for i, (block, keep) in enumerate(zip(model.model.layers, keeps, strict=True)):
         assert isinstance(block, Block)
         blocks.append(FusedBlock(block, i, keep, merge, host))
         model.model.layers[i] = blocks[i]
+        for projections in blocks[i].projections:
+            projections.fp8 = fp8
     tokens = TokenNumbers(blocks)
     for fused in blocks:
         fused.tokens = tokens

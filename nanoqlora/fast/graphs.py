@@ -27,7 +27,8 @@ from ..model import Llama
 from ..ops import Segments
 from ..qlora import lora_layers
 from . import stats
-from .block import ON_HOST, FusedBlock, gradient_of
+from .block import ON_HOST, FusedBlock
+from .projections import gradient_of
 
 
 def can_record(model: Llama) -> bool:

@@ -7,7 +7,7 @@ switch between them: the fast twins run unless `use("reference")` is called, and
     elementwise.py   RMSNorm, RoPE, SwiGLU                 lora_parts.py     LoRA's small matmuls with their backward
     nf4.py           four bits per weight                  mlp_backward.py   SwiGLU's backward with LoRA's gradients
     lora.py          linear layer with LoRA and dropout    fast/, triton/    the twins: PyTorch's own, and GPU kernels
-    loss.py          head and cross-entropy
+    loss.py          head and cross-entropy                fp8.py            matmuls over four bits in fp8
 
 Not here: autograd over a complete block (`fast/block.py`). Read first: `nf4.py`, `lora.py`.
 """
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import attention as attention_reference
-from . import block_parts, elementwise, lora, lora_parts, loss, mlp_backward, nf4
+from . import block_parts, elementwise, fp8, lora, lora_parts, loss, mlp_backward, nf4
 from .attention import Segments, attention_to_past
 from .fast import attention_cpu, attention_cuda
 from .fast import elementwise as elementwise_fast
@@ -78,7 +78,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 
 
 class Kernels(NamedTuple):
-    """The operations of a block with a hand-written backward pass; see `block_parts.py`, `lora_parts.py`."""
+    """The operations of a block with a hand-written backward pass; see `block_parts.py`, `lora_parts.py`, `fp8.py`."""
 
     rms_norm: Callable
     add_rms_norm: Callable
@@ -96,18 +96,22 @@ class Kernels(NamedTuple):
     lora_dx_add_: Callable
     swiglu_backward_: Callable
     column_dot: Callable
+    quantize_fp8: Callable
+    dequantize_fp8: Callable
+    matmul_fp8: Callable
 
 
 @lru_cache
 def _kernels(is_cuda: bool) -> Kernels:
     names = Kernels._fields
-    modules = (block_parts, lora_parts, mlp_backward)
+    modules = (block_parts, lora_parts, mlp_backward, fp8)
     if is_cuda:
         from .triton import elementwise as elementwise_triton
+        from .triton import fp8 as fp8_triton
         from .triton import lora as lora_triton
         from .triton import mlp_backward as mlp_backward_triton
 
-        modules = (elementwise_triton, lora_triton, mlp_backward_triton)
+        modules = (elementwise_triton, lora_triton, mlp_backward_triton, fp8_triton)
     return Kernels(*(next(getattr(m, name) for m in modules if hasattr(m, name)) for name in names))
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from ..config.errors import UserError
+
 
 def map_gpu_memory_in_pages() -> None:
     """Set PyTorch's expandable_segments: GPU memory is mapped in pages, which tensors of many sizes do not fragment.
@@ -59,3 +61,13 @@ def compute_dtype(bf16: bool | str, device: torch.device) -> torch.dtype:
             flags = info.read_text().split() if info.exists() else []
             bf16 = "avx512_bf16" in flags or "amx_bf16" in flags
     return torch.bfloat16 if bf16 else torch.float32
+
+
+def check_fp8(device: torch.device) -> None:
+    """Raises UserError if a device has no matmuls in fp8."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+        return
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+    raise UserError(
+        f"fp8: {name} has no matmuls in fp8. Take a GPU that has, such as an L40S or H100, or leave out fp8."
+    )

@@ -18,6 +18,7 @@ from ..data.packing import BatchSchedule
 from ..fast.block import Keep, can_fuse, fuse_blocks, keep_dense_weights
 from ..fast.graphs import GraphedBody, can_record
 from ..fast.memory import dense_fits, keeps_for, memory_budget
+from ..fast.projections import Fp8
 from ..fast.sharding_choice import choose_sharding, embedding_waits
 from ..fast.stats import stage
 from ..model import Block, Llama
@@ -101,6 +102,8 @@ def build_model(
     Raises:
         UserError: on all ranks, what a file or the adapter of lora_model_dir has.
     """
+    if config.fp8:
+        devices.check_fp8(device)
     num_tokens = config.micro_batch_size * config.sequence_len
     optimizer_bytes = state_bytes(config.optimizer) / (ranks if config.shard_optimizer_state else 1)
     model, fill = empty()
@@ -142,7 +145,7 @@ def build_model(
         add_noise(model, config.neftune_noise_alpha)
     model.train()
     keeps = keeps_for(model, config.gradient_checkpointing, num_tokens, optimizer_bytes=optimizer_bytes)
-    make_fast(model, keeps, store is None, say)
+    make_fast(model, keeps, store is None, say, config.fp8)
     if store:
         store.attach(model)
         for i, block in enumerate(model.model.layers if config.peft_use_dora and not config.lora_model_dir else ()):
@@ -167,7 +170,7 @@ def add_lora(config: Config, model: Llama, say: Callable[..., None]) -> None:
         say(f"warning: it was trained on other weights than {config.base_model}'s, where it may mean nothing")
 
 
-def make_fast(model: Llama, keeps: list[Keep], is_resident: bool, say: Callable[..., None]) -> None:
+def make_fast(model: Llama, keeps: list[Keep], is_resident: bool, say: Callable[..., None], fp8: Fp8 = False) -> None:
     """Put fused blocks in place of plain ones, where that is possible, each with its entry of `keeps`."""
     if not can_fuse(model):
         recomputed = ", and recomputed in the backward pass" if set(keeps) != {"all"} else ""
@@ -177,7 +180,7 @@ def make_fast(model: Llama, keeps: list[Keep], is_resident: bool, say: Callable[
             block.recompute = keep != "all"
         return
     # With the update merged into W a GPU's step is shorter; a CPU keeps dense weights instead. Dropout forbids it.
-    fuse_blocks(model, keeps, merge=model.model.norm.weight.device.type == "cuda")
+    fuse_blocks(model, keeps, merge=model.model.norm.weight.device.type == "cuda", fp8=fp8)
     if is_resident and dense_fits(model):
         keep_dense_weights(model)
     if set(keeps) != {"all"}:

@@ -7,8 +7,9 @@ from tiny_qlora import DEVICE, build, fuse
 
 import nanoqlora as nq
 from nanoqlora import ops
-from nanoqlora.fast.block import adapter_changed, can_fuse
-from nanoqlora.ops import Segments
+from nanoqlora.fast.block import adapter_changed, can_fuse, fuse_blocks
+from nanoqlora.fast.projections import Projections
+from nanoqlora.ops import Segments, fp8
 from nanoqlora.qlora import ALL_LINEAR, lora_layers
 
 pytestmark = pytest.mark.slow
@@ -226,3 +227,102 @@ def test_own_ranks_and_alphas_of_layers(tmp_path, mode):
     fuse(model, fold=mode == "folded")
     for i, (a, b) in enumerate(zip(results(model, lengths), plain, strict=True)):
         assert (a - b).abs().max() <= 2e-5 * b.abs().max() + 1e-12, f"result {i}"
+
+
+PACKED = ((5, 28), (30, 3))
+
+
+@pytest.fixture
+def reference(monkeypatch):
+    """Plain PyTorch, which also multiplies in float32."""
+    monkeypatch.setattr(ops, "_fast", False)
+
+
+def with_fp8(folder, strength, dropout: float = 0.0, keep: str = "all", fold: bool = True, **options):
+    model = build(folder, torch.float32, dropout, **options)
+    fuse(model, keep, fold)
+    for block in model.model.layers:
+        for projections in block.projections:
+            projections.fp8 = strength
+    return model
+
+
+@pytest.mark.parametrize("keep", ["all", "no_mlp", "input"])
+@pytest.mark.parametrize("mode", ["no dropout", "dropout", "DoRA"])
+@pytest.mark.parametrize("targets", ["all", "q and v", "down", "second block"])
+@pytest.mark.parametrize("strength", ["backward", True])
+def test_without_rounding_it_is_the_plain_block(tmp_path, monkeypatch, reference, strength, targets, mode, keep):
+    """With float32 in place of e4m3: scales, factors, transposes and where the adapters stand."""
+    monkeypatch.setattr(fp8, "E4M3", torch.float32)
+
+    def buffer(self, rows, columns, like):
+        return like.new_full((rows, columns), float("nan")), like.new_empty(rows)
+
+    monkeypatch.setattr(Projections, "fp8_buffer", buffer)
+    save_random_llama(tmp_path)
+    options = {"dropout": 0.05 if mode == "dropout" else 0.0, "targets": TARGETS[targets], "dora": mode == "DoRA"}
+    plain = results(build(tmp_path, torch.float32, **options), PACKED)
+    ours = results(with_fp8(tmp_path, strength, keep=keep, **options), PACKED)
+    for i, (a, b) in enumerate(zip(ours, plain, strict=True)):
+        assert (a - b).abs().max() <= 2e-5 * b.abs().max() + 1e-12, f"result {i}"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_the_forward_pass_of_backward_is_untouched(tmp_path, reference, dropout):
+    save_random_llama(tmp_path)
+    exact = build(tmp_path, torch.float32, dropout)
+    fuse(exact, "all", True)
+    expected, ours = (results(m, PACKED) for m in (exact, with_fp8(tmp_path, "backward", dropout)))
+    assert torch.equal(ours[0], expected[0])
+    errors = [((a - b).norm() / b.norm()).item() for a, b in zip(ours[1:], expected[1:], strict=True)]
+    assert 0.01 < max(errors) < 0.15, "a few matmuls of 3.75 % each"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_roundings_are_of_their_size(tmp_path, reference, dropout):
+    """The hidden states are as far off as with noise of 3.75 % on the result of every linear layer."""
+    save_random_llama(tmp_path)
+    plain, noisy = (build(tmp_path, torch.float32, dropout) for _ in range(2))
+    g = torch.Generator().manual_seed(3)
+
+    def disturb(layer, inputs, y):
+        return y + 0.0375 * y.square().mean().sqrt() * torch.randn(y.shape, generator=g).to(y.device)
+
+    for layer in lora_layers(noisy).values():
+        layer.register_forward_hook(disturb)
+    exact, disturbed, ours = (results(m, PACKED)[0] for m in (plain, noisy, with_fp8(tmp_path, True, dropout)))
+    assert (ours - exact).norm().item() == pytest.approx((disturbed - exact).norm().item(), rel=0.3)
+
+
+def test_a_small_update_is_not_lost(tmp_path, reference):
+    """B of 1e-3 in the last layer, whose update is far below W's rounding: the output moves as it does in float32."""
+    save_random_llama(tmp_path)
+    moved = []
+    for strength in (False, True):
+        outputs = []
+        for size in (0.0, 0.01):
+            model = with_fp8(tmp_path, strength)
+            model.model.layers[-1].trained[-1].lora_B.data.mul_(size)
+            outputs.append(results(model, PACKED)[0])
+        moved.append(outputs[1] - outputs[0])
+    assert (moved[1] - moved[0]).norm() < 0.3 * moved[0].norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["no dropout", "dropout", "DoRA"])
+@pytest.mark.parametrize("strength", ["backward", True])
+def test_the_kernels_compute_what_the_reference_does(tmp_path, monkeypatch, strength, mode):
+    """In bfloat16 both differ from float32 by the same: the roundings to fp8."""
+    save_random_llama(tmp_path)
+    options = {"dropout": 0.05 if mode == "dropout" else 0.0, "dora": mode == "DoRA"}
+
+    def with_kernels(fast: bool, dtype: torch.dtype, strength) -> list[torch.Tensor]:
+        monkeypatch.setattr(ops, "_fast", fast)
+        model = build(tmp_path, dtype, **options)
+        fuse_blocks(model, ["all"] * model.config.num_hidden_layers, True, strength)
+        return results(model, PACKED)
+
+    exact = with_kernels(False, torch.float32, False)
+    ours, expected = (with_kernels(fast, torch.bfloat16, strength) for fast in (True, False))
+    for a, b, true in zip(ours, expected, exact, strict=True):
+        assert (a - true).norm().item() == pytest.approx((b - true).norm().item(), rel=0.25)

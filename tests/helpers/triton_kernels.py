@@ -14,12 +14,12 @@ from triton.runtime import interpreter
 
 from nanoqlora.ops import lora
 from nanoqlora.ops.lora_parts import RowDropout
-from nanoqlora.ops.triton import elementwise, loss, mlp_backward, nf4
+from nanoqlora.ops.triton import elementwise, fp8, loss, mlp_backward, nf4
 from nanoqlora.ops.triton import lora as lora_triton
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-KERNELS = (elementwise, lora_triton, loss, mlp_backward, nf4)
+KERNELS = (elementwise, fp8, lora_triton, loss, mlp_backward, nf4)
 U = 2.0**-8  # unit roundoff of bfloat16: 8 significant bits
 STEP = 2.0**-23  # of a float32 sum whose additions truncate, as a tensor core's may
 
@@ -27,7 +27,7 @@ STEP = 2.0**-23  # of a float32 sum whose additions truncate, as a tensor core's
 def interpret(patch: pytest.MonkeyPatch) -> None:
     """Run the kernels by the interpreter until the patch is undone, with what Triton 3.6's interpreter lacks.
 
-    That is: bfloat16 in `tl.dot`, its correct rounding, and loop bounds under NumPy 2.4.
+    That is: bfloat16 in `tl.dot`, its correct rounding and that of e4m3, and loop bounds under NumPy 2.4.
     """
     convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
     patch_tensor = interpreter._patch_lang_tensor
@@ -40,6 +40,8 @@ def interpret(patch: pytest.MonkeyPatch) -> None:
             return widen(data)
         if (source, target) == (tl.float32, tl.bfloat16):
             return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.uint16).numpy()
+        if (source, target) == (tl.float32, tl.float8e4nv):
+            return torch.from_numpy(np.ascontiguousarray(data)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         return convert(data, source, target, rounding)
 
     def create_dot(self, a, b, d, *rest):

@@ -285,6 +285,10 @@ ON_A_GPU = {
     "offload": {"gradient_checkpointing": "offload"},
     "DoRA, checkpointing": {"peft_use_dora": True, "gradient_checkpointing": True},
     "full_shard": {"fsdp": ["full_shard"]},
+    "fp8": {"fp8": True},
+    "fp8 backward": {"fp8": "backward"},
+    "fp8, dropout, full_shard": {"fp8": True, "lora_dropout": 0.05, "fsdp": ["full_shard"]},
+    "fp8, DoRA, checkpointing": {"fp8": True, "peft_use_dora": True, "gradient_checkpointing": True},
 }
 
 
@@ -298,7 +302,9 @@ def test_every_variant_runs_on_a_gpu(world, tmp_path, layout):
     for i, (variant, own) in enumerate(ON_A_GPU.items()):
         steps, said = run(world, tmp_path / f"{i}", **keys | {"bf16": True} | own)
         if variant != "16-bit base":  # which has other weights
-            assert steps[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.01), variant
+            assert steps[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.05 if own.get("fp8") is True else 0.01), (
+                variant
+            )
             assert steps[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.1), variant
         assert sum(row["loss"] for row in steps[4:]) < sum(row["loss"] for row in steps[:4]), f"{variant} learns"
         assert said.count("plain blocks are used") == (variant == "DoRA, dropout"), variant

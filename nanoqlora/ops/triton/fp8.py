@@ -1,0 +1,138 @@
+"""The Triton twins of `ops/fp8.py`; the matmul is PyTorch's own, with a scale per row of both operands.
+
+For 8B and 8,192 tokens on an H200, forward and backward of a block: dequantization takes 0.36 ms where bfloat16 takes
+0.82, quantizing x and dy 0.5 ms, and the matmuls 6.0 ms where bfloat16 takes 11.0.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import fp8, nf4
+from .nf4 import look_up, nf4_levels
+
+TILE = 128, 64, 4  # outputs, inputs, warps of a program of `dequantize_fp8`
+
+
+@triton.jit
+def power_of_two(largest):
+    """As `fp8.power_of_two`."""
+    bits = (tl.maximum(largest, 1e-30) / 448.0).to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+def quantize_fp8(
+    x: Tensor, beside: Tensor | None = None, factor: Tensor | None = None, width: int = 0
+) -> tuple[Tensor, Tensor]:
+    """As `fp8.quantize_fp8`."""
+    (N, K), R = x.shape, 0 if beside is None else beside.shape[1]
+    width = max(width, K + R)
+    out, scale = x.new_empty(N, width, dtype=fp8.E4M3), x.new_empty(N, 1, dtype=torch.float32)
+    size = triton.next_power_of_2(width)
+    quantize_kernel[(N,)](
+        *(x, beside, factor, out, scale),
+        *(x.stride(0), 0 if beside is None else beside.stride(0), K, K + R, width),
+        SIZE=size,
+        num_warps=min(16, max(4, size // 2048)),
+    )
+    return out, scale
+
+
+@triton.jit
+def quantize_kernel(
+    x_ptr, beside_ptr, factor_ptr, out_ptr, scale_ptr, x_stride, beside_stride, K, used, width, SIZE: tl.constexpr
+):
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+    x = tl.load(x_ptr + row * x_stride + column, mask=column < K, other=0.0).to(tl.float32)
+    if beside_ptr is not None:
+        inside = (column >= K) & (column < used)
+        x += tl.load(beside_ptr + row * beside_stride + column - K, mask=inside, other=0.0).to(tl.float32)
+    if factor_ptr is not None:
+        x *= tl.load(factor_ptr + column, mask=column < used, other=0.0).to(tl.float32)
+    scale = power_of_two(tl.max(tl.abs(x)))
+    tl.store(scale_ptr + row, scale)
+    tl.store(out_ptr + row * width + column, (x / scale).to(tl.float8e4nv), mask=column < width)
+
+
+def dequantize_fp8(
+    packed: Tensor,
+    codes: Tensor,
+    nested_absmax: Tensor,
+    nested_offset: Tensor,
+    out: Tensor,
+    scale: Tensor,
+    beside: Tensor | None = None,
+    beside_out: Tensor | None = None,
+) -> None:
+    """As `fp8.dequantize_fp8`."""
+    n_out, n_in = out.shape
+    scales = codes, nested_absmax, nested_offset, nf4.dynamic_levels(packed.device)
+    strides = (0, 0) if beside is None or beside_out is None else (beside.stride(0), beside_out.stride(0))
+    row_scales_kernel[(n_out,)](
+        *(*scales, beside, beside_out, scale, *strides, 0 if beside is None else beside.shape[1]),
+        GROUPS=n_in // nf4.BLOCKSIZE,
+        SIZE=triton.next_power_of_2(n_in // nf4.BLOCKSIZE),
+        R_SIZE=1 if beside is None else triton.next_power_of_2(beside.shape[1]),
+        num_warps=1,
+    )
+    rows, columns, num_warps = TILE
+    dequantize_kernel[(n_in // columns, triton.cdiv(n_out, rows))](
+        *(packed.view(torch.int32), *scales, nf4_levels(packed.device), scale, out, n_out, *out.stride()),
+        N_IN=n_in,
+        ROWS=rows,
+        COLUMNS=columns,
+        TRANSPOSED=out.stride(0) == 1,
+        num_warps=num_warps,
+    )
+
+
+@triton.jit
+def row_scales_kernel(
+    codes_ptr, nested_absmax_ptr, nested_offset_ptr, dynamic_levels_ptr, beside_ptr, beside_out_ptr, scale_ptr,
+    beside_stride, out_stride, R, GROUPS: tl.constexpr, SIZE: tl.constexpr, R_SIZE: tl.constexpr,
+):  # fmt: skip
+    row, i = tl.program_id(0), tl.arange(0, SIZE)
+    group, real = row * GROUPS + i, i < GROUPS
+    code = tl.load(codes_ptr + group, mask=real, other=0).to(tl.int32)
+    nested_absmax = tl.load(nested_absmax_ptr + group // 256, mask=real, other=0.0)
+    absmax = tl.load(dynamic_levels_ptr + code) * nested_absmax + tl.load(nested_offset_ptr)
+    largest = tl.max(tl.where(real, tl.abs(absmax), 0.0))
+    if beside_ptr is not None:
+        column = tl.arange(0, R_SIZE)
+        beside = tl.load(beside_ptr + row * beside_stride + column, mask=column < R, other=0.0).to(tl.float32)
+        scale = power_of_two(tl.maximum(largest, tl.max(tl.abs(beside))))
+        tl.store(beside_out_ptr + row * out_stride + column, (beside / scale).to(tl.float8e4nv), mask=column < R)
+    else:
+        scale = power_of_two(largest)
+    tl.store(scale_ptr + row, scale)
+
+
+@triton.jit
+def dequantize_kernel(
+    words_ptr, codes_ptr, nested_absmax_ptr, nested_offset_ptr, dynamic_levels_ptr, nf4_levels_ptr, scale_ptr, out_ptr,
+    n_out, row_stride, column_stride,
+    N_IN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    word = tl.program_id(0) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
+    real = (row < n_out)[:, None]
+    words = tl.load(words_ptr + row[:, None] * (N_IN // 8) + word[None, :], mask=real, other=0)
+    group = row[:, None] * (N_IN // 64) + tl.program_id(0) * (COLUMNS // 64) + tl.arange(0, COLUMNS // 64)[None, :]
+    code = tl.load(codes_ptr + group, mask=real, other=0).to(tl.int32)
+    nested_absmax = tl.load(nested_absmax_ptr + group // 256, mask=real, other=0.0)
+    absmax = tl.load(dynamic_levels_ptr + code) * nested_absmax + tl.load(nested_offset_ptr)
+    absmax /= tl.load(scale_ptr + row, mask=row < n_out, other=1.0)[:, None]
+    absmax = tl.broadcast_to(absmax[:, :, None], (ROWS, COLUMNS // 64, 64)).reshape(ROWS, COLUMNS)
+    levels = tl.load(nf4_levels_ptr + tl.arange(0, 16))
+    w = (look_up(words, levels, ROWS, COLUMNS) * absmax).to(tl.float8e4nv)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    if TRANSPOSED:
+        tl.store(out_ptr + column[:, None] * column_stride + row[None, :], tl.trans(w), mask=(row < n_out)[None, :])
+    else:
+        tl.store(out_ptr + row[:, None] * row_stride + column[None, :], w, mask=real)
+
+
+def matmul_fp8(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `fp8.matmul_fp8`. Its fast accumulation keeps 14 bits of a sum's mantissa within a run of 128 products."""
+    return torch._scaled_mm(x, w.t(), scale_a=x_scale, scale_b=w_scale[None], out_dtype=dtype, use_fast_accum=True)

@@ -194,7 +194,7 @@ def writers(world: World, rng: random.Random, end: float, part: str) -> Book:
                 break
             book.counts["kills"] += 1
             now = facts(world.out)
-            if code not in (-9, 130):
+            if code not in (-9, 130, -signal.SIGTERM):  # the last before the command has begun
                 book.fault(f"exit {code}: {log[-300:]}", " > ".join(story))
             if code == 130 and len(story) == 2 and (left := set(now[""]) - set(visible(now)[""])):
                 book.fault(f"{how['signal'].name} leaves {sorted(left)}", " > ".join(story))

@@ -28,7 +28,6 @@ from small_runs import alpaca_rows, save_tiny_model, write_rows, write_run  # no
 import export_gguf  # noqa: E402, F401
 import merge  # noqa: E402, F401
 import train  # noqa: E402, F401
-from nanoqlora import evaluate  # noqa: E402, F401
 from nanoqlora.config.commands import run_command  # noqa: E402
 from nanoqlora.run import log  # noqa: E402
 
@@ -40,7 +39,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dropout and evaluations": {"lora_dropout": 0.1, "val_set_size": 3, "eval_steps": 2},
     "packed": {"sample_packing": True, "gradient_accumulation_steps": 2, "num_epochs": 5},
     "best": {"val_set_size": 3, "eval_steps": 1, "load_best_model_at_end": True, "learning_rate": 0.05},
-    "patience": {"val_set_size": 3, "eval_steps": 1, "early_stopping_patience": 3, "learning_rate": 0.5},
+    "patience": {
+        "val_set_size": 3,
+        "eval_steps": 1,
+        "early_stopping_patience": 3,
+        "learning_rate": 0.5,
+        "num_epochs": 4,
+    },
     "watchdog": {"loss_watchdog_threshold": 0.1, "loss_watchdog_patience": 6},
     "noise, DoRA": {"neftune_noise_alpha": 5, "peft_use_dora": True},
     "8 bit, LoRA+": {"optimizer": "adamw_8bit", "loraplus_lr_ratio": 4},
@@ -65,7 +70,7 @@ class World:
         """The YAML of a run into an output_dir that does not exist."""
         shutil.rmtree(self.run, ignore_errors=True)
         self.run.mkdir()
-        usual = {"dataset_prepared_path": str(self.prepared), "num_epochs": 4, "save_steps": 1, "save_total_limit": 2}
+        usual = {"dataset_prepared_path": str(self.prepared), "num_epochs": 2, "save_steps": 1, "save_total_limit": 2}
         usual |= {"micro_batch_size": 4, "auto_resume_from_checkpoints": True}
         return write_run(self.run / "train.yml", self.model, self.data, **(usual | keys))
 

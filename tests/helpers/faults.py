@@ -11,8 +11,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import processes
+from processes import context
+from small_runs import ENVIRONMENT
 
 from nanoqlora.config import files
 
@@ -107,3 +112,26 @@ def take(path: Path, pipe: Any) -> None:
         (folder / "weights").write_text("half")
         pipe.send(str(folder))
         signal.pause()
+
+
+def be_command(fault: Fault, words: list[str], out: Path, err: Path, pipe: Any) -> None:
+    """`python *words` with a fault; the pipe gets the number of operations, unless it was killed."""
+    fault.set()
+    try:
+        processes._be_command(words, out.parent, dict(ENVIRONMENT), out, err)
+    finally:
+        pipe.send(fault.count)
+
+
+def run_under(fault: Fault, folder: Path, *words: object) -> tuple[int, int, str]:
+    """The exit code of a command under a fault, its operations, and what it wrote to stderr."""
+    receiver, sender = context().Pipe(duplex=False)
+    out, err = folder / "stdout", folder / "stderr"
+    process = context().Process(target=be_command, args=(fault, [*map(str, words)], out, err, sender))
+    process.start()
+    sender.close()
+    count = 0
+    with suppress(EOFError):
+        count = receiver.recv() if receiver.poll(300) else 0
+    process.join(60)
+    return process.exitcode, count, err.read_text("utf-8") if err.exists() else ""

@@ -22,22 +22,19 @@ if TYPE_CHECKING:
     from .weights.adapter import save_adapter as save_adapter
     from .weights.pretrained import Llama as Llama
 
-PUBLIC = {  # name -> the module that has it
-    "Llama": "weights.pretrained",
-    "ModelConfig": "model",
-    "UserError": "config.errors",
-    "dequantize_nf4": "ops",
-    "export_gguf": "export.gguf_model",
-    "evaluate": "run.from_python",
-    "generate": "run.from_python",
-    "inject_lora": "qlora",
-    "load_adapter": "weights.adapter",
-    "load_tokenizer": "tokenizer.tokenizer",
-    "merge": "export.merge",
-    "quantize_nf4": "ops",
-    "save_adapter": "weights.adapter",
-    "train": "run.from_python",
+MODULES = {  # module -> the public names that it has
+    "config.errors": "UserError",
+    "export.gguf_model": "export_gguf",
+    "export.merge": "merge",
+    "model": "ModelConfig",
+    "ops": "dequantize_nf4 quantize_nf4",
+    "qlora": "inject_lora",
+    "run.from_python": "evaluate generate train",
+    "tokenizer.tokenizer": "load_tokenizer",
+    "weights.adapter": "load_adapter save_adapter",
+    "weights.pretrained": "Llama",
 }
+PUBLIC = {name: module for module, names in MODULES.items() for name in names.split()}
 __all__ = [*PUBLIC]
 
 

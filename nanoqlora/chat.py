@@ -9,6 +9,7 @@ if __name__ == "__main__":
     answer_early(ChatOptions)  # --help and wrong settings, before PyTorch is imported
 
 from .config.commands import run_command
+from .config.errors import UserError
 from .parallel import distributed
 from .run.generate import answer
 from .run.usable import load_for_use
@@ -42,6 +43,8 @@ def main() -> None:
             question = input("> ").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input: {error}, so the question is not text. Give it in UTF-8.") from error
         if question:
             reply(question)
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from .errors import Failed, Stopped, UserError, is_out_of_memory
+from .errors import Failed, Stopped, UserError, is_out_of_memory, printable
 from .files import free_on_disk
 
 DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # the last on disks that hold no file of more than 4 GB
@@ -30,9 +30,6 @@ def run_command(main: Callable[[], None]) -> None:
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(Stream, streams)
     try:
-        for word in sys.argv:
-            if any("\udc80" <= character <= "\udcff" for character in word):
-                raise UserError(f"command line: {word} is not text in this terminal's encoding. Rename it in UTF-8.")
         main()
         sys.stdout.flush()
     except UserError as error:
@@ -67,7 +64,8 @@ def run_command(main: Callable[[], None]) -> None:
 class Stream:
     """stdout or stderr. The run continues if its reader ends, or its encoding lacks a character, or it is closed.
 
-    A full disk under stdout (`> log`) ends the run, because nobody would notice it.
+    What a terminal would obey is shown as escapes, but for colours, and the carriage return of a progress bar. A full
+    disk under stdout (`> log`) ends the run, because nobody would notice it.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -76,7 +74,8 @@ class Stream:
             stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
-        return self._try(self._stream.write, text) or len(text)
+        self._try(self._stream.write, printable(text, but=r"\x1b\[[0-9;]*m|\r"))
+        return len(text)
 
     def flush(self) -> None:
         self._try(self._stream.flush)

@@ -6,12 +6,30 @@ from typing import Any
 
 # What a terminal would obey instead of showing: control characters, except tab and line break, and what changes the
 # order or the lines of text.
-HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+HIDDEN = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 
 
-def visible(text: str) -> str:
-    """A text of others, for a terminal: characters that it would obey are shown as escapes, such as \\x1b."""
-    return HIDDEN.sub(lambda found: found[0].encode("unicode_escape", "backslashreplace").decode(), text)
+def visible(text: str, but: str = "(?!)") -> str:
+    """A text of others, for a terminal: characters that it would obey are shown as escapes, such as \\x1b.
+
+    Args:
+        but: what stays as it is, as a regular expression.
+    """
+    hidden = re.compile(f"({but})|{HIDDEN}")
+    return hidden.sub(lambda found: found[1] or found[0].encode("unicode_escape").decode(), text)
+
+
+KEY = "(?:api_?key|password|secret|auth_token)"
+# A password in an address; the value of a key such as comet_api_key, in YAML or on a command line.
+SECRET = re.compile(rf"(//[^/\s:@]*:)[^/\s@]+(?=@)|(--\w*{KEY}\s+|{KEY}[\"']?\s*[=:]\s*)[^\s,]+", re.I)
+
+
+def printable(text: str, but: str = "(?!)") -> str:
+    """A text for a terminal or a report: `visible`, and without tokens, keys and passwords of services."""
+    for name, value in os.environ.items():
+        if name.endswith(("TOKEN", "KEY", "SECRET", "PASSWORD")) and len(value) >= 12:
+            text = text.replace(value, "***")
+    return visible(SECRET.sub(lambda found: f"{found[1] or found[2]}***", text), but)
 
 
 class UserError(ValueError):
@@ -45,6 +63,12 @@ class Stopped(Exception):
 KINDS = {str: "text", dict: "a map", list: "a list", int: "a whole number", float: "a number", bool: "true or false"}
 
 
+def short(value: Any) -> str:
+    """A value from a file, in a message."""
+    text = "missing" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def expect(where: str, value: Any, *kinds: type | None, each: tuple[type, ...] = ()) -> Any:
     """A value from a file, if it is what the rest of the program takes it for.
 
@@ -60,7 +84,7 @@ def expect(where: str, value: Any, *kinds: type | None, each: tuple[type, ...] =
         items = value.values() if isinstance(value, dict) else value
         kinds, wrong = each, [item for item in items if type(item) not in each]
     if wrong:
-        found, wanted = repr(wrong[0])[:60], " or ".join(KINDS[kind] if kind else "null" for kind in kinds)
+        found, wanted = short(wrong[0]), " or ".join(KINDS[kind] if kind else "null" for kind in kinds)
         raise UserError(f"{where} is or holds {found}, where {wanted} is expected. Correct it, or copy the file again.")
     return value
 

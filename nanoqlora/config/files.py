@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+
+UMASK = os.umask(0o077)  # which can be read only by setting it
+os.umask(UMASK)
 
 SIGNS_OF_DISK = "I/O error", "inline_container", "PytorchStreamWriter", "iostream"  # in errors of libraries
 
@@ -45,7 +49,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         yield new
         for file in new.iterdir():
             _flush(file)
-        new.chmod(0o755)
+        new.chmod(0o777 & ~UMASK)
         if not path.exists() or not exchange(new, path):  # the old one is deleted under its temporary name
             old = path.with_name(f".{path.name}.old.tmp")
             if path.exists():
@@ -89,7 +93,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 def _flush(file: Path) -> None:
     """Flush a file to the disk. Others may read it, which safetensors does not let them."""
-    file.chmod(0o644)
+    file.chmod(0o666 & ~UMASK)
     with open(file, "rb+") as opened:
         os.fsync(opened.fileno())
 
@@ -234,3 +238,9 @@ def check_free(path: str | Path, key: str) -> None:
     """Raises UserError if a process that lives is writing `path`; what a killed one has left of it is deleted."""
     if writer := sweep(Path(path).parent, re.escape(Path(path).name)):
         raise UserError(f"{key} {path}: {writer} is writing it now. Wait for its end, or give {key} another name.")
+
+
+def sha256_of(path: Path) -> str:
+    """A hash of a file's contents."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

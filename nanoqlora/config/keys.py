@@ -27,7 +27,7 @@ from .parser import Map
 T = TypeVar("T")
 K = TypeVar("K", bound="Keys")
 Many = Annotated[tuple[T, ...], pydantic.BeforeValidator(lambda given: as_list(given))]  # or one that stands alone
-PathText = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]  # ~ is the home folder, as in a shell
+PathText = Annotated[str, pydantic.AfterValidator(lambda given, info: as_path(given, info.field_name))]
 
 
 class Fates(NamedTuple):
@@ -90,6 +90,13 @@ class Keys(pydantic.BaseModel):
 
 def as_list(value: Any) -> list[Any] | tuple[Any, ...]:
     return value if isinstance(value, list | tuple) else [value]
+
+
+def as_path(given: str, name: str) -> str:
+    """~ is the home folder, as in a shell."""
+    if max(map(len, given.encode().split(b"/"))) > 255:
+        raise UserError(f"{name}: {given[:60]} ... has a part of more than 255 bytes, so no file has it. Shorten it.")
+    return os.path.expanduser(given)
 
 
 def keys_of(cls: type[Keys]) -> dict[str, FieldInfo]:
@@ -280,4 +287,4 @@ def type_text(hint: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    return json.dumps(value, default=str, ensure_ascii=False)
+    return json.dumps(value, default=str, ensure_ascii=False)[:200]

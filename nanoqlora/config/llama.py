@@ -7,6 +7,8 @@ Here are no files and no PyTorch: a dict comes in, the checked numbers go out.
 
 from typing import Any
 
+from .errors import short
+
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
 DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 MISTRAL_DEFAULTS = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
@@ -77,15 +79,13 @@ def _sizes(config: dict[str, Any]) -> dict[str, int]:
     for key, value in sizes.items():
         largest = 2**31 - 1 if key == "max_position_embeddings" else 2**24
         if type(value) is not int or not 0 < value <= largest:
-            raise ValueError(f"{key} is {_short(value)}, where a Llama needs a whole number from 1 to {largest}")
+            raise ValueError(f"{key} is {short(value)}, where a Llama needs a whole number from 1 to {largest}")
         checked[key] = value
     heads, kv_heads, head_dim = checked["num_attention_heads"], checked["num_key_value_heads"], config.get("head_dim")
     head_dim = checked["hidden_size"] // heads if head_dim is None else head_dim
     if type(head_dim) is not int or not 0 < head_dim <= 2**16 or heads % kv_heads or head_dim % 2:
-        raise ValueError(
-            f"num_attention_heads is {heads}, num_key_value_heads {kv_heads} and head_dim {_short(head_dim)}: the "
-            f"first has to be a multiple of the second, and the third has to be even"
-        )
+        found = f"num_attention_heads is {heads}, num_key_value_heads {kv_heads} and head_dim {short(head_dim)}"
+        raise ValueError(f"{found}: the first has to be a multiple of the second, and the third has to be even")
     return checked | {"head_dim": head_dim}
 
 
@@ -100,7 +100,7 @@ def _rope(config: dict[str, Any], positions: int) -> tuple[float, dict[str, Any]
     for key in ("rope_scaling", "rope_parameters"):
         rope = config.get(key) or {}
         if not isinstance(rope, dict):
-            raise ValueError(f"{key} is {_short(rope)}, where a map is expected")
+            raise ValueError(f"{key} is {short(rope)}, where a map is expected")
         if rope:
             kind = _rope_kind(key, rope, config.get("original_max_position_embeddings"), positions)
             if not kinds or kind["rope_type"] != "default":
@@ -119,7 +119,7 @@ def _same(found: dict[str, Any]) -> Any:
     (first, value), *others = found.items()
     for name, other in others:
         if other != value:
-            raise ValueError(f"{first} is {_short(value)} and {name} is {_short(other)}, which contradict")
+            raise ValueError(f"{first} is {short(value)} and {name} is {short(other)}, which contradict")
     return value
 
 
@@ -139,7 +139,7 @@ def _rope_kind(key: str, given: dict[str, Any], outside: Any, positions: int) ->
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE_NUMBERS[kind]}
     for name, value in rope.items():
         if name not in known and value is not None:
-            raise ValueError(f"{key}.{name} is {_short(value)}, which RoPE of type {kind!r} has no use for")
+            raise ValueError(f"{key}.{name} is {short(value)}, which RoPE of type {kind!r} has no use for")
     if kind == "llama3":
         found = {} if outside is None else {context: outside}
         found |= {f"{key}.{context}": rope[context]} if context in rope else {}
@@ -154,14 +154,5 @@ def _rope_kind(key: str, given: dict[str, Any], outside: Any, positions: int) ->
 def _positive(value: Any, key: str) -> float:
     """A number above zero, as a float. key: names it in the error."""
     if type(value) not in (int, float) or not 0 < value < 1e30:
-        raise ValueError(f"{key} is {_short(value)}, where a Llama needs a number above zero")
+        raise ValueError(f"{key} is {short(value)}, where a Llama needs a number above zero")
     return float(value)
-
-
-def _short(value: Any) -> str:
-    """A value from a file, in a message."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no integer of more than 4300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 60 else text[:57] + "..."

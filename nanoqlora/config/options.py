@@ -6,7 +6,6 @@ of a class is what the command's `--help` prints first.
 
 from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
-import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
 from .errors import UserError
@@ -31,8 +30,9 @@ GgufType = Annotated[Types, BeforeValidator(lambda name: str(name).strip().lower
 
 
 def split_at_commas(given: str | list[str]) -> list[str]:
-    lists = [yaml.safe_load(text) if str(text).startswith("[") else str(text).split(",") for text in as_list(given)]
-    return [name for names in lists for name in names if str(name).strip()]
+    """["a,b", "[c, d]"] -> ["a", "b", "c", "d"]. Brackets around names say nothing more than the commas do."""
+    lists = [str(text).strip("[] ").split(",") for text in as_list(given)]
+    return [name.strip(" '\"") for names in lists for name in names if name.strip()]
 
 
 T = TypeVar("T")
@@ -117,9 +117,9 @@ class ChatOptions(ModelOptions):
 
     prompt: str | None = key("answer this once and leave", None)
     system: str | None = key("system message", None)
-    temperature: float = key("0 takes the most likely token always", 0.7, ge=0)
+    temperature: float = key("0 takes the most likely token always", 0.7, ge=0, le=1000)
     max_new_tokens: int = key("tokens of an answer, at most", 256, ge=1)
-    seed: int = key("of the tokens that are drawn", 0)
+    seed: int = key("of the tokens that are drawn", 0, ge=0, le=4294967295)
 
 
 class CompareOptions(Keys):

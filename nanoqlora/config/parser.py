@@ -2,6 +2,7 @@
 "train.yml, line 12: lora_r is ...". What the values mean is the matter of `keys.py`.
 """
 
+import re
 from collections.abc import Mapping, Set
 from pathlib import Path
 from types import NoneType
@@ -11,6 +12,8 @@ import yaml
 
 from .errors import UserError
 from .scripts import this_command
+
+MAX_ALIASES = 20  # in a YAML text: of ten lines of ten, each for the line before, any memory would be full
 
 
 class Map(dict[str, Any]):
@@ -29,6 +32,24 @@ class Map(dict[str, Any]):
 class _Loader(yaml.SafeLoader):
     """YAML that keeps line numbers, and refuses a key given twice, of which only the last would be used."""
 
+    aliases = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        is_alias = self.check_event(yaml.AliasEvent)
+        node: Any = super().compose_node(parent, index)
+        self.aliases += is_alias
+        if is_alias and (self.aliases > MAX_ALIASES or node.end_mark is None):  # without an end: within itself
+            what = f"more than {MAX_ALIASES} aliases, or one within itself, can stand for more than memory holds"
+            raise yaml.composer.ComposerError(None, None, what, node.start_mark)
+        return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # no such day, 0x without digits
+            what = f"{node.value!r} is not a value ({error})"[:200]
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from None
+
     def construct_lines(self, node: yaml.MappingNode) -> Any:
         yield (result := Map())
         for name, _ in node.value:
@@ -43,6 +64,17 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_lines)
 
 
+def load_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text. Raises UserError, with the line of whatever is wrong."""
+    try:
+        return yaml.load(text, _Loader)
+    except Exception as error:  # also RecursionError, and what PyYAML stumbles over, such as !!set [1]
+        problem = "too deep" if isinstance(error, RecursionError) else getattr(error, "problem", error)
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark and "\n" in text else ""
+        raise UserError(f"{where}{line}: {problem}. Correct the YAML there.") from None
+
+
 def located(value: Any, source: str, key: str = "", line: int | None = None) -> Any:
     """The same value, in which each map is a `Map`.
 
@@ -51,9 +83,12 @@ def located(value: Any, source: str, key: str = "", line: int | None = None) -> 
     """
     if isinstance(value, list | tuple):
         return [located(item, source, f"{key}[{i}]", line) for i, item in enumerate(value)]
+    at = f"{source}{f', line {line}' if line else ''}: "
+    if isinstance(value, str) and (odd := re.search("[\0\ud800-\udfff]", value)):
+        raise UserError(f"{at}{key} is {value!r:.200}, and {odd[0]!r} is not text. Remove it, or rename the file.")
     if not isinstance(value, dict):
         return value
-    result = Map(f"{source}{f', line {line}' if line else ''}: {key}{': ' if key else ''}")
+    result = Map(f"{at}{key}{': ' if key else ''}")
     for name, entry in value.items():
         own_line = getattr(value, "lines", {}).get(str(name), line)
         own_key = f"{key}.{name}" if key else str(name)
@@ -65,15 +100,12 @@ def located(value: Any, source: str, key: str = "", line: int | None = None) -> 
 def read_yaml(path: str) -> Map:
     """The keys of a YAML file. Raises UserError with the line of whatever is wrong."""
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Name the YAML file of a run, as in {this_command('my.yml')}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a YAML file ({error}).") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: {getattr(error, 'problem', error)}. Correct the YAML there.") from None
+    values = load_yaml(text, path) or {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds a {type(values).__name__}, but a run is a map. Write lines such as lora_r: 16.")
     return located(values, path)
@@ -110,9 +142,7 @@ def read_words(
         if ... in own.get(name, ()):
             result.put(name, [*result.get(name, ()), text], at)
             continue
-        try:  # text stays text, whatever YAML would make of it
-            value = text if str in kinds and kinds <= {str, NoneType} else yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise UserError(f"{at}: {text!r} is neither YAML nor JSON ({getattr(error, 'problem', error)}).") from None
+        is_text = str in kinds and kinds <= {str, NoneType}  # whatever YAML would make of it
+        value = text if is_text else load_yaml(text, f"{at}: {text!r:.99} is neither YAML nor JSON")
         result.put(name, located(value, "command line", f"--{name}"), at)
     return result

@@ -17,6 +17,6 @@ def split_and_part(split: str | None) -> tuple[str | None, str]:
 def split_without_effect(path: str | Path, split: str | None) -> str:
     """A line on a split that is named of a single file, which has none, unless its name tells the same; else ""."""
     name, _ = split_and_part(split)
-    path = Path(path).expanduser()
+    path = Path(path)
     is_needless = name in (None, "train") or name in path.name or not path.is_file()
     return "" if is_needless else f"data {path}: split {name} ignored: a single file has no splits"

@@ -121,9 +121,7 @@ def _in_folder(want: Wanted, folder: Path, inside: Path) -> list[Path]:
     found = _matching(want, folder, listed) if listed else _by_name(folder, want.kind, want.split)
     for path in found:
         if not path.resolve().is_relative_to(inside.resolve()):
-            raise UserError(
-                f"{want.where}: {path} leads out of the folder, to {path.resolve()}. Name that file itself."
-            )
+            raise UserError(f"{want.where}: {path} leads out of the folder, to {path.resolve()}. Name that file.")
     return found
 
 

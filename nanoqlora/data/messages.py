@@ -87,10 +87,9 @@ def _check_roles(given: list[Any], form: RowFormat, note: Note) -> None:
             meant.setdefault(likely[alike[0]] if alike else "assistant", []).append(role)
         advice = ", ".join(f"{ours}: [{', '.join(theirs)}]" for ours, theirs in meant.items())
         subject = f"s {' and '.join(unknown)} are" if len(unknown) > 1 else f" {unknown[0]} is"
-        raise UserError(
-            f"{UNKNOWN_ROLE}{subject} unknown; known are {', '.join(form.role_of)}. Write what is meant, as in roles: "
-            f"{{{advice}}}, or {{{unknown[0]}: [{unknown[0]}]}} where the chat template knows that name."
-        )
+        what = f"{UNKNOWN_ROLE}{subject} unknown; known are {', '.join(form.role_of)}. Write what is meant, as in"
+        or_own = f"or {{{unknown[0]}: [{unknown[0]}]}} where the chat template knows that name."
+        raise UserError(f"{what} roles: {{{advice}}}, {or_own}")
 
 
 def _given(row: Row, form: RowFormat) -> tuple[list[Any], int, set[str]]:

@@ -34,7 +34,7 @@ import pydantic
 from tqdm import tqdm
 
 from ..config.errors import UserError
-from ..config.files import check_writable, sweep, whole_folder, write_text
+from ..config.files import check_writable, sha256_of, sweep, whole_folder, write_text
 from ..tokenizer.tokenizer import Tokenizer
 from .batches import SUPERVISED, Samples
 from .files import DataFile
@@ -170,7 +170,7 @@ def read_samples(files: list[DataFile], encoding: Encoding) -> Reading:
 def prepare_samples(files: list[DataFile], encoding: Encoding, folder: Path) -> Reading:
     """The same, taken from `folder` if it was prepared before, else kept there; the tokens stay in a file."""
     before = _stamps(files)
-    hashes = {str(file.path): _hash_of_file(file.path) for file in files}
+    hashes = {str(file.path): sha256_of(file.path) for file in files}
     prepared = folder / _key(encoding, files, hashes)
     sweep(folder, r"[0-9a-f]{32}")
     if (reading := _kept(prepared, hashes)) is None:
@@ -230,11 +230,6 @@ def _key(encoding: Encoding, files: list[DataFile], hashes: dict[str, str]) -> s
     ]
     versions = "".join(map(version, ("tiktoken", "sentencepiece", "jinja2")))
     return hashlib.sha256("\n".join([*facts, ""]).encode() + FORMAT + versions.encode()).hexdigest()[:32]
-
-
-def _hash_of_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _name(files: list[DataFile]) -> str:

@@ -19,7 +19,6 @@ And how far the answers of each form are from the trained model's (certificate.p
 which names what is wrong, or what was not asked.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -33,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..config.errors import UserError, visible
-from ..config.files import read_json, write_text
+from ..config.files import read_json, sha256_of, write_text
 from ..config.schema import Config
 from ..data.prompts import PromptFormat
 from ..data.rows import read_rows
@@ -85,9 +84,7 @@ class Proof:
         self.record_path = merge if self.record else self.file.with_suffix(".proof.json")
         self.is_on_original = self.record.get("base") == "original"
         self.is_on_other = False  # base than the adapter was trained on
-        with open(self.file, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self.facts: dict[str, Any] = {"type": self.file_type.lower(), "file_sha256": digest}
+        self.facts: dict[str, Any] = {"type": self.file_type.lower(), "file_sha256": sha256_of(self.file)}
         self.wrong, self.not_asked = list[str](), list[str]()
         self.trained: Form | None = None
 

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config.errors import UserError
+from ..config.errors import UserError, short
 from ..model import ModelConfig, rope_frequencies
 from .container import Metadata
 from .file_types import FILE_TYPES
 from .names import ROPE_DIVISORS, TABLES, check_tensors, gguf_name
-from .reader import GGUFFile, short
+from .reader import GGUFFile
 
 
 def model_config(config: dict[str, Any], where: str | Path) -> ModelConfig:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config.errors import UserError
+from ..config.errors import UserError, short
 from .container import ALIGNMENT, MAGIC, STRUCT_CODES, VALUE_TYPES, VERSION
 from .ggml_blocks import FORMATS, dequantize
 from .names import gguf_name, heads_to_permute, unpermute_rows
@@ -63,11 +63,6 @@ class GGUFFile:
             raise UserError(f"{self.path}: {key} is {short(value)}, and not of type {kind.__name__} and above zero.")
         # 1e-5 comes back from float32 as 9.99999974e-06: take the shortest number that is the same in float32.
         return float(str(np.float32(value))) if kind is float else value
-
-
-def short(value: Any) -> str:
-    text = "missing" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class _Header:

@@ -23,40 +23,18 @@ from torch import Tensor
 
 from . import attention as attention_reference
 from . import block_parts, elementwise, fp8, lora, lora_parts, loss, mlp_backward, nf4
-from .attention import Segments, attention_to_past
+from .attention import Segments as Segments
+from .attention import attention_to_past as attention_to_past
 from .fast import attention_cpu, attention_cuda
 from .fast import elementwise as elementwise_fast
 from .fast import lora as lora_fast
 from .fast import loss as loss_fast
 from .fast import nf4 as nf4_fast
-from .lora import Dropout, Rebuild, frozen_linear, token_numbers
-from .lora_parts import RowDropout
-
-__all__ = [
-    "Dropout",
-    "Rebuild",
-    "RowDropout",
-    "Segments",
-    "apply_rope",
-    "attention",
-    "attention_to_past",
-    "dequantize_absmax",
-    "dequantize_into",
-    "dequantize_nf4",
-    "embedding_from_host",
-    "frozen_linear",
-    "kernels",
-    "linear_cross_entropy",
-    "lora_linear",
-    "nf4_linear",
-    "quantize_absmax",
-    "quantize_nf4",
-    "rms_norm",
-    "swiglu",
-    "token_losses",
-    "token_numbers",
-    "use",
-]
+from .lora import Dropout as Dropout
+from .lora import Rebuild as Rebuild
+from .lora import frozen_linear as frozen_linear
+from .lora import token_numbers as token_numbers
+from .lora_parts import RowDropout as RowDropout
 
 _fast = True
 

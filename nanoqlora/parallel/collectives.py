@@ -29,10 +29,13 @@ def naming_dead_ranks() -> Iterator[None]:
         connection = ("peer", "Socket", "socket", "Timed out", "NCCL", "gloo")
         if not dist.is_initialized() or not any(word in str(error) for word in connection):
             raise
-        raise Failed(
-            f"rank {dist.get_rank()} cannot reach the other ranks ({str(error).splitlines()[0][:120]}). torchrun names "
-            f"the rank that failed first below, as root cause. Start again with --auto_resume_from_checkpoints true."
-        ) from error
+        what = (
+            f"rank {dist.get_rank()} cannot reach the other ranks ({str(error).splitlines()[0][:120]}). torchrun names"
+        )
+        advice = (
+            "the rank that failed first below, as root cause. Start again with --auto_resume_from_checkpoints true."
+        )
+        raise Failed(f"{what} {advice}") from error
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

@@ -84,18 +84,13 @@ def _check_environment() -> int:
     missing = [name for name in needed if not os.environ.get(name)]
     wrong = [f"{name}={text}" for name, text in given.items() if not text.isdecimal()]
     if missing or wrong or ranks == "0" or (needed and int(given["RANK"]) >= int(ranks)):
-        cause = (
-            f"{wrong[0]} is not a number" if wrong else f"{missing[0]} is not set" if missing else "RANK does not fit"
-        )
-        raise UserError(
-            f"environment: WORLD_SIZE is {ranks}, so {ranks} processes have to meet, but {cause}. torchrun sets all of "
-            f"it: start with torchrun --nproc_per_node=N, or unset WORLD_SIZE for one process."
-        )
+        found = [f"{text} is not a number" for text in wrong] + [f"{name} is not set" for name in missing]
+        cause = [*found, "RANK does not fit"][0]
+        cause = f"environment: WORLD_SIZE is {ranks}, so {ranks} processes have to meet, but {cause}. torchrun sets all"
+        raise UserError(f"{cause} of it: start with torchrun --nproc_per_node=N, or unset WORLD_SIZE for one process.")
     if torch.cuda.is_available() and int(given.get("LOCAL_RANK", "0")) >= torch.cuda.device_count():
-        raise UserError(
-            f"rank {given.get('RANK', '0')} is number {given['LOCAL_RANK']} (from 0) of its host, which has "
-            f"{torch.cuda.device_count()} GPUs. Give torchrun an --nproc_per_node of at most that."
-        )
+        where = f"rank {given.get('RANK', '0')} is number {given['LOCAL_RANK']} (from 0) of its host, which has"
+        raise UserError(f"{where} {torch.cuda.device_count()} GPUs. Give torchrun an --nproc_per_node of at most that.")
     return int(ranks)
 
 
@@ -119,10 +114,10 @@ def meet(store: dist.Store, rank: int, ranks: int, limit: timedelta) -> None:
         store.wait(names, limit)
     except RuntimeError as error:
         missing = [other for other in range(ranks) if not store.check([names[other]])]
-        raise Failed(
-            f"rank {rank} has waited {limit.total_seconds():.0f} s for rank {', '.join(map(str, missing))}, which has "
-            f"not begun. See the output on its host. Every host has to run the same command."
-        ) from error
+        what = (
+            f"rank {rank} has waited {limit.total_seconds():.0f} s for rank {', '.join(map(str, missing))}, which has"
+        )
+        raise Failed(f"{what} not begun. See its host's output. Every host has to run the same command.") from error
 
 
 def stop() -> None:

@@ -102,10 +102,8 @@ def find_checkpoint(config: Config, samples: Samples, plan: BatchSchedule) -> tu
         differences[f"had {key}: {value}, this one has {getattr(config, key)}"] = value != getattr(config, key)
     for difference, is_found in differences.items():
         if is_found:
-            raise UserError(
-                f"{path}: its run {difference}. Resume with the same configuration, or start a new run with "
-                f"lora_model_dir: {path}."
-            )
+            advice = f"Resume with the same configuration, or start a new run with lora_model_dir: {path}"
+            raise UserError(f"{path}: its run {difference}. {advice}.")
     return path, state
 
 

@@ -94,10 +94,8 @@ def measure(run: Run, num_evals: int, num_saves: int) -> Forecast:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(
-            f"the longest micro-batch, in step {longest.step + 1}, does not fit {run.device}: "
-            f"{asked(error)}. {dials(run)}."
-        ) from error
+        what = f"the longest micro-batch, in step {longest.step + 1}, does not fit {run.device}"
+        raise UserError(f"{what}: {asked(error)}. {dials(run)}.") from error
     eval_s = _evaluation_s(run) if num_evals else 0.0
     memory = memory_figures(run.device)
     if run.device.type == "cpu":

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 
 from ..config.errors import UserError
+from ..config.keys import build
 from ..config.load import make_config, override
+from ..config.options import ChatOptions
+from ..config.parser import located
 from ..config.schema import Config
 from ..config.scripts import load_program
 from ..data.batches import Sample
@@ -98,12 +101,8 @@ def generate(
     Raises:
         UserError: an argument has no meaning.
     """
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens!r}, but it takes a whole number from 1 on.")
-    if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
-        raise UserError(
-            f"temperature is {temperature!r}, but it takes a number from 0 on; 0 takes the likeliest token."
-        )
+    numbers = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    build(ChatOptions, located({"model": "model"} | numbers, "nq.generate"))
     if not (messages and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)):
         raise UserError('messages: a list of maps is expected, such as [{"role": "user", "content": "Hello"}].')
     used = Usable(model, tok, prompt_format)

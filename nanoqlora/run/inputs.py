@@ -113,10 +113,10 @@ def prompt_format_of(config: Config, dataset: DatasetConfig, tokenizer: Tokenize
     elif name != "tokenizer_default":
         spare = name.removeprefix("tokenizer_default_fallback_")  # for a tokenizer without a template of its own
         if spare not in CHAT_TEMPLATES:
-            raise UserError(
-                f"chat_template is {name}; known are {', '.join(['tokenizer_default', *CHAT_TEMPLATES])}. For any "
-                f"other write chat_template: jinja, and its text or the path of a file as chat_template_jinja."
+            what = (
+                f"chat_template is {name}; known are {', '.join(['tokenizer_default', *CHAT_TEMPLATES])}. For another"
             )
+            raise UserError(f"{what} write chat_template: jinja, and its text or a file's path as chat_template_jinja.")
         jinja = CHAT_TEMPLATES[spare] if spare == name else tokenizer.chat_template or CHAT_TEMPLATES[spare]
     prompt_format = replace(row_format(dataset), chat_template=jinja, train_on_inputs=config.train_on_inputs)
     if dataset.type != "chat_template":
@@ -169,7 +169,5 @@ def same_on_all_ranks(config: Config, data: Data, ranks: int) -> None:
     for rank, (host, theirs) in enumerate(everyone):
         different = [kind for kind in mine if theirs[kind] != first[kind]]
         if different:
-            raise UserError(
-                f"rank {rank} on host {host} has other {' and other '.join(different)} than rank 0 on host "
-                f"{first_host}. Give every rank the same files and options."
-            )
+            what = f"rank {rank} on host {host} has other {' and other '.join(different)} than rank 0 on host"
+            raise UserError(f"{what} {first_host}. Give every rank the same files and options.")

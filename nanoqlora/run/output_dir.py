@@ -107,10 +107,8 @@ def checkpoint_to_resume(config: Config) -> Path | None:
     if not (path / STATE).is_file():
         what = "is no folder" if not path.is_dir() else f"holds no {STATE}" if any(path.iterdir()) else "is empty"
         names = f"It has {', '.join(p.name for p in complete)}: name one of them" if complete else ""
-        raise UserError(
-            f"resume_from_checkpoint {path}: {what}, so it is no complete checkpoint. "
-            f"{names or 'Name a checkpoint-STEP folder of a run, or set auto_resume_from_checkpoints: true'}."
-        )
+        names = names or "Name a checkpoint-STEP folder of a run, or set auto_resume_from_checkpoints: true"
+        raise UserError(f"resume_from_checkpoint {path}: {what}, so it is no complete checkpoint. {names}.")
     return path
 
 
@@ -151,10 +149,11 @@ def _check(config: Config) -> None:
         return
     resume = "go on with it by --auto_resume_from_checkpoints true or --resume_from_checkpoint "
     ways = [f"{resume}{shlex.quote(str(path))}; or " for path in checkpoints(folder)[-1:]]
-    raise UserError(
-        f"output_dir {folder}: holds {describe(folder)}, which this run would write over. Choose: {''.join(ways)}name "
-        f"another --output_dir; or give --overwrite_output_dir true, which first removes what that run has written."
+    what = (
+        f"output_dir {folder}: holds {describe(folder)}, which this run would write over. Choose: {''.join(ways)}name"
     )
+    others = "another --output_dir; or give --overwrite_output_dir true, which first removes what that run has written."
+    raise UserError(f"{what} {others}")
 
 
 def _goes_on(config: Config) -> bool:

@@ -72,8 +72,7 @@ def coloured(sample: Sample, tokenizer: Tokenizer, shown: int = SHOWN) -> str:
     parts, special = [], set(tokenizer.special_tokens.values())
     kinds = [(bool(s), int(id) in special) for s, id in zip(sample.supervised, sample.tokens, strict=True)]
     for (is_supervised, is_special), run in groupby(range(len(sample)), kinds.__getitem__):
-        text = b"".join(tokenizer.token_bytes(sample.tokens[i]) for i in run).decode(errors="replace")
-        text = visible(text)
+        text = visible(b"".join(tokenizer.token_bytes(sample.tokens[i]) for i in run).decode(errors="replace"))
         if len(text) > shown:
             text = text[:shown] + f" ... ({len(sample)} tokens in all)"
         parts.append(f"{GREEN if is_supervised else DIM}{INVERSE * is_special}{text}{END}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 
+from ..config.errors import printable
 from ..config.files import write_text
 
 PAIRS = ("perplexity", "loss", "plain_perplexity", "domain")
@@ -54,18 +55,21 @@ def write_report(path: str | Path, facts: dict[str, Any]) -> None:
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters |= {"inline": inline, "fenced": fenced, "percent": "{:.0%}".format}
     template = environment.from_string(Path(__file__).with_name("report.md.jinja").read_text("utf-8"))
-    write_text(path, template.render(facts | tables, table=table))
+    write_text(path, printable(template.render(facts | tables, table=table)))
 
 
 def inline(value: Any) -> str:
-    """A value on one line, safe inside a table cell. Whole numbers get thousands separators, others four digits."""
+    """A value on one line, safe inside a table cell, without pictures and links.
+
+    Whole numbers get thousands separators, others four digits.
+    """
     if isinstance(value, bool | None | jinja2.Undefined):
         return "-" if not isinstance(value, bool) else str(value).lower()
     if isinstance(value, int | float):
         return format(value, "," if isinstance(value, int) else ".4g")
     if isinstance(value, list | tuple):
         return ", ".join(map(inline, value))
-    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+    return re.sub(r"([|\[])", r"\\\1", " ".join(str(value).split())).replace("<", "&lt;")
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:

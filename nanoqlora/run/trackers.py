@@ -39,10 +39,8 @@ def wandb_errors(config: dict[str, Any]) -> Iterator[None]:
         yield
     except Exception as error:
         problem = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"wandb_project {config['wandb_project']}: W&B cannot be used ({problem}). Log in by `wandb login` or "
-            f"WANDB_API_KEY, or write wandb_mode: offline, or use_wandb: false."
-        ) from error
+        what = f"wandb_project {config['wandb_project']}: W&B cannot be used ({problem}). Log in by `wandb login` or"
+        raise UserError(f"{what} WANDB_API_KEY, or write wandb_mode: offline, or use_wandb: false.") from error
 
 
 def make_trackers(config: dict[str, Any], start: int = 0) -> list[Tracker]:

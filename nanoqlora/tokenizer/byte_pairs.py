@@ -11,8 +11,10 @@ are read off that list. `merges_of` does the reverse.
 Split rules that are not in `SPLIT_RULES` are refused, because a wrong rule gives plausible but different ids.
 """
 
+import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from importlib.resources import files
 from itertools import pairwise
 from typing import Any
 
@@ -33,42 +35,20 @@ class SplitRule:
     """How a family of models breaks text into words, in three forms."""
 
     pattern: str  # one regular expression, for tiktoken
-    steps: tuple[dict[str, Any], ...]  # the same rule as tokenizer.json writes it
+    steps: list[dict[str, Any]]  # the same rule as tokenizer.json writes it
     whole_words: bool  # a word that is a token is taken as it is, even if no merges lead to it ("ignore_merges")
     add_bos: bool  # the default for a GGUF file without it
 
 
-def byte_level(use_regex: bool) -> dict[str, Any]:
-    """The step of a tokenizer.json that spells bytes as characters, and splits as GPT-2 does if asked."""
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-
-
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPLIT_RULES: dict[str, SplitRule] = {  # by their names in GGUF, `tokenizer.ggml.pre`
-    # Two rules in one. Every digit is a word. What lies between digits is split as GPT-2 does it, each stretch as if it
-    # were the complete text: so spaces in front of a digit stay together ("a  5"), while in front of a letter the last
-    # space goes with the letter ("a  b").
-    "smollm": SplitRule(
-        pattern=r"\p{N}|'(?:[sdmt]|re|ve|ll)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+",
-        steps=({"type": "Digits", "individual_digits": True}, byte_level(use_regex=True)),
-        whole_words=False,
-        add_bos=False,
-    ),
-    "llama-bpe": SplitRule(
-        pattern=_LLAMA3,
-        steps=(
-            {"type": "Split", "pattern": {"Regex": _LLAMA3}, "behavior": "Isolated", "invert": False},
-            byte_level(False),
-        ),
-        whole_words=True,
-        add_bos=True,
-    ),
-}
-# Llama-3's rule in a file with `"ignore_merges": false`. llama.cpp has it for a model that was published so.
-SPLIT_RULES["smaug-bpe"] = replace(SPLIT_RULES["llama-bpe"], whole_words=False, add_bos=False)
+# By their names in GGUF, `tokenizer.ggml.pre`.
+#
+# smollm     two rules in one. Every digit is a word. What lies between digits is split as GPT-2 does it, each stretch
+#            as if it were the complete text: so spaces in front of a digit stay together ("a  5"), while in front of a
+#            letter the last space goes with the letter ("a  b").
+# llama-bpe  Llama-3's
+# smaug-bpe  the same in a file with `"ignore_merges": false`. llama.cpp has it for a model that was published so.
+_TABLE = json.loads(files(__package__).joinpath("split_rules.json").read_text("utf-8"))
+SPLIT_RULES = {name: SplitRule(**rule) for name, rule in _TABLE.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,19 +1,26 @@
 """Chat templates: programs in Jinja that write messages, and the special tokens between them, into one string.
 
-A template comes with the model, from the internet, so it runs in Jinja's sandbox, with what transformers offers it.
+A template comes with the model, from the internet, so it runs in Jinja's sandbox, with what transformers offers it,
+and within limits of time and memory.
 Which part of its text came from which message is known in the end (traced.py): no text of a message may become a
 special token, and data/masks.py asks where the answers are.
 """
 
 import json
+import resource
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache, partial, wraps
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
 import jinja2.compiler
 import jinja2.ext
+import jinja2.filters
 import jinja2.runtime
 import jinja2.sandbox
 
@@ -23,6 +30,10 @@ from . import traced
 Messages = list[dict[str, Any]]
 Jinja = str | None  # a chat template; None: the tokenizer's own
 Tools = list[Any] | None  # descriptions of functions that the assistant may call
+
+SECONDS, BYTES, BITS = 5, 1 << 30, 10_000  # of a processor, of memory, of a whole number; for one conversation
+FREE = resource.getrlimit(resource.RLIMIT_AS)
+STATM = Path("/proc/self/statm")  # begins with the pages of this process
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -45,16 +56,41 @@ def render(
         tools: descriptions of the functions that the assistant may call.
     """
     try:
-        return _compile(template, any(map(traced.spans_of, messages[0])) if messages else False).render(
-            messages=[{key: item for key, item in message.items() if item is not None} for message in messages],
-            add_generation_prompt=add_generation_prompt,
-            tools=tools,
-            documents=None,
-            **named_tokens,
-        )
+        with _limits():
+            return _compile(template, any(map(traced.spans_of, messages[0])) if messages else False).render(
+                messages=[{key: item for key, item in message.items() if item is not None} for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                tools=tools,
+                documents=None,
+                **named_tokens,
+            )
     except Exception as error:  # the template is the user's program: whatever it raises is about it or its messages
         advice = "Check the roles and their order, or name another template with chat_template_jinja"
-        raise UserError(f"the chat template stopped with {type(error).__name__}: {error}. {advice}.") from error
+        what = f"{type(error).__name__}: {str(error) or 'it needs too much memory'}"
+        raise UserError(f"the chat template stopped with {what}. {advice}.") from error
+
+
+@contextmanager
+def _limits() -> Iterator[None]:
+    """Bound the time and the memory of what runs inside. Only in the main thread, which alone gets signals."""
+
+    def stop(*_: Any) -> NoReturn:
+        raise jinja2.TemplateRuntimeError(f"it ran for more than {SECONDS} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, stop)
+    try:
+        if STATM.exists():
+            used = int(STATM.read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, FREE[1]))
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, FREE)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 class _CodeGenerator(jinja2.compiler.CodeGenerator):
@@ -69,12 +105,23 @@ class _CodeGenerator(jinja2.compiler.CodeGenerator):
         self.write("))")
 
 
-class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's, with numbers of bounded size: no signal ends a product of huge ones."""
+
+    intercepted_binops = frozenset(("*", "**", "//", "%"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        bits = [x.bit_length() if isinstance(x, int) else 0 for x in (left, right)]
+        if all(bits) and bits[0] * (right if operator == "**" else 1) + bits[1] > BITS:
+            raise OverflowError(f"a number of more than {BITS} bits")
+        return super().call_binop(context, operator, left, right)
+
+
+class _Environment(_Sandbox):
     """A sandbox in which every operation that makes a string of strings keeps their spans."""
 
     code_generator_class = _CodeGenerator
     concat = staticmethod(traced.join)
-    intercepted_binops = frozenset("%")
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         call = partial(super().call, context)
@@ -121,9 +168,10 @@ def _compile(template: str, is_traced: bool) -> jinja2.Template:
         return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
 
     extensions = [_GenerationTag, "jinja2.ext.loopcontrols"]
-    kind = _Environment if is_traced else jinja2.sandbox.ImmutableSandboxedEnvironment
+    kind = _Environment if is_traced else _Sandbox
     sandbox = kind(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     sandbox.filters["tojson"] = tojson
+    sandbox.filters["round"] = lambda x, digits=0, *how: jinja2.filters.do_round(x, max(-99, min(digits, 99)), *how)
     if is_traced:
         sandbox.finalize = lambda x: x if isinstance(x, str) else traced.run(str, x)
         sandbox.filters = {name: f if name in OWN else _keeping_spans(f) for name, f in sandbox.filters.items()}

@@ -148,9 +148,7 @@ def _add(path: Path, fields: Fields, ids: dict[str, int], token: dict[str, Any])
     vocab, kinds, text = fields["vocab"], fields["kinds"], token["content"]
     id = ids.get(text, len(vocab))
     if token.get("id", id) != id:
-        found = (
-            f"the added token {text!r} cannot have the id {token['id']} of another file: it has {id} of {len(vocab)}"
-        )
+        found = f"the added token {text!r} cannot have the id {token['id']}: here it is {id} of {len(vocab)}"
         raise UserError(f"{path}: {found}. Take all files from one model.")
     kind = CONTROL if token["special"] else USER_DEFINED
     if id == len(vocab):

@@ -106,6 +106,8 @@ class Tokenizer(Vocabulary):
         never does. Training, chats and prompts of every format go through here; programs that serve the model read
         special tokens in all of a prompt, which is the same where the row's text holds none.
         """
+        if half := re.search("[\ud800-\udfff]", text):
+            raise UserError(f"the chat template writes {half[0]!a}, half of a surrogate pair. Correct it.")
         spans = [span for span in spans_of(text) if span.start < span.stop]
         return self._tokens(self._parts(plain(text), spans) if spans else self._cut_all.split(text))
 

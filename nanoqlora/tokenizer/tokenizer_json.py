@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.errors import UserError, expect
-from .byte_pairs import SPLIT_RULES, byte_level, has_unreached, merges_of, piece_to_bytes
+from .byte_pairs import SPLIT_RULES, has_unreached, merges_of, piece_to_bytes
 from .sentencepieces import BYTE_PIECES, UNREACHED, merges_of_scores
 from .vocabulary import BYTE, CONTROL, NORMAL, SENTENCEPIECE, SPACE, UNKNOWN, UNUSED, USER_DEFINED, Fields, Vocabulary
 
@@ -121,7 +121,7 @@ def _split_rule(path: Path, data: dict[str, Any], fields: Fields, whole_words: b
         raise UserError(f"{path}: {found}. Use a byte-level tokenizer without one.")
     steps = _essence(steps_of(path, data, "pre_tokenizer"))
     for name, rule in SPLIT_RULES.items():
-        if steps == _essence([*rule.steps]):
+        if steps == _essence(rule.steps):
             if rule.whole_words == whole_words or whole_words and not has_unreached(fields):
                 return name
     found = f"unknown pre_tokenizer {json.dumps(data.get('pre_tokenizer'))[:400]}"
@@ -213,8 +213,9 @@ def write(vocabulary: Vocabulary) -> dict[str, Any]:
 def _byte_level_steps(vocabulary: Vocabulary) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a byte-level tokenizer.json does before and after BPE, and its BPE."""
     rule = SPLIT_RULES[vocabulary.pre]
-    pre_tokenizer = {"type": "Sequence", "pretokenizers": [*rule.steps]}
-    steps = {"normalizer": None, "pre_tokenizer": pre_tokenizer, "decoder": byte_level(use_regex=True)}
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": rule.steps}
+    decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    steps = {"normalizer": None, "pre_tokenizer": pre_tokenizer, "decoder": decoder}
     return steps, {"ignore_merges": rule.whole_words, "merges": merges_of(vocabulary)}
 
 

@@ -13,7 +13,6 @@ and asks for anything, is an error that names it. The files may come from anybod
 used, regular expressions end after a while, and nothing here names a file to read or to write.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -29,10 +28,9 @@ import torch.nn as nn
 from safetensors import safe_open
 from torch import Tensor
 
-from ..config.errors import UserError, visible
-from ..config.files import read_json, whole_file, write_text
+from ..config.errors import UserError, short, visible
+from ..config.files import read_json, sha256_of, whole_file, write_text
 from ..config.scripts import script_command
-from ..gguf.reader import short
 from ..model import Llama
 from ..qlora import ALL_LINEAR, QLoRALinear, add_update, block_linears, lora_layers, target_layers
 from .checkpoint import Weights, fingerprint, write_tensors
@@ -86,8 +84,8 @@ def adapter_file(folder: str | Path) -> Path:
 
 def adapter_hash(folder: str | Path) -> str | None:
     """SHA-256 of the file with an adapter's tensors, by which a certificate names it; None without an adapter."""
-    with suppress(UserError), open(adapter_file(folder), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with suppress(UserError):
+        return sha256_of(adapter_file(folder))
     return None
 
 

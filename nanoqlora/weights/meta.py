@@ -92,12 +92,8 @@ class MetaWeights:
         heads, tied, is_scaled = params["n_heads"], self._is_tied(), bool(params.get("use_scaled_rope"))
         head_dim = params.get("head_dim") or params["dim"] // heads
         if q_rows * count != heads * head_dim:
-            what = (
-                f"its {count} consolidated.*.pth make a wq of {q_rows * count} rows where n_heads of params.json gives"
-            )
-            raise UserError(
-                f"{self.where.parent}: {what} {heads * head_dim}: parts are missing or wrong. Get all parts."
-            )
+            found = f"its {count} consolidated.*.pth make a wq of {q_rows * count} rows where n_heads of params.json"
+            raise UserError(f"{self.where.parent}: {found} gives {heads * head_dim}. Some are missing: get all.")
         vocab_size = rows * count if columns == params["dim"] else rows
         # Neither is in params.json: what each generation was trained on (1e-6: Llama 1), and the factor in the
         # published configurations, 32 of 3.2 (tied), 8 of 3.1.

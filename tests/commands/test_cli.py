@@ -137,7 +137,8 @@ def test_letters_that_a_terminal_lacks_are_escaped(tmp_path):
 
 def test_a_name_that_is_no_utf_8_is_one_line():
     done = subprocess.run([sys.executable, "train.py", b"a\xff.yml"], cwd=ROOT, env=ENVIRONMENT, capture_output=True)
-    assert done.returncode == 2 and done.stderr.startswith(b"error: command line: a") and done.stderr.count(b"\n") == 1
+    assert done.returncode == 2 and done.stderr.startswith(b"error: command line: ") and done.stderr.count(b"\n") == 1
+    assert rb"'a\udcff.yml'" in done.stderr
 
 
 @pytest.mark.parametrize(

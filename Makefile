@@ -49,9 +49,10 @@ test-fast: setup witnesses ## about a minute, for the edit loop: no complete run
 test-gpu: setup witnesses ## the tests that need a CUDA device
 	$(PY) -m pytest -q -m gpu
 
-kills: setup ## kill small runs, merges and exports, fill their disks: every end must be as if nothing had been; 14 minutes
+kills: setup ## kill small runs, merges and exports, fill their disks: every end must be as if nothing had been; 16 minutes
 	$(PY) tests/faults/kills.py --minutes 2
 	$(PY) tests/faults/disks.py --minutes 1
+	$(PY) tests/faults/long_run.py
 
 lint: .venv/ready ## format, lint, types
 	.venv/bin/ruff check .

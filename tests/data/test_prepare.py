@@ -477,6 +477,16 @@ def test_damaged_prepared_data_is_prepared_anew(data, file, damage, capsys):
     assert "is damaged" in capsys.readouterr().err and len(list((data.parent / "kept").iterdir())) == 1
 
 
+def test_what_a_killed_process_left_of_other_data_is_deleted(data):
+    """Its key does not come again once the data has changed. Files of others stay."""
+    kept = data.parent / "kept"
+    (half := kept / f".{'0' * 32}.abcdefgh.tmp").mkdir(parents=True)
+    (half / "words.bin").write_bytes(b"half")
+    (kept / ".notes.20240101.tmp").write_text("mine")
+    prepared(data)
+    assert not half.exists() and (kept / ".notes.20240101.tmp").exists()
+
+
 def test_templates_that_write_the_date_are_not_kept_over_night(data, monkeypatch):
     template = "{{ strftime_now('%d') }}{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
     chat = PromptFormat(type="chat_template", chat_template=template)

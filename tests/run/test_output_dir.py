@@ -26,7 +26,7 @@ from small_runs import (
 import train
 from nanoqlora.config.errors import UserError
 from nanoqlora.gguf.modelfile import write_modelfiles
-from nanoqlora.run import checks, trackers
+from nanoqlora.run import checks, results, trackers
 from nanoqlora.run.optim import make_optimizer
 from nanoqlora.run.optimizer_state import PartOptimizer, state_problem
 from nanoqlora.run.output_dir import lock
@@ -182,6 +182,16 @@ def test_the_later_course_is_removed_when_an_earlier_checkpoint_is_named(first, 
     assert "goes on from step 2 of 6" in ended.out and "removed checkpoint-4, checkpoint-6" in ended.out
     assert {p.name for p in world.glob("checkpoint-[0-9]")} == {"checkpoint-2", "checkpoint-5"}
     assert [row["learning_rate"] < 1.1e-4 for row in steps_of(world)] == [False, False, True, True, True, True]
+
+
+def test_a_report_of_the_course_that_was_left_does_not_finish_the_run(first, world, monkeypatch):
+    """Killed between the new adapter and the new report."""
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "write_report", lambda *_: sys.exit(9))
+        ended = again(first, world, "--resume_from_checkpoint", world / "checkpoint-2")
+    assert ended.code == 9 and (world / ADAPTER).exists() and not (world / "report.md").exists()
+    ended = again(first, world, *AUTO)
+    assert ended.code == 0 and "goes on from step 6 of 6" in ended.out and (world / "report.md").exists(), ended
 
 
 def test_a_checkpoint_of_another_folder_goes_on_in_an_empty_one_only(first, world, tmp_path):

@@ -47,8 +47,6 @@ def main() -> None:
     for line in filter(None, lines):
         print(line, file=sys.stderr)
     scores = score_samples(used.model, reading.samples)
-    if args.out:
-        write_text(args.out, "".join(json.dumps({"nll": nll, "tokens": tokens}) + "\n" for nll, tokens in scores))
     loss = mean_loss(scores)
     if not math.isfinite(loss):
         raise UserError(f"model {args.model}: its loss on {args.data} is {loss}, so its weights are damaged.")
@@ -56,6 +54,8 @@ def main() -> None:
     for note in used.notes:
         print(note, file=sys.stderr)
     print(f"loss {loss:.4f}  perplexity {math.exp(loss):.3f}  tokens {tokens}")
+    if args.out:
+        write_text(args.out, "".join(json.dumps({"nll": nll, "tokens": tokens}) + "\n" for nll, tokens in scores))
 
 
 class _Callable(ModuleType):

@@ -126,8 +126,9 @@ def places(asked: MergeOptions, config: Config | None) -> tuple[str, str, Path]:
 def check_out(out: Path) -> None:
     """Only an earlier merge is replaced, and only if nothing else lies in its folder."""
     found = [path.name for path in out.iterdir()] if out.is_dir() else []
-    if out.is_file() or (found and "merge.json" not in found):
-        raise UserError(f"{out}: exists and is no earlier merge, so nothing is written over it. Name another --out.")
+    if out.is_file() or out.is_mount() or (found and "merge.json" not in found):
+        what = "is a disk, which is never replaced" if out.is_mount() else "exists and is no earlier merge"
+        raise UserError(f"{out}: {what}, so nothing is written over it. Name another --out.")
     if others := ", ".join(sorted(visible(name) for name in found if not re.fullmatch(OURS, name))[:3]):
         raise UserError(f"{out}: an earlier merge, and beside it {others}. Move them, or name another --out.")
     check_free(out, "--out")

@@ -392,7 +392,7 @@ def test_files_of_the_user_beside_an_earlier_merge_stay(model, adapter, tmp_path
     assert snapshot(tmp_path) == before
 
 
-def test_folder_of_something_else_is_not_written_over(model, adapter, tmp_path):
+def test_folder_of_something_else_is_not_written_over(model, adapter, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("years of work")
@@ -401,6 +401,9 @@ def test_folder_of_something_else_is_not_written_over(model, adapter, tmp_path):
         refused(merged(model, adapter, out), str(out), "--out")
     assert snapshot(tmp_path) == before
     (tmp_path / "empty").mkdir()
+    with monkeypatch.context() as patch:  # where a disk is mounted no folder can be exchanged
+        patch.setattr(Path, "is_mount", lambda path: path.name == "empty")
+        refused(merged(model, adapter, tmp_path / "empty"), "is a disk")
     assert merged(model, adapter, tmp_path / "empty").code == 0
 
 

@@ -38,9 +38,11 @@ from torch import Tensor
 from .. import ops
 from ..ops import RowDropout
 from ..ops.fast.scratch import scratch
+from ..ops.fp8 import E4M3, power_of_two
 from ..qlora import QLoRALinear
 
 Fp8 = Literal[False, "backward", True]
+BALANCE = 32  # B times as much and xa so much less, which lets a B of 1e-6 keep its bits beside W
 
 
 class Projections:
@@ -55,6 +57,7 @@ class Projections:
         self.n_out, self.R = sum(self.widths), sum(self.ranks)
         self.side = self.R + -self.R % 16  # R padded, so that rows start at multiples of 16 bytes, in fp8 too
         self.fp8: Fp8 = False
+        self.largest: Tensor | None = None  # of all weights, with fp8
         self.dense: Tensor | None = None  # Wx, where it is dequantized once for the complete run
 
     def keep_dense(self, dtype: torch.dtype) -> None:
@@ -129,48 +132,50 @@ class Projections:
 
     def forward_fp8(self, x: Tensor, lora_down: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """As `forward`: y = [x, xa] [W, s B]^T in fp8; xa in 16 bits."""
-        kernels, (A, B) = ops.kernels(x), self.new_adapters(x)
-        self.place(A, B, with_scale=False)
-        xa = lora_down(A) if self.R else x.new_empty(len(x), 0)
-        w, scale = self.fp8_buffer(self.n_out, self.n_in + self.side, x)
-        rows = zip(self.layers, w.split(self.widths), scale.split(self.widths), B.split(self.widths), strict=True)
-        for layer, w_, scale_, B_ in rows:
-            beside = (B_, w_[:, self.n_in :]) if self.R else ()
-            kernels.dequantize_fp8(*four_bits(layer), w_[:, : self.n_in], scale_, *beside)
-            if layer.row_scale is not None:
-                scale_.mul_(layer.row_scale)
-        x8, x_scale = kernels.quantize_fp8(x, xa if self.R else None, None, w.shape[1])
-        return kernels.matmul_fp8(x8, w, x_scale, scale, x.dtype), xa
+        kernels, (A, B) = ops.kernels(x), self.adapters(x, with_scale=False)
+        xa = lora_down(A[: self.R]) if self.R else x.new_empty(len(x), 0)
+        w, scale = self.weight_fp8(BALANCE * B, transposed=False)
+        x8, x_scale = kernels.quantize_fp8(x, xa / BALANCE, None, w.shape[1])
+        c = self.row_scales(0)
+        w_scale = scale.repeat(self.n_out) if c is None else scale * c
+        return kernels.matmul_fp8(x8, w, x_scale, w_scale, x.dtype), xa
 
     def backward_x_fp8(self, dy: Tensor, dropout: RowDropout | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `backward_x_without_update`: dx = [dy, dxa] [W; A] in fp8, or dy W with dropout; dxa in 16 bits."""
-        kernels, (A, B), with_A = ops.kernels(dy), self.new_adapters(dy), bool(self.R) and dropout is None
-        self.place(A, B)
-        dxa = dy @ B[:, : self.R]
-        w, scale = self.fp8_buffer(self.n_in, self.n_out + (self.side if with_A else 0), dy)
-        factor = scale.new_zeros(w.shape[1])
-        parts = w.t()[: self.n_out].split(self.widths), factor[: self.n_out].split(self.widths)
-        for layer, w_, factor_ in zip(self.layers, *parts, strict=True):
-            kernels.dequantize_fp8(*four_bits(layer), w_, factor_)
-            if layer.row_scale is not None:
-                factor_.mul_(layer.row_scale)
-        if with_A:
-            A8, A_scale = kernels.quantize_fp8(A)
-            w[:, self.n_out :].view(torch.uint8).zero_()
-            w[:, self.n_out : self.n_out + self.R].copy_(A8.t())
-            factor[self.n_out : self.n_out + self.R] = A_scale.flatten()
-        dy8, dy_scale = kernels.quantize_fp8(dy, dxa if with_A else None, factor, w.shape[1])
-        dx = kernels.matmul_fp8(dy8, w, dy_scale, scale.fill_(1.0), dy.dtype)
-        return dx, dxa, A if self.R and not with_A else None
+        kernels, (A, B) = ops.kernels(dy), self.adapters(dy)
+        dxa, side = dy @ B[:, : self.R], self.side if dropout is None else 0
+        w, scale = self.weight_fp8(A[:side].t(), transposed=True)
+        dy8, dy_scale = kernels.quantize_fp8(dy, dxa if side else None, self.row_scales(side), w.shape[1])
+        dx = kernels.matmul_fp8(dy8, w, dy_scale, scale.repeat(self.n_in), dy.dtype)
+        return dx, dxa, A[: self.R] if self.R and not side else None
 
-    def new_adapters(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Tensors for `place`, in the dtype of `like`."""
-        return like.new_empty(self.R, self.n_in), like.new_empty(self.n_out, self.side)
+    def adapters(self, like: Tensor, with_scale: bool = True) -> tuple[Tensor, Tensor]:
+        """A (side, n_in), zero below row R, and B as `place` writes it, in the dtype of `like`."""
+        A, B = like.new_zeros(self.side, self.n_in), like.new_empty(self.n_out, self.side)
+        self.place(A[: self.R], B, with_scale)
+        return A, B
 
-    def fp8_buffer(self, rows: int, columns: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """For a weight in fp8, in the memory that it has in 16 bits otherwise, and the scales of its rows."""
-        buffer = scratch(rows, columns // 2, torch.bfloat16, like.device).view(torch.float8_e4m3fn)
-        return buffer, like.new_empty(rows, dtype=torch.float32)
+    def weight_fp8(self, beside: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+        """[W, beside] or, transposed, [W^T, beside] in e4m3, and the scale of all its values, () float32."""
+        rows, columns = (self.n_in, self.n_out) if transposed else (self.n_out, self.n_in)
+        if self.largest is None:  # at most so large is a weight: the scale of its group
+            self.largest = torch.stack([p.nested_absmax.amax() + p.nested_offset.abs() for p in self.layers]).amax()
+        largest = torch.maximum(self.largest, beside.abs().amax().float()) if beside.shape[1] else self.largest
+        scale = power_of_two(largest)
+        buffer = fp8_buffer(rows, columns + beside.shape[1], device=beside.device)
+        w = buffer[:, :columns].t() if transposed else buffer[:, :columns]
+        for layer, part in zip(self.layers, w.split(self.widths), strict=True):
+            ops.kernels(beside).dequantize_fp8(*four_bits(layer), part, scale)
+        buffer[:, columns:] = (beside / scale).to(buffer.dtype)
+        return buffer, scale
+
+    def row_scales(self, side: int) -> Tensor | None:
+        """DoRA's c of all rows, (n_out + side,) float32, ones where there is none; None without DoRA."""
+        if not self.has_dora:
+            return None
+        ones = self.layers[0].nested_absmax.new_ones
+        parts = [ones(p.out_features) if p.row_scale is None else p.row_scale for p in self.layers]
+        return torch.cat([*parts, ones(side)])
 
     def backward_x_without_update(
         self, dy: Tensor, merged: bool, dropout: RowDropout | None
@@ -220,6 +225,11 @@ def gradient_of(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
+
+
+def fp8_buffer(rows: int, columns: int, device: torch.device) -> Tensor:
+    """For a weight in fp8, in the memory that it has in 16 bits otherwise."""
+    return scratch(rows, columns // 2, torch.bfloat16, device).view(E4M3)
 
 
 def four_bits(layer: QLoRALinear) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,13 +1,14 @@
 """Matmuls over a frozen 4-bit weight in fp8, which a GPU multiplies twice as fast as bfloat16. The reference.
 
-e4m3 has 4 significant bits and values up to 448, so each operand gets a scale per row, and rows run along the dimension
-that is summed over:
+e4m3 has 4 significant bits, values up to 448, and the smallest with all its bits is 2^-6. So an operand is divided by a
+scale first: each row of x or dy by its own, a weight by one. All scales are powers of two, which round nothing, so it
+does not matter for the bits of a value how far it is from the largest, as long as that is less than 2^14.
 
-    y  = x W^T       x has a scale per token, W a scale per output           x, W (n_out, n_in)
-    dx = dy W        dy has a scale per token; W's scales are factors of dy   dy, W^T (n_in, n_out)
+    y  = x W^T       the matmul sums along rows of both operands:     x (N, n_in), W (n_out, n_in)
+    dx = dy W                                                         dy (N, n_out), W^T (n_in, n_out)
 
 W is rounded to the same fp8 values in both. LoRA's part is in the same matmul: x is [x, xa] and W is [W, s B], or dy is
-[dy, dxa] and W^T is [W^T, A^T]. Sums are in float32. All scales are powers of two: multiplying by them rounds nothing.
+[dy, dxa] and W^T is [W^T, A^T]: `fast/projections.py`. Sums are in float32.
 
 On N(0, 1) inputs and weights each rounding is 2.6 % off, and a result 3.75 % (Frobenius norm); NF4 itself is 9 % off.
 """
@@ -46,32 +47,17 @@ def quantize_fp8(
 
 
 def dequantize_fp8(
-    packed: Tensor,
-    codes: Tensor,
-    nested_absmax: Tensor,
-    nested_offset: Tensor,
-    out: Tensor,
-    scale: Tensor,
-    beside: Tensor | None = None,
-    beside_out: Tensor | None = None,
+    packed: Tensor, codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor, out: Tensor, scale: Tensor
 ) -> None:
-    """From four bits to eight: W divided by the scales of its rows, and `beside` likewise.
+    """From four bits to eight: W / scale, rounded.
 
     Args:
         packed, codes, nested_absmax, nested_offset: W as in `dequantize_into`.
         out: (n_out, n_in) e4m3, is written; its rows or its columns are contiguous.
-        scale: (n_out,) float32, is written.
-        beside: (n_out, R), columns that share the scales of the rows. beside_out: (n_out, R) e4m3, is written. The rows
-            of both are contiguous.
+        scale: () float32, a power of two.
     """
-    absmax = nf4.dequantize_absmax(codes, nested_absmax, nested_offset)  # of a group one weight has its scale as value
-    largest = absmax.abs().amax(1)
-    if beside is not None:
-        largest = torch.maximum(largest, beside.abs().amax(1).float())
-    scale.copy_(power_of_two(largest))
-    out.copy_((nf4.dequantize_nf4(packed, absmax) / scale[:, None]).to(E4M3))
-    if beside is not None and beside_out is not None:
-        beside_out.copy_((beside.float() / scale[:, None]).to(E4M3))
+    w = nf4.dequantize_nf4(packed, nf4.dequantize_absmax(codes, nested_absmax, nested_offset))
+    out.copy_((w / scale).to(E4M3))
 
 
 def matmul_fp8(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:

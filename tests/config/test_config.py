@@ -469,6 +469,9 @@ def test_two_ways_to_say_one_thing(tmp_path, one, other):
 
 BROKEN = {
     "adapter: qlora": least(load_in_4bit=False),
+    "fp8 rounds": least(fp8=True, load_in_4bit=False, adapter="lora"),
+    "fp8 is for": least(fp8="backward", bf16=False),
+    "fp8 needs": least(fp8=True, peft_use_dora=True, lora_dropout=0.1),
     "lora_r is": least(lora_r=None),
     "lora_alpha is": least(lora_alpha=None),
     "lora_target_linear is": least(lora_target_linear=False),

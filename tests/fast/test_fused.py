@@ -7,8 +7,8 @@ from tiny_qlora import DEVICE, build, fuse
 
 import nanoqlora as nq
 from nanoqlora import ops
+from nanoqlora.fast import projections
 from nanoqlora.fast.block import adapter_changed, can_fuse, fuse_blocks
-from nanoqlora.fast.projections import Projections
 from nanoqlora.ops import Segments, fp8
 from nanoqlora.qlora import ALL_LINEAR, lora_layers
 
@@ -242,8 +242,8 @@ def with_fp8(folder, strength, dropout: float = 0.0, keep: str = "all", fold: bo
     model = build(folder, torch.float32, dropout, **options)
     fuse(model, keep, fold)
     for block in model.model.layers:
-        for projections in block.projections:
-            projections.fp8 = strength
+        for group in block.projections:
+            group.fp8 = strength
     return model
 
 
@@ -255,10 +255,9 @@ def test_without_rounding_it_is_the_plain_block(tmp_path, monkeypatch, reference
     """With float32 in place of e4m3: scales, factors, transposes and where the adapters stand."""
     monkeypatch.setattr(fp8, "E4M3", torch.float32)
 
-    def buffer(self, rows, columns, like):
-        return like.new_full((rows, columns), float("nan")), like.new_empty(rows)
-
-    monkeypatch.setattr(Projections, "fp8_buffer", buffer)
+    monkeypatch.setattr(
+        projections, "fp8_buffer", lambda *shape, device: torch.full(shape, float("nan"), device=device)
+    )
     save_random_llama(tmp_path)
     options = {"dropout": 0.05 if mode == "dropout" else 0.0, "targets": TARGETS[targets], "dora": mode == "DoRA"}
     plain = results(build(tmp_path, torch.float32, **options), PACKED)

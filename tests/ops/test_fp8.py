@@ -50,34 +50,28 @@ def test_rows_are_rounded_to_the_nearest_value(module, dtype):
 
 
 @pytest.mark.parametrize("module", MODULES)
-@pytest.mark.parametrize("transposed, with_B", [(False, False), (False, True), (True, False)])
-def test_four_bits_become_eight(module, transposed, with_B):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_four_bits_become_eight(module, transposed):
     n_out, n_in = 150, 320
     bits, w = four_bits(n_out, n_in)
-    B = (randn(n_out, 16, seed=6) * randn(n_out, 1, seed=7).exp() ** 2).bfloat16()
     buffer = torch.full((n_out + 2, n_in + 48), 3.0, device=DEVICE).to(fp8.E4M3)
     out = buffer.t().contiguous().t() if transposed else buffer
-    inside, beside = out[1:-1, :n_in], out[1:-1, n_in : n_in + 16]
-    scale = torch.empty(n_out, device=DEVICE)
-    module.dequantize_fp8(*bits, inside, scale, *((B, beside) if with_B else ()))
-    both = torch.cat([w, B.double()], 1) if with_B else w
-    assert_rounded(torch.cat([inside, beside], 1) if with_B else inside, scale[:, None], both)
+    scale = fp8.power_of_two(w.abs().amax().float())
+    module.dequantize_fp8(*bits, out[1:-1, :n_in], scale)
+    error = (out[1:-1, :n_in].double() * scale - w).abs()
+    assert (error <= torch.maximum(HALF_STEP * w.abs(), SMALLEST * scale.double())).all()
     untouched = torch.ones_like(out, dtype=torch.bool)
-    untouched[1:-1, : n_in + 16 * with_B] = False
+    untouched[1:-1, :n_in] = False
     assert (out.float()[untouched] == 3).all()
 
 
 def test_kernels_give_the_reference_s_bits():
     """Up to one value of e4m3 where W lies between two within float32's rounding, in less than one of 10,000."""
-    bits, _ = four_bits(192, 256)
-    results = []
-    for module in MODULES:
-        out, scale = torch.empty(192, 256, device=DEVICE, dtype=fp8.E4M3), torch.empty(192, device=DEVICE)
-        module.dequantize_fp8(*bits, out, scale)
-        results.append((out.view(torch.uint8), scale))
-    (ours, scale), (expected, expected_scale) = results
-    assert torch.equal(scale, expected_scale)
-    assert (ours != expected).sum() <= 192 * 256 / 10_000
+    bits, w = four_bits(192, 256)
+    ours, expected = (torch.empty(192, 256, device=DEVICE, dtype=fp8.E4M3) for _ in MODULES)
+    for module, out in zip((fp8_triton, fp8), (ours, expected), strict=True):
+        module.dequantize_fp8(*bits, out, fp8.power_of_two(w.abs().amax().float()))
+    assert (ours.view(torch.uint8) != expected.view(torch.uint8)).sum() <= 192 * 256 / 10_000
     x, factor = randn(20, 128).bfloat16(), randn(128, seed=8).exp()
     for a, b in zip(fp8_triton.quantize_fp8(x, None, factor), fp8.quantize_fp8(x, None, factor), strict=True):
         assert torch.equal(a.float(), b.float())
@@ -97,9 +91,9 @@ def test_the_gpu_s_matmul_is_the_reference_s(n_out):
 def test_a_result_is_3_75_percent_off():
     """The figure of the documentation, on N(0, 1) inputs and weights that NF4 has rounded."""
     bits, w = four_bits(256, 1024)
-    w8, scale = torch.empty(256, 1024, device=DEVICE, dtype=fp8.E4M3), torch.empty(256, device=DEVICE)
+    w8, scale = torch.empty(256, 1024, device=DEVICE, dtype=fp8.E4M3), fp8.power_of_two(w.abs().amax().float())
     fp8.dequantize_fp8(*bits, w8, scale)
     x = randn(256, 1024, seed=9)
     x8, x_scale = fp8.quantize_fp8(x)
-    y, true = fp8.matmul_fp8(x8, w8, x_scale, scale, torch.float32).double(), x.double() @ w.t()
+    y, true = fp8.matmul_fp8(x8, w8, x_scale, scale.repeat(256), torch.float32).double(), x.double() @ w.t()
     assert (y - true).norm() / true.norm() == pytest.approx(0.0375, abs=0.002)

@@ -14,7 +14,7 @@ from paths import ROOT
 from peft.optimizers import create_loraplus_optimizer
 from peft_witness import save_random_adapter, trained_in_float32
 from ranks import end_of_run, on_ranks
-from small_runs import alpaca_rows, run_here, save_tiny_model, steps_of, write_rows, write_run
+from small_runs import alpaca_rows, assert_refused, run_here, save_tiny_model, steps_of, write_rows, write_run
 from tiny import save_random_llama
 from tiny_qlora import TOKENS, dequantised_copy, randomise
 from transformers.integrations.neftune import neftune_post_forward_hook
@@ -260,6 +260,15 @@ def test_a_complete_run_takes_what_was_predicted(tmp_path, packed):
     report = (tmp_path / "out" / "report.md").read_text()
     predicted, taken = map(float, re.findall(r"max_mem_active_gib, GiB \| ([\d.]+) \| ([\d.]+)", report)[0])
     assert taken == pytest.approx(predicted, rel=0.03, abs=0.01)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have it")
+@pytest.mark.parametrize("strength", [True, "backward"])
+def test_fp8_is_refused_where_no_device_has_it(world, tmp_path, strength):
+    file = write_run(tmp_path / "run.yml", *world, fp8=strength, bf16="auto", output_dir=str(tmp_path / "out"))
+    ended = run_here(train.main, file)
+    assert_refused(ended, "fp8", "CPU", "leave out fp8")
+    assert not (tmp_path / "out").exists()
 
 
 LAYOUTS = {

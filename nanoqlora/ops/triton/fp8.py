@@ -56,56 +56,20 @@ def quantize_kernel(
 
 
 def dequantize_fp8(
-    packed: Tensor,
-    codes: Tensor,
-    nested_absmax: Tensor,
-    nested_offset: Tensor,
-    out: Tensor,
-    scale: Tensor,
-    beside: Tensor | None = None,
-    beside_out: Tensor | None = None,
+    packed: Tensor, codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor, out: Tensor, scale: Tensor
 ) -> None:
     """As `fp8.dequantize_fp8`."""
     n_out, n_in = out.shape
-    scales = codes, nested_absmax, nested_offset, nf4.dynamic_levels(packed.device)
-    strides = (0, 0) if beside is None or beside_out is None else (beside.stride(0), beside_out.stride(0))
-    row_scales_kernel[(n_out,)](
-        *(*scales, beside, beside_out, scale, *strides, 0 if beside is None else beside.shape[1]),
-        GROUPS=n_in // nf4.BLOCKSIZE,
-        SIZE=triton.next_power_of_2(n_in // nf4.BLOCKSIZE),
-        R_SIZE=1 if beside is None else triton.next_power_of_2(beside.shape[1]),
-        num_warps=1,
-    )
     rows, columns, num_warps = TILE
     dequantize_kernel[(n_in // columns, triton.cdiv(n_out, rows))](
-        *(packed.view(torch.int32), *scales, nf4_levels(packed.device), scale, out, n_out, *out.stride()),
+        *(packed.view(torch.int32), codes, nested_absmax, nested_offset, nf4.dynamic_levels(packed.device)),
+        *(nf4_levels(packed.device), scale, out, n_out, *out.stride()),
         N_IN=n_in,
         ROWS=rows,
         COLUMNS=columns,
         TRANSPOSED=out.stride(0) == 1,
         num_warps=num_warps,
     )
-
-
-@triton.jit
-def row_scales_kernel(
-    codes_ptr, nested_absmax_ptr, nested_offset_ptr, dynamic_levels_ptr, beside_ptr, beside_out_ptr, scale_ptr,
-    beside_stride, out_stride, R, GROUPS: tl.constexpr, SIZE: tl.constexpr, R_SIZE: tl.constexpr,
-):  # fmt: skip
-    row, i = tl.program_id(0), tl.arange(0, SIZE)
-    group, real = row * GROUPS + i, i < GROUPS
-    code = tl.load(codes_ptr + group, mask=real, other=0).to(tl.int32)
-    nested_absmax = tl.load(nested_absmax_ptr + group // 256, mask=real, other=0.0)
-    absmax = tl.load(dynamic_levels_ptr + code) * nested_absmax + tl.load(nested_offset_ptr)
-    largest = tl.max(tl.where(real, tl.abs(absmax), 0.0))
-    if beside_ptr is not None:
-        column = tl.arange(0, R_SIZE)
-        beside = tl.load(beside_ptr + row * beside_stride + column, mask=column < R, other=0.0).to(tl.float32)
-        scale = power_of_two(tl.maximum(largest, tl.max(tl.abs(beside))))
-        tl.store(beside_out_ptr + row * out_stride + column, (beside / scale).to(tl.float8e4nv), mask=column < R)
-    else:
-        scale = power_of_two(largest)
-    tl.store(scale_ptr + row, scale)
 
 
 @triton.jit
@@ -122,7 +86,7 @@ def dequantize_kernel(
     code = tl.load(codes_ptr + group, mask=real, other=0).to(tl.int32)
     nested_absmax = tl.load(nested_absmax_ptr + group // 256, mask=real, other=0.0)
     absmax = tl.load(dynamic_levels_ptr + code) * nested_absmax + tl.load(nested_offset_ptr)
-    absmax /= tl.load(scale_ptr + row, mask=row < n_out, other=1.0)[:, None]
+    absmax /= tl.load(scale_ptr)
     absmax = tl.broadcast_to(absmax[:, :, None], (ROWS, COLUMNS // 64, 64)).reshape(ROWS, COLUMNS)
     levels = tl.load(nf4_levels_ptr + tl.arange(0, 16))
     w = (look_up(words, levels, ROWS, COLUMNS) * absmax).to(tl.float8e4nv)

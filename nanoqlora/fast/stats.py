@@ -29,12 +29,12 @@ def memory_figures(device: torch.device) -> dict[str, float]:
     if device.type == "cpu":
         unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
         return {"memory/max_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB, 2)}
-    active = torch.cuda.memory_stats(device)["active_bytes.all.peak"]
-    allocated = torch.cuda.max_memory_allocated(device)
+    peaks = torch.cuda.memory_stats(device)  # once: it takes a millisecond, in which the GPU may wait
+    active, allocated, reserved = (peaks[f"{kind}_bytes.all.peak"] for kind in ("active", "allocated", "reserved"))
     figures = {
         "memory/max_mem_active_gib": max(active + _graphs["held"], _graphs["peak"]),
         "memory/max_mem_allocated_gib": max(allocated + _graphs["held"], _graphs["peak"]),
-        "memory/device_mem_reserved_gib": torch.cuda.max_memory_reserved(device),
+        "memory/device_mem_reserved_gib": reserved,
     }
     torch.cuda.reset_peak_memory_stats(device)
     _most["active"] = max(_most["active"], figures["memory/max_mem_active_gib"])

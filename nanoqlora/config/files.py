@@ -177,7 +177,9 @@ def read_json(path: Path) -> dict[str, Any]:
         if HALF_A_PAIR.search(text):  # raises ValueError for a half that stands alone, which no file could be given
             json.dumps(value, ensure_ascii=False).encode()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file. It is needed to know what the other files mean.") from None
+        is_adapter = path.with_name("adapter_config.json").exists()
+        advice = "The folder holds an adapter: give its base model too" if is_adapter else "Copy the folder again"
+        raise UserError(f"{path}: no such file, and the others need it. {advice}.") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check the path and its permissions.") from error
     except (ValueError, RecursionError) as error:  # also a number of more than 4300 digits, and no UTF-8

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from .errors import UserError
+from .errors import UserError, short
 from .scripts import this_command
 
 MAX_ALIASES = 20  # in a YAML text: of ten lines of ten, each for the line before, any memory would be full
@@ -47,7 +47,7 @@ class _Loader(yaml.SafeLoader):
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError, TypeError, AttributeError) as error:  # no such day, 0x without digits
-            what = f"{node.value!r} is not a value ({error})"[:200]
+            what = f"{short(node.value)} is not a value ({short(str(error))})"
             raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from None
 
     def construct_lines(self, node: yaml.MappingNode) -> Any:

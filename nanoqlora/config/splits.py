@@ -8,7 +8,7 @@ from .errors import UserError
 
 def split_and_part(split: str | None) -> tuple[str | None, str]:
     """The name of a split and the part of its rows that is wanted: "train[:20%]" -> ("train", ":20%")."""
-    found = re.fullmatch(r"([\w.-]+)(?:\[((?:-?\d+%?)?:(?:-?\d+%?)?)\])?", split or "train")
+    found = re.fullmatch(r"([\w.-]+)(?:\[((?:-?\d{1,15}%?)?:(?:-?\d{1,15}%?)?)\])?", split or "train")
     if not found:
         raise UserError(f"split is {split!r}. Give the name of a split, or a part of one: train[:20%], train[100:200].")
     return found[1] if split else None, found[2] or ""

@@ -60,9 +60,8 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
 
 def exchange(one: Path, other: Path) -> bool:
     """Exchange two names in one step, so that there is no moment without either. False: this system cannot."""
-    renameat2: Any = getattr(ctypes.CDLL(None), "renameat2", None)  # glibc's
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
+    renameat2: Any = getattr(ctypes.CDLL(None), "renameat2", None)  # glibc's; -100 is AT_FDCWD, 2 RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(-100, os.fsencode(one), -100, os.fsencode(other), 2) == 0
 
 
 @contextmanager
@@ -119,10 +118,9 @@ def held(path: Path) -> Iterator[str | None]:
             holder = ""
         except OSError as error:
             if isinstance(error, BlockingIOError):
-                about = os.fstat(handle)
-                place = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}:{about.st_ino}"
-                locks = Path("/proc/locks")
-                found = re.search(rf" ([1-9]\d*) {place} ", locks.read_text() if locks.is_file() else "")
+                locks = Path("/proc/locks")  # "... PROCESS DEVICE:INODE 0 EOF" in each line
+                text = locks.read_text() if locks.is_file() else ""
+                found = re.search(rf" ([1-9]\d*) \S+:{os.fstat(handle).st_ino} ", text)
                 holder = f"process {found[1]}" if found else "another process"
         yield holder
     finally:

@@ -179,8 +179,7 @@ def lock(folder: Path) -> Iterator[None]:
     """
     with held(folder) as holder:
         if holder:
-            what = f"another run is writing there now ({holder}). Wait for its end, or name another --output_dir."
-            raise UserError(f"output_dir {folder}: {what}")
+            raise UserError(f"output_dir {folder}: {holder} is writing there now. Wait for its end, or name another.")
         yield
 
 

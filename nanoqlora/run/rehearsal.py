@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..config.errors import UserError
+from ..config.errors import Failed, UserError
 from ..config.files import temporary_folder, write_text
 from ..config.scripts import PROGRAMS
 from ..parallel import collectives
@@ -36,14 +36,13 @@ from .state import Run
 
 def rehearse(run: Run, data: Data, tokenizer: Tokenizer, say: Callable[..., None]) -> None:
     """Go through the end of the run. Raises what the run would have ended with."""
-    output, started = Path(run.config.output_dir), time.perf_counter()
+    started, beside = time.perf_counter(), Path(f"{Path(run.config.output_dir)}.rehearsal")
 
     def done(what: str) -> None:
         say(f"rehearsed after {time.perf_counter() - started:4.0f} s: {what}")
 
     done("the longest micro-batch, the optimizer's step" + (", an evaluation" if run.held_out else ""))
-    beside = output.with_name(f"{output.name}.rehearsal")
-    with temporary_folder(beside) if run.rank == 0 else nullcontext(output) as made:
+    with temporary_folder(beside) if run.rank == 0 else nullcontext(beside) as made:
         folder = collectives.gather_objects(made)[0]
         run.model.eval()
         sample_answers(run, tokenizer, data.prompt_format, count=1)
@@ -103,7 +102,8 @@ def command(script: str, model: Path, out: Path, *words: object) -> None:
     """Run one of our commands in a process of its own. Its error becomes ours."""
     line = [sys.executable, PROGRAMS / script, "--model", model, "--out", out, *words]
     ended = subprocess.run([str(word) for word in line], capture_output=True, text=True)
-    if ended.returncode == 2:
-        raise UserError(f"{script} would end with: {ended.stderr.strip().removeprefix('error: ')}")
+    if ended.returncode and "Traceback" not in ended.stderr:
+        kind = UserError if ended.returncode == 2 else Failed  # such as a full disk
+        raise kind(f"{script} would end with: {ended.stderr.strip().removeprefix('error: ')}")
     if ended.returncode:
         raise RuntimeError(f"{script} would fail:\n{ended.stderr}")

@@ -241,9 +241,7 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_one_runs(first, w
         before = snapshot(world)
         for words in (OVERWRITE, AUTO):
             ended = again(first, world, *words)
-            assert ended.code == 2 and f"another run is writing there now (process {os.getpid()})" in ended.err, (
-                ended.err
-            )
+            assert ended.code == 2 and f"process {os.getpid()} is writing there now" in ended.err, ended.err
         assert snapshot(world) == before
     reader, writer = context().Pipe(duplex=False)
     process = context().Process(target=hold_lock, args=(world, writer))

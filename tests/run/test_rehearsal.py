@@ -48,13 +48,12 @@ def test_what_would_fail_at_the_end_fails_now(world, monkeypatch):
         with pytest.raises(RuntimeError, match="other values"):
             run_here(train.main, world, "--rehearse")
     assert snapshot(world.parent) == before
-    with monkeypatch.context() as patch:
-        patch.setattr(rehearsal, "PROGRAMS", world.parent)
-        (world.parent / "merge.py").write_text(
-            "import sys; print('error: no space for it', file=sys.stderr); sys.exit(2)"
-        )
+    monkeypatch.setattr(rehearsal, "PROGRAMS", world.parent)
+    for code in (2, 1):  # a wrong input, a full disk
+        script = f"import sys; print('error: no space for it', file=sys.stderr); sys.exit({code})"
+        (world.parent / "merge.py").write_text(script)
         ended = run_here(train.main, world, "--rehearse")
-    assert (ended.code, ended.err) == (2, "error: merge.py would end with: no space for it\n")
+        assert (ended.code, ended.err) == (code, "error: merge.py would end with: no space for it\n")
 
 
 def test_two_commands_in_one_are_refused(world):

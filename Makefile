@@ -15,7 +15,7 @@ PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 FAST := tests/test_*.py $(addprefix tests/,config data fast gguf ops tokenizer weights)
 QUESTION := Why is the sea salty?
 
-.PHONY: help setup witnesses demo test test-fast test-gpu kills lint format bench clean
+.PHONY: help setup witnesses demo test test-fast test-gpu kills fuzz lint format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ test-fast: setup witnesses ## about a minute, for the edit loop: no complete run
 
 test-gpu: setup witnesses ## the tests that need a CUDA device
 	$(PY) -m pytest -q -m gpu
+
+fuzz: .venv/ready ## wrong inputs for every reader of files, SECONDS=30 for each of them; READERS="rows card": only these
+	$(PY) tests/fuzz/fuzz.py $(READERS) --seconds $(or $(SECONDS),30)
 
 kills: setup ## kill small runs, merges and exports, fill their disks: every end must be as if nothing had been; 16 minutes
 	$(PY) tests/faults/kills.py --minutes 2

@@ -32,11 +32,19 @@ def printable(text: str, but: str = "(?!)") -> str:
     return visible(SECRET.sub(lambda found: f"{found[1] or found[2]}***", text), but)
 
 
+LONGEST = 2000  # characters of an error: of a huge value in it, the middle is left out
+
+
+def _shown(message: object) -> str:
+    text = visible(str(message))
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 500]} ... {text[-500:]}"
+
+
 class UserError(ValueError):
     """Something the user gave is wrong. The message says where, what was found, why it matters, and what to do."""
 
     def __init__(self, message: object) -> None:
-        super().__init__(visible(str(message)))
+        super().__init__(_shown(message))
 
 
 class Failed(Exception):
@@ -46,7 +54,7 @@ class Failed(Exception):
     """
 
     def __init__(self, message: object, everywhere: bool = False) -> None:
-        super().__init__(visible(str(message)))
+        super().__init__(_shown(message))
         self.everywhere = everywhere
 
 
@@ -60,33 +68,10 @@ class Stopped(Exception):
     """The user asked to stop (Ctrl-C, SIGTERM) and what was done so far is saved."""
 
 
-KINDS = {str: "text", dict: "a map", list: "a list", int: "a whole number", float: "a number", bool: "true or false"}
-
-
 def short(value: Any) -> str:
-    """A value from a file, in a message."""
+    """A value of a file, in a message."""
     text = "missing" if value is None else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def expect(where: str, value: Any, *kinds: type | None, each: tuple[type, ...] = ()) -> Any:
-    """A value from a file, if it is what the rest of the program takes it for.
-
-    Args:
-        where: file and key, for the message.
-        kinds: types that it may have, exactly; None allows null.
-        each: types of the items of a list, or of the values of a map.
-    Raises:
-        UserError: it, or an item of it, is of another type.
-    """
-    wrong = [value] if type(value) not in kinds and (value is not None or None not in kinds) else []
-    if each and value and not wrong:
-        items = value.values() if isinstance(value, dict) else value
-        kinds, wrong = each, [item for item in items if type(item) not in each]
-    if wrong:
-        found, wanted = short(wrong[0]), " or ".join(KINDS[kind] if kind else "null" for kind in kinds)
-        raise UserError(f"{where} is or holds {found}, where {wanted} is expected. Correct it, or copy the file again.")
-    return value
 
 
 _noted: set[str] = set()

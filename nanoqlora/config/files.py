@@ -14,6 +14,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from .errors import UserError
 
 UMASK = os.umask(0o077)  # which can be read only by setting it
@@ -155,9 +157,6 @@ def remove(path: Path) -> None:
     _delete(hidden)
 
 
-HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # an escape in JSON for half of a character above U+FFFF
-
-
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON (`object_pairs_hook`) whose keys differ; json itself would keep the last value of each."""
     found = dict(pairs)
@@ -168,23 +167,40 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that has to hold an object. NaN and infinity are not JSON, but other tools write them."""
+def read_json(path: Path, kind: Any = dict[str, Any]) -> Any:
+    """A JSON file that holds an object, or what `kind` says; see `expect`."""
     try:
-        value = json.loads(text := path.read_text(encoding="utf-8"))
-        if HALF_A_PAIR.search(text):  # raises ValueError for a half that stands alone, which no file could be given
-            json.dumps(value, ensure_ascii=False).encode()
+        return expect(path, path.read_bytes(), kind, is_json=True)
     except FileNotFoundError:
         is_adapter = path.with_name("adapter_config.json").exists()
         advice = "The folder holds an adapter: give its base model too" if is_adapter else "Copy the folder again"
         raise UserError(f"{path}: no such file, and the others need it. {advice}.") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check the path and its permissions.") from error
-    except (ValueError, RecursionError) as error:  # also a number of more than 4300 digits, and no UTF-8
-        raise UserError(f"{path}: not valid JSON ({error}). Copy the file again.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__} where an object is expected.")
-    return value
+
+
+def expect(where: object, value: Any, kind: Any, is_json: bool = False) -> Any:
+    """A value of a file that may come from anybody, if all of it is what the program takes it for.
+
+    Args:
+        where: file and key, for the message. kind: a type that pydantic checks.
+        is_json: the value is a JSON text. NaN and infinity are not JSON, but other tools write them. Refused are more
+            than 200 lists in lists, numbers of thousands of digits, and halves of surrogate pairs.
+    """
+    adapter = pydantic.TypeAdapter(kind)
+    try:
+        return (adapter.validate_json if is_json else adapter.validate_python)(value, strict=True)
+    except pydantic.ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        place = ".".join(str(part)[:40] for part in found["loc"] if part not in ("[key]", "int", "float"))
+        what = found["msg"].removeprefix("Value error, ")
+        if found["type"] == "json_invalid":
+            half = ": half of a surrogate pair" * ("hex escape" in what or "surrogate" in what)
+            what = f": not valid JSON ({what.removeprefix('Invalid JSON: ')}{half})"
+        else:
+            shown = "missing" if found["type"] == "missing" else json.dumps(found["input"], default=str)[:60]
+            what = f"{': ' * bool(place)}{place} is {shown}: {what[0].lower()}{what[1:]}"
+        raise UserError(f"{where}{what}. Correct it, or copy the file again.") from error
 
 
 def check_space(path: str | Path, num_bytes: int, advice: str = "write elsewhere with --out") -> None:

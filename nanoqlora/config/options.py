@@ -159,9 +159,7 @@ class BenchOptions(Keys):
     shard_optimizer_state: bool = key("each rank keeps its part of AdamW's state", False)
     optimizer: str = key("as in train.py", "adamw_torch_fused")
     packed: bool = key("rows of several documents of uneven length", False)
-    row_lengths: AtCommas[RowLength] = key(
-        "lengths, at commas: rows of one document each, these in turn, not padded", ()
-    )
+    row_lengths: AtCommas[RowLength] = key("lengths, at commas: of rows of one document, in turn, not padded", ())
     bf16: bool | Literal["auto"] = key("compute in bfloat16; auto: where the hardware has it", "auto")
     steps: int = key("steps to measure", 10, ge=1)
     peer: Many[str] = key("a command to measure first, whose last line is JSON", ())

@@ -64,15 +64,30 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_lines)
 
 
+MOST_VALUES = 100_000
+
+
 def load_yaml(text: str, where: str) -> Any:
     """The value of a YAML text. Raises UserError, with the line of whatever is wrong."""
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
+        if _count(value, {}) > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES} values, with those of its aliases")
+        return value
     except Exception as error:  # also RecursionError, and what PyYAML stumbles over, such as !!set [1]
         problem = "too deep" if isinstance(error, RecursionError) else getattr(error, "problem", error)
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark and "\n" in text else ""
         raise UserError(f"{where}{line}: {problem}. Correct the YAML there.") from None
+
+
+def _count(value: Any, known: dict[int, int]) -> int:
+    """How many values this one is with all inside; of each alias too, by which a short text can have billions."""
+    if id(value) not in known:
+        known[id(value)] = MOST_VALUES  # if it is a part of itself
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        known[id(value)] = 1 + sum(_count(item, known) for item in items)
+    return known[id(value)]
 
 
 def located(value: Any, source: str, key: str = "", line: int | None = None) -> Any:

@@ -68,9 +68,7 @@ class DatasetConfig(Keys):
     message_property_mappings: Mappings = key("chat_template: the template's name -> this file's name", MAPPINGS)
     roles: dict[str, Many[str]] = key("role of the template -> its names in this file", {})
     roles_to_train: Many[str] = key("roles that are learnt, by the template's names or this file's", ("assistant",))
-    message_field_training: str | None = key(
-        "chat_template: decides if a message is learnt; unset: weight, train", None
-    )
+    message_field_training: str | None = key("chat_template: if a message is learnt; unset: weight, train", None)
     field_tools: str = key("chat_template: the column with the list of tools, if there are any", "tools")
     field_system: str = key("chat_template: the column with a system text, if no message has one", "system")
     field_instruction: str | None = key("chat_template: the column with a question, in place of messages", None)
@@ -261,4 +259,6 @@ class Config(Keys):
 
     def to_yaml(self) -> str:
         """The resolved run, every default filled in. Loads again to an equal Config."""
-        return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True, width=110)
+        text = yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True, width=110)
+        is_plain = not {*text} & {*"\x85\u2028\u2029\ufeff"}  # which YAML would read as line breaks
+        return text if is_plain else yaml.safe_dump(self.plain(), sort_keys=False, width=110)

@@ -9,14 +9,13 @@ Not supported: data sets that a program makes. Read next: data/rows.py, which re
 import glob
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..config.errors import UserError
+from ..config.parser import load_yaml
 from ..weights.hub import hub_files, is_hub_name
 
 # File name ending -> how it is read; `.gz` may follow.
@@ -125,10 +124,10 @@ def _in_folder(want: Wanted, folder: Path, inside: Path) -> list[Path]:
     return found
 
 
-def _matching(want: Wanted, folder: Path, patterns: Iterable[str]) -> list[Path]:
+def _matching(want: Wanted, folder: Path, patterns: Sequence[str]) -> list[Path]:
+    if wrong := [pattern for pattern in patterns if re.search("[\0\ud800-\udfff]", pattern)]:
+        raise UserError(f"{want.where}: data_files has {wrong[0]}, which no file can be called. Correct it.")
     paths = [os.path.join(glob.escape(str(folder)), pattern) for pattern in patterns]
-    if any("\0" in path for path in paths):
-        raise UserError(f"{want.where}: {paths} holds a NUL character. Correct data_files.")
     return _files(name for path in paths for name in glob.glob(path, recursive=True, include_hidden=True))
 
 
@@ -180,8 +179,8 @@ def _listed_on_card(want: Wanted, folder: Path) -> list[str]:
     card, name, split = folder / CARD, want.name, want.split or "train"
     head = re.match(r"---\s*\n(.*?)\n---", card.read_text("utf-8", "replace"), re.DOTALL) if card.is_file() else None
     try:
-        facts = yaml.safe_load(head[1]) if head else None
-    except (yaml.YAMLError, ValueError, RecursionError):
+        facts = load_yaml(head[1], str(card)) if head else None
+    except UserError:
         facts = None  # a card that only people can read
     configs = facts.get("configs") if isinstance(facts, dict) else None
     configs = [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []

@@ -197,11 +197,11 @@ def _kept(prepared: Path, hashes: dict[str, str]) -> Reading | None:
     """The prepared data of a folder, if it is complete and unchanged."""
     try:
         facts = json.loads((prepared / "counts.json").read_text("utf-8"))
+        is_right = facts.pop("seal") == _seal(facts, prepared)  # before anything else is believed
         words = np.memmap(prepared / "words.bin", np.uint32, "r")
-        lengths, num_targets = np.load(prepared / "samples.npy")
-        if facts.pop("seal") != _seal(facts, prepared) or lengths.sum() != len(words):
+        if not is_right or (columns := np.load(prepared / "samples.npy"))[0].sum() != len(words):
             return None
-        samples = Samples.of(words, lengths, num_targets, facts["fingerprint"])
+        samples = Samples.of(words, columns[0], columns[1], facts["fingerprint"])
         counts = pydantic.TypeAdapter(Counts).validate_python(facts["counts"])
         return Reading(**vars(counts), samples=samples, files=hashes)
     except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RecursionError):

@@ -11,9 +11,10 @@ from functools import cached_property
 from importlib import resources
 from typing import ClassVar, Self
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 
 from ..config.errors import UserError
+from ..config.files import expect
 from ..tokenizer.traced import join, trace
 
 USUAL_ROLES = {  # names in data files -> names in templates
@@ -113,15 +114,6 @@ class RowFormat:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str | bytes) -> Self:
         """The format that a prompt.json describes."""
-        try:
-            return TypeAdapter(cls).validate_json(text, strict=True)
-        except ValidationError as error:
-            found = error.errors(include_url=False)[0]
-            what, kind = found["msg"].removeprefix("Value error, "), type(found["input"]).__name__
-            if "surrogate" in what or "hex escape" in what:
-                raise UserError("prompt.json: it holds half of a surrogate pair. Correct chat_template.") from error
-            where = ".".join(map(str, found["loc"])) or "its start"
-            advice = "it says how to prompt the model. Take the file that training wrote"
-            raise UserError(f"prompt.json: {what}, found {kind} at {where}; {advice}.") from error
+        return expect("prompt.json", text, cls, is_json=True)

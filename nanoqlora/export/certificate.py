@@ -116,9 +116,8 @@ def compare(trained: tuple[Tensor, Tensor], form: tuple[Tensor, Tensor], targets
     total_kl = total_equal = total_loss = 0.0
     targets = targets.to(form[0].device)
     for i in range(0, len(targets), CHUNK_TOKENS):
-        log_p, log_q = (
-            torch.log_softmax(hidden[i : i + CHUNK_TOKENS] @ head.T, dim=-1) for hidden, head in (trained, form)
-        )
+        chunk = slice(i, i + CHUNK_TOKENS)
+        log_p, log_q = (torch.log_softmax(hidden[chunk] @ head.T, dim=-1) for hidden, head in (trained, form))
         total_kl += (log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64).item()
         total_equal += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
         total_loss -= log_q.gather(1, targets[i : i + CHUNK_TOKENS, None]).sum(dtype=torch.float64).item()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config.errors import UserError, short
+from ..config.files import expect
 from ..model import ModelConfig, rope_frequencies
 from .container import Metadata
 from .file_types import FILE_TYPES
@@ -48,15 +49,15 @@ def hf_config(gguf: GGUFFile) -> dict[str, Any]:
         found[field] = value
         if field == "num_attention_heads":
             found |= {"num_key_value_heads": value, "head_dim": found["hidden_size"] // value}
-    ids = [meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    ends = [id for id in dict.fromkeys(ids) if id is not None]
+    keys = {name: f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom", "bos", "padding")}
+    ids = {name: expect(f"{gguf.path}: {key}", meta.get(key), int | None) for name, key in keys.items()}
+    ends = [id for id in dict.fromkeys(ids[name] for name in ("eos", "eot", "eom")) if id is not None]
     config: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     config |= {field: found[field] for field in TABLES["config"]}
     config |= {"rope_scaling": None, "tie_word_embeddings": "output.weight" not in gguf.tensors}
     config |= {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    config |= {"bos_token_id": meta.get("tokenizer.ggml.bos_token_id")}
-    config |= {"eos_token_id": ends if len(ends) > 1 else ids[0]}
-    config |= {"pad_token_id": meta.get("tokenizer.ggml.padding_token_id")}
+    config |= {"bos_token_id": ids["bos"], "pad_token_id": ids["padding"]}
+    config |= {"eos_token_id": ends if len(ends) > 1 else ids["eos"]}
     shapes = {name: info.shape for name, info in gguf.tensors.items()}
     check_tensors(gguf.path, model_config(config, gguf.path), shapes, gguf_name)
     kind = meta.get("llama.rope.scaling.type", "linear" if "llama.rope.scale_linear" in meta else "none")

@@ -3,8 +3,9 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 import torch
 
 from ..config.errors import UserError
@@ -15,6 +16,7 @@ from ..data.packing import BatchSchedule
 from ..parallel import collectives
 from ..weights.adapter import fill_adapter, read_adapter, save_adapter
 from ..weights.checkpoint import fingerprint, open_weights
+from ..weights.tensor_files import reading
 from .early_stopping import Progress
 from .optimizer_state import load_state, state_kind, state_problem
 from .output_dir import STATE, checkpoint_to_resume, checkpoints
@@ -48,36 +50,28 @@ def save_checkpoint(run: Run, step: int) -> None:
     collectives.barrier()
 
 
-# What trainer_state.json holds, those of older versions in parts; and what its maps hold, where they are not empty.
-STATE_TYPES = {"step": int, "plan": str, "steps": int, "base": str, "optimizer": str}
-STATE_TYPES |= {"fixed": dict, "before": dict, "progress": dict}
-INNER_TYPES = {
-    "before": {"loss": float, "plain_loss": float, "answers": list},
-    "progress": {name: type(value) for name, value in asdict(Progress()).items()},
-}
+class Before(pydantic.BaseModel):
+    """What the untrained model could do: `judge`."""
+
+    loss: float
+    plain_loss: float
+    answers: list[str]
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """trainer_state.json of a checkpoint.
+class TrainerState(pydantic.BaseModel):
+    """trainer_state.json, as `save_checkpoint` writes it; older versions wrote the first two and some of the others."""
 
-    Raises:
-        UserError: it does not have the shape that `save_checkpoint` gives it.
-    """
-    state = read_json(path / STATE)
-    wrong = [key for key, kind in STATE_TYPES.items() if key in state and type(state[key]) is not kind]
-    wrong += [key for key in ("step", "plan") if key not in state]
-    for key, kinds in INNER_TYPES.items() if not wrong else ():
-        inner = state.get(key) or {}
-        is_right = not inner or {name: type(value) for name, value in inner.items()} == kinds
-        if not is_right or not all(isinstance(text, str) for text in inner.get("answers", ())):
-            wrong.append(key)
-    if wrong or state["step"] < 1:
-        key = (wrong or ["step"])[0]
-        raise UserError(f"{path / STATE}: {key} is {state.get(key)!r}: it is damaged. Resume from another checkpoint.")
-    return state
+    step: int = pydantic.Field(ge=1, lt=2**31)
+    plan: str
+    steps: int = 0
+    optimizer: str = ""
+    base_fingerprint: str = ""
+    fixed: dict[str, Any] = {}
+    before: Annotated[Before | None, pydantic.BeforeValidator(lambda given: given or None)] = None
+    progress: Progress | None = None
 
 
-def find_checkpoint(config: Config, samples: Samples, plan: BatchSchedule) -> tuple[Path, dict[str, Any]] | None:
+def find_checkpoint(config: Config, samples: Samples, plan: BatchSchedule) -> tuple[Path, TrainerState] | None:
     """The checkpoint that the configuration names, if any, and its trainer_state.json.
 
     Raises:
@@ -86,20 +80,19 @@ def find_checkpoint(config: Config, samples: Samples, plan: BatchSchedule) -> tu
     path = checkpoint_to_resume(config)
     if path is None:
         return None
-    state = read_state(path)
-    steps, optimizer = state.get("steps", len(plan)), state.get("optimizer", config.optimizer)
+    state: TrainerState = read_json(path / STATE, TrainerState)
+    steps, optimizer = state.steps or len(plan), state.optimizer or config.optimizer
+    theirs, ours = state_kind(optimizer), state_kind(config.optimizer)
+    base = fingerprint(open_weights(config.base_model))
     differences = {
         f"has {steps} steps, this one {len(plan)}, so the learning rates would differ": steps != len(plan),
-        "had other data, another seed or other batches": state.get("plan") != plan_fingerprint(samples, plan),
-        f"trained over other weights than those in base_model {config.base_model} now": (
-            state.get("base_fingerprint") not in (None, fingerprint(open_weights(config.base_model)))
-        ),
-        f"had optimizer: {optimizer}, whose state ({state_kind(optimizer)}) {config.optimizer} cannot load": (
-            state_kind(optimizer) != state_kind(config.optimizer)
-        ),
+        "had other data, another seed or other batches": state.plan != plan_fingerprint(samples, plan),
+        f"trained over other weights than base_model {config.base_model} has": state.base_fingerprint not in ("", base),
+        f"had optimizer: {optimizer}, whose state ({theirs}) {config.optimizer} cannot load": theirs != ours,
     }
-    for key, value in state.get("fixed", {}).items():
-        differences[f"had {key}: {value}, this one has {getattr(config, key)}"] = value != getattr(config, key)
+    for key, value in state.fixed.items():
+        own = getattr(config, key, None)
+        differences[f"had {key}: {value}, this one has {own}"] = value != own
     for difference, is_found in differences.items():
         if is_found:
             advice = f"Resume with the same configuration, or start a new run with lora_model_dir: {path}"
@@ -115,21 +108,16 @@ def load_checkpoint(run: Run) -> int:
     path, state = found
     _, adapter = read_adapter(path)
     file = path / "optimizer.pt"
-    try:
-        where = "cpu" if run.config.shard_optimizer_state else run.device  # of the complete state, before it is cut
+    where = "cpu" if run.config.shard_optimizer_state else run.device  # of the complete state, before it is cut
+    with reading(file, "Resume from another checkpoint"):
         optimizer_state = torch.load(file, map_location=where, weights_only=True)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # reading another file, torch's unpickler fails in any way
-        raise UserError(f"{file}: cannot be read ({error}). Resume from another checkpoint.") from error
     if problem := state_problem(run.optimizer, optimizer_state):
         raise UserError(f"{file}: {problem}. Other layers were trained, or it is damaged. Use the same configuration.")
     fill_adapter(run.model, adapter, path)
     load_state(run.optimizer, optimizer_state)
-    run.before.update(state.get("before", {}))
-    if "progress" in state:
-        run.progress = Progress(**state["progress"])
-    return state["step"]
+    run.before |= state.before.model_dump() if state.before else {}
+    run.progress = state.progress or run.progress
+    return state.step
 
 
 def load_best(run: Run, last: int) -> int:

@@ -12,8 +12,6 @@ from statistics import fmean
 from textwrap import shorten
 from typing import Any
 
-import yaml
-
 from ..config.load import answer_early, load_options
 from ..config.options import CompareOptions
 
@@ -23,6 +21,7 @@ if __name__ == "__main__":
 from ..config.commands import run_command
 from ..config.errors import UserError, visible
 from ..config.files import check_file
+from ..config.parser import load_yaml
 from . import figure
 from .output_dir import LOG, read_log
 
@@ -50,8 +49,8 @@ def read_run(folder: str) -> Run:
         rows = read_log(Path(folder, LOG))
         files = Path(folder, "train.yml"), Path(folder, "report.md")
         settings, report = (file.read_text("utf-8") if file.is_file() else "" for file in files)
-        values = flat(yaml.safe_load(settings) or {})
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        values = flat(load_yaml(settings, str(files[0])) or {})
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{folder}: its {LOG}, train.yml or report.md cannot be read ({error}).") from error
     if not rows:
         raise UserError(f"{folder}: no {LOG} with a step, so no run to compare. Give the output_dir of each run.")

@@ -113,10 +113,9 @@ def prompt_format_of(config: Config, dataset: DatasetConfig, tokenizer: Tokenize
     elif name != "tokenizer_default":
         spare = name.removeprefix("tokenizer_default_fallback_")  # for a tokenizer without a template of its own
         if spare not in CHAT_TEMPLATES:
-            what = (
-                f"chat_template is {name}; known are {', '.join(['tokenizer_default', *CHAT_TEMPLATES])}. For another"
-            )
-            raise UserError(f"{what} write chat_template: jinja, and its text or a file's path as chat_template_jinja.")
+            known = ", ".join(["tokenizer_default", *CHAT_TEMPLATES])
+            advice = "For another write chat_template: jinja, and its text or a file's path as chat_template_jinja"
+            raise UserError(f"chat_template is {name}; known are {known}. {advice}.")
         jinja = CHAT_TEMPLATES[spare] if spare == name else tokenizer.chat_template or CHAT_TEMPLATES[spare]
     prompt_format = replace(row_format(dataset), chat_template=jinja, train_on_inputs=config.train_on_inputs)
     if dataset.type != "chat_template":

@@ -15,8 +15,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..config.errors import UserError, expect, note
-from ..config.files import read_json, whole_file, write_text
+from ..config.errors import UserError, note
+from ..config.files import expect, read_json, whole_file, write_text
 from . import tokenizer_json
 from .byte_pairs import LETTERS, SPLIT_RULES
 from .sentencepieces import BYTE_PIECES, UNREACHED, read_model, write_model
@@ -61,7 +61,7 @@ def read_folder(folder: Path) -> Fields:
         elif key not in fields and str(config.get("tokenizer_class")) not in PLAIN_CLASSES:
             fields[key] = ids.get(LLAMAS_NAMES.get(name, "")) if fields["pre"] == SENTENCEPIECE else None
         fields.setdefault(key, None)
-    said = expect(f"{config_path}: add_bos_token", config.get("add_bos_token"), bool, None)
+    said = expect(f"{config_path}: add_bos_token", config.get("add_bos_token"), bool | None)
     bos, first = fields["bos_id"], tokenizer_json.token_in_front(path, data)
     named = "null" if bos is None else repr(fields["vocab"][bos])
     differs = first is not None and ids.get(first) != bos
@@ -93,14 +93,14 @@ def _tokens_in_other_files(folder: Path, config: dict[str, Any]) -> tuple[dict[s
     """
     where, path, config = folder / "tokenizer_config.json", folder / "special_tokens_map.json", dict(config)
     extra, older = "extra_special_tokens", "additional_special_tokens"
-    decoder = expect(f"{where}: added_tokens_decoder", config.get("added_tokens_decoder"), dict, None, each=(dict,))
+    decoder = expect(f"{where}: added_tokens_decoder", config.get("added_tokens_decoder"), dict[str, dict] | None)
     if not config.get(extra) and older in config:
         config[extra] = config.pop(older)
     maps = [config.pop(extra)] if isinstance(config.get(extra), dict) else []
     named = read_json(path) if path.is_file() else {}
     for key, value in named.items() if "added_tokens_decoder" not in config else ():
         if key in (extra, older):
-            expect(f"{path}: {key}", value, list, dict, None, each=(str, dict))
+            expect(f"{path}: {key}", value, list[str | dict] | dict[str, str | dict] | None)
         if key == extra and isinstance(value, list) and isinstance(config.get(extra), list):
             value = config[extra] + [token for token in value if _text(token) not in map(_text, config[extra])]
         config[key] = value
@@ -114,12 +114,12 @@ def _tokens_in_other_files(folder: Path, config: dict[str, Any]) -> tuple[dict[s
     specials = {}
     for key in [*NAMED_KEYS, *config]:
         if key in NAMED_KEYS or key.endswith("_token") and isinstance(config[key], str | dict):
-            if expect(f"{where}: {key}", config.get(key), str, dict, None) is not None:
+            if expect(f"{where}: {key}", config.get(key), str | dict | None) is not None:
                 specials[key] = special(f"{where}: {key}", config[key])
                 config[key] = specials[key]["content"]
     for tokens in maps:
         specials |= {key: special(f"{where}: {extra}", token) for key, token in tokens.items()}
-    several = expect(f"{where}: {extra}", config.get(extra), list, None, each=(str, dict)) or []
+    several = expect(f"{where}: {extra}", config.get(extra), list[str | dict] | None) or []
     last = [*specials.values(), *(special(f"{where}: {extra}", token) for token in several)]
     unread = {key: _text(named[key]) for key in NAMED_KEYS if key in named and _text(named[key]) != config.get(key)}
     unread |= {older: config[older]} if config.get(older) else {}
@@ -129,11 +129,11 @@ def _tokens_in_other_files(folder: Path, config: dict[str, Any]) -> tuple[dict[s
     first = []
     if decoder is not None:
         for id, token in decoder.items():
-            if not id.isascii() or not id.isdigit():
+            if not re.fullmatch("[0-9]{1,9}", id):
                 raise UserError(f"{where}: added_tokens_decoder has the key {id!r}, and its keys are ids.")
             first.append(tokenizer_json.added_token(f"{where}: added_tokens_decoder", token) | {"id": int(id)})
     elif (path := folder / "added_tokens.json").is_file():
-        for text, id in expect(str(path), read_json(path), dict, each=(int,)).items():
+        for text, id in read_json(path, dict[str, int]).items():
             is_special = text in [token["content"] for token in last]
             first.append({"content": text, "special": is_special, "normalized": not is_special, "id": id})
     return config, sorted(first, key=lambda token: token["id"]) + last
@@ -181,9 +181,9 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
             raise UserError(f"{path}: not UTF-8 text ({error}). Copy it again.") from error
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {str(entry.get("name")): entry.get("template") for entry in expect(where, template, list, each=(dict,))}
+        named = {str(entry.get("name")): entry.get("template") for entry in expect(where, template, list[dict])}
         template = named.get("default")
-    return expect(where, template, str, None)
+    return expect(where, template, str | None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
 def _from_model(path: Path, data: bytes, config_path: Path, config: dict[str, Any]) -> Fields:
     """A sentencepiece model alone."""
     for key in ("add_prefix_space", "legacy"):
-        expect(f"{config_path}: {key}", config.get(key), bool, None)
+        expect(f"{config_path}: {key}", config.get(key), bool | None)
     fields = {"pre": SENTENCEPIECE, "merges": [], "original_files": {path.name: data}} | read_model(data, path)
     in_front = fields.pop("space_in_front") and config.get("add_prefix_space") is not False
     fields["space_before"] = ("every" if config.get("legacy") else "first") if in_front else "never"
@@ -240,12 +240,12 @@ def _from_ranks(path: Path, data: bytes) -> Fields:
 def read_gguf_metadata(metadata: dict[str, Any], path: Path) -> Fields:
     """The vocabulary that the metadata of a GGUF file describes."""
 
-    def get(name: str, *kinds: type, each: tuple[type, ...] = ()) -> Any:
+    def get(name: str, kind: Any = Any) -> Any:
         key = f"tokenizer.ggml.{name}"
-        return expect(f"{path}: {key}", metadata.get(key), *kinds, None, each=each) if kinds else metadata.get(key)
+        return expect(f"{path}: {key}", metadata.get(key), kind if kind is Any else kind | None)
 
-    is_sentencepiece = get("model") == "llama"
-    pre = SENTENCEPIECE if is_sentencepiece else get("pre")
+    is_sentencepiece = get("model", str) == "llama"
+    pre = SENTENCEPIECE if is_sentencepiece else get("pre", str)
     if not is_sentencepiece and (get("model") != "gpt2" or pre not in SPLIT_RULES):
         found = f"the tokenizer's model is {get('model')!r} and its split rule {get('pre')!r}, which decide the ids"
         known = f"the model 'llama' (sentencepiece), or 'gpt2' with one of {', '.join(SPLIT_RULES)}"
@@ -259,13 +259,13 @@ def read_gguf_metadata(metadata: dict[str, Any], path: Path) -> Fields:
     add_bos = get("add_bos_token", bool)
     fields: Fields = {
         "pre": pre,
-        "vocab": get("tokens", list, each=(str,)),
-        "kinds": get("token_type", list, each=(int,)),
-        "merges": [] if is_sentencepiece else get("merges", list, each=(str,)),
-        "scores": get("scores", list, each=(float, int)) if is_sentencepiece else [],
+        "vocab": get("tokens", list[str]),
+        "kinds": get("token_type", list[int]),
+        "merges": [] if is_sentencepiece else get("merges", list[str]),
+        "scores": get("scores", list[float]) if is_sentencepiece else [],
         "space_before": "every" if is_sentencepiece and get("add_space_prefix") is not False else "never",
         "add_bos": (is_sentencepiece or SPLIT_RULES[pre].add_bos) if add_bos is None else add_bos,
-        "chat_template": expect(f"{path}: chat_template", metadata.get("tokenizer.chat_template"), str, None),
+        "chat_template": expect(f"{path}: chat_template", metadata.get("tokenizer.chat_template"), str | None),
     }
     for name, theirs in zip(NAMED_TOKENS, ("bos", "eos", "padding", "unknown"), strict=True):
         id = get(f"{theirs}_token_id", int)
@@ -283,6 +283,8 @@ def _checked(path: Path, fields: Fields) -> Fields:
     if len(kinds) != len(vocab) or len(known) != len(vocab):
         found = f"{len(vocab)} tokens, {len(known)} different ones, {len(kinds)} token types"
         raise UserError(f"{path}: {found}. The three must be equal. Copy the file again.")
+    if unknown := {*kinds} - {*range(NORMAL, BYTE + 1)}:
+        raise UserError(f"{path}: token types {sorted(unknown)[:5]}; known are 1 to {BYTE}. Copy the file again.")
     for name in NAMED_TOKENS:
         id = fields[f"{name}_id"]
         if id is not None and not 0 <= id < len(vocab):

@@ -79,10 +79,10 @@ def read_model(data: bytes, path: Path) -> dict[str, Any]:
     model = _new_model()
     try:
         model.ParseFromString(data)
-        vocab = [piece.piece for piece in model.pieces]
+        vocab = [piece.piece for piece in model.pieces if isinstance(piece.piece, str)]  # else it is not UTF-8
     except (ValueError, DecodeError):
         vocab = []
-    if not vocab:
+    if not vocab or len(vocab) < len(model.pieces):
         raise UserError(f"{path}: neither a sentencepiece model nor Llama-3's list of tokens. Copy the file again.")
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     for found, is_found in {

@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..config.errors import UserError, expect
+from ..config.errors import UserError
+from ..config.files import expect
 from .byte_pairs import SPLIT_RULES, has_unreached, merges_of, piece_to_bytes
 from .sentencepieces import BYTE_PIECES, UNREACHED, merges_of_scores
 from .vocabulary import BYTE, CONTROL, NORMAL, SENTENCEPIECE, SPACE, UNKNOWN, UNUSED, USER_DEFINED, Fields, Vocabulary
@@ -54,23 +55,23 @@ def read(path: Path, data: dict[str, Any]) -> Fields:
 
 
 def _checked_model(path: Path, data: dict[str, Any]) -> dict[str, Any]:
-    where, model = f"{path}: model", expect(f"{path}: model", data.get("model"), dict, None) or {}
+    where, model = f"{path}: model", expect(f"{path}: model", data.get("model"), dict | None) or {}
     if model.get("type") != "BPE":
         raise UserError(f"{path}: the model is {model.get('type')!r}. Use one of type BPE, as all Llamas have.")
-    expect(f"{where}.vocab", model.get("vocab"), dict, None, each=(int,))
-    expect(f"{where}.merges", model.get("merges"), list, None, each=(str, list))
+    expect(f"{where}.vocab", model.get("vocab"), dict[str, int] | None)
+    expect(f"{where}.merges", model.get("merges"), list[str | list] | None)
     if not model.get("vocab") or model.get("merges") is None:
         raise UserError(f"{path}: the model has no vocab or no merges. Copy the file again.")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise UserError(f"{path}: {name} is {model[name]!r}, and changes ids. Set it to null.")
     for name, kind in {"byte_fallback": bool, "ignore_merges": bool, "unk_token": str}.items():
-        expect(f"{where}.{name}", model.get(name), kind, None)
+        expect(f"{where}.{name}", model.get(name), kind | None)
     return model
 
 
 def _added_tokens(path: Path, data: dict[str, Any], vocab: dict[str, int]) -> list[dict[str, Any]]:
-    listed = expect(f"{path}: added_tokens", data.get("added_tokens"), list, None) or []
+    listed = expect(f"{path}: added_tokens", data.get("added_tokens"), list | None) or []
     added = [added_token(f"{path}: added_tokens", token) for token in listed]
     next_id = len(vocab)
     for token in added:
@@ -87,7 +88,7 @@ def added_token(where: str, token: Any, special: bool = False) -> dict[str, Any]
     content = expect(f"{where}, content,", token.get("content"), str)
     flags = {name: token.get(name) for name in ("lstrip", "rstrip", "single_word", "normalized", "special")}
     for name, value in flags.items():
-        expect(f"{where}, {name} of {content!r},", value, bool, None)
+        expect(f"{where}, {name} of {content!r},", value, bool | None)
     if flags["lstrip"] or flags["rstrip"] or flags["single_word"]:
         found = f"the added token {content!r} has lstrip, rstrip or single_word"
         raise UserError(f"{where}: {found}, which are not supported. Set the three to false.")
@@ -103,11 +104,11 @@ def check_normalized(path: Path, data: dict[str, Any], token: dict[str, Any]) ->
 
 def steps_of(where: Path, data: dict[str, Any], key: str) -> list[dict[str, Any]]:
     """A normalizer, pre_tokenizer or post_processor as the list of its steps; sequences may be nested or empty."""
-    step = expect(f"{where}: {key}", data.get(key), dict, None)
+    step = expect(f"{where}: {key}", data.get(key), dict | None)
     if not step or step.get("type") != "Sequence":
         return [step] if step else []
     inner = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors"}[key]
-    parts = expect(f"{where}: {key}.{inner}", step.get(inner), list, each=(dict,))
+    parts = expect(f"{where}: {key}.{inner}", step.get(inner), list[dict])
     return [found for part in parts for found in steps_of(where, {key: part}, key)]
 
 
@@ -167,8 +168,8 @@ def _space_rule(path: Path, data: dict[str, Any], vocab: list[str]) -> Fields:
 def token_in_front(path: Path, data: dict[str, Any]) -> str | None:
     """The special token that the template at the end of tokenizer.json puts in front of a text."""
     for step in steps_of(path, data, "post_processor"):
-        single = expect(f"{path}: post_processor.single", step.get("single"), list, None, each=(dict,)) or [{}]
-        token = expect(f"{path}: post_processor.single", single[0].get("SpecialToken"), dict, None)
+        single = expect(f"{path}: post_processor.single", step.get("single"), list[dict] | None) or [{}]
+        token = expect(f"{path}: post_processor.single", single[0].get("SpecialToken"), dict | None)
         if token:
             return expect(f"{path}: post_processor.single", token.get("id"), str)
     return None

@@ -62,5 +62,5 @@ class Vocabulary:
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
     """A pattern with one group that finds any of the texts, the longest that fits; of none, one that finds nothing."""
-    longest_first = sorted(texts, key=len, reverse=True)
+    longest_first = sorted(filter(None, texts), key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")

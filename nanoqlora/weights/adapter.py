@@ -20,8 +20,9 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import pydantic
 import regex
 import torch
 import torch.nn as nn
@@ -37,7 +38,6 @@ from .checkpoint import Weights, fingerprint, write_tensors
 from .hub import ADAPTER_FILES, local_path
 from .tensor_files import load_tensors, reading
 
-HANDLED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"}
 NOT_COMPUTED = {  # of no effect here: the tensors show which layers learnt
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "eva_config"),
@@ -97,52 +97,45 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
     """
     path = adapter_file(folder)
     config = read_config(path.with_name("adapter_config.json"))
-    state = load_tensors(path)
-    for name, w in state.items():
-        if w.dtype not in (torch.float64, *DTYPES.values()):
-            kind = str(w.dtype).removeprefix("torch.")
-            raise UserError(f"{path}: {name} is of type {kind}, and not of a floating-point type. Save it again.")
-    return config, state
+    return config, load_tensors(path)
+
+
+def _is_pattern(pattern: str) -> str:
+    counts = [int(count[:9]) for count in re.findall(r"[{,] *(\d+)", pattern)]
+    try:
+        if max(len(pattern), math.prod(count or 1 for count in counts)) > LARGEST_PATTERN:
+            raise ValueError(f"more than {LARGEST_PATTERN} characters or repetitions")
+        re.compile(pattern)
+        re.compile(_of_ends(pattern))
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a regular expression ({error})") from error
+    return pattern
+
+
+Positive = Annotated[int | float, pydantic.Field(gt=0, lt=LARGEST)]
+Patterns = dict[Annotated[str, pydantic.AfterValidator(_is_pattern)], Positive] | None
+
+
+class AdapterConfig(pydantic.BaseModel):
+    """adapter_config.json: the keys that are computed with."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
+    r: Positive
+    lora_alpha: Positive
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    rank_pattern: Patterns = None
+    alpha_pattern: Patterns = None
 
 
 def read_config(where: Path) -> dict[str, Any]:
     """adapter_config.json, if all that it asks for is built in and of the right type."""
-    config = read_json(where)
-
-    def expect(key: str, is_right: bool, expected: str) -> None:
-        if not is_right:
-            raise UserError(f"{where}: {key} is {short(config.get(key))}, {expected}.")
-
-    for key, value in config.items():
-        is_known = value in (None, False, [], {}) or key in HANDLED | NOT_COMPUTED or value in ONLY.get(key, ())
-        expect(key, is_known, "which is not built in. LoRA, rsLoRA and DoRA on linear layers of the blocks are read")
-    for key in ("r", "lora_alpha"):
-        expect(key, _is_positive(config.get(key)), "where a number above zero is expected")
-    for key in ("use_rslora", "use_dora"):
-        expect(key, config.get(key) in (None, True, False), "where true or false is expected")
-    for key in PATTERNS:
-        patterns = config.get(key) or {}
-        is_right = isinstance(patterns, dict) and all(map(_is_positive, patterns.values()))
-        expect(key, is_right, "where a map from names to numbers above zero is expected")
-        for pattern in patterns:
-            try:
-                _check_pattern(pattern)
-            except (re.error, ValueError, OverflowError, RecursionError) as error:
-                what = f"{key} has {short(pattern)}, which is not a regular expression ({error})"
-                raise UserError(f"{where}: {what}. Correct it.") from error
-    return config
-
-
-def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < LARGEST
-
-
-def _check_pattern(pattern: str) -> None:
-    counts = [int(count[:9]) for count in re.findall(r"[{,] *(\d+)", pattern)]
-    if max(len(pattern), math.prod(count or 1 for count in counts)) > LARGEST_PATTERN:
-        raise ValueError(f"it has more than {LARGEST_PATTERN} characters or repetitions")
-    re.compile(pattern)
-    re.compile(_of_ends(pattern))
+    config = read_json(where, AdapterConfig)
+    for key, value in (config.model_extra or {}).items():
+        if value not in (None, False, [], {}) and key not in NOT_COMPUTED and value not in ONLY.get(key, ()):
+            what = f"{key} is {short(value)}, which is not built in"
+            raise UserError(f"{where}: {what}. LoRA, rsLoRA and DoRA on linear layers of the blocks are read.")
+    return config.model_dump()
 
 
 def _of_ends(pattern: str) -> str:
@@ -340,9 +333,7 @@ def read_updates(folder: str | Path) -> dict[str, Update]:
         a, b = parts[PARTS["lora_A"]], parts[PARTS["lora_B"]]
         r, alpha = rank_and_alpha(config, name)
         if not len(a) == b.shape[1] == r:
-            what = (
-                f"{name} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} where its configuration has rank {r}"
-            )
+            what = f"{name} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, and rank {r} by its configuration"
             raise UserError(f"{path}: {what}. Take both files from one adapter.")
         updates[name] = Update(a, b, alpha, bool(config.get("use_rslora")), parts.get(MAGNITUDE))
     return updates

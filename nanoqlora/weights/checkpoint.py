@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..config.errors import UserError, note
-from ..config.files import read_json, write_text
+from ..config.files import expect, read_json, write_text
 from ..gguf.config import hf_config, model_config
 from ..gguf.names import check_tensors, gguf_name, tensor_shapes
 from ..gguf.reader import read_gguf
@@ -90,6 +90,12 @@ def fingerprint(weights: Weights) -> str:
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
+def check_name(where: str, name: str) -> None:
+    """Raises UserError where a file names one that cannot lie beside it."""
+    if Path(name).name != name or "\0" in name or len(name.encode()) > 255:
+        raise UserError(f"{where} names {name}, which is outside of the folder or no name of a file. Refused.")
+
+
 class FolderWeights:
     """A Hugging Face folder: config.json and one or more safetensors files, which are mapped, not read."""
 
@@ -113,7 +119,9 @@ class FolderWeights:
 
     def _places(self) -> dict[str, tuple[str, str]]:
         """Those files that transformers reads. Others beside them are named, and what contradicts is refused."""
-        folder, single = self.folder, Path(str(self.config.get("transformers_weights") or "model.safetensors")).name
+        folder, key = self.folder, "transformers_weights"
+        single = expect(f"{self.where}: {key}", self.config.get(key), str | None) or "model.safetensors"
+        check_name(f"{self.where}: {key}", single)
         index = folder / (single if single.endswith(".index.json") else "model.safetensors.index.json")
         weight_map = self._read_index(index) if index.is_file() else {}
         files = sorted(set(weight_map.values()))
@@ -147,11 +155,9 @@ class FolderWeights:
         return places
 
     def _read_index(self, index: Path) -> dict[str, str]:
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise UserError(f"{index}: weight_map is no map from tensors to files. {AGAIN}")
-        if outside := [file for file in weight_map.values() if Path(file).name != file]:
-            raise UserError(f"{index}: weight_map names {outside[0]}, which is outside of the folder. Refused.")
+        weight_map = expect(f"{index}: weight_map", read_json(index).get("weight_map"), dict[str, str])
+        for file in {*weight_map.values()}:
+            check_name(f"{index}: weight_map", file)
         return weight_map
 
     def _open(self, file: str) -> Any:

@@ -18,8 +18,9 @@ memory holds the tensor at hand.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 import torch
 from torch import Tensor
 
@@ -31,11 +32,25 @@ from .tensor_files import load_tensors
 
 SPLIT_COLUMNS = ("attention.wo", "feed_forward.w2")  # of these each part has some columns, of other matrices some rows
 
-NUMBERS = {"dim", "n_layers", "n_heads", "norm_eps"}
-MAY_BE_THERE = NUMBERS | {
-    *("n_kv_heads", "head_dim", "hidden_dim", "rope_theta", "use_scaled_rope", "rope_scaling_factor", "vocab_size"),
-    *("multiple_of", "ffn_dim_multiplier", "max_batch_size", "max_seq_len", "model_parallel_size"),
-}
+# The tensors show these, or they are of Meta's own program.
+UNUSED = "hidden_dim vocab_size multiple_of ffn_dim_multiplier max_batch_size max_seq_len model_parallel_size".split()
+Size = Annotated[int, pydantic.Field(gt=0, le=2**24)]
+Positive = Annotated[float, pydantic.Field(gt=0, lt=1e30)]
+
+
+class Params(pydantic.BaseModel):
+    """params.json."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
+    dim: Size
+    n_layers: Size
+    n_heads: Size
+    norm_eps: Positive
+    n_kv_heads: Size | None = None
+    head_dim: Size | None = None
+    rope_theta: Positive | None = None
+    use_scaled_rope: bool | None = None
+    rope_scaling_factor: Positive | None = None
 
 
 def is_meta_folder(folder: Path) -> bool:
@@ -47,7 +62,7 @@ class MetaWeights:
 
     def __init__(self, folder: Path) -> None:
         self.where = folder / "params.json"
-        self.params = read_json(self.where)
+        self.params: Params = read_json(self.where, Params)
         self.parts = [load_tensors(path, mmap=True) for path in _paths(folder)]
         self.config = self._config()
         config = model_config(self.config, self.where)
@@ -65,7 +80,7 @@ class MetaWeights:
         if len(slices) > 1 and w.ndim == 2:
             by_columns = any(layer in meta for layer in SPLIT_COLUMNS)
             if meta == "tok_embeddings.weight":  # Llama 1 and 2 split each token's vector, Llama 3 the vocabulary
-                by_columns = w.shape[1] != self.params["dim"]
+                by_columns = w.shape[1] != self.params.dim
             w = torch.cat(slices, dim=1 if by_columns else 0)
         if tuple(w.shape) != self.shapes[name]:
             raise UserError(f"{self.where}: {name} has shape {tuple(w.shape)}, not {self.shapes[name]} by params.json.")
@@ -80,33 +95,31 @@ class MetaWeights:
 
     def _config(self) -> dict[str, Any]:
         params, part, count = self.params, self.parts[0], len(self.parts)
-        if unknown := sorted(key for key in params.keys() - MAY_BE_THERE if params[key] not in (None, False)):
-            raise UserError(f"{self.where}: {unknown[0]} is {str(params[unknown[0]])[:60]}, which is not built in.")
-        for key in NUMBERS:
-            if type(params.get(key)) not in (int, float) or not params[key] > 0:
-                raise UserError(f"{self.where}: {key} is {params.get(key)!r}, and a Llama needs a number above zero.")
+        for key, value in (params.model_extra or {}).items():
+            if key not in UNUSED and value not in (None, False):
+                raise UserError(f"{self.where}: {key} is {str(value)[:60]}, which is not built in.")
         names = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight", "layers.0.attention.wq.weight")
-        if missing := [name for name in names if name not in part]:
-            raise UserError(f"{self.where.parent}: its weights have no {missing[0]}, so they are not those of a Llama.")
+        if missing := [name for name in names if name not in part or part[name].ndim != 2]:
+            raise UserError(f"{self.where}: the weights have no matrix {missing[0]}, so they are not of a Llama.")
         (rows, columns), (ff_rows, _), (q_rows, _) = (part[name].shape for name in names)
-        heads, tied, is_scaled = params["n_heads"], self._is_tied(), bool(params.get("use_scaled_rope"))
-        head_dim = params.get("head_dim") or params["dim"] // heads
+        heads, tied, is_scaled = params.n_heads, self._is_tied(), bool(params.use_scaled_rope)
+        head_dim = params.head_dim or params.dim // heads
         if q_rows * count != heads * head_dim:
             found = f"its {count} consolidated.*.pth make a wq of {q_rows * count} rows where n_heads of params.json"
             raise UserError(f"{self.where.parent}: {found} gives {heads * head_dim}. Some are missing: get all.")
-        vocab_size = rows * count if columns == params["dim"] else rows
+        vocab_size = rows * count if columns == params.dim else rows
         # Neither is in params.json: what each generation was trained on (1e-6: Llama 1), and the factor in the
         # published configurations, 32 of 3.2 (tied), 8 of 3.1.
         context = 131072 if is_scaled else 8192 if vocab_size > 100_000 else 4096
-        factor = params.get("rope_scaling_factor") or (32.0 if tied else 8.0)
+        factor = params.rope_scaling_factor or (32.0 if tied else 8.0)
         scaled = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         scaled |= {"original_max_position_embeddings": 8192}
         config: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-        config |= {"hidden_size": params["dim"], "intermediate_size": ff_rows * count}
-        config |= {"num_hidden_layers": params["n_layers"], "num_attention_heads": heads}
-        config |= {"num_key_value_heads": params.get("n_kv_heads") or heads, "head_dim": head_dim}
-        config |= {"vocab_size": vocab_size, "max_position_embeddings": 2048 if params["norm_eps"] == 1e-6 else context}
-        config |= {"rms_norm_eps": params["norm_eps"], "rope_theta": params.get("rope_theta") or 10000.0}
+        config |= {"hidden_size": params.dim, "intermediate_size": ff_rows * count}
+        config |= {"num_hidden_layers": params.n_layers, "num_attention_heads": heads}
+        config |= {"num_key_value_heads": params.n_kv_heads or heads, "head_dim": head_dim}
+        config |= {"vocab_size": vocab_size, "max_position_embeddings": 2048 if params.norm_eps == 1e-6 else context}
+        config |= {"rms_norm_eps": params.norm_eps, "rope_theta": params.rope_theta or 10000.0}
         return config | {"rope_scaling": scaled if is_scaled else None, "tie_word_embeddings": tied}
 
     def _is_tied(self) -> bool:

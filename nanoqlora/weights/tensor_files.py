@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -14,15 +13,17 @@ from ..config.errors import UserError
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path, advice: str = "Download or copy it again") -> Iterator[None]:
     """Turn what the readers of such files raise into a line for the user."""
     try:
         yield
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of a damaged file, they raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         if isinstance(error, pickle.UnpicklingError):  # PyTorch's text advises to run what is in it
             reason = "more than tensors is in it, or it is damaged; nothing of it was run"
-        raise UserError(f"{path}: not a complete file of tensors ({reason}). Download or copy it again.") from error
+        raise UserError(f"{path}: not a complete file of tensors ({reason}). {advice}.") from error
 
 
 def load_tensors(path: Path, mmap: bool = False) -> dict[str, Tensor]:
@@ -32,4 +33,9 @@ def load_tensors(path: Path, mmap: bool = False) -> dict[str, Tensor]:
         state = torch.load(path, "cpu", weights_only=True, mmap=mmap) if is_pickle else load_file(path)
     if not isinstance(state, dict) or not all(isinstance(w, Tensor) and isinstance(k, str) for k, w in state.items()):
         raise UserError(f"{path}: holds something else than named tensors. Download or copy it again.")
-    return state
+    for name, w in state.items():
+        is_full = w.layout == torch.strided and w.device.type == "cpu" and w.nbytes <= w.untyped_storage().nbytes()
+        if not is_full or w.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            found = f"{name} is of type {str(w.dtype)[6:]}, and not of a floating-point type, or not there in full"
+            raise UserError(f"{path}: {found}. Save it again.")
+    return {name: w.detach() for name, w in state.items()}

@@ -406,7 +406,7 @@ def test_a_template_that_go_cannot_write(folder: Path, tmp_path: Path, capsys):
 def test_half_of_a_surrogate_pair_in_a_template(spelling: str, folder: Path, tmp_path: Path):
     """In the template itself, or only in what it writes."""
     (folder / "prompt.json").write_text(json.dumps({"type": "chat_template", "chat_template": spelling + CHATML}))
-    with pytest.raises(UserError, match="half of a surrogate pair.*Correct chat_template"):
+    with pytest.raises(UserError, match="half of a surrogate pair"):
         gguf_model.export_gguf(folder, tmp_path / "new" / "model.gguf", "F16")
     assert not (tmp_path / "new").exists()
 

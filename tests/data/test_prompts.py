@@ -347,7 +347,7 @@ def test_prompt_json_is_the_whole_format(tok, llama3):
     assert PromptFormat.from_json(fmt.to_json()) == fmt != CHAT
     fixed = CHAT.for_tokenizer(tok)
     assert PromptFormat.from_json(fixed.to_json()).jinja(llama3) == tok.chat_template != CHAT.jinja(llama3)
-    for text, said in (("{", "valid JSON"), ("[]", "list"), ('{"type": "alpaca", "x": 1}', "x; it")):
+    for text, said in (("{", "valid JSON"), ("[]", r"is \[\]"), ('{"type": "alpaca", "x": 1}', "x is 1")):
         with pytest.raises(UserError, match=said):
             PromptFormat.from_json(text)
     with pytest.raises(UserError, match="sharegpt"):
@@ -429,7 +429,7 @@ def test_the_data_sets_own_template_wins(tok, tmp_path, monkeypatch, given, path
     [
         ("templates/chat.jinja", "chat_template_jinja: no such file templates/chat.jinja"),
         ("chat.jinja\n", "chat_template_jinja: no such file chat.jinja"),
-        ("x" * 5000, "chat_template_jinja: x+ cannot be read .*File name too long"),
+        ("x" * 5000, "chat_template_jinja: x+ [.]{3} x+.*Name a text file"),
         (".", "chat_template_jinja: . cannot be read"),
     ],
 )

@@ -365,14 +365,14 @@ def test_every_tensor_of_an_optimizer_state_is_compared_before_use(first, tmp_pa
 
 
 STATES = {
-    "step": ["1", None, 1.5, True, 0, -3, []],
+    "step": ["1", None, 1.5, True, 0, -3, [], 10**30],
     "plan": [None, 3, {}],
     "steps": ["6", [6]],
-    "base": [3],
+    "base_fingerprint": [3],
     "optimizer": [None, 8],
     "fixed": [[], "lora_alpha"],
     "before": [{"loss": "x"}, {"loss": 1.0, "plain_loss": 1.0, "answers": [1]}, [1], 3],
-    "progress": [{"best_step": "1"}, [], {"best_step": 1}],
+    "progress": [{"best_step": "1"}, [], {"best_loss": []}],
 }
 
 

@@ -501,7 +501,7 @@ def test_half_a_character_is_refused(hf_folder, tmp_path):
         if is_sound:
             assert load_tokenizer(tmp_path).chat_template == template
         else:
-            with pytest.raises(UserError, match="tokenizer_config.json: not valid JSON .*surrogates"):
+            with pytest.raises(UserError, match="tokenizer_config.json: not valid JSON .*surrogate pair"):
                 load_tokenizer(tmp_path)
 
 
@@ -559,7 +559,7 @@ def test_missing_and_broken_files_are_user_errors(hf_folder, tmp_path):
     with pytest.raises(UserError, match="tokenizer_config.json: no such file"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(UserError, match="holds a list"):
+    with pytest.raises(UserError, match=r"is \[\]: input should be an object"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     tok = load_tokenizer(tmp_path)  # a named token that is nowhere else gets the next id, as in transformers

@@ -180,7 +180,7 @@ def test_adapters_that_compute_something_else_are_refused_by_name(tmp_path, key)
     adapter = saved(tmp_path)
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: REFUSED[key]}))
-    with pytest.raises(UserError, match=rf"adapter_config\.json: {key} is "):
+    with pytest.raises(UserError, match=rf"adapter_config\.json: {key}[\w.]* is "):
         nq.load_adapter(nq.Llama.from_pretrained(tmp_path), adapter)
 
 
@@ -191,7 +191,7 @@ def test_numbers_of_others_are_checked(tmp_path, key):
     about, model = json.loads(path.read_text()), nq.Llama.from_pretrained(tmp_path)
     for value in NUMBERS:
         path.write_text(json.dumps(about | {key: {"q_proj": value} if "pattern" in key else value}))
-        with pytest.raises(UserError, match=rf"adapter_config\.json: {key} is "):
+        with pytest.raises(UserError, match=rf"adapter_config\.json: {key}[\w.]* is "):
             nq.load_adapter(model, adapter)
 
 
@@ -199,7 +199,7 @@ def test_numbers_of_others_are_checked(tmp_path, key):
 def test_a_configuration_that_is_not_an_object_is_one_line(tmp_path, text):
     adapter = saved(tmp_path)
     (adapter / "adapter_config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(UserError, match=r"adapter_config\.json: "):
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
         nq.load_adapter(nq.Llama.from_pretrained(tmp_path), adapter)
 
 
@@ -219,7 +219,7 @@ def test_patterns_of_others_end(tmp_path, pattern):
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": {pattern: 8}}))
     started = time.monotonic()
-    with pytest.raises(UserError, match=f"adapter_config.json: alpha_pattern has .*{PATTERNS[pattern]}"):
+    with pytest.raises(UserError, match=f"adapter_config.json: alpha_pattern.*{PATTERNS[pattern]}"):
         read_updates(adapter)
     assert time.monotonic() - started < 5
 
@@ -228,7 +228,7 @@ def test_a_pattern_that_is_none_is_told(tmp_path):
     adapter = saved(tmp_path)
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_pattern": {"(q_proj": 8}}))
-    with pytest.raises(UserError, match=r"adapter_config\.json: rank_pattern has '\(q_proj'"):
+    with pytest.raises(UserError, match=r"adapter_config\.json: rank_pattern.* is .\(q_proj"):
         nq.load_adapter(nq.Llama.from_pretrained(tmp_path), adapter)
 
 

@@ -34,9 +34,8 @@ def quantize_nf4(w: Tensor, blocksize: int = nf4.BLOCKSIZE) -> tuple[Tensor, Ten
         return nf4.quantize_nf4(w, blocksize)
     if w.is_meta:  # the operations below would import the compiler
         n_out, n_in = w.shape
-        return w.new_empty(n_out, n_in // 2, dtype=torch.uint8), w.new_empty(
-            n_out, n_in // blocksize, dtype=torch.float32
-        )
+        absmax = w.new_empty(n_out, n_in // blocksize, dtype=torch.float32)
+        return w.new_empty(n_out, n_in // 2, dtype=torch.uint8), absmax
     packed, absmax = kernels().quantize_4bit(w.contiguous(), blocksize, "nf4", torch.uint8)
     return packed.view(w.shape[0], -1), absmax.view(w.shape[0], -1)
 

@@ -1,0 +1,306 @@
+"""Readers of what training and merging write. Some inputs begin with a line that names the changed file."""
+
+import io
+import json
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from random import Random
+from typing import Any
+
+import torch
+from mutate import OTHERS, dump, mutate_bytes, mutate_json
+from read_models import changed_zip, safetensors_of
+from right import base, bytes_of, json_of, linked, put, right_run, work
+from safetensors.torch import load, save
+from use import use_prompts
+
+from nanoqlora.config.errors import UserError
+
+
+def named(file: str, data: bytes) -> bytes:
+    return file.encode() + b"\n" + data
+
+
+def split_name(data: bytes, known: list[str]) -> tuple[str, bytes]:
+    name, _, body = data.partition(b"\n")
+    text = name.decode("utf-8", "replace")
+    return (text, body) if text in known else (known[0], data)
+
+
+# ------------------------------------------------------------------------------------------------ adapters
+
+PATTERNS = [
+    *("(", "[", "a{99999999999}", "a{2,1}", "(?P<x>a)(?P<x>b)", "(" * 200 + ")" * 200, "(?i)", "\\", "*", "(?<=a+)b"),
+    *("\ud800", "", "(?P=x)", "(?(1)a|b)", "\\p{L}", "[z-a]", "(?a)(?u)", "x" * 5000, "q_proj|"),
+    *(
+        "(" * 1500 + ")" * 1500,
+        "(?R)",
+        "(?|a|b)",
+        "a{,9}{,9}{,9}",
+        "[[a]&&[b]]",
+        "(?>a*)b",
+        "\\N{DIGIT ONE}",
+        "(?s-i:a)",
+    ),
+]
+SLOW = ["((a*)*)*b", ".*" * 20, "(([a-z._0-9])+)+X", "(.*a){12}", "(?:[a-z]|[a-z.]|[a-z_])+$X"]
+
+
+def make_adapter_config(rng: Random) -> bytes:
+    kind = rng.choice(["adapter", "adapter", "dora"])
+    tree = json_of(f"{kind}/adapter_config.json")
+    if rng.random() < 0.4:
+        tree = tree | {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"model.layers.0.mlp.up_proj": 8}}
+    if rng.random() < 0.25:
+        pattern = rng.choice(SLOW if rng.random() < 0.01 else PATTERNS)
+        key = rng.choice(["rank_pattern", "alpha_pattern"])
+        return named(kind, dump(tree | {key: {pattern: rng.choice([4, 8, 4.0])}}, rng))
+    places = [(key,) for key in tree]
+    places += [(key,) for key in ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern")] * 4
+    return named(kind, dump(mutate_json(tree, rng, places=places), rng))
+
+
+def read_adapter_config(data: bytes, rng: Random) -> None:
+    kind, body = split_name(data, ["adapter", "dora"])
+    folder = linked(f"config-of-{kind}", kind, "adapter_model.safetensors")
+    put(folder / "adapter_config.json", body)
+    use_adapter(folder, rng)
+
+
+def use_adapter(folder: Any, rng: Random) -> None:
+    """As a run that goes on from it, and an export of it alone, do."""
+    from nanoqlora.export.gguf_model import adapter_tensors, base_of
+    from nanoqlora.gguf.config import model_config
+    from nanoqlora.weights.adapter import check_base, continue_adapter, read_trained, read_updates
+    from nanoqlora.weights.checkpoint import open_weights
+    from nanoqlora.weights.pretrained import load_model
+
+    updates = read_updates(folder)
+    read_trained(folder)
+    model = load_model(base() / "hf")
+    wanted = {"lora_r": None, "lora_alpha": None, "lora_target_modules": (), "peft_use_rslora": False}
+    continue_adapter(model, folder, 0.0, **wanted, peft_use_dora=False)
+    with suppress(UserError):  # its base is a path, which is not proven
+        base_of(folder)
+    wrong = None
+    for step in (
+        lambda: check_base(folder, base() / "hf", open_weights(base() / "hf"), other_base=False),
+        lambda: adapter_tensors(updates, model_config(json_of("hf/config.json"), folder), "F32", folder),
+    ):
+        try:
+            step()
+        except UserError as error:
+            wrong = error
+    if wrong:
+        raise wrong
+
+
+def other_tensors(w: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
+    shapes = [(), (4,), (0,), (4, 0), (2, 2, 2), (1, 4, 64)]
+    kinds = [torch.int8, torch.float8_e4m3fn, torch.complex64, torch.bool, torch.float64]
+    return [
+        *(lambda shape=shape: torch.zeros(shape) for shape in shapes),
+        *(lambda kind=kind: w.to(kind) for kind in kinds),
+        *(lambda factor=factor: w * factor for factor in (math.nan, 1e38)),
+        lambda: w.transpose(0, -1).contiguous() if w.ndim else w,
+        lambda: w[:2].contiguous() if w.ndim else w,
+    ]
+
+
+def make_adapter_tensors(rng: Random) -> bytes:
+    raw = bytes_of("adapter/adapter_model.safetensors")
+    if rng.random() < 0.6:
+        return safetensors_of(raw, rng)
+    state = load(raw)
+    for _ in range(rng.choice([1, 2])):
+        name = rng.choice(list(state))
+        other = name.replace("lora_A", "lora_C").replace("q_proj", "q_prox")
+        state[name if rng.random() < 0.8 else other] = rng.choice(other_tensors(state[name]))()
+    metadata = {"format": "pt", "load_in_4bit": "True", "computed_in": "float32"}
+    if rng.random() < 0.3:
+        metadata[rng.choice([*metadata, "base_fingerprint"])] = rng.choice(["", "x", "False", "nan", "bfloat16"])
+    return save({name: w.clone() for name, w in state.items()}, metadata)
+
+
+def read_adapter_tensors(data: bytes, rng: Random) -> None:
+    folder = linked("adapter-tensors", "adapter", "adapter_config.json")
+    put(folder / "adapter_model.safetensors", data)
+    use_adapter(folder, rng)
+
+
+def make_adapter_bin(rng: Random) -> bytes:
+    state: Any = load(bytes_of("adapter/adapter_model.safetensors"))
+    if rng.random() < 0.3:
+        name = rng.choice(list(state))
+        state[name] = rng.choice(other_tensors(state[name]))()
+    out = io.BytesIO()
+    torch.save(state, out, _use_new_zipfile_serialization=rng.random() < 0.85)
+    kind = rng.random()
+    if kind < 0.4:
+        return mutate_bytes(out.getvalue(), rng, within=rng.choice([300, 3000, None]))
+    return changed_zip(out.getvalue(), rng) if kind < 0.7 and out.getvalue()[:2] == b"PK" else out.getvalue()
+
+
+def read_adapter_bin(data: bytes, rng: Random) -> None:
+    folder = linked("adapter-bin", "adapter", "adapter_config.json")
+    put(folder / "adapter_model.bin", data)
+    use_adapter(folder, rng)
+
+
+def make_merge_record(rng: Random) -> bytes:
+    return dump(mutate_json({"adapter_sha256": "0" * 64, "merged_layers": 7, "verdict": "x"}, rng), rng)
+
+
+def read_merge_record(data: bytes, rng: Random) -> None:
+    from nanoqlora.weights.adapter import check_merged
+
+    run = linked("merge-record", "adapter", "adapter_config.json", "adapter_model.safetensors")
+    (run / "merged").mkdir(exist_ok=True)
+    put(run / "merged" / "merge.json", data)
+    check_merged(run / "merged")
+
+
+# ------------------------------------------------------------------------------------------------ prompt.json
+
+FRAME = {"format": "{instruction} {input} ", "no_input_format": None, "system_format": "{system}", "system_prompt": ""}
+FRAME |= {f"field_{name}": name for name in ("system", "instruction", "input", "output")}
+
+
+def make_prompt(rng: Random) -> bytes:
+    tree: dict[str, Any] = {"type": rng.choice("chat_template alpaca custom completion prompt_completion".split())}
+    tree |= {"chat_template": None, "train_on_inputs": False, "roles_to_train": ["assistant"], "train_on_eos": "turn"}
+    tree |= {"frame": None, "field": "text", "field_messages": "messages", "field_tools": "tools"}
+    tree |= {"message_property_mappings": {"role": "role", "content": "content"}, "roles": {"user": ["human"]}}
+    if rng.random() < 0.4 or tree["type"] == "custom":
+        tree["frame"] = FRAME
+    return dump(mutate_json(tree, rng), rng)
+
+
+def read_prompt(data: bytes, rng: Random) -> None:
+    """As chat, evaluate, merge and export read it beside an adapter, and export beside a model."""
+    from right import tokenizer
+
+    from nanoqlora.export.gguf_model import prompt_format
+    from nanoqlora.run.usable import talking
+
+    path, wrong = put(work() / "prompt.json", data), None
+    for step in (
+        lambda: talking(base() / "hf", path.parent, 300),
+        lambda: use_prompts(prompt_format(path.parent, tokenizer())),
+    ):
+        try:
+            step()
+        except UserError as error:
+            wrong = error
+    path.unlink()
+    if wrong:
+        raise wrong
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+LOG_LINES = [b"\xff\n", b"1\n", b"[]\n", b"null\n", b'{"step": true}\n', b'{"step": 1e3}\n', b"[" * 5000 + b"\n"]
+LOG_LINES += [b'{"step": ' + b"9" * 5000 + b"}\n", b'{"step": 18446744073709551616}\n']
+
+
+def make_checkpoint(rng: Random) -> bytes:
+    right, kind = right_run(), rng.random()
+    if kind < 0.5:
+        tree = json.loads(right.files["trainer_state.json"])
+        return named("trainer_state.json", dump(mutate_json(tree, rng), rng))
+    if kind < 0.7:
+        changed = dump(mutate_json({"step": 1, "loss": 1.0}, rng), rng) + b"\n"
+        return named("metrics.jsonl", rng.choice([mutate_bytes(right.metrics, rng), changed, rng.choice(LOG_LINES)]))
+    if kind < 0.86:
+        tree = json.loads(right.files["adapter_config.json"])
+        return named("adapter_config.json", dump(mutate_json(tree, rng), rng))
+    raw = right.files["adapter_model.safetensors"]
+    return named("adapter_model.safetensors", safetensors_of(raw, rng))
+
+
+def read_checkpoint(data: bytes, rng: Random) -> None:
+    """Resume, take a step, and ask what the loop asks afterwards."""
+    from nanoqlora.run.checkpoints import load_best, load_checkpoint
+    from nanoqlora.run.early_stopping import Progress
+    from nanoqlora.run.output_dir import describe
+
+    right = right_run()
+    run, folder = right.run, right.checkpoint
+    name, body = split_name(data, [*right.files, "metrics.jsonl"])
+    folder.mkdir(exist_ok=True)
+    for file, text in right.files.items():
+        put(folder / file, text)
+    put(folder.parent / "metrics.jsonl", right.metrics)
+    put((folder if name in right.files else folder.parent) / name, body)
+    run.metrics.rows, run.before, run.progress = [], {}, Progress()
+    run.optimizer.state.clear()
+    start = load_checkpoint(run)
+    check_moments(run)
+    describe(folder.parent)
+    run.metrics.go_on_after(start)
+    run.optimizer.step()
+    run.progress.evaluated(start + 1, 1.0)
+    run.progress.logged(1.0, 2.0)
+    run.progress.reason_to_stop(run.config)
+    load_best(run, start)
+    range(start, len(run.plan))
+
+
+def check_moments(run: Any) -> None:
+    """A fused step over moments of another shape or kind would write behind their end."""
+    for state in run.optimizer.state.values():
+        for key, x in state.items():
+            shape = () if key == "step" else run.flat.shape
+            assert x.shape == shape and x.dtype == torch.float32, f"{key} of another shape or kind is taken"
+
+
+def changed_state(state: Any, rng: Random) -> Any:
+    """The optimizer's state with other values in one of its maps."""
+    maps = [state]
+    if isinstance(state.get("state"), dict):
+        maps += [state["state"], *(x for x in state["state"].values() if isinstance(x, dict))]
+    if state.get("param_groups"):
+        maps.append(state["param_groups"][0])
+    target = rng.choice([each for each in maps if each] or [state])
+    key = rng.choice(list(target) or ["state"])
+    values = [None, 5, "x", -1, 1e9, True, [1, 2], {0: 1}, torch.zeros(3), torch.zeros(()), torch.full((1,), math.nan)]
+    values += [torch.zeros(4, dtype=torch.int8), torch.zeros(0), torch.zeros(1).expand(2**30), *OTHERS[:4]]
+    if isinstance(old := target.get(key), torch.Tensor):
+        values += [old.double(), old[None], old.clone() * math.nan, old.to(torch.bfloat16), old.repeat(2)]
+    if rng.random() < 0.3:
+        target.pop(key, None)
+    else:
+        target[key] = rng.choice(values)
+    return state
+
+
+def make_optimizer(rng: Random) -> bytes:
+    files = right_run().files
+    name = next(name for name in files if name.startswith("optimizer"))
+    raw, kind = files[name], rng.random()
+    if name.endswith(".safetensors"):
+        return named(name, safetensors_of(raw, rng))
+    if kind < 0.3:
+        return named(name, mutate_bytes(raw, rng, within=rng.choice([None, 3000])))
+    if kind < 0.5:
+        return named(name, changed_zip(raw, rng))
+    state: Any = torch.load(io.BytesIO(raw), weights_only=True)
+    for _ in range(rng.choice([1, 2])):
+        state = changed_state(state, rng)
+        if not isinstance(state.get("state"), dict) or not isinstance(state.get("param_groups"), list):
+            break
+    out = io.BytesIO()
+    torch.save(state if rng.random() < 0.93 else rng.choice([None, [], 5, torch.zeros(3)]), out)
+    return named(name, out.getvalue())
+
+
+READERS: dict[str, tuple[Callable[[Random], bytes], Callable[[bytes, Random], None]]] = {
+    "adapter_config": (make_adapter_config, read_adapter_config),
+    "adapter_tensors": (make_adapter_tensors, read_adapter_tensors),
+    "adapter_bin": (make_adapter_bin, read_adapter_bin),
+    "merge_record": (make_merge_record, read_merge_record),
+    "prompt": (make_prompt, read_prompt),
+    "checkpoint": (make_checkpoint, read_checkpoint),
+    "optimizer": (make_optimizer, read_checkpoint),
+}

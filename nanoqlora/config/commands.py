@@ -26,10 +26,14 @@ def is_first_rank() -> bool:
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` and leave the process with the exit code that its outcome deserves."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of `answer_early`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(Stream, streams)
     try:
+        if not os.path.exists("."):
+            raise UserError("the folder that this command was started in is deleted. Change to another one.")
         main()
         sys.stdout.flush()
     except UserError as error:

@@ -1,6 +1,7 @@
 """A command line and a YAML file to a Config: read both, let the command line win, convert, fill in, check."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -38,6 +39,8 @@ def answer_early(own: type[Keys]) -> None:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         read: Callable[..., Any] = load_command if issubclass(own, RunOptions) else load_options
         run_command(lambda: _answered.update({own: read(own)}))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C within the imports is no traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def let_waiting_threads_sleep() -> None:

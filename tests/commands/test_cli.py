@@ -326,3 +326,30 @@ def test_eval_table_without_held_out_data_is_named(run_file, tmp_path):
     keys = ("--eval_table_size", 2, "--val_set_size", 0, "--max_steps", 1)
     ended = run_here(train.main, run_file, "--output_dir", tmp_path / "out", *keys)
     assert ended.code == 0 and "warning: eval_table_size answers questions at evaluations" in ended.out
+
+
+@pytest.mark.parametrize("received", ["SIGINT", "SIGTERM"])
+def test_ctrl_c_within_the_imports_is_no_traceback(tmp_path, run_file, received):
+    """A torch that takes its time to import, and is stopped."""
+    stop = f"import os, signal, time\nos.kill(os.getpid(), signal.{received})\ntime.sleep(9)\n"
+    (tmp_path / "torch.py").write_text(stop)
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", run_file],
+        env=ENVIRONMENT | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-getattr(signal, received), "", "")
+
+
+def test_a_folder_that_is_deleted_is_one_line(tmp_path, run_file, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    ended = run_here(train.main, run_file)
+    assert (
+        ended.code == 2
+        and ended.err == "error: the folder that this command was started in is deleted. Change to another one.\n"
+    )

@@ -32,7 +32,7 @@ def run_command(main: Callable[[], None]) -> None:
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(Stream, streams)
     try:
-        if not os.path.exists("."):
+        if os.stat(".").st_nlink == 0:
             raise UserError("the folder that this command was started in is deleted. Change to another one.")
         main()
         sys.stdout.flush()

@@ -39,8 +39,9 @@ def answer_early(own: type[Keys]) -> None:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         read: Callable[..., Any] = load_command if issubclass(own, RunOptions) else load_options
         run_command(lambda: _answered.update({own: read(own)}))
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C within the imports is no traceback
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for received in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(received) is signal.default_int_handler:  # within the imports it would be a traceback
+            signal.signal(received, signal.SIG_DFL)
 
 
 def let_waiting_threads_sleep() -> None:

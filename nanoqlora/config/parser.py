@@ -13,8 +13,6 @@ import yaml
 from .errors import UserError, short
 from .scripts import this_command
 
-MAX_ALIASES = 20  # in a YAML text: of ten lines of ten, each for the line before, any memory would be full
-
 
 class Map(dict[str, Any]):
     """A map and the places of its entries, as the beginning of an error: "train.yml, line 12: lora_r"."""
@@ -31,17 +29,6 @@ class Map(dict[str, Any]):
 
 class _Loader(yaml.SafeLoader):
     """YAML that keeps line numbers, and refuses a key given twice, of which only the last would be used."""
-
-    aliases = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        is_alias = self.check_event(yaml.AliasEvent)
-        node: Any = super().compose_node(parent, index)
-        self.aliases += is_alias
-        if is_alias and (self.aliases > MAX_ALIASES or node.end_mark is None):  # without an end: within itself
-            what = f"more than {MAX_ALIASES} aliases, or one within itself, can stand for more than memory holds"
-            raise yaml.composer.ComposerError(None, None, what, node.start_mark)
-        return node
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         try:

@@ -1,6 +1,7 @@
 """Files of tensors that may come from anybody: damaged ones are refused, and of a pickle only tensors are read."""
 
 import pickle
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,15 @@ from ..config.errors import UserError
 def reading(path: Path, advice: str = "Download or copy it again") -> Iterator[None]:
     """Turn what the readers of such files raise into a line for the user."""
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):  # of PyTorch's, in several lines, about other files than tensors
+            yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of a damaged file, they raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, pickle.UnpicklingError):  # PyTorch's text advises to run what is in it
+        if (
+            isinstance(error, pickle.UnpicklingError) or "weights_only" in reason
+        ):  # PyTorch's text advises to run what is in it
             reason = "more than tensors is in it, or it is damaged; nothing of it was run"
         raise UserError(f"{path}: not a complete file of tensors ({reason}). {advice}.") from error
 

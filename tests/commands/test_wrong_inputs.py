@@ -279,11 +279,11 @@ YAML: dict[str, tuple[bytes, str]] = {
     "UTF-16": ("lora_r: 8".encode("utf-16"), "train.yml: cannot be read as a YAML file & utf-8"),
     "Latin-1": (b"wandb_name: M\xfcller", "train.yml: cannot be read as a YAML file & utf-8"),
     "2000 brackets": (b"tokens: " + b"[" * 2000, "train.yml: too deep"),
-    "an alias within itself": (b"tokens: &a [*a]", "aliases, or one within itself"),
+    "an alias within itself": (b"tokens: &a [*a]", "more than 100000 values"),
     "aliases without end": (
         b"a: &a [x,x,x,x,x,x]\n"
         + b"".join(b"%c: &%c [*%c,*%c,*%c]\n" % (i + 1, i + 1, i, i, i) for i in range(97, 110)),
-        "more than 20 aliases",
+        "more than 100000 values, with those of its aliases",
     ),
     "an include of another tool": (
         b"lora_r: !include other.yml",
@@ -563,9 +563,9 @@ def cut(file: str, size: int) -> Callable[[World], Any]:
 UP = "model.layers.0.mlp.up_proj.weight"
 MODELS: dict[str, tuple[Callable[[World], Any], str]] = {
     "no config.json": (remove("model/config.json"), "config.json: no such file"),
-    "an empty config.json": (text("model/config.json", ""), "config.json: not valid JSON & Copy the file again"),
+    "an empty config.json": (text("model/config.json", ""), "config.json: not valid JSON & copy the file again"),
     "config.json of 2000 brackets": (text("model/config.json", "[" * 2000), "config.json: not valid JSON"),
-    "config.json of a list": (text("model/config.json", "[]"), "config.json: holds a list where an object is expected"),
+    "config.json of a list": (text("model/config.json", "[]"), "config.json is []: input should be an object"),
     "another architecture": (config(architectures=["Qwen3ForCausalLM"]), "Qwen3ForCausalLM & LlamaForCausalLM"),
     "a mixture": (config(architectures=["MixtralForCausalLM"]), "MixtralForCausalLM"),
     "biases": (config(attention_bias=True), "attention_bias is True; only False is computed here"),
@@ -622,11 +622,11 @@ MODELS: dict[str, tuple[Callable[[World], Any], str]] = {
     "a template that is not text": (text("model/chat_template.jinja", b"\xff\xfe"), "chat_template.jinja: not UTF-8"),
     "a template of numbers": (
         lambda w: w.json("model/tokenizer_config.json", chat_template=5),
-        "chat_template is or holds 5",
+        "chat_template is 5: input should be a valid string",
     ),
     "an end token of numbers": (
         lambda w: w.json("model/tokenizer_config.json", eos_token=5),
-        "eos_token is or holds 5",
+        "eos_token: str is 5",
     ),
 }
 
@@ -687,6 +687,12 @@ def each(part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[
     return tensors(lambda s: s.update({name: change(w) for name, w in s.items() if part in name}))
 
 
+def pickled(world: World) -> None:
+    """A module of TorchScript, about which PyTorch has much to say."""
+    (world.adapter / "adapter_model.safetensors").unlink()
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), world.adapter / "adapter_model.bin")
+
+
 ADAPTERS: dict[str, tuple[Callable[[World], Any], str]] = {
     "no configuration": (remove("adapter/adapter_config.json"), "adapter_config.json: no such file"),
     "half a configuration": (cut("adapter/adapter_config.json", 50), "adapter_config.json: not valid JSON"),
@@ -708,15 +714,15 @@ ADAPTERS: dict[str, tuple[Callable[[World], Any], str]] = {
     "tokens that were trained": (adapter(trainable_token_indices=[5]), "trainable_token_indices"),
     "a key of tomorrow": (adapter(use_tomorrow=True), "use_tomorrow is True & not built in"),
     "a key of escapes": (adapter(**{"\x1b[2J": 5}), "\\x1b[2J is 5"),
-    "no rank": (adapter(r="GONE"), "r is missing, where a number above zero"),
+    "no rank": (adapter(r="GONE"), "adapter_config.json: r is missing"),
     "rank 0": (adapter(r=0), "r is 0"),
-    "rank true": (adapter(r=True), "r is True"),
-    "alpha in words": (adapter(lora_alpha="16"), "lora_alpha is '16'"),
-    "alpha infinite": (adapter(lora_alpha=float("inf")), "lora_alpha is inf"),
-    "DoRA in words": (adapter(use_dora="yes"), "use_dora is 'yes' & true or false"),
-    "a pattern in brackets": (adapter(rank_pattern={"(": 4}), "'(', which is not a regular expression"),
-    "a pattern of a list": (adapter(rank_pattern=[4]), "rank_pattern is [4] & map"),
-    "another rank than its tensors": (adapter(r=16), "its configuration has rank 16"),
+    "rank true": (adapter(r=True), "r is true: input should be a valid integer"),
+    "alpha in words": (adapter(lora_alpha="16"), 'lora_alpha is "16"'),
+    "alpha infinite": (adapter(lora_alpha=float("inf")), "lora_alpha is Infinity"),
+    "DoRA in words": (adapter(use_dora="yes"), 'use_dora is "yes": input should be a valid boolean'),
+    "a pattern in brackets": (adapter(rank_pattern={"(": 4}), "rank_pattern.( & not a regular expression"),
+    "a pattern of a list": (adapter(rank_pattern=[4]), "rank_pattern is [4]: input should be an object"),
+    "another rank than its tensors": (adapter(r=16), "rank 16 by its configuration"),
     "DoRA without lengths": (adapter(use_dora=True), "adapter"),
     "tensors of NaN": (each("lora_B", lambda w: w * float("nan")), "NaN"),
     "tensors of integers": (each("lora_A", lambda w: w.to(torch.int32)), "is of type int32"),
@@ -728,6 +734,7 @@ ADAPTERS: dict[str, tuple[Callable[[World], Any], str]] = {
         tensors(lambda s: [s.update({name.replace("self_attn", "attention"): s.pop(name)}) for name in list(s)]),
         "attention",
     ),
+    "a format in bytes": (text("adapter/prompt.json", b"\xff\xfe{"), "prompt.json"),
     "a format of nobody's": (text("adapter/prompt.json", '{"type": "haiku"}'), "haiku"),
 }
 

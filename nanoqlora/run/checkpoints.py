@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import pydantic
 import torch
+from safetensors.torch import load_file, save_file
 
 from ..config.errors import UserError
 from ..config.files import read_json, remove, whole_folder, write_text
@@ -18,10 +19,11 @@ from ..weights.adapter import fill_adapter, read_adapter, save_adapter
 from ..weights.checkpoint import fingerprint, open_weights
 from ..weights.tensor_files import reading
 from .early_stopping import Progress
-from .optimizer_state import load_state, state_kind, state_problem
+from .optimizer_state import as_tensors, load_state, state_kind, state_problem
 from .output_dir import STATE, checkpoint_to_resume, checkpoints
 from .state import Run, plan_fingerprint
 
+OPTIMIZER = "optimizer.safetensors"
 # What a run cannot change on its way: size and scale of what it has learnt, base below, groups of the optimizer.
 FIXED = ("lora_r", "lora_alpha", "peft_use_rslora", "load_in_4bit", "loraplus_lr_ratio")
 
@@ -37,7 +39,7 @@ def save_checkpoint(run: Run, step: int) -> None:
         folder = Path(run.config.output_dir)
         with whole_folder(folder / f"checkpoint-{step}") as temporary:
             save_adapter(run.model, temporary, run.config.base_model, run.trained)
-            torch.save(optimizer_state, temporary / "optimizer.pt")
+            save_file(as_tensors(optimizer_state), temporary / OPTIMIZER)
             state = {"step": step, "plan": plan_fingerprint(run.samples, run.plan), "ranks": run.ranks}
             state |= {"before": run.before, "optimizer": run.config.optimizer, "base_fingerprint": run.base}
             state |= {"steps": len(run.plan), "progress": asdict(run.progress)}
@@ -107,10 +109,10 @@ def load_checkpoint(run: Run) -> int:
         return 0
     path, state = found
     _, adapter = read_adapter(path)
-    file = path / "optimizer.pt"
+    file = path / OPTIMIZER
     where = "cpu" if run.config.shard_optimizer_state else run.device  # of the complete state, before it is cut
     with reading(file, "Resume from another checkpoint"):
-        optimizer_state = torch.load(file, map_location=where, weights_only=True)
+        optimizer_state = load_file(file, str(where))
     if problem := state_problem(run.optimizer, optimizer_state):
         raise UserError(f"{file}: {problem}. Other layers were trained, or it is damaged. Use the same configuration.")
     fill_adapter(run.model, adapter, path)

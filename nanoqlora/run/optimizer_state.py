@@ -47,12 +47,11 @@ class PartOptimizer:
             if key in state:
                 size = self.num_trained if key in WHOLE else math.ceil(self.num_trained / BLOCK)
                 state[key] = torch.cat(collectives.gather_tensors(state[key].flatten()))[:size].cpu()
-        return {"state": {0: state}, "param_groups": self.inner.state_dict()["param_groups"]}
+        return {"state": {0: state}}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take this rank's part of it; another number of ranks may have saved it."""
-        state = dict(saved["state"][0])
-        state |= state.pop(NESTED, {})
+        state = dict(saved["state"].get(0, {}))
         for key in (*WHOLE, *PER_BLOCK):
             if key in state:
                 size = len(self.flat) if key in WHOLE else len(self.flat) // BLOCK
@@ -69,7 +68,14 @@ def state_kind(name: str) -> str:
     return "8 bits" if "8bit" in name else "32 bits of bitsandbytes" if "32bit" in name else "32 bits of PyTorch"
 
 
-def state_problem(optimizer: Optimizer, saved: Any) -> str:
+def as_tensors(state_dict: dict[str, Any]) -> dict[str, Tensor]:
+    """The state of an optimizer as a file of tensors holds it: "0.exp_avg" is exp_avg of its first parameter."""
+    found = {i: values | values.get(NESTED, {}) for i, values in state_dict["state"].items()}
+    every = {f"{i}.{key}": x for i, values in found.items() for key, x in values.items() if key != NESTED}
+    return {name: torch.as_tensor(x).cpu().contiguous() for name, x in every.items()}
+
+
+def state_problem(optimizer: Optimizer, saved: dict[str, Tensor]) -> str:
     """How a saved state differs from what this optimizer keeps, in words; empty: in nothing.
 
     Kernels take sizes and types for granted: a moment that is too short would be read, and written, beyond its end.
@@ -77,39 +83,33 @@ def state_problem(optimizer: Optimizer, saved: Any) -> str:
     inner, shapes = optimizer, [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
     if isinstance(optimizer, PartOptimizer):
         inner, shapes = optimizer.inner, [(optimizer.num_trained,)]
-    states = saved.get("state") if isinstance(saved, dict) else None
-    if not isinstance(states, dict) or (states and set(states) != set(range(len(shapes)))):
-        return f"it does not hold the state of {len(shapes)} parameters"
-    for i, state in states.items():
-        nested = state.get(NESTED, {}) if isinstance(state, dict) else None
-        if not isinstance(nested, dict):
-            return f"the state of parameter {i} is no map"
-        found = {key: _kind(value) for key, value in (state | nested).items() if key != NESTED}
-        n, moments = math.prod(shapes[i]), (shapes[i], torch.float32)
+    found = {name: (tuple(x.shape), x.dtype) for name, x in saved.items()}
+    wanted: dict[str, Any] = {}
+    for i, shape in enumerate(shapes):
+        n, moments, step = math.prod(shape), (shape, torch.float32), ((), torch.int64)
         if isinstance(inner, torch.optim.AdamW):
-            wanted: dict[str, Any] = {"step": ((), torch.float32), "exp_avg": moments, "exp_avg_sq": moments}
-        elif found.get("state1") == (shapes[i], torch.uint8):  # which few values do not get
-            moments, scales = (shapes[i], torch.uint8), ((math.ceil(n / BLOCK),), torch.float32)
-            wanted = {"step": int, "state1": moments, "state2": moments, "absmax1": scales, "absmax2": scales}
-            wanted |= dict.fromkeys(("qmap1", "qmap2"), ((256,), torch.float32))
+            own: dict[str, Any] = {"step": ((), torch.float32), "exp_avg": moments, "exp_avg_sq": moments}
+        elif found.get(f"{i}.state1") == (shape, torch.uint8):  # which few values do not get
+            moments, scales = (shape, torch.uint8), ((math.ceil(n / BLOCK),), torch.float32)
+            own = {"step": step, "state1": moments, "state2": moments, "absmax1": scales, "absmax2": scales}
+            own |= dict.fromkeys(("qmap1", "qmap2"), ((256,), torch.float32))
         else:
-            wanted = {"step": int, "state1": moments, "state2": moments}
-        for key in sorted(found.keys() | wanted.keys() if found else ()):
-            if found.get(key) != wanted.get(key):
-                return f"{key} of parameter {i} is {found.get(key)} where {wanted.get(key)} is needed"
+            own = {"step": step, "state1": moments, "state2": moments}
+        wanted |= {f"{i}.{key}": kind for key, kind in own.items()}
+    for name in sorted(found.keys() | wanted.keys()) if found else ():
+        if found.get(name) != wanted.get(name):
+            return f"{name} is {found.get(name)} where {wanted.get(name)} is needed"
     return ""
 
 
-def _kind(value: Any) -> Any:
-    """Shape and dtype of a tensor, the type of anything else."""
-    return (tuple(value.shape), value.dtype) if torch.is_tensor(value) else type(value)
-
-
-def load_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+def load_state(optimizer: Optimizer, saved: dict[str, Tensor]) -> None:
     """Take up a state that `state_problem` finds right. Betas, weight decay and the rest stay as they are now."""
-    if not isinstance(optimizer, PartOptimizer):
-        saved = {"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]}
-    optimizer.load_state_dict(saved)
+    inner = optimizer.inner if isinstance(optimizer, PartOptimizer) else optimizer
+    state: dict[int, dict[str, Any]] = {}
+    for name, x in saved.items():
+        i, _, key = name.partition(".")
+        state.setdefault(int(i), {})[key] = x if isinstance(inner, torch.optim.AdamW) or x.ndim else int(x)
+    optimizer.load_state_dict({"state": state, "param_groups": inner.state_dict()["param_groups"]})
 
 
 def sum_and_clip(flat: nn.Parameter, optimizer: Optimizer, max_norm: float) -> Tensor:

@@ -29,7 +29,7 @@ from .checkpoints import load_checkpoint, save_checkpoint
 from .figure import plot_metrics
 from .inputs import Data
 from .log import Metrics
-from .optimizer_state import Optimizer
+from .optimizer_state import as_tensors
 from .results import sample_answers, save_trained
 from .state import Run
 
@@ -68,20 +68,16 @@ def save_and_resume(run: Run, folder: Path) -> None:
     config = run.config.model_copy(update=paths)
     mine = replace(run, config=config, metrics=Metrics(folder / "metrics.jsonl", writes=run.rank == 0))
     run.optimizer.step()  # with a rate of 0, as run/forecast.py left it: only to have a state
-    values, before = run.flat.detach().clone(), state_tensors(run.optimizer)
+    values, state = run.flat.detach().clone(), as_tensors(run.optimizer.state_dict())
+    before = {name: x.clone() for name, x in state.items()}
     save_checkpoint(mine, 1)
     run.flat.data.zero_()
     with collectives.together():
         load_checkpoint(mine)
-    same = all(torch.equal(old, new) for old, new in zip(before, state_tensors(run.optimizer), strict=True))
+    state = as_tensors(run.optimizer.state_dict())
+    same = state.keys() == before.keys() and all(torch.equal(x, before[name]) for name, x in state.items())
     if not (same and torch.equal(run.flat, values)):
         raise RuntimeError("the checkpoint that was just written is read back with other values")
-
-
-def state_tensors(optimizer: Optimizer) -> list[torch.Tensor]:
-    """Copies of everything that an optimizer keeps, on the CPU."""
-    states = optimizer.state_dict()["state"].values()
-    return [x.detach().to("cpu", copy=True) for state in states for x in state.values() if torch.is_tensor(x)]
 
 
 def keep_first_block(run: Run, tokenizer: Tokenizer, folder: Path) -> None:

@@ -20,11 +20,11 @@ VARIES = "tokens_per_second", "memory/"
 
 
 def facts(folder: Path) -> dict:
-    """All that two equal runs leave: the log without speeds, the names of all files, the bytes of most."""
+    """All that two equal runs leave: the log without speeds, the bytes of all other files."""
     found = snapshot(folder)
     rows = [{k: v for k, v in row.items() if not k.startswith(VARIES)} for row in metrics_of(folder)]
     times = {"metrics.jsonl": rows, "report.md": "", "Fine-Tuning.png": ""}
-    return {name: times.get(name, data) for name, data in found.items() if not name.endswith("optimizer.pt")}
+    return {name: times.get(name, data) for name, data in found.items()}
 
 
 @pytest.fixture(scope="module")

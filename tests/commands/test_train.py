@@ -467,7 +467,7 @@ def test_resume_with_another_run_is_refused(world, interrupted, tmp_path, change
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json"])
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json"])
 @pytest.mark.parametrize("damage", ["cut", "other", "missing"])
 def test_damaged_checkpoint_is_refused(interrupted, tmp_path, file, damage):
     last = steps_of(interrupted[1])[-1]["step"]

@@ -30,7 +30,7 @@ import merge
 import train
 from nanoqlora.config.commands import run_command
 
-COMPLETE = {"adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "trainer_state.json"}
+COMPLETE = {"adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "trainer_state.json"}
 
 
 def incomplete(folder: Path) -> str:

@@ -147,13 +147,6 @@ def cut_log(at: int) -> Callable[[], None]:
     return before
 
 
-def as_values(state: Any) -> Any:
-    """With bytes for tensors, so that it can be compared."""
-    if isinstance(state, dict):
-        return {key: as_values(value) for key, value in state.items()}
-    return state.numpy().tobytes() if torch.is_tensor(state) else state
-
-
 def facts(folder: Path) -> dict[str, Any]:
     """What two runs into the same folder have to share: every file, of the log and the report what does not vary."""
     found: dict[str, Any] = {"": sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))}
@@ -162,8 +155,6 @@ def facts(folder: Path) -> dict[str, Any]:
         if path.name == "metrics.jsonl":
             rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
             found[name] = [{k: v for k, v in row.items() if not k.startswith(VARIES)} for row in rows]
-        elif path.name == "optimizer.pt":
-            found[name] = as_values(torch.load(path, weights_only=True)["state"])
         elif path.is_file() and path.name not in ("report.md", "Fine-Tuning.png"):  # times and memory are in them
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found

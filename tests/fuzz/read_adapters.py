@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import torch
-from mutate import OTHERS, dump, mutate_bytes, mutate_json
+from mutate import dump, mutate_bytes, mutate_json
 from read_models import changed_zip, safetensors_of
 from right import base, bytes_of, json_of, linked, put, right_run, work
 from safetensors.torch import load, save
@@ -255,44 +255,19 @@ def check_moments(run: Any) -> None:
             assert x.shape == shape and x.dtype == torch.float32, f"{key} of another shape or kind is taken"
 
 
-def changed_state(state: Any, rng: Random) -> Any:
-    """The optimizer's state with other values in one of its maps."""
-    maps = [state]
-    if isinstance(state.get("state"), dict):
-        maps += [state["state"], *(x for x in state["state"].values() if isinstance(x, dict))]
-    if state.get("param_groups"):
-        maps.append(state["param_groups"][0])
-    target = rng.choice([each for each in maps if each] or [state])
-    key = rng.choice(list(target) or ["state"])
-    values = [None, 5, "x", -1, 1e9, True, [1, 2], {0: 1}, torch.zeros(3), torch.zeros(()), torch.full((1,), math.nan)]
-    values += [torch.zeros(4, dtype=torch.int8), torch.zeros(0), torch.zeros(1).expand(2**30), *OTHERS[:4]]
-    if isinstance(old := target.get(key), torch.Tensor):
-        values += [old.double(), old[None], old.clone() * math.nan, old.to(torch.bfloat16), old.repeat(2)]
-    if rng.random() < 0.3:
-        target.pop(key, None)
-    else:
-        target[key] = rng.choice(values)
-    return state
-
-
 def make_optimizer(rng: Random) -> bytes:
-    files = right_run().files
-    name = next(name for name in files if name.startswith("optimizer"))
-    raw, kind = files[name], rng.random()
-    if name.endswith(".safetensors"):
-        return named(name, safetensors_of(raw, rng))
-    if kind < 0.3:
-        return named(name, mutate_bytes(raw, rng, within=rng.choice([None, 3000])))
-    if kind < 0.5:
-        return named(name, changed_zip(raw, rng))
-    state: Any = torch.load(io.BytesIO(raw), weights_only=True)
+    name, right = "optimizer.safetensors", right_run().files
+    if rng.random() < 0.5:
+        return named(name, safetensors_of(right[name], rng))
+    state = load(right[name])
     for _ in range(rng.choice([1, 2])):
-        state = changed_state(state, rng)
-        if not isinstance(state.get("state"), dict) or not isinstance(state.get("param_groups"), list):
-            break
-    out = io.BytesIO()
-    torch.save(state if rng.random() < 0.93 else rng.choice([None, [], 5, torch.zeros(3)]), out)
-    return named(name, out.getvalue())
+        key = rng.choice(list(state))
+        w = state[key]
+        if rng.random() < 0.3:
+            del state[key]
+        changes = [*other_tensors(w), lambda w=w: w[None], lambda w=w: w.repeat(2)]
+        state[rng.choice([key, key, key, "1.step", "0.more", "x", ".", "0", "0.0.step"])] = rng.choice(changes)()
+    return named(name, save({key: w.clone() for key, w in state.items()}))
 
 
 READERS: dict[str, tuple[Callable[[Random], bytes], Callable[[bytes, Random], None]]] = {

@@ -242,8 +242,8 @@ def test_the_optimizer_s_state_in_parts_is_the_same_training(small_run, tmp_path
     assert (adapters["parts"] - adapters["mixed"]).abs().max() < 2e-6
     norms = [[row["grad_norm"] for row in steps_of(tmp_path / name)] for name in ("whole", "parts")]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5), "the norm is that of the whole gradient, not of a part"
-    saved = [torch.load(tmp_path / name / "checkpoint-4" / "optimizer.pt")["state"][0] for name in ("whole", "parts")]
-    assert saved[0].keys() == saved[1].keys() and saved[0]["exp_avg"].shape == saved[1]["exp_avg"].shape
+    saved = [load_file(tmp_path / name / "checkpoint-4" / "optimizer.safetensors") for name in ("whole", "parts")]
+    assert saved[0].keys() == saved[1].keys() and saved[0]["0.exp_avg"].shape == saved[1]["0.exp_avg"].shape
 
 
 def test_a_whole_state_of_8_bits_is_taken_up_in_parts(small_run, tmp_path):
@@ -337,7 +337,7 @@ def test_rank_0_decides_what_is_best_and_when_to_stop(small_run, tmp_path):
 @pytest.mark.parametrize(
     ("too_large", "said", "whole"),
     [
-        ("optimizer.pt", "checkpoint-4 cannot", 2),
+        ("optimizer.safetensors", "checkpoint-4 cannot", 2),
         ("metrics.jsonl", "metrics.jsonl cannot", 2),
         ("adapter_model.safetensors", "adapter_model.safetensors with its report cannot", 4),
     ],

@@ -12,6 +12,7 @@ import pytest
 import torch
 from processes import context
 from ranks import end_of_run, hold_lock, on_ranks
+from safetensors.torch import load_file, save_file
 from small_runs import (
     alpaca_rows,
     metrics_of,
@@ -121,7 +122,7 @@ CHECKS = {
 @pytest.mark.parametrize("case", CHECKS)
 def test_nothing_is_removed_until_all_checks_have_passed(first, world, monkeypatch, case):
     other = shutil.copytree(world / "checkpoint-2", world.parent / "other")
-    (other / "optimizer.pt").write_bytes(b"cut")
+    (other / "optimizer.safetensors").write_bytes(b"cut")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("NETRC", str(world.parent / "nothing"))
@@ -305,29 +306,22 @@ def test_the_decision_to_stop_is_part_of_the_checkpoint(first, tmp_path, monkeyp
         assert ended.code == 0 and [row["step"] for row in steps_of(tmp_path / "patient")] == [4]
 
 
-def spoilt_states(state: dict) -> dict[str, dict]:
+def spoilt_states(state: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """Optimizer states that would be read beyond their ends, or as something else."""
-    inner = state["state"][0]
-
-    def having(**changes: object) -> dict:
-        return state | {"state": {0: {k: v for k, v in (inner | changes).items() if v is not None}}}
-
-    moment = "exp_avg" if "exp_avg" in inner else "state1"
+    name = "0.exp_avg" if "0.exp_avg" in state else "0.state1"
+    moment = state[name]
     return {
-        "one value": having(**{moment: torch.zeros(1)}),
-        "twice as long": having(**{moment: inner[moment].repeat(2)}),
-        "float64": having(**{moment: inner[moment].double()}),
-        "bytes": having(**{moment: inner[moment].to(torch.int8)}),
-        "two dimensions": having(**{moment: inner[moment][None]}),
-        "missing": having(**{moment: None}),
-        "a number": having(**{moment: 3}),
-        "more": having(more=torch.zeros(3)),
-        "step": having(step="many"),
-        "no map": state | {"state": {0: [1]}},
-        "two parameters": state | {"state": {0: inner, 1: inner}},
-        "other keys": state | {"state": {"0": inner}},
-        "no state": {"param_groups": []},
-        "a list": [state],
+        "one value": state | {name: torch.zeros(1)},
+        "twice as long": state | {name: moment.repeat(2)},
+        "float64": state | {name: moment.double()},
+        "bytes": state | {name: moment.to(torch.int8)},
+        "two dimensions": state | {name: moment[None]},
+        "missing": {key: x for key, x in state.items() if key != name},
+        "a number": state | {name: torch.tensor(3)},
+        "more": state | {"0.more": torch.zeros(3)},
+        "step": state | {"0.step": torch.zeros(3)},
+        "two parameters": state | {f"1.{key[2:]}": x for key, x in state.items()},
+        "other keys": {key[2:]: x for key, x in state.items()},
     }
 
 
@@ -338,12 +332,9 @@ def test_every_tensor_of_an_optimizer_state_is_compared_before_use(first, tmp_pa
     )
     words = (first / "train.yml", "--output_dir", tmp_path / "out", *sharded, "--max_steps", 2)
     assert on_ranks(2, end_of_run, *words)[0][0] == 0 if kind == "sharded" else run_here(train.main, *words).code == 0
-    file = tmp_path / "out" / "checkpoint-2" / "optimizer.pt"
-    right = torch.load(file)
-    inner = right["state"][0]
-    quantised = inner.get("__bnb_optimizer_quant_state__", {})
-    right["state"][0] = {k: v for k, v in inner.items() if k != "__bnb_optimizer_quant_state__"} | quantised
-    n = len(right["state"][0].get("exp_avg", right["state"][0].get("state1")))
+    file = tmp_path / "out" / "checkpoint-2" / "optimizer.safetensors"
+    right = load_file(file)
+    n = len(right.get("0.exp_avg", right.get("0.state1")))
     flat = torch.nn.Parameter(torch.zeros(n))
     options = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
     if kind == "sharded":
@@ -355,12 +346,12 @@ def test_every_tensor_of_an_optimizer_state_is_compared_before_use(first, tmp_pa
     assert state_problem(optimizer, right) == ""
     for case, state in spoilt_states(right).items():
         assert state_problem(optimizer, state), case
-    torch.save(spoilt_states(right)["one value"], file)
+    save_file(spoilt_states(right)["one value"], file)
     (tmp_path / "out" / "report.md").unlink()
     before = snapshot(tmp_path)
     run = (lambda *words: on_ranks(2, end_of_run, *words)[0]) if kind == "sharded" else partial(run_here, train.main)
     code, _, err = run(*words, *AUTO)
-    assert code == 2 and "optimizer.pt" in err and err.count("\n") == 1, err
+    assert code == 2 and "optimizer.safetensors" in err and err.count("\n") == 1, err
     assert snapshot(tmp_path) == before
 
 

@@ -34,7 +34,7 @@ def test_rehearsal_goes_to_the_end_and_leaves_nothing(world, monkeypatch):
     assert ended.code == 0, ended.err
     assert snapshot(world.parent) == before
     assert "rehearsed to the end" in ended.out and ended.out.count("rehearsed after") == 5
-    assert {"checkpoint-1/optimizer.pt", "merged/merge.json", "adapter/prompt.json"} <= seen["merge.py"].keys()
+    assert {"checkpoint-1/optimizer.safetensors", "merged/merge.json", "adapter/prompt.json"} <= seen["merge.py"].keys()
     assert {"model.gguf", "Modelfile", "Fine-Tuning.png"} <= seen["export_gguf.py"].keys()
     assert {name.split(".")[2] for name in seen["names"] if ".layers." in name} == {"0"}
 

@@ -200,8 +200,10 @@ def what_instead(cls: type[Keys], name: str, options: Iterable[str] = ()) -> str
     if homes := [key for key, field in keys_of(cls).items() if name in _keys_inside(field.annotation)]:
         return f"belongs inside {' or '.join(homes)}, and here it would do nothing. Write it there."
     known = [*keys_of(cls), *cls.fates.old, *options]
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-    return f"is no known key, so it would do nothing. The nearest one is {nearest}; see --help."
+    nearest = "".join(difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4))
+    return (
+        f"is no known key, so it would do nothing. {f'The nearest one is {nearest}; s' if nearest else 'S'}ee --help."
+    )
 
 
 def _keys_inside(hint: Any) -> set[str]:

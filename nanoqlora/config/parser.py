@@ -62,7 +62,7 @@ def load_yaml(text: str, where: str) -> Any:
             raise ValueError(f"more than {MOST_VALUES} values, with those of its aliases")
         return value
     except Exception as error:  # also RecursionError, and what PyYAML stumbles over, such as !!set [1]
-        problem = "too deep" if isinstance(error, RecursionError) else getattr(error, "problem", error)
+        problem = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "problem", error)
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark and "\n" in text else ""
         raise UserError(f"{where}{line}: {problem}. Correct the YAML there.") from None
@@ -106,7 +106,7 @@ def read_yaml(path: str) -> Map:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Name the YAML file of a run, as in {this_command('my.yml')}.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a YAML file ({error}).") from None
+        raise UserError(f"{path}: cannot be read as a YAML file ({error}). Give a text file in UTF-8.") from None
     values = load_yaml(text, path) or {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds a {type(values).__name__}, but a run is a map. Write lines such as lora_r: 16.")

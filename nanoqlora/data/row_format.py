@@ -86,7 +86,7 @@ class RowFormat:
     def __post_init__(self) -> None:
         for name, allowed in {"type": TYPES, "train_on_eos": ENDS}.items():
             if getattr(self, name) not in allowed:
-                raise UserError(f"{name} is {getattr(self, name)!r}. Use {' or '.join(allowed)}.")
+                raise UserError(f"{name} is {getattr(self, name)!r}. Use {' or '.join(allowed)}")
         if self.type == "custom" and self.frame is None:
             raise UserError("type is custom and there is no frame: the text around the columns. Give one.")
         # From JSON they come as lists; frozen, so that training and prompts have the same format.

@@ -84,7 +84,7 @@ def check_tensors(
         raise UserError(f"{where}: tensor {others[0]} has no place in the model. Only plain Llamas are read.")
     for name, shape in expected.items():
         if (other := found[name]) is not None and tuple(other) != shape:
-            raise UserError(f"{where}: tensor {name} has shape {tuple(other)} and should have {shape}.")
+            raise UserError(f"{where}: tensor {name} has shape {tuple(other)} and should have {shape}. Copy it again.")
 
 
 def permute_rows(w: Tensor, num_heads: int) -> Tensor:

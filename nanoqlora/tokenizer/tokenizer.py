@@ -288,7 +288,7 @@ def load_tokenizer(path: str | Path, adapter: str | Path | None = None) -> Token
             return replace(load_tokenizer(path), chat_template=template)
     path = local_path(path, TOKENIZER_FILES)
     if not path.is_dir() and not (path.is_file() and path.suffix == ".gguf"):
-        raise UserError(f"{path}: neither a folder nor a .gguf file, so no model is there. Give the path of one.")
+        raise UserError(f"model {path}: neither a folder nor a .gguf file. Give the path of one, or a hub name.")
     if path.is_dir():
         return Tokenizer(**read_folder(path))
     from ..gguf.reader import read_gguf  # here, because most runs open no GGUF file

@@ -207,7 +207,7 @@ KEYS: dict[str, tuple[dict[str, Any], str]] = {
     # Paths.
     "base that is not there": (
         {"base_model": "./nowhere"},
-        "nowhere: neither a folder nor a .gguf file & Give the path",
+        "model nowhere: neither a folder nor a .gguf file & hub name",
     ),
     "base that is data": ({"base_model": "data.jsonl"}, "data.jsonl: neither a folder nor a .gguf file"),
     "base that is an adapter": (
@@ -278,7 +278,7 @@ YAML: dict[str, tuple[bytes, str]] = {
     "NUL": (b"wandb_name: a\0", "train.yml & special characters are not allowed"),
     "UTF-16": ("lora_r: 8".encode("utf-16"), "train.yml: cannot be read as a YAML file & utf-8"),
     "Latin-1": (b"wandb_name: M\xfcller", "train.yml: cannot be read as a YAML file & utf-8"),
-    "2000 brackets": (b"tokens: " + b"[" * 2000, "train.yml: too deep"),
+    "2000 brackets": (b"tokens: " + b"[" * 2000, "train.yml: nested too deeply"),
     "an alias within itself": (b"tokens: &a [*a]", "more than 100000 values"),
     "aliases without end": (
         b"a: &a [x,x,x,x,x,x]\n"
@@ -314,7 +314,7 @@ WORDS: dict[str, str] = {
     "train train.yml --lora_r=": "lora_r is missing",
     "train train.yml --learning_rat 0.1": "--learning_rat is no known key & learning_rate",
     "train train.yml --datasets [{path:": "--datasets & neither YAML nor JSON",
-    "train train.yml --=5": "command line: -- & no known key",
+    "train train.yml --=5": "command line: -- is no known key, so it would do nothing. See --help",
     "train train.yml -x 1": "command line: --x is no known key",
     "train train.yml --plan --rehearse": "--plan and --rehearse are two commands",
     "train train.yml --plan maybe": "train.yml and maybe are both files",

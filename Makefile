@@ -15,7 +15,7 @@ PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 FAST := tests/test_*.py $(addprefix tests/,config data fast gguf ops tokenizer weights)
 QUESTION := Why is the sea salty?
 
-.PHONY: help setup witnesses demo test test-fast test-gpu kills fuzz lint format bench clean
+.PHONY: help setup witnesses demo tour test test-fast test-gpu kills fuzz lint format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ demo: setup ## train a real 135M model to talk like a pirate, merge it, export i
 	@echo "-- after, llama.cpp on the GGUF:"; $(PY) -m nanoqlora.export.llama_cpp $(RUN)/model-q8_0.gguf "$(QUESTION)" --max_tokens 80
 	@echo; grep -h '^\*\*Held-out' $(RUN)/report.md | tr -d '*' | sed 's/Held-out loss.*//'
 	@echo "Results: $(RUN)/report.md  $(RUN)/Fine-Tuning.png  $(RUN)/merged/  $(RUN)/model-q8_0.gguf  $(RUN)/Modelfile"
+
+tour: setup ## QLoRA in one file, without the package: 20 steps on the demo's data, then an answer
+	PYTHONPATH=. $(PY) tour/one_file.py
 
 test: setup witnesses ## all tests, on a CPU, with a process for each core
 	$(PY) -m pytest -q $(PARALLEL)

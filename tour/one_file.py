@@ -127,6 +127,7 @@ NF4 = torch.tensor(
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     ]
 )
+TWO_LEVELS = torch.stack((NF4.repeat_interleave(16), NF4.repeat(16)), 1)  # (256, 2), the levels of a byte's two codes
 
 
 def scale_levels() -> Tensor:
@@ -164,8 +165,8 @@ class FourBits:
 
     def dequantize(self) -> Tensor:
         absmax = self.levels[self.absmax_codes.int()] * self.nested[:, None] + self.mean
-        codes = torch.stack((self.packed >> 4, self.packed & 15), 1).view(-1, 64)
-        return (NF4[codes.int()] * absmax.flatten()[: len(codes), None]).view(self.shape)
+        w = TWO_LEVELS[self.packed.int()].view(-1, 64)  # groups
+        return (w * absmax.flatten()[: len(w), None]).view(self.shape)
 
 
 # 3. LoRA over four bits ----------------------------------------------------------------------------------------------

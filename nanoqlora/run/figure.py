@@ -30,9 +30,9 @@ MEMORY_LINES = {  # key of metrics.jsonl -> what the legend calls it, its line; 
 
 
 def series(rows: list[dict], name: str) -> tuple[list[float], list[float]]:
-    """(steps, values) of one key over the rows that have it as a finite number."""
+    """(steps, values) of one key over the rows that have it as a number below 1e30."""
     found = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float) and "step" in row]
-    found = sorted((step, value) for step, value in found if math.isfinite(value))
+    found = sorted((step, value) for step, value in found if abs(value) < 1e30)
     return [step for step, _ in found], [value for _, value in found]
 
 

@@ -52,7 +52,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else ():
         with suppress(ValueError, RecursionError):
             row = json.loads(line)
-            if isinstance(row, dict) and type(row.get("step")) is int:
+            if isinstance(row, dict) and type(row.get("step")) is int and row["step"] < 2**53:
                 rows.append(row)
                 continue
         break

@@ -270,6 +270,42 @@ def make_optimizer(rng: Random) -> bytes:
     return named(name, save({key: w.clone() for key, w in state.items()}))
 
 
+LOGGED = {"step": 1, "epoch": 0.5, "loss": 2.0, "grad_norm": 1.0, "learning_rate": 1e-4, "tokens_per_second": 9.0}
+LOGGED |= {"memory/max_rss_gib": 1.0}
+REPORT = b"Held-out loss: 2.1 before, 1.9 after\n| time, s | 9 | 1,234 |\n"
+
+
+def make_run(rng: Random) -> bytes:
+    kind = rng.random()
+    if kind < 0.2:
+        return named("report.md", mutate_bytes(REPORT, rng))
+    if kind < 0.4:
+        return named("train.yml", mutate_bytes(b"lora_r: 8\ndatasets:\n- path: x\n", rng))
+    rows = [LOGGED, {"step": 2, "eval_loss": 2.0, "eval_perplexity": 7.4}, LOGGED | {"step": 2}]
+    rows = mutate_json(rows, rng)
+    lines = [dump(row, rng) for row in (rows if isinstance(rows, list) else [rows])]
+    return named("metrics.jsonl", b"\n".join(lines) + b"\n")
+
+
+def read_run(data: bytes, rng: Random) -> None:
+    """Compared with itself, as a table and as a picture."""
+    from nanoqlora.run.compare import plot, read_run, table
+    from nanoqlora.run.figure import plot_metrics
+
+    folder = work() / "compared"
+    folder.mkdir(exist_ok=True)
+    name, body = split_name(data, ["metrics.jsonl", "train.yml", "report.md"])
+    put(folder / "metrics.jsonl", json.dumps(LOGGED).encode() + b"\n")
+    put(folder / "train.yml", b"lora_r: 4\n")
+    put(folder / "report.md", REPORT)
+    put(folder / name, body)
+    runs = {"a": read_run(str(folder)), "b": read_run(str(folder))}
+    table(runs)
+    if rng.random() < 0.02:  # it takes a second
+        plot(runs, str(work() / "compared.png"))
+        plot_metrics(runs["a"][1], work() / "run.png")
+
+
 READERS: dict[str, tuple[Callable[[Random], bytes], Callable[[bytes, Random], None]]] = {
     "adapter_config": (make_adapter_config, read_adapter_config),
     "adapter_tensors": (make_adapter_tensors, read_adapter_tensors),
@@ -278,4 +314,5 @@ READERS: dict[str, tuple[Callable[[Random], bytes], Callable[[bytes, Random], No
     "prompt": (make_prompt, read_prompt),
     "checkpoint": (make_checkpoint, read_checkpoint),
     "optimizer": (make_optimizer, read_checkpoint),
+    "run": (make_run, read_run),
 }

@@ -81,8 +81,8 @@ def test_report_of_a_real_run_has_the_two_figures(tmp_path):
     [
         ({}, "no metrics.jsonl with a step"),
         ({"metrics.jsonl": "not a row"}, "no metrics.jsonl with a step"),
-        ({"metrics.jsonl": '{"step": 1}', "train.yml": "a: ["}, "cannot be read"),
-        ({"metrics.jsonl": '{"step": 1}', "train.yml": "a: &a [*a]"}, "cannot be read"),
+        ({"metrics.jsonl": '{"step": 1}', "train.yml": "a: ["}, "Correct the YAML"),
+        ({"metrics.jsonl": '{"step": 1}', "train.yml": "a: &a [*a]"}, "Correct the YAML"),
     ],
     ids=["no run", "no rows", "no YAML", "endless YAML"],
 )
@@ -92,7 +92,7 @@ def test_what_is_no_run_is_one_line(tmp_path, files, found):
         (tmp_path / "bad" / name).write_text(text)
     good = write_run(tmp_path / "good", [1.0], {})
     ended = run_here(compare.main, good, tmp_path / "bad", "--out", tmp_path / "x.png")
-    assert ended.code == 2 and ended.err.startswith(f"error: {tmp_path / 'bad'}: ") and found in ended.err
+    assert ended.code == 2 and ended.err.startswith(f"error: {tmp_path / 'bad'}") and found in ended.err
     assert ended.err.count("\n") == 1 and not (tmp_path / "x.png").exists()
 
 

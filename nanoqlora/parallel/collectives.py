@@ -29,13 +29,9 @@ def naming_dead_ranks() -> Iterator[None]:
         connection = ("peer", "Socket", "socket", "Timed out", "NCCL", "gloo")
         if not dist.is_initialized() or not any(word in str(error) for word in connection):
             raise
-        what = (
-            f"rank {dist.get_rank()} cannot reach the other ranks ({str(error).splitlines()[0][:120]}). torchrun names"
-        )
-        advice = (
-            "the rank that failed first below, as root cause. Start again with --auto_resume_from_checkpoints true."
-        )
-        raise Failed(f"{what} {advice}") from error
+        what = f"rank {dist.get_rank()} cannot reach the other ranks ({str(error).splitlines()[0][:120]})"
+        advice = "torchrun names the rank that failed first below, as root cause. Start again"
+        raise Failed(f"{what}. {advice} with --auto_resume_from_checkpoints true.") from error
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

@@ -114,10 +114,8 @@ def meet(store: dist.Store, rank: int, ranks: int, limit: timedelta) -> None:
         store.wait(names, limit)
     except RuntimeError as error:
         missing = [other for other in range(ranks) if not store.check([names[other]])]
-        what = (
-            f"rank {rank} has waited {limit.total_seconds():.0f} s for rank {', '.join(map(str, missing))}, which has"
-        )
-        raise Failed(f"{what} not begun. See its host's output. Every host has to run the same command.") from error
+        what = f"rank {rank} has waited {limit.total_seconds():.0f} s for rank {', '.join(map(str, missing))}, which"
+        raise Failed(f"{what} has not begun. See its host's output. Every host has to run the same command.") from error
 
 
 def stop() -> None:

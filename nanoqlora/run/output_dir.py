@@ -149,11 +149,9 @@ def _check(config: Config) -> None:
         return
     resume = "go on with it by --auto_resume_from_checkpoints true or --resume_from_checkpoint "
     ways = [f"{resume}{shlex.quote(str(path))}; or " for path in checkpoints(folder)[-1:]]
-    what = (
-        f"output_dir {folder}: holds {describe(folder)}, which this run would write over. Choose: {''.join(ways)}name"
-    )
-    others = "another --output_dir; or give --overwrite_output_dir true, which first removes what that run has written."
-    raise UserError(f"{what} {others}")
+    what = f"output_dir {folder}: holds {describe(folder)}, which this run would write over. Choose: {''.join(ways)}"
+    others = "name another --output_dir; or give --overwrite_output_dir true, which first removes what that run has"
+    raise UserError(f"{what}{others} written.")
 
 
 def _goes_on(config: Config) -> bool:

@@ -92,6 +92,7 @@ def test_numbers_that_templates_compute_with_stay():
         for messages in (HI, guard(HI)[0]):
             assert render("{{ " + expression + " }}", messages, False, {}) == expected
     assert render("{{ 2.567 | round(1) }} {{ 5 | round(-1, 'ceil') | int }}", HI, False, {}) == "2.6 10"
+    assert render("{{ 5.5 | round(10 ** 9, 'floor') }}", HI, False, {}) == "5.5"
 
 
 WAYS_OUT = """''.__class__ ~ ''['__class__'] ~ ''|attr('__class__') ~ ''|attr('__cla'+'ss__') ~ ''|attr(['_'*2,'class','_'*2]|join)

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from traceback import format_exception
 from typing import Any, NoReturn
 
 from .errors import Failed, Stopped, UserError, is_out_of_memory, printable
@@ -58,6 +59,7 @@ def run_command(main: Callable[[], None]) -> None:
         if "RANK" in os.environ:
             print(f"error: rank {os.environ['RANK']} failed:", file=sys.stderr)
         fault.add_note(OURS)
+        sys.excepthook = lambda *error: print("".join(format_exception(*error)), file=Stream(sys.stderr), end="")
         raise
     finally:
         sys.stdout.flush()

@@ -31,8 +31,7 @@ GgufType = Annotated[Types, BeforeValidator(lambda name: str(name).strip().lower
 
 def split_at_commas(given: str | list[str]) -> list[str]:
     """["a,b", "[c, d]"] -> ["a", "b", "c", "d"]. Brackets around names say nothing more than the commas do."""
-    lists = [str(text).strip("[] ").split(",") for text in as_list(given)]
-    return [name.strip(" '\"") for names in lists for name in names if name.strip()]
+    return [name.strip(" '\"") for text in as_list(given) for name in str(text).strip("[] ").split(",") if name.strip()]
 
 
 T = TypeVar("T")

@@ -168,8 +168,7 @@ def _compile(template: str, is_traced: bool) -> jinja2.Template:
         return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
 
     extensions = [_GenerationTag, "jinja2.ext.loopcontrols"]
-    kind = _Environment if is_traced else _Sandbox
-    sandbox = kind(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    sandbox = (_Environment if is_traced else _Sandbox)(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     sandbox.filters["tojson"] = tojson
     sandbox.filters["round"] = lambda x, digits=0, *how: jinja2.filters.do_round(x, max(-99, min(digits, 99)), *how)
     if is_traced:

@@ -353,3 +353,12 @@ def test_a_folder_that_is_deleted_is_one_line(tmp_path, run_file, monkeypatch):
         ended.code == 2
         and ended.err == "error: the folder that this command was started in is deleted. Change to another one.\n"
     )
+
+
+def test_a_fault_of_ours_is_a_traceback_that_steers_nothing(tmp_path):
+    """Whatever a stranger's file has put into the message."""
+    program = "from nanoqlora.config.commands import run_command\ndef main():\n    raise ValueError('\\x1b[2J\\x9b')\n"
+    program += "run_command(main)\n"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback") and "fault of nanoqlora" in done.stderr
+    assert "\x1b" not in done.stderr and "\x9b" not in done.stderr

@@ -45,11 +45,16 @@ def save_checkpoint(run: Run, step: int) -> None:
             state |= {"steps": len(run.plan), "progress": asdict(run.progress)}
             state["fixed"] = {key: getattr(run.config, key) for key in FIXED}
             write_text(temporary / "trainer_state.json", json.dumps(state) + "\n")
-        best = run.progress.best_step if run.config.load_best_model_at_end else None
-        for old in checkpoints(folder)[: -run.config.save_total_limit]:
-            if old.name != f"checkpoint-{best}":
-                remove(old)
+        drop_oldest(run)
     collectives.barrier()
+
+
+def drop_oldest(run: Run) -> None:
+    """Keep save_total_limit checkpoints and the best one. Called at the end too, because a kill may come before it."""
+    best = run.progress.best_step if run.config.load_best_model_at_end else None
+    for old in checkpoints(Path(run.config.output_dir))[: -run.config.save_total_limit]:
+        if old.name != f"checkpoint-{best}":
+            remove(old)
 
 
 class Before(pydantic.BaseModel):
@@ -124,6 +129,8 @@ def load_checkpoint(run: Run) -> int:
 
 def load_best(run: Run, last: int) -> int:
     """Put the adapter of the best evaluation back, where the run asks for it. Returns the step that the model is of."""
+    if not run.rank:
+        drop_oldest(run)
     best = run.progress.best_step if run.config.load_best_model_at_end else 0
     path = Path(run.config.output_dir) / f"checkpoint-{best}"
     if best and not run.rank and not path.is_dir():

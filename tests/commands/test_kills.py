@@ -4,6 +4,7 @@
 """
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from small_runs import alpaca_rows, metrics_of, run_here, save_tiny_model, snaps
 import export_gguf
 import merge
 import train
+from nanoqlora.run import checkpoints
 
 STOPS_EARLY = {"val_set_size": 3, "eval_steps": 1, "early_stopping_patience": 2, "learning_rate": 0.5}
 STOPS_EARLY |= {"load_best_model_at_end": True, "save_steps": 1, "save_total_limit": 2, "micro_batch_size": 4}
@@ -63,6 +65,16 @@ def test_a_killed_run_ends_as_if_nothing_had_been(world, run):
         assert run_under(Fault(at), world, "train.py", yml)[0] == -9
         ended = run_here(train.main, yml)
         assert ended.code == 0 and facts(world / "out") == right, f"before change {at} of {count}: {ended}"
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_removal_of_the_oldest(world, run, monkeypatch):
+    yml, right, _ = run
+    shutil.rmtree(world / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "drop_oldest", lambda run: sys.exit(9) if run.progress.since_best == 2 else None)
+        assert run_here(train.main, yml).code == 9
+    assert len([*(world / "out").glob("checkpoint-*")]) == 3
+    assert run_here(train.main, yml).code == 0 and facts(world / "out") == right
 
 
 def test_a_run_whose_disk_is_full_goes_on_when_there_is_space(world, run):

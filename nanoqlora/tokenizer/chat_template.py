@@ -10,6 +10,7 @@ import json
 import resource
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -33,6 +34,7 @@ Tools = list[Any] | None  # descriptions of functions that the assistant may cal
 
 SECONDS, BYTES, BITS = 5, 1 << 30, 10_000  # of a processor, of memory, of a whole number; for one conversation
 FREE = resource.getrlimit(resource.RLIMIT_AS)
+_stopped = Counter[str]()  # templates that took too long
 STATM = Path("/proc/self/statm")  # begins with the pages of this process
 
 
@@ -56,7 +58,7 @@ def render(
         tools: descriptions of the functions that the assistant may call.
     """
     try:
-        with _limits():
+        with _limits(template):
             return _compile(template, any(map(traced.spans_of, messages[0])) if messages else False).render(
                 messages=[{key: item for key, item in message.items() if item is not None} for message in messages],
                 add_generation_prompt=add_generation_prompt,
@@ -71,12 +73,15 @@ def render(
 
 
 @contextmanager
-def _limits() -> Iterator[None]:
+def _limits(template: str) -> Iterator[None]:
     """Bound the time and the memory of what runs inside. Only in the main thread, which alone gets signals."""
 
     def stop(*_: Any) -> NoReturn:
+        _stopped[template] += 1
         raise jinja2.TemplateRuntimeError(f"it ran for more than {SECONDS} s")
 
+    if _stopped[template] > 1:  # not at each of the many questions that are asked of a template
+        raise jinja2.TemplateRuntimeError(f"it ran for more than {SECONDS} s, twice")
     if threading.current_thread() is not threading.main_thread():
         yield
         return

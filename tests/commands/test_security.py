@@ -78,6 +78,17 @@ def test_templates_without_an_end_end(monkeypatch, case, is_guarded):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 8 << 20, "KB: a template took more than its share"
 
 
+def test_a_template_without_an_end_is_not_asked_again_and_again(world, monkeypatch):
+    """A command asks a template many things before it is used."""
+    monkeypatch.setattr(chat_template, "SECONDS", 0.2)
+    begun: list[float] = []
+    setitimer = signal.setitimer
+    monkeypatch.setattr(signal, "setitimer", lambda which, s: (begun.append(s) if s else None, setitimer(which, s))[1])
+    world.template("{% for i in range(99998) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    ended = world.chat()
+    assert ended.code == 2 and "it ran for more than 0.2 s" in ended.err and len(begun) == 2, (ended, begun)
+
+
 def test_templates_in_other_threads_run():
     """Where no signal comes, there is no limit, and no error either."""
     found: list[str] = []

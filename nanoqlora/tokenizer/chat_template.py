@@ -33,7 +33,6 @@ Jinja = str | None  # a chat template; None: the tokenizer's own
 Tools = list[Any] | None  # descriptions of functions that the assistant may call
 
 SECONDS, BYTES, BITS = 5, 1 << 30, 10_000  # of a processor, of memory, of a whole number; for one conversation
-FREE = resource.getrlimit(resource.RLIMIT_AS)
 _stopped = Counter[str]()  # templates that took too long
 STATM = Path("/proc/self/statm")  # begins with the pages of this process
 
@@ -85,16 +84,17 @@ def _limits(template: str) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGVTALRM, stop)
+    before, free = signal.signal(signal.SIGVTALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
     try:
         if STATM.exists():
             used = int(STATM.read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, FREE[1]))
+            known = [limit for limit in free if limit != resource.RLIM_INFINITY]  # of the user's own, such as ulimit -v
+            resource.setrlimit(resource.RLIMIT_AS, (min([used + BYTES, *known]), free[1]))
         signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        resource.setrlimit(resource.RLIMIT_AS, FREE)
+        resource.setrlimit(resource.RLIMIT_AS, free)
         signal.signal(signal.SIGVTALRM, before)
 
 

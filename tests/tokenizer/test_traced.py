@@ -6,6 +6,8 @@ token is counted: the template writes as many of them around harmless contents.
 
 import json
 import random
+import resource
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -182,3 +184,19 @@ def test_pieces_are_those_of_python(seed):
             fits = [i for i in where if all(owner.get(i + k) == spans.get(k) for k in range(len(piece)))]
             assert fits, (name, args, piece)
             at = fits[0] + len(piece)
+
+
+def test_templates_run_below_a_limit_of_the_users_own():
+    """As `ulimit -v` sets it: nobody may raise it, and it may be below the one that a template gets."""
+
+    def limited() -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        own = (used + (1 << 29),) * 2
+        resource.setrlimit(resource.RLIMIT_AS, own)
+        text = render("{{ messages[0].content }}", [{"role": "user", "content": "x"}], False, {})
+        assert text == "x" and resource.getrlimit(resource.RLIMIT_AS) == own
+
+    child = get_context("fork").Process(target=limited)
+    child.start()
+    child.join()
+    assert child.exitcode == 0

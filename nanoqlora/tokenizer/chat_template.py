@@ -58,13 +58,10 @@ def render(
     """
     try:
         with _limits(template):
-            return _compile(template, any(map(traced.spans_of, messages[0])) if messages else False).render(
-                messages=[{key: item for key, item in message.items() if item is not None} for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                tools=tools,
-                documents=None,
-                **named_tokens,
-            )
+            program = _compile(template, any(map(traced.spans_of, messages[0])) if messages else False)
+            given = [{key: item for key, item in message.items() if item is not None} for message in messages]
+            more: dict[str, Any] = {"tools": tools, "documents": None} | named_tokens
+            return program.render(messages=given, add_generation_prompt=add_generation_prompt, **more)
     except Exception as error:  # the template is the user's program: whatever it raises is about it or its messages
         advice = "Check the roles and their order, or name another template with chat_template_jinja"
         what = f"{type(error).__name__}: {str(error) or 'it needs too much memory'}"
@@ -169,12 +166,10 @@ def _compile(template: str, is_traced: bool) -> jinja2.Template:
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:  # Jinja's own would escape HTML
-        return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
-
     extensions = [_GenerationTag, "jinja2.ext.loopcontrols"]
     sandbox = (_Environment if is_traced else _Sandbox)(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    sandbox.filters["tojson"] = tojson
+    # Jinja's own would escape HTML.
+    sandbox.filters["tojson"] = lambda x, ensure_ascii=False, **how: json.dumps(x, ensure_ascii=ensure_ascii, **how)
     sandbox.filters["round"] = lambda x, digits=0, *how: jinja2.filters.do_round(x, max(-99, min(digits, 99)), *how)
     if is_traced:
         sandbox.finalize = lambda x: x if isinstance(x, str) else traced.run(str, x)

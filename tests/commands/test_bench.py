@@ -63,9 +63,8 @@ def test_the_line_of_json_and_a_peer_beside_it(tmp_path):
 
 def test_what_recorded_graphs_hold_is_added(monkeypatch):
     """The allocator does not see what a replay uses: 2 GiB between its parts beside 3 seen, or 7 while recording."""
-    monkeypatch.setattr(torch.cuda, "memory_stats", lambda _: {"active_bytes.all.peak": 3 * stats.GIB})
-    for name in ("max_memory_allocated", "max_memory_reserved"):
-        monkeypatch.setattr(torch.cuda, name, lambda _: 3 * stats.GIB)
+    seen = dict.fromkeys((f"{kind}_bytes.all.peak" for kind in ("active", "allocated", "reserved")), 3 * stats.GIB)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda _: seen)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
     monkeypatch.setattr(stats, "_graphs", {"held": 0, "peak": 0})
     device, name = torch.device("cuda"), "memory/max_mem_active_gib"

@@ -27,6 +27,7 @@ from small_runs import PIRATE, Ended, alpaca_rows, run_here, save_tiny_model, wr
 import nanoqlora as nq
 import nanoqlora.chat as chat
 import nanoqlora.evaluate as evaluate
+from nanoqlora.config.errors import visible
 from nanoqlora.data.batches import Sample
 from nanoqlora.data.prompts import PromptFormat
 from nanoqlora.fast.decode import Decoder
@@ -174,11 +175,12 @@ def test_greedy_tokens_are_those_of_transformers(model, theirs):
 def test_chat_prints_what_transformers_would_say(model, theirs):
     expected = nq.load_tokenizer(model).decode(greedy(theirs, question_ids(model), 40))
     words = ["--temperature", "0", "--max_new_tokens", "40"]
-    assert told(model, "--prompt", QUESTION[0]["content"], *words) == expected + "\n"
+    assert told(model, "--prompt", QUESTION[0]["content"], *words) == visible(expected) + "\n"
 
     messages = [{"role": "system", "content": "Be brief."}, *QUESTION]
     expected = nq.load_tokenizer(model).decode(greedy(theirs, question_ids(model, messages), 40))
-    assert told(model, "--prompt", QUESTION[0]["content"], "--system", "Be brief.", *words) == expected + "\n"
+    system = "--prompt", QUESTION[0]["content"], "--system", "Be brief."
+    assert told(model, *system, *words) == visible(expected) + "\n"
 
 
 @pytest.mark.parametrize("count", range(1, 12))
@@ -207,7 +209,7 @@ def test_adapter_with_its_own_prompt_is_talked_to_as_it_was_trained(model, adapt
     row = encoded_by_tokenizers(model, {"instruction": "Who are you?", "input": "", "output": "x"})
     expected = greedy(peft_on_dequantised(model, folder), row.ids[: row.counted[0]], 30)
     words = ["--adapter", folder, "--load_in_4bit", "true", "--temperature", "0", "--max_new_tokens", "30"]
-    assert told(model, "--prompt", "Who are you?", *words) == nq.load_tokenizer(model).decode(expected) + "\n"
+    assert told(model, "--prompt", "Who are you?", *words) == visible(nq.load_tokenizer(model).decode(expected)) + "\n"
 
 
 def test_answers_end_at_the_end_token(model, theirs, tmp_path):
@@ -222,7 +224,7 @@ def test_answers_end_at_the_end_token(model, theirs, tmp_path):
     expected = greedy(theirs, ids, 60, end)
     assert expected == said[: said.index(end)] and 5 < len(expected) < 60
     words = ["--temperature", "0", "--max_new_tokens", "60"]
-    assert told(other, "--prompt", QUESTION[0]["content"], *words) == tok.decode(expected) + "\n"
+    assert told(other, "--prompt", QUESTION[0]["content"], *words) == visible(tok.decode(expected)) + "\n"
 
 
 def test_answers_end_at_every_end_token_of_the_model(model, theirs, tmp_path):

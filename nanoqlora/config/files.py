@@ -220,7 +220,8 @@ def free_on_disk(path: str | Path) -> str:
     """What a full disk lacks, in words: bytes or, for many small files, inodes."""
     there = _nearest(path)
     disk = os.statvfs(there)
-    files = f" and inodes for {disk.f_favail} files" if disk.f_files else ""  # some systems do not count them
+    few = disk.f_files and disk.f_favail < 1000  # some systems do not count them
+    files = f" and inodes for {disk.f_favail} files" if few else ""
     return f"its disk has {_size(shutil.disk_usage(there).free)}{files} free"
 
 

@@ -31,8 +31,12 @@ class Metrics:
         self.rows.append(row)
         if not self.writes:
             return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            error.filename = str(self.path)  # which a full disk does not give
+            raise
         for track in [*self.trackers]:
             try:
                 track(row)

@@ -339,7 +339,7 @@ def test_rank_0_decides_what_is_best_and_when_to_stop(small_run, tmp_path):
     [
         ("optimizer.safetensors", "checkpoint-4 cannot", 2),
         ("metrics.jsonl", "metrics.jsonl cannot", 2),
-        ("adapter_model.safetensors", "adapter_model.safetensors with its report cannot", 4),
+        ("adapter_model.safetensors", "adapter_model.safetensors cannot", 4),
     ],
 )
 def test_a_full_disk_leaves_the_older_checkpoint(small_run, tmp_path, too_large, said, whole):
@@ -350,7 +350,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(small_run, tmp_path, too_large,
     ((code, _, err),) = on_ranks(1, end_of_run_on_full_disk, space, *words[:-1], tmp_path / "full")
     assert code == 1 and "Traceback" not in err and said in err and err.count("\nerror: ") == 1, err
     left = {path.name for path in (tmp_path / "full").iterdir()}
-    assert f"checkpoint-{whole} is complete" in err and left == {f"checkpoint-{whole}", "metrics.jsonl"}
+    assert f"checkpoint-{whole} is saved" in err and left == {f"checkpoint-{whole}", "metrics.jsonl"}
     again = (*words[:-1], tmp_path / "full", "--auto_resume_from_checkpoints", "true")
     assert on_ranks(1, end_of_run, *again)[0][0] == 0
     name = "adapter_model.safetensors"

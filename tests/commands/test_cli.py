@@ -209,7 +209,7 @@ def test_only_a_disk_that_is_full_reads_so(run_file, tmp_path, monkeypatch, erro
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(torch, "save", fails)
+    monkeypatch.setattr(checkpoints, "save_file", fails)
     with pytest.raises(type(error), match=str(error)):
         run_here(train.main, run_file, "--output_dir", tmp_path / "out")
     assert not list((tmp_path / "out").glob(".*")), "what was half-written is removed"

@@ -9,13 +9,19 @@ per weight, its code. Reading is one line per family:
     Q4_K, Q5_K        w = d1 * q - m1     8 groups of 32; the d1 and m1 are themselves 6-bit codes times d and dmin
     Q6_K              w = d1 * (q - 32)   16 groups of 16; the d1 are 8-bit codes times d
 
+and in `small_blocks.py` those of 2 and 3 bits, and those with codes that are not evenly spaced:
+
+    Q2_K              w = d1 * q - m1     16 groups of 16; the d1 and m1 are 4-bit codes times d and dmin
+    Q3_K              w = d1 * (q - 4)    16 groups of 16; the d1 are 6-bit codes times d
+    IQ4_NL, IQ4_XS    w = d1 * VALUES[q]  one group of 32, or 8 of them with 6-bit codes times d
+
 The quantizers below choose d and q exactly as llama.cpp does, bit for bit. That asks for float32 throughout, for the
 reciprocal of d *before* d is rounded to half, for each format's own way of rounding, and for the first of equals when
 the largest weight is looked for. So the bytes of a file can be compared, not just its perplexity.
 
 All functions work on many blocks at once, as (num_blocks, block_bytes) uint8 <-> (num_blocks, block_size) float32, on
 any device. Multi-byte numbers are little-endian, as on every machine that PyTorch runs on today.
-Left out: importance matrices (weights measured on a text), and the 2- and 3-bit types.
+Left out: the types of GGUF with codes for several weights at once.
 """
 
 import math
@@ -28,7 +34,21 @@ import torch
 from torch import Tensor
 
 from ..config.errors import UserError
-from .k_quants import TINY, first_extreme, nearest, search_lines, search_scales
+from . import small_blocks as small
+from .bits import divide, from_half, pack_bits, pack_nibbles, to_half, unpack_bits, unpack_nibbles
+from .k_quants import (
+    TINY,
+    TRIALS,
+    codes_with,
+    first_extreme,
+    first_least,
+    nearest,
+    root,
+    search_lines,
+    search_scales,
+    sum_in_order,
+    usual_weights,
+)
 from .threads import in_threads
 
 
@@ -39,8 +59,11 @@ class BlockFormat:
     type_id: int  # the number that stands for the type in a file
     block_size: int  # weights in a block
     block_bytes: int  # bytes that a block takes
-    pack: Callable[[Tensor], Tensor]  # (n, block_size) float32 -> (n, block_bytes) uint8
-    unpack: Callable[[Tensor], Tensor]  # and back
+    pack: Callable[[Tensor, Tensor | None], Tensor]  # weights, weights of errors (n, block_size) -> (n, block_bytes)
+    unpack: Callable[[Tensor], Tensor]  # bytes -> weights
+    halves: tuple[int, int] = (0, 2)  # from and to: the bytes of a block that are numbers in half precision
+    energy: float = 0  # an error's weight is importance * sqrt(w^2 + energy * mean of w^2); 0: importance alone
+    mean_of_row: bool = False  # the mean is that of the row, not of the block
 
     def num_bytes(self, num_weights: int) -> int:
         return num_weights // self.block_size * self.block_bytes
@@ -56,12 +79,14 @@ def _format(ggml_type: str) -> BlockFormat:
     return FORMATS[ggml_type]
 
 
-def quantize(w: Tensor, ggml_type: str) -> Tensor:
+def quantize(w: Tensor, ggml_type: str, importance: Tensor | None = None) -> Tensor:
     """Store a tensor in one of GGUF's formats.
 
     Args:
         w: (..., n_in), any float dtype and device. Its values must be finite.
         ggml_type: a key of `FORMATS`.
+        importance: (n_in,), the mean square of each input of this layer, from `imatrix.py`; only formats that search
+            for their scales make use of it.
     Returns:
         (..., row_bytes) uint8 on the same device, the bytes that llama.cpp would write.
     Raises:
@@ -73,10 +98,14 @@ def quantize(w: Tensor, ggml_type: str) -> Tensor:
     blocks = w.reshape(-1, fmt.block_size)
     raw = torch.empty(len(blocks), fmt.block_bytes, dtype=torch.uint8, device=w.device)
     step = (CHUNK_WEIGHTS if w.device.type == "cpu" else GPU_CHUNK_WEIGHTS) // fmt.block_size
+    if importance is not None:  # complete rows
+        importance, per_row = importance.to(w.device, torch.float32), w.shape[-1] // fmt.block_size
+        step = max(step // per_row, 1) * per_row
 
     @torch.inference_mode()  # thousands of small operations, which nobody will differentiate
     def store(i: int) -> None:
-        raw[i : i + step] = fmt.pack(blocks[i : i + step].float())
+        x = blocks[i : i + step].float()
+        raw[i : i + step] = fmt.pack(x, None if importance is None else _error_weights(x, importance, fmt))
 
     pieces = [partial(store, i) for i in range(0, len(blocks), step)]
     for _ in in_threads(pieces) if w.device.type == "cpu" else (piece() for piece in pieces):
@@ -84,7 +113,16 @@ def quantize(w: Tensor, ggml_type: str) -> Tensor:
     return raw.reshape(*w.shape[:-1], -1)
 
 
-def quantize_checked(w: Tensor, ggml_type: str, name: str) -> Tensor:
+def _error_weights(x: Tensor, importance: Tensor, fmt: BlockFormat) -> Tensor:
+    """What an error in each weight of some complete rows counts, (n, block_size) as the weights themselves."""
+    if not fmt.energy:
+        return importance.repeat(x.numel() // len(importance)).view_as(x)
+    squares = (x * x).view(-1, len(importance) if fmt.mean_of_row else fmt.block_size)
+    energy = divide(sum_in_order(squares.T.contiguous()), squares.shape[-1]) * fmt.energy
+    return (root(squares + energy[:, None]).view(-1, len(importance)) * importance).view_as(x)
+
+
+def quantize_checked(w: Tensor, ggml_type: str, name: str, importance: Tensor | None = None) -> Tensor:
     """The same, of the tensor that messages call `name`.
 
     Raises:
@@ -94,7 +132,7 @@ def quantize_checked(w: Tensor, ggml_type: str, name: str) -> Tensor:
     if not math.isfinite(largest):
         raise UserError(f"{name} holds NaN or infinity, which would be in every answer. Train with a lower rate.")
     if FORMATS[ggml_type].block_size == 1 or largest < 2**30:  # far above what any scale can hold
-        raw = quantize(w, ggml_type)
+        raw = quantize(w, ggml_type, importance)
         if ggml_type == "F32" or torch.isfinite(_halves(raw, ggml_type)).all():
             return raw
     raise UserError(f"{name} holds values up to {largest:.4g}, which are infinite in {ggml_type}; export as bf16.")
@@ -102,9 +140,8 @@ def quantize_checked(w: Tensor, ggml_type: str, name: str) -> Tensor:
 
 def _halves(raw: Tensor, ggml_type: str) -> Tensor:
     """The numbers of 16 bits in the bytes of a tensor: its values, or the scales and minima of its blocks."""
-    blocks = raw.reshape(-1, FORMATS[ggml_type].block_bytes)
-    has_minima = ggml_type in ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
-    numbers = blocks[:, 208:] if ggml_type == "Q6_K" else blocks[:, : 4 if has_minima else 2]
+    fmt = FORMATS[ggml_type]
+    numbers = raw.reshape(-1, fmt.block_bytes)[:, slice(*fmt.halves)]
     return numbers.contiguous().view(torch.bfloat16 if ggml_type == "BF16" else torch.float16)
 
 
@@ -131,47 +168,7 @@ def dequantize(raw: Tensor, ggml_type: str, shape: tuple[int, ...]) -> Tensor:
     return w.reshape(shape)
 
 
-# ------------------------------------------------------------------------------------------------ bits and bytes
-
-
-def _from_half(raw: Tensor) -> Tensor:
-    """(n, 2k) bytes -> the k half-precision numbers in them, as (n, k) float32."""
-    return raw.contiguous().view(torch.float16).float()
-
-
-def _to_half(x: Tensor) -> Tensor:
-    """(n, k) float32 -> (n, 2k) bytes, rounded to the nearest half, ties to even."""
-    return x.to(torch.float16).view(torch.uint8)
-
-
-def _unpack_nibbles(packed: Tensor) -> Tensor:
-    """(..., k) bytes -> (..., 2k) codes. The low halves come first: byte j holds elements j and j + k."""
-    return torch.cat([packed & 15, packed >> 4], dim=-1)
-
-
-def _pack_nibbles(codes: Tensor) -> Tensor:
-    """(..., 2k) codes, of which only the low four bits are kept -> (..., k) bytes."""
-    low, high = (codes & 15).chunk(2, dim=-1)
-    return low | high << 4
-
-
-def _unpack_bits(packed: Tensor) -> Tensor:
-    """(n, 4) bytes -> (n, 32) zeros and ones, lowest bit first."""
-    return (packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1).flatten(1)
-
-
-def _pack_bits(bits: Tensor) -> Tensor:
-    """(n, 32) zeros and ones -> (n, 4) bytes, lowest bit first."""
-    # As numbers of 64 bits: multiplying moves bit i of the result, which is the lowest of byte i, to place 56 + i.
-    return (bits.contiguous().view(torch.int64) * 0x0102040810204080 >> 56).to(torch.uint8)
-
-
 # ------------------------------------------------------------------------------------------------ blocks of 32
-
-
-def _divide(x: Tensor, divisor: int) -> Tensor:
-    """x / divisor. For a plain number CUDA would multiply by its rounded reciprocal, which can be an ulp off."""
-    return x / x.new_tensor(divisor)
 
 
 def _reciprocal(d: Tensor) -> Tensor:
@@ -179,64 +176,62 @@ def _reciprocal(d: Tensor) -> Tensor:
     return torch.where(d == 0, 0, 1 / d)
 
 
-def _quantize_q8_0(x: Tensor) -> Tensor:
-    d = _divide(x.abs().amax(dim=-1, keepdim=True), 127)
+def _quantize_q8_0(x: Tensor, w: Tensor | None) -> Tensor:
+    d = divide(x.abs().amax(dim=-1, keepdim=True), 127)
     y = (x * _reciprocal(d)).nan_to_num(nan=0, posinf=0, neginf=0)
     # Halves go away from zero: add almost a half and cut. torch.round would send them to the even neighbour, and adding
     # exactly a half would send 0.49999997 to 1, because that sum rounds up to 1.
     codes = y + torch.copysign(y.new_tensor(0.49999997), y)
-    return torch.cat([_to_half(d), codes.to(torch.int8).view(torch.uint8)], dim=-1)
+    return torch.cat([to_half(d), codes.to(torch.int8).view(torch.uint8)], dim=-1)
 
 
 def _dequantize_q8_0(raw: Tensor) -> Tensor:
-    return _from_half(raw[:, :2]) * raw[:, 2:].view(torch.int8)
+    return from_half(raw[:, :2]) * raw[:, 2:].view(torch.int8)
 
 
-def _quantize_32(x: Tensor, bits: int, has_minimum: bool) -> Tensor:
+def _quantize_32(x: Tensor, w: Tensor | None, bits: int, has_minimum: bool) -> Tensor:
     """Q4_0, Q4_1, Q5_0, Q5_1: d, of the _1 types m, of the Q5 types the fifth bits, then the low four bits.
 
     Of the _0 types the weight of largest magnitude, with its sign, lands exactly on code 0; of the _1 types the
-    smallest weight is code 0 and the largest the highest code.
+    smallest weight is code 0 and the largest the highest code. With weights of errors, scales are searched for.
     """
     middle, highest = 2 ** (bits - 1), 2**bits - 1
-    if has_minimum:
-        m = x.amin(dim=-1, keepdim=True)
-        if (m == 0).any():  # amin may pick either of 0.0 and -0.0, and C takes the first of the block
-            m = torch.where(m == 0, x.min(dim=-1, keepdim=True).values, m)
-        d = _divide((x.amax(dim=-1, keepdim=True) - m).abs(), highest)  # abs: -0.0 - 0.0 would be -0.0
-        head, y = [_to_half(d), _to_half(m)], (x - m) * _reciprocal(d) + 0.5
+    if w is not None:
+        groups, w = x.T.contiguous(), w.T.contiguous()
+        if has_minimum:
+            scale, minimum, inverse, its_minimum = search_lines(groups, w, highest, TRIALS)
+            head, y = [to_half(scale[:, None]), to_half(minimum[:, None])], nearest((groups - its_minimum) * inverse)
+        else:
+            scale, inverse = search_scales(groups, w, middle)
+            head, y = [to_half(scale[:, None])], codes_with(groups, inverse, middle) + middle
+        y = y.clamp_(min=0).T.contiguous()
+    elif has_minimum:
+        m = first_least(x, dim=1)
+        d = divide((x.amax(dim=-1, keepdim=True) - m).abs(), highest)  # abs: -0.0 - 0.0 would be -0.0
+        head, y = [to_half(d), to_half(m)], (x - m) * _reciprocal(d) + 0.5
     else:
         extreme = first_extreme(x, dim=1)
         extreme = torch.where(extreme == 0, 0, extreme)  # never -0.0: the sign of d would flip with it
-        d = _divide(extreme, -middle)
-        head, y = [_to_half(d)], x * _reciprocal(d) + (middle + 0.5)
+        d = divide(extreme, -middle)
+        head, y = [to_half(d)], x * _reciprocal(d) + (middle + 0.5)
     # Blocks whose weights are all below about 1e-37 arrive as infinities and NaN. Their scale is 0 in half precision,
     # so any code reads as 0; 0 is also what C's conversion gives on x86.
     codes = y.nan_to_num(nan=0, posinf=0, neginf=0).clamp(max=highest).to(torch.uint8)
-    fifth = [_pack_bits(codes >> 4)] if bits == 5 else []
-    return torch.cat([*head, *fifth, _pack_nibbles(codes)], dim=-1)
+    fifth = [pack_bits(codes >> 4)] if bits == 5 else []
+    return torch.cat([*head, *fifth, pack_nibbles(codes)], dim=-1)
 
 
 def _dequantize_32(raw: Tensor, bits: int, has_minimum: bool) -> Tensor:
-    d, codes = _from_half(raw[:, :2]), _unpack_nibbles(raw[:, -16:])
+    d, codes = from_half(raw[:, :2]), unpack_nibbles(raw[:, -16:])
     if bits == 5:
-        codes = codes | _unpack_bits(raw[:, -20:-16]) << 4
-    return d * codes + _from_half(raw[:, 2:4]) if has_minimum else d * (codes.float() - 2 ** (bits - 1))
+        codes = codes | unpack_bits(raw[:, -20:-16]) << 4
+    return d * codes + from_half(raw[:, 2:4]) if has_minimum else d * (codes.float() - 2 ** (bits - 1))
 
 
 # ------------------------------------------------------------------------------------------------ blocks of 256
 
 
-def _six_bits(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, 8) float32 -> d, the largest over 63, as bytes; codes, (n, 8) uint8; and d times codes as it is read back."""
-    largest = x.amax(dim=-1, keepdim=True)
-    largest = torch.where(largest > 0, largest, 0)  # never -0.0
-    codes = nearest(torch.where(largest > 0, x.new_tensor(63) / largest, 0) * x)
-    codes, d = (codes.to(torch.int32) & 255).clamp_(max=63).to(torch.uint8), _to_half(_divide(largest, 63))
-    return d, codes, (_from_half(d) * codes).flatten()
-
-
-def _quantize_k(x: Tensor, bits: int) -> Tensor:
+def _quantize_k(x: Tensor, w: Tensor | None, bits: int) -> Tensor:
     """Q4_K, Q5_K: d, dmin, 8 pairs of 6 bits, of Q5_K the fifth bits, then the low four bits.
 
     Each group of 32 has a scale and a minimum: 6-bit numbers, times d and dmin. The 8 pairs take 12 bytes. The low four
@@ -246,11 +241,14 @@ def _quantize_k(x: Tensor, bits: int) -> Tensor:
         bytes 4-7    the same for the minimum
         bytes 8-11   group g + 4: low 4 bits of the scale, then low 4 bits of the minimum
     """
-    highest, first, num_trials = (15, -1.0, 21) if bits == 4 else (31, -0.5, 16)
+    highest, trials = (15, (-1.0, 0.1, 21)) if bits == 4 else (31, (-0.5, 0.1, 16))
     groups = x.view(-1, 32).T.contiguous()  # (32, n * 8)
-    scale, minimum, inverse, its_minimum = search_lines(groups, highest, first, num_trials)
-    d, scales, rough_scale = _six_bits(scale.view(-1, 8))
-    dmin, minima, rough_minimum = _six_bits(-minimum.view(-1, 8))
+    w = None if w is None else w.view(-1, 32).T.contiguous()
+    trials, w_of_lines = (trials, usual_weights(groups)) if w is None else (TRIALS, w)
+    scale, minimum, inverse, its_minimum = search_lines(groups, w_of_lines, highest, trials)
+    w = None if w is None else sum_in_order(w).view(-1, 8)
+    d, scales, rough_scale = small.round_to_codes(scale.view(-1, 8), w, 63)
+    dmin, minima, rough_minimum = small.round_to_codes(-minimum.view(-1, 8), w, 63)
     codes = nearest((groups + rough_minimum).div_(rough_scale))
     if (is_zero := rough_scale == 0).any():  # read as 0 times code, and C leaves the codes of the search there
         codes = torch.where(is_zero, nearest((groups - its_minimum).mul_(inverse)), codes)
@@ -259,62 +257,65 @@ def _quantize_k(x: Tensor, bits: int) -> Tensor:
     head = [d, dmin, *tops, scales[:, 4:] & 15 | minima[:, 4:] << 4]
     places = torch.arange(8, dtype=torch.uint8, device=x.device)[:, None]
     fifth = [(codes >> 4 << places).sum(dim=1, dtype=torch.uint8)] if bits == 5 else []  # byte j: element j of 8 groups
-    return torch.cat([*head, *fifth, _pack_nibbles(codes.view(-1, 4, 64)).flatten(1)], dim=-1)
+    return torch.cat([*head, *fifth, pack_nibbles(codes.view(-1, 4, 64)).flatten(1)], dim=-1)
 
 
 def _dequantize_k(raw: Tensor, bits: int) -> Tensor:
     scale, minimum, rest = raw[:, 4:8], raw[:, 8:12], raw[:, 12:16]
-    d = _from_half(raw[:, 0:2]) * torch.cat([scale & 63, rest & 15 | scale >> 6 << 4], dim=-1)  # (n, 8)
-    m = _from_half(raw[:, 2:4]) * torch.cat([minimum & 63, rest >> 4 | minimum >> 6 << 4], dim=-1)
-    codes = _unpack_nibbles(raw[:, -128:].reshape(-1, 4, 32)).view(-1, 8, 32)  # 32 bytes hold two groups of 32
+    d = from_half(raw[:, 0:2]) * torch.cat([scale & 63, rest & 15 | scale >> 6 << 4], dim=-1)  # (n, 8)
+    m = from_half(raw[:, 2:4]) * torch.cat([minimum & 63, rest >> 4 | minimum >> 6 << 4], dim=-1)
+    codes = unpack_nibbles(raw[:, -128:].reshape(-1, 4, 32)).view(-1, 8, 32)  # 32 bytes hold two groups of 32
     if bits == 5:
         places = torch.arange(8, dtype=torch.uint8, device=raw.device)[:, None]
         codes = codes | (raw[:, None, 16:48] >> places & 1) << 4
     return (d[:, :, None] * codes - m[:, :, None]).flatten(1)
 
 
-def _quantize_q6_k(x: Tensor) -> Tensor:
+def _quantize_q6_k(x: Tensor, w: Tensor | None) -> Tensor:
     groups = x.view(-1, 16).T.contiguous()  # (16, n * 16)
-    scale, inverse = search_scales(groups, middle=32)
+    w = groups * groups if w is None else w.view(-1, 16).T.contiguous()
+    scale, inverse = search_scales(groups, w, middle=32)
     scale = scale.view(-1, 16)
     largest = first_extreme(scale, dim=1)
     is_zero = largest.abs() < TINY
     inverse_d = x.new_tensor(-128) / largest.masked_fill_(is_zero, 1)
-    d = _to_half(1 / inverse_d)
+    d = to_half(1 / inverse_d)
     scales = nearest(inverse_d * scale).clamp_(max=127)
-    rough_scale = (_from_half(d) * scales).flatten()  # what a reader will see
+    rough_scale = (from_half(d) * scales).flatten()  # what a reader will see
     codes = nearest(groups / rough_scale)
     if (is_lost := rough_scale == 0).any():  # read as 0 times code, and C leaves the codes of the search there
-        codes = torch.where(is_lost, nearest(groups * inverse), codes).masked_fill_(is_lost & (inverse == 0), -32)
+        codes = torch.where(is_lost, codes_with(groups, inverse, 32), codes)
     codes = (codes.clamp_(-32, 31) + 32).to(torch.uint8).T.contiguous().view(-1, 2, 128)
     places = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=x.device)[:, None]
     high = (codes.view(-1, 2, 4, 32) >> 4 << places).sum(dim=2, dtype=torch.uint8)  # (n, 2, 32)
     scales = scales.to(torch.int8).view(torch.uint8)
-    return torch.cat([_pack_nibbles(codes).flatten(1), high.flatten(1), scales, d], dim=-1).masked_fill_(is_zero, 0)
+    return torch.cat([pack_nibbles(codes).flatten(1), high.flatten(1), scales, d], dim=-1).masked_fill_(is_zero, 0)
 
 
 def _dequantize_q6_k(raw: Tensor) -> Tensor:
-    low = _unpack_nibbles(raw[:, :128].reshape(-1, 2, 64))  # (n, 2, 128): each half of the block on its own
+    low = unpack_nibbles(raw[:, :128].reshape(-1, 2, 64))  # (n, 2, 128): each half of the block on its own
     places = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=raw.device)[:, None]
     high = raw[:, 128:192].reshape(-1, 2, 1, 32) >> places & 3  # (n, 2, 4, 32)
     codes = (low | high.flatten(2) << 4).view(-1, 16, 16).float() - 32
-    scales = _from_half(raw[:, 208:]) * raw[:, 192:208].view(torch.int8)  # (n, 16)
+    scales = from_half(raw[:, 208:]) * raw[:, 192:208].view(torch.int8)  # (n, 16)
     return (scales[:, :, None] * codes).flatten(1)
 
 
 def _plain(type_id: int, dtype: torch.dtype) -> BlockFormat:
-    def pack(x: Tensor) -> Tensor:
+    def pack(x: Tensor, w: Tensor | None) -> Tensor:
         return x.to(dtype).contiguous().view(torch.uint8)
 
     return BlockFormat(type_id, 1, dtype.itemsize, pack, lambda raw: raw.contiguous().view(dtype).float())
 
 
 def _of_32(type_id: int, block_bytes: int, **kind: Any) -> BlockFormat:
-    return BlockFormat(type_id, 32, block_bytes, partial(_quantize_32, **kind), partial(_dequantize_32, **kind))
+    how = partial(_quantize_32, **kind), partial(_dequantize_32, **kind), (0, 4 if kind["has_minimum"] else 2)
+    return BlockFormat(type_id, 32, block_bytes, *how, energy=1, mean_of_row=True)
 
 
 def _of_256(type_id: int, block_bytes: int, bits: int) -> BlockFormat:
-    return BlockFormat(type_id, 256, block_bytes, partial(_quantize_k, bits=bits), partial(_dequantize_k, bits=bits))
+    how = partial(_quantize_k, bits=bits), partial(_dequantize_k, bits=bits), (0, 4)
+    return BlockFormat(type_id, 256, block_bytes, *how, energy=2)
 
 
 FORMATS = {
@@ -326,7 +327,16 @@ FORMATS = {
     "Q5_0": _of_32(6, 2 + 4 + 16, bits=5, has_minimum=False),  # d, fifth bits, low four bits
     "Q5_1": _of_32(7, 2 + 2 + 4 + 16, bits=5, has_minimum=True),  # d, m, fifth bits, low four bits
     "Q8_0": BlockFormat(8, 32, 2 + 32, _quantize_q8_0, _dequantize_q8_0),  # d, codes
+    # 16 pairs of 4 bits, codes, d, dmin
+    "Q2_K": BlockFormat(10, 256, 16 + 64 + 4, small.quantize_q2_k, small.dequantize_q2_k, (80, 84), energy=1),
+    # third bits, low two bits, 16 scales of 6 bits, d
+    "Q3_K": BlockFormat(11, 256, 32 + 64 + 12 + 2, small.quantize_q3_k, small.dequantize_q3_k, (108, 110), energy=2),
     "Q4_K": _of_256(12, 2 + 2 + 12 + 128, bits=4),  # d, dmin, 8 pairs of 6 bits, codes
     "Q5_K": _of_256(13, 2 + 2 + 12 + 32 + 128, bits=5),  # d, dmin, 8 pairs of 6 bits, fifth bits, low four bits
-    "Q6_K": BlockFormat(14, 256, 128 + 64 + 16 + 2, _quantize_q6_k, _dequantize_q6_k),  # low 4 bits, top 2, scales, d
+    # low 4 bits, top 2, scales, d
+    "Q6_K": BlockFormat(14, 256, 128 + 64 + 16 + 2, _quantize_q6_k, _dequantize_q6_k, (208, 210)),
+    "IQ4_NL": BlockFormat(20, 32, 2 + 16, small.quantize_iq4_nl, small.dequantize_iq4_nl, energy=2),  # d, codes
+    "IQ4_XS": BlockFormat(
+        23, 256, 2 + 6 + 128, small.quantize_iq4_xs, small.dequantize_iq4_xs, energy=2
+    ),  # d, scales, codes
 }

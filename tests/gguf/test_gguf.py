@@ -199,8 +199,8 @@ DEFECTS = {
     "zero rows": (LINE, tensor_line("first", (0, 32), 0, 0), r"shape \(0, 32\)"),
     "unknown type": (
         LINE,
-        tensor_line("first", (2, 32), 23, 0),
-        "first is of type 23.*Use one with F32",
+        tensor_line("first", (2, 32), 21, 0),
+        "first is of type 21.*Use one with F32",
     ),
     "half a block": (LINE, tensor_line("first", (32, 2), 8, 0), "Q8_0 blocks of 32"),
     "huge tensor": (LINE, tensor_line("first", (2**60, 32), 0, 0), "bytes are missing|starts inside"),

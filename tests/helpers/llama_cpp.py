@@ -56,9 +56,13 @@ QUANT_TYPES = {  # ggml's type number, weights in a block, bytes of a block
     "Q5_0": (6, 32, 22),
     "Q5_1": (7, 32, 24),
     "Q8_0": (8, 32, 34),
+    "Q2_K": (10, 256, 84),
+    "Q3_K": (11, 256, 110),
     "Q4_K": (12, 256, 144),
     "Q5_K": (13, 256, 176),
     "Q6_K": (14, 256, 210),
+    "IQ4_NL": (20, 32, 18),
+    "IQ4_XS": (23, 256, 136),
 }
 
 
@@ -258,13 +262,18 @@ class LlamaCpp:
         return np.stack([np.ctypeslib.as_array(row, (self.vocab_size,)).copy() for row in rows])
 
 
-def quantize_chunk(ggml_type: str, x: np.ndarray) -> np.ndarray:
-    """The bytes of llama.cpp's own quantizer for float32 rows x (rows, n_in): (rows, row_bytes) uint8."""
+def quantize_chunk(ggml_type: str, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+    """The bytes of llama.cpp's own quantizer for float32 rows x (rows, n_in): (rows, row_bytes) uint8.
+
+    Args:
+        importance: (n_in,) float32, a row of an importance matrix.
+    """
     type_id, block_size, block_bytes = QUANT_TYPES[ggml_type]
     x = np.ascontiguousarray(x, dtype=np.float32)
     rows, n_in = x.shape
     out = np.empty((rows, n_in // block_size * block_bytes), dtype=np.uint8)
     data = x.ctypes.data_as(POINTER(c_float))
-    written = lib.ggml_quantize_chunk(type_id, data, out.ctypes.data, 0, rows, n_in, None)
+    weights = None if importance is None else importance.ctypes.data_as(POINTER(c_float))
+    written = lib.ggml_quantize_chunk(type_id, data, out.ctypes.data, 0, rows, n_in, weights)
     assert written == out.nbytes, f"{written} bytes where {out.nbytes} were expected"
     return out

@@ -23,9 +23,11 @@ class RunOptions(Keys):
 
 
 # Of a GGUF file, as `gguf/file_types.py` has them in capitals.
-Types = Literal[
+LargeTypes = Literal[
     "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"
 ]
+SmallTypes = Literal["q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "iq4_nl", "iq4_xs"]  # at their best with --imatrix
+Types = Literal[LargeTypes, SmallTypes]
 GgufType = Annotated[Types, BeforeValidator(lambda name: str(name).strip().lower())]
 
 

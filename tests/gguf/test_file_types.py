@@ -52,7 +52,7 @@ def test_mixes_are_those_of_llama_cpp(model: tuple):
     D, FF, L, is_gqa, is_tied = model
 
     def letter(name: str, n_in: int, file_type: str) -> str:
-        return LETTERS[tensor_type(name, (64, n_in), file_type, is_tied, L, is_gqa)]
+        return LETTERS[tensor_type(name, (64, n_in), file_type, is_tied, L, 8 if is_gqa else 1)]
 
     for file_type, (others, attn_v, ffn_down) in MIXES[model].items():
         names = ["token_embd.weight" if is_tied else "output.weight", "token_embd.weight", "blk.1.attn_q.weight"]
@@ -63,10 +63,10 @@ def test_mixes_are_those_of_llama_cpp(model: tuple):
 
 def test_what_is_never_quantized():
     for file_type in FILE_TYPES:
-        assert tensor_type("blk.0.ffn_norm.weight", (4096,), file_type, False, 32, True) == "F32"
+        assert tensor_type("blk.0.ffn_norm.weight", (4096,), file_type, False, 32, 4) == "F32"
         expected = {"F32": "F32", "BF16": "BF16"}.get(file_type, "F16")  # rows that no block divides
-        assert tensor_type("blk.0.ffn_up.weight", (64, 24), file_type, False, 32, True) == expected
-        assert tensor_type("token_embd.weight", (64, 24), file_type, True, 32, True) == expected
+        assert tensor_type("blk.0.ffn_up.weight", (64, 24), file_type, False, 32, 4) == expected
+        assert tensor_type("token_embd.weight", (64, 24), file_type, True, 32, 4) == expected
 
 
 @pytest.mark.skipif(not LIBRARIES.exists(), reason="llama.cpp's tool is not installed: helpers/llama_quantize.py")

@@ -14,11 +14,12 @@ of any size can be compared with any other on any machine; what is kept are the 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from ..config.errors import UserError
@@ -87,8 +88,14 @@ class Texts(NamedTuple):
 
 
 @torch.no_grad()
-def hidden_states(weights: Tensors, texts: Texts, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What the head reads at the supervised positions, (N, D), and the head, (V, D); float32 on the device."""
+def hidden_states(
+    weights: Tensors, texts: Texts, device: torch.device, watch: Callable[[int, nn.Module], None] | None = None
+) -> tuple[Tensor, Tensor]:
+    """What the head reads at the supervised positions, (N, D), and the head, (V, D); float32 on the device.
+
+    Args:
+        watch: sees each block, with its number, before it computes.
+    """
     config = model_config(weights.config, weights.where)
 
     def load(name: str, shape: torch.Size) -> Tensor:
@@ -103,6 +110,8 @@ def hidden_states(weights: Tensors, texts: Texts, device: torch.device) -> tuple
     angles = [row.segments.positions.to(device).unsqueeze(-1) * rope_frequencies(config).to(device) for row in rows]
     for layer, block in enumerate(model.model.layers):
         fill(layer)
+        if watch:
+            watch(layer, block)
         for i, row in enumerate(rows):
             streams[i] = block(streams[i], (angles[i].cos(), angles[i].sin()), row.segments, None)
         block.to("meta")

@@ -39,6 +39,7 @@ from ..gguf.config import general_metadata, model_config, model_metadata, rope_d
 from ..gguf.container import Metadata
 from ..gguf.file_types import tensor_types
 from ..gguf.ggml_blocks import FORMATS, quantize, quantize_checked
+from ..gguf.imatrix import Imatrix
 from ..gguf.modelfile import Recipe, file_value, is_ours, jinja_wins, no_guess, own_name, quoted, write_modelfiles
 from ..gguf.names import ROPE_DIVISORS, gguf_name, heads_to_permute, permute_rows, tensor_shapes
 from ..gguf.reader import read_gguf
@@ -99,21 +100,24 @@ def check_type(given: str) -> str:
     return str(build(ExportOptions, asked).type).upper()
 
 
-def model_tensors(weights: Weights, config: ModelConfig, file_type: str, model: Path) -> list[NewTensor]:
+def model_tensors(
+    weights: Weights, config: ModelConfig, file_type: str, model: Path, imatrix: Imatrix | None = None
+) -> list[NewTensor]:
     """Every tensor of the file, with its name, shape and type, in the order of the model; no weights are read yet."""
-    shapes = tensor_shapes(config)
+    shapes, types = tensor_shapes(config), tensor_types(config, file_type, imatrix is not None)
+    importance = imatrix.of_model(shapes) if imatrix else {}
 
     def produce(name: str, ggml_type: str) -> Tensor:
         """The bytes of one tensor, called when its turn to be written has come."""
         w = weights.load(name).to(device)
         heads = heads_to_permute(gguf_name(name), config.num_attention_heads, config.num_key_value_heads)
         w = permute_rows(w, heads) if heads else w
-        return quantize_checked(w, ggml_type, f"{model}: tensor {name}")
+        return quantize_checked(w, ggml_type, f"{model}: tensor {name}", importance.get(name))
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tensors = [
         NewTensor(gguf_name(name), shapes[name], ggml_type, partial(produce, name, ggml_type))
-        for name, ggml_type in tensor_types(config, file_type).items()
+        for name, ggml_type in types.items()
     ]
     if config.rope_scaling.get("rope_type") == "llama3":
         divisors = quantize(rope_divisors(config), "F32")

@@ -1,4 +1,4 @@
-"""A GGUF file with any vocabulary and next to no weights, for questions to llama.cpp's tokenizer and templates."""
+"""Small GGUF files: with any vocabulary and next to no weights, or of random weights and a vocabulary of bytes."""
 
 import math
 from functools import partial
@@ -23,3 +23,37 @@ def write_small(file: Path, vocabulary: dict[str, tuple[str, Any]]) -> Path:
     ]
     write_gguf(file, model_metadata(config, "small", "F32") | vocabulary, tensors)
     return file
+
+
+BYTES = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]  # a vocabulary without any words
+BYTE_VOCABULARY: dict[str, tuple[str, Any]] = {
+    "tokenizer.ggml.model": ("string", "llama"),
+    "tokenizer.ggml.tokens": ("string[]", BYTES),
+    "tokenizer.ggml.scores": ("f32[]", [0.0] * len(BYTES)),
+    "tokenizer.ggml.token_type": ("i32[]", [2, 3, 3, *[6] * 256]),
+    "tokenizer.ggml.bos_token_id": ("u32", 1),
+    "tokenizer.ggml.eos_token_id": ("u32", 2),
+    "tokenizer.ggml.add_bos_token": ("bool", True),
+    "tokenizer.ggml.add_space_prefix": ("bool", False),
+}
+
+
+def write_random(file: Path, **sizes: int | bool) -> ModelConfig:
+    """A model of float32 with random weights; `sizes` as in config.json."""
+    config = ModelConfig.from_hf({"vocab_size": len(BYTES), "max_position_embeddings": 512} | sizes)
+    g = torch.Generator().manual_seed(0)
+
+    def weights(shape: tuple[int, ...]) -> torch.Tensor:
+        w = (
+            torch.randn(shape, generator=g) / shape[-1] ** 0.5
+            if len(shape) == 2
+            else torch.rand(shape, generator=g) + 0.5
+        )
+        return w.view(torch.uint8)
+
+    tensors = [
+        NewTensor(gguf_name(name), shape, "F32", partial(torch.Tensor.clone, weights(shape)))
+        for name, shape in tensor_shapes(config).items()
+    ]
+    write_gguf(file, model_metadata(config, "random", "F32") | BYTE_VOCABULARY, tensors)
+    return config

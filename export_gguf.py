@@ -22,6 +22,7 @@ from nanoqlora.config.errors import UserError
 from nanoqlora.config.schema import Config
 from nanoqlora.config.scripts import script_command
 from nanoqlora.export.gguf_model import export_adapter, export_gguf, own_folder
+from nanoqlora.export.importance import imatrix_file
 from nanoqlora.export.proof import export_and_prove
 from nanoqlora.weights.adapter import check_merged
 from nanoqlora.weights.hub import local_path
@@ -30,6 +31,9 @@ from nanoqlora.weights.hub import local_path
 def main() -> None:
     config, asked = load_command(ExportOptions)
     unused, how = ("data", "with") if asked.adapter else ("other_base", "without")
+    if asked.imatrix and (asked.adapter or (asked.type or "q8_0") in ("f32", "f16", "bf16", "q8_0")):
+        print("--imatrix: without effect on an adapter, and on q8_0 and larger types.")
+        asked = asked.model_copy(update={"imatrix": None})
     if value := getattr(asked, unused):
         print(f"--{unused} {value}: without effect {how} --adapter.")
     if asked.adapter:
@@ -57,11 +61,12 @@ def write_model(asked: ExportOptions, config: Config | None) -> None:
         first = script_command("merge.py")
         raise UserError(f"{model}: no such folder, so there is no model to export. Run {first} first, or use --model.")
     out = asked.out or run / f"model-{file_type}.gguf"
+    imatrix = imatrix_file(asked.imatrix, model, Path(out), config, asked.data) if asked.imatrix else None
     if asked.prove:
-        export_and_prove(model, out, file_type, config, asked.data, asked.max_tokens)
+        export_and_prove(model, out, file_type, config, asked.data, asked.max_tokens, imatrix)
         return
-    export_gguf(model, out, file_type)
-    if asked.data:
+    export_gguf(model, out, file_type, imatrix)
+    if asked.data and (config or asked.imatrix != "true"):
         print(f"--data {asked.data}: without effect, because nothing is scored without --prove.")
 
 

@@ -18,6 +18,7 @@ from ..config.errors import UserError
 from ..gguf.config import model_config
 from ..gguf.file_types import tensor_types
 from ..gguf.ggml_blocks import FORMATS, dequantize, quantize_checked
+from ..gguf.imatrix import Imatrix
 from ..gguf.names import tensor_shapes
 from ..qlora import ROWS_AT_A_TIME, QLoRALinear, check_width
 from ..weights.adapter import Update, read_trained
@@ -110,19 +111,20 @@ class Rounded:
     Rows of q_proj and k_proj stand in another order in a file, and blocks run along rows, so the values are the same.
     """
 
-    def __init__(self, weights: Tensors, file_type: str, device: torch.device) -> None:
+    def __init__(self, weights: Tensors, file_type: str, device: torch.device, imatrix: Imatrix | None = None) -> None:
         self.weights, self.device = weights, device
         self.config, self.where = weights.config, weights.where
         config = model_config(weights.config, weights.where)
-        self.types, shapes = tensor_types(config, file_type), tensor_shapes(config)
+        self.types, shapes = tensor_types(config, file_type, imatrix is not None), tensor_shapes(config)
+        self.importance = imatrix.of_model(shapes) if imatrix else {}
         self.num_bytes = sum(FORMATS[self.types[name]].num_bytes(math.prod(shape)) for name, shape in shapes.items())
 
     def names(self) -> list[str]:
         return self.weights.names()
 
     def load(self, name: str) -> Tensor:
-        w = self.weights.load(name).to(self.device)
-        return dequantize(quantize_checked(w, self.types[name], name), self.types[name], tuple(w.shape))
+        w, ggml_type = self.weights.load(name).to(self.device), self.types[name]
+        return dequantize(quantize_checked(w, ggml_type, name, self.importance.get(name)), ggml_type, tuple(w.shape))
 
 
 def trained_form(base: Weights, updates: dict[str, Update], adapter: str | Path, device: torch.device) -> Form:

@@ -39,7 +39,7 @@ from ..gguf.config import general_metadata, model_config, model_metadata, rope_d
 from ..gguf.container import Metadata
 from ..gguf.file_types import tensor_types
 from ..gguf.ggml_blocks import FORMATS, quantize, quantize_checked
-from ..gguf.imatrix import Imatrix
+from ..gguf.imatrix import Imatrix, read_imatrix
 from ..gguf.modelfile import Recipe, file_value, is_ours, jinja_wins, no_guess, own_name, quoted, write_modelfiles
 from ..gguf.names import ROPE_DIVISORS, gguf_name, heads_to_permute, permute_rows, tensor_shapes
 from ..gguf.reader import read_gguf
@@ -57,12 +57,13 @@ from .tokenizer_metadata import jinja_of_text, tokenizer_metadata, unnamed_ends
 TYPES = ("F32", "F16", "BF16")
 
 
-def export_gguf(folder: str | Path, out: str | Path, type: str = "q8_0") -> None:
+def export_gguf(folder: str | Path, out: str | Path, type: str = "q8_0", imatrix: str | Path | None = None) -> None:
     """Write a model as the .gguf file `out`, and its Modelfile. All but the weights' values is checked before.
 
     Args:
         folder: the model: a folder, a .gguf file or a hub name.
         type: how weights are stored, a key of `gguf/file_types.py` in either case.
+        imatrix: the file of an importance matrix, with which a type of few bits loses less.
     Raises:
         UserError: an argument, a file or a weight is wrong, or the model cannot be expressed in a GGUF file.
     """
@@ -70,10 +71,12 @@ def export_gguf(folder: str | Path, out: str | Path, type: str = "q8_0") -> None
     weights, path, tok = open_weights(folder), local_path(folder), load_tokenizer(folder)
     config, generation = model_config(weights.config, folder), read_generation(weights)
     fmt = prompt_format(path, tok)
-    tensors = model_tensors(weights, config, file_type, path)
+    measured = read_imatrix(imatrix) if imatrix else None
+    tensors = model_tensors(weights, config, file_type, path, measured)
     ends = end_ids(generation, first=(fmt.end_id(tok), tok.eos_id))
     metadata = model_metadata(config, name_of(folder), file_type)
     metadata |= tokenizer_metadata(tok, fmt, config.vocab_size, path, ends)
+    metadata |= measured.note(Path(imatrix)) if measured and imatrix else {}
     kind, jinja = metadata["tokenizer.chat_template"]
     recipe = Recipe([f"FROM {file_value(f'./{out.name}')}"], parameters=ollama_parameters(generation))
     notes = []

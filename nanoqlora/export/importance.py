@@ -7,17 +7,25 @@ as there. What the numbers are for: `gguf/imatrix.py`.
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..gguf.imatrix import Imatrix
+from ..config.errors import UserError
+from ..config.files import whole_file
+from ..config.schema import Config
+from ..gguf.imatrix import Imatrix, read_imatrix, write_imatrix
 from ..gguf.names import gguf_name
-from ..weights.checkpoint import Tensors
-from .certificate import Texts, hidden_states
+from ..run.inputs import prepare_data
+from ..weights.checkpoint import Tensors, open_weights
+from .certificate import Texts, held_out_texts, hidden_states
+from .proof import words_of
 
+MEASURED = "imatrix.gguf"
+NUM_TOKENS = 16384  # to measure on
 CHUNK = 512  # tokens that are called a chunk in the file, llama-imatrix's default
 SAME_INPUT = {  # one layer, and all that read what it reads
     "self_attn.q_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -25,6 +33,43 @@ SAME_INPUT = {  # one layer, and all that read what it reads
     "mlp.gate_proj": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down_proj": ("mlp.down_proj",),
 }
+
+
+def imatrix_file(given: str, model: str, out: Path, config: Config | None, data: str | None) -> Path:
+    """The file of the importance matrix that `--imatrix` asks for, and a line about it.
+
+    Args:
+        given: a file, or "true": it is measured on the training texts of the run, or on `data`, and kept beside `out`.
+    Raises:
+        UserError: there are no texts, or the file is damaged.
+    """
+    path = Path(given)
+    if given == "true":
+        path = out.with_name(MEASURED)
+        name, texts = texts_to_measure(model, config, data)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        imatrix = measure(open_weights(model), texts, device, name)
+        with whole_file(path) as fresh:
+            write_imatrix(fresh, imatrix)
+        print(f"--imatrix {path}: measured on {next(iter(imatrix.counts.values()))} tokens of {name}")
+    else:
+        imatrix = read_imatrix(path)
+        where = f" of {', '.join(imatrix.datasets)}" if imatrix.datasets else ""
+        print(f"--imatrix {path}: {len(imatrix.sums)} layers, measured on {imatrix.chunks} chunks{where}")
+    return path
+
+
+def texts_to_measure(model: str, config: Config | None, data: str | None) -> tuple[str, Texts]:
+    """The first training texts of the run, which are not those of the certificate, or what the user names."""
+    tok, fmt = words_of(model, config)
+    if config:
+        name = ", ".join(dataset.path for dataset in config.datasets)
+        return name, Texts.of(prepare_data(config, tok, 1).samples, NUM_TOKENS)
+    if not data:
+        raise UserError("--imatrix has no texts to measure on. Give the run's YAML file first, or a file with --data.")
+    texts = held_out_texts(None, tok, fmt, data, NUM_TOKENS)
+    assert texts
+    return texts
 
 
 def measure(weights: Tensors, texts: Texts, device: torch.device, name: str) -> Imatrix:

@@ -37,6 +37,7 @@ from ..config.schema import Config
 from ..data.prompts import PromptFormat
 from ..data.rows import read_rows
 from ..gguf.config import model_config
+from ..gguf.imatrix import Imatrix, read_imatrix
 from ..model import rope_frequencies
 from ..run.inputs import data_files, prompt_format_of
 from ..run.usable import talking
@@ -58,6 +59,7 @@ CHATS: list[Chat] = [
 ]
 AGAIN = "merge and export again, and if that does not help, report this line"
 ALIKE = "train with a chat template that llama.cpp writes alike, or serve with a program that runs Jinja itself"
+WITHOUT = f"{GGUF}without --imatrix"
 IN_LLAMA_CPP = "the same in llama.cpp"
 NUM_ROWS = 8  # of the run's data, whose conversations are asked
 NEAR = 1e-6  # of a number that is rounded to float32 in a file
@@ -76,6 +78,7 @@ class Proof:
     tok: Tokenizer  # of the run, and the format of its prompts; without a run, of the model
     fmt: PromptFormat
     config: Config | None  # of the run that the user named
+    imatrix: Imatrix | None = None  # that the file was made with
 
     def __post_init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -112,24 +115,36 @@ class Proof:
 
 
 def export_and_prove(
-    model: str | Path, out: str | Path, type: str, config: Config | None, data: str | None, max_tokens: int
+    model: str | Path,
+    out: str | Path,
+    type: str,
+    config: Config | None,
+    data: str | None,
+    max_tokens: int,
+    imatrix: Path | None = None,
 ) -> None:
     """Write the file as `export_gguf` does, and prove it; what can be wrong with the run is found before.
 
     Args:
         config: of the run that the user named.
         data: held-out texts of the user's, else those of the run; `max_tokens` of them.
+        imatrix: the file of an importance matrix.
     """
+    tok, fmt = words_of(model, config)
+    texts = held_out_texts(config, tok, fmt, data, max_tokens) if max_tokens else None
+    export_gguf(model, out, type, imatrix)
+    measured = read_imatrix(imatrix) if imatrix else None
+    prove_file(Proof(Path(out), type.upper(), local_path(model), tok, fmt, config, measured), texts)
+
+
+def words_of(model: str | Path, config: Config | None) -> tuple[Tokenizer, PromptFormat]:
+    """Tokenizer and format of the prompts of the run, or without one of the model."""
     if config is None or adapter_hash(Path(config.output_dir).absolute()) is None:  # which is no hub name
         tok = load_tokenizer(model)
-        fmt = prompt_format(local_path(model), tok)
-    else:  # those of the run
-        base = open_weights(config.base_model)
-        tok, of_run, _ = talking(config.base_model, config.output_dir, base.config["vocab_size"])
-        fmt = of_run or usual_format(tok)
-    texts = held_out_texts(config, tok, fmt, data, max_tokens) if max_tokens else None
-    export_gguf(model, out, type)
-    prove_file(Proof(Path(out), type.upper(), local_path(model), tok, fmt, config), texts)
+        return tok, prompt_format(local_path(model), tok)
+    base = open_weights(config.base_model)
+    tok, of_run, _ = talking(config.base_model, config.output_dir, base.config["vocab_size"])
+    return tok, of_run or usual_format(tok)
 
 
 def prove_file(proof: Proof, texts: tuple[str, Texts] | None) -> None:
@@ -181,8 +196,15 @@ def compare_answers(proof: Proof, stored: GGUFWeights, source: Weights, name: st
     if proof.model.is_dir():
         forms.append(Form("merged" if proof.record else "exported", source, bytes_on_disk(proof.model)))
     forms.append(Form(f"{GGUF}{proof.file.name}"[:26], stored, num_bytes, own))
+    if proof.imatrix:
+        without = Rounded(source, proof.file_type, proof.device)
+        forms.append(Form(WITHOUT, without, without.num_bytes))
     in_llama_cpp = [Form(IN_LLAMA_CPP, stored, num_bytes, theirs)] if theirs else []
     scores = score_forms(forms + in_llama_cpp, texts, proof.device)
+    if proof.imatrix:
+        kl, other = (score.mean_kl for score in scores[len(forms) - 2 : len(forms)])
+        better = f"{1 - kl / other:.0%} less" if kl < other else "no less, so leave it out"
+        print(f"--imatrix {kl:.5f} nats a token with it, {other:.5f} without: {better}")
     proof.facts |= {"held_out": name, "forms": [score._asdict() for score in scores[: len(forms)]]}
     if theirs:
         proof.facts["llama_cpp"] |= scores[-1]._asdict()
@@ -197,7 +219,7 @@ def compare_tensors(proof: Proof, stored: GGUFWeights, source: Weights) -> None:
     """Tensors and configuration of the file against the folder's."""
     if not compare_configs(proof, stored, source, "the model"):
         return
-    rounded, worst = Rounded(source, proof.file_type, proof.device), 0.0
+    rounded, worst = Rounded(source, proof.file_type, proof.device, proof.imatrix), 0.0
     for name in stored.names():
         w, ours = stored.load(name).to(proof.device), source.load(name).to(proof.device, torch.float32)
         if not torch.equal(w, rounded.load(name)):

@@ -27,6 +27,7 @@ from .names import gguf_name
 from .reader import read_gguf
 from .writer import NewTensor, write_gguf
 
+NOTE = "quantize.imatrix"
 SUMS, COUNTS = ".in_sum2", ".counts"
 CHUNKS, CHUNK_SIZE, DATASETS = "imatrix.chunk_count", "imatrix.chunk_size", "imatrix.datasets"
 
@@ -39,6 +40,7 @@ class Imatrix(NamedTuple):
     datasets: list[str]  # names of the texts
     chunks: int
     chunk_size: int  # tokens; 0: not known
+    where: str = "the importance matrix"  # for messages
 
     def of_model(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """The importance of each input, (n_in,), for the weights of which it was measured, by Hugging Face's names.
@@ -55,11 +57,20 @@ class Imatrix(NamedTuple):
                 sums, count = self.sums[name], self.counts[name]
                 if len(sums) != shape[1]:
                     why = f"{name} has {len(sums)} numbers, and the layer {shape[1]} inputs"
-                    raise UserError(f"the importance matrix is of another model: {why}. Measure it on this one.")
+                    raise UserError(f"{self.where}: is of another model: {why}. Measure it on this one.")
                 found[hf_name] = sums / count if count else torch.ones_like(sums)
         if not found:
-            raise UserError("the importance matrix names no layer of this model. Measure it on this one.")
+            raise UserError(f"{self.where}: names no layer of this model. Measure it on this one.")
         return found
+
+    def note(self, path: Path) -> Metadata:
+        """What llama-quantize writes about it into a file that was made with it."""
+        texts: Metadata = {f"{NOTE}.dataset": ("string", self.datasets[0])} if self.datasets else {}
+        numbers: Metadata = {
+            f"{NOTE}.entries_count": ("u32", len(self.sums)),
+            f"{NOTE}.chunks_count": ("u32", self.chunks),
+        }
+        return {f"{NOTE}.file": ("string", path.name)} | texts | numbers
 
 
 def read_imatrix(path: str | Path) -> Imatrix:
@@ -79,7 +90,7 @@ def read_imatrix(path: str | Path) -> Imatrix:
     for name, sums in imatrix.sums.items():
         if not (sums.isfinite() & (sums >= 0)).all():
             raise UserError(f"{path}: {name} has numbers that are no mean squares. Measure it again.")
-    return imatrix
+    return imatrix._replace(where=str(path))
 
 
 def _read_gguf(path: Path) -> Imatrix:

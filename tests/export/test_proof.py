@@ -99,8 +99,8 @@ def change_metadata(monkeypatch: pytest.MonkeyPatch, **changes: tuple[str, objec
     monkeypatch.setattr(gguf_model, "tokenizer_metadata", lambda *args: good(*args) | changes)
 
 
-def worse(w: torch.Tensor, ggml_type: str, where: str, good=gguf_model.quantize_checked) -> torch.Tensor:
-    return good(w * 1.0001 if w.ndim == 2 else w, ggml_type, where)
+def worse(w: torch.Tensor, *how: object, good=gguf_model.quantize_checked) -> torch.Tensor:
+    return good(w * 1.0001 if w.ndim == 2 else w, *how)
 
 
 def change_model(monkeypatch: pytest.MonkeyPatch, **changes: tuple[str, object]) -> None:

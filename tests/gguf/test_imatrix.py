@@ -159,7 +159,9 @@ def test_damaged_files_are_refused(older: bool, tmp_path: Path):
             read_imatrix(path)
     path.write_bytes(data)
     shapes = {"model.layers.0.self_attn.q_proj.weight": (8, 96)}
-    with pytest.raises(UserError, match=r"of another model: blk.0.attn_q.weight has 192 numbers, and the layer 96"):
+    with pytest.raises(
+        UserError, match=r"imatrix: is of another model: blk.0.attn_q.weight has 192 numbers, and the layer 96"
+    ):
         read_imatrix(path).of_model(shapes)
     with pytest.raises(UserError, match="names no layer of this model"):
         read_imatrix(path).of_model({"model.norm.weight": (192,)})

@@ -13,9 +13,10 @@ Measured by `export/importance.py`; used by `ggml_blocks.quantize`.
 """
 
 import math
+import os
 import struct
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def read_imatrix(path: str | Path) -> Imatrix:
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            imatrix = _read_gguf(path) if file.read(4) == MAGIC else _read_older(path)
+            imatrix = _read_gguf(path) if file.read(4) == MAGIC else _read_older(file, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read as an importance matrix ({error}). Give another path.") from error
     if not imatrix.sums:
@@ -104,34 +105,36 @@ def _read_gguf(path: Path) -> Imatrix:
         if count.numel() != 1 or not (count >= 0).all() or count.isinf() or info.ggml_type != "F32":
             raise UserError(f"{path}: {name} has {short(count.tolist())} as counts; one is needed, and no experts.")
         sums[name], counts[name] = file.load(full).flatten(), round(count.item())
-    found = file.metadata
-    datasets = [str(name) for name in found.get(DATASETS, [])]
-    return Imatrix(sums, counts, datasets, found.get(CHUNKS, 0), found.get(CHUNK_SIZE, 0))
+    datasets, chunks, chunk_size = (file.metadata.get(key) for key in (DATASETS, CHUNKS, CHUNK_SIZE))
+    if not isinstance(datasets, list) or not all(isinstance(n, int) and n >= 0 for n in (chunks, chunk_size)):
+        raise UserError(f"{path}: lacks {DATASETS}, {CHUNKS} or {CHUNK_SIZE}, which llama.cpp needs. Measure it again.")
+    return Imatrix(sums, counts, [str(name) for name in datasets], chunks, chunk_size)
 
 
-def _read_older(path: Path) -> Imatrix:
-    data, position = path.read_bytes(), 0
+def _read_older(file: BinaryIO, path: Path) -> Imatrix:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
 
-    def take(num_bytes: int) -> bytes:
-        nonlocal position
-        if not 0 <= num_bytes <= len(data) - position:
-            raise UserError(f"{path}: is no importance matrix, or is cut short at byte {position}. Give another file.")
-        position += num_bytes
-        return data[position - num_bytes : position]
+    def take(num_bytes: int, least: int = 0) -> bytes:
+        if not least <= num_bytes <= size - file.tell():
+            raise UserError(
+                f"{path}: is no importance matrix, or is cut short at byte {file.tell()}. Give another file."
+            )
+        return file.read(num_bytes)
 
     def number() -> int:
-        return struct.unpack("<i", take(4))[0]
+        return int(struct.unpack("<i", take(4))[0])
+
+    def text() -> str:
+        return take(number()).decode("utf-8", "replace")
 
     sums, counts = dict[str, Tensor](), dict[str, int]()
     for _ in range(number()):
-        name = take(number()).decode("utf-8", "replace")
-        counts[name] = number()
-        sums[name] = torch.frombuffer(bytearray(take(4 * number())) or bytearray(4), dtype=torch.float32)
-        if counts[name] <= 0:  # llama.cpp takes the numbers as they are
-            counts[name] = 1
-    chunks = number() if position < len(data) else 0
-    datasets = [take(number()).decode("utf-8", "replace")] if position < len(data) else []
-    return Imatrix(sums, counts, datasets, chunks, 0)
+        name = text()
+        counts[name] = max(number(), 1)  # of none llama.cpp takes the numbers as they are
+        sums[name] = torch.frombuffer(bytearray(take(4 * number(), least=4)), dtype=torch.float32)
+    chunks = max(number(), 0) if file.tell() < size else 0
+    return Imatrix(sums, counts, [text()] if file.tell() < size else [], chunks, 0)
 
 
 def write_imatrix(path: Path, imatrix: Imatrix, older: bool = False) -> None:

@@ -157,6 +157,18 @@ def test_damaged_files_are_refused(older: bool, tmp_path: Path):
         path.write_bytes(data[:length])
         with pytest.raises(UserError, match="imatrix: "):
             read_imatrix(path)
+    g = np.random.default_rng(0)
+    for _ in range(300):  # bytes changed anywhere, most of them in what describes the numbers
+        changed = bytearray(data)
+        for place in g.integers(0, len(data) if g.random() < 0.3 else 400, g.integers(1, 4)):
+            changed[place] = g.integers(256)
+        path.write_bytes(changed)
+        try:
+            found = read_imatrix(path)
+            write_imatrix(tmp_path / "again", found)
+            assert found.note(path)
+        except UserError as error:
+            assert str(path) in str(error)
     path.write_bytes(data)
     shapes = {"model.layers.0.self_attn.q_proj.weight": (8, 96)}
     with pytest.raises(

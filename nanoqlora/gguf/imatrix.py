@@ -105,8 +105,8 @@ def _read_gguf(path: Path) -> Imatrix:
         if count.numel() != 1 or not (count >= 0).all() or count.isinf() or info.ggml_type != "F32":
             raise UserError(f"{path}: {name} has {short(count.tolist())} as counts; one is needed, and no experts.")
         sums[name], counts[name] = file.load(full).flatten(), round(count.item())
-    datasets, chunks, chunk_size = (file.metadata.get(key) for key in (DATASETS, CHUNKS, CHUNK_SIZE))
-    if not isinstance(datasets, list) or not all(isinstance(n, int) and n >= 0 for n in (chunks, chunk_size)):
+    datasets, chunks, chunk_size = (file.metadata.get(key, -1) for key in (DATASETS, CHUNKS, CHUNK_SIZE))
+    if not isinstance(datasets, list) or not all(isinstance(n, int) and 0 <= n < 2**32 for n in (chunks, chunk_size)):
         raise UserError(f"{path}: lacks {DATASETS}, {CHUNKS} or {CHUNK_SIZE}, which llama.cpp needs. Measure it again.")
     return Imatrix(sums, counts, [str(name) for name in datasets], chunks, chunk_size)
 

@@ -138,6 +138,21 @@ def test_what_is_written_is_read(tmp_path: Path):
             torch.testing.assert_close(found.sums[name] / found.counts[name], sums / 96)
 
 
+def test_the_gguf_package_reads_it(tmp_path: Path):
+    gguf = pytest.importorskip("gguf")
+    write_random(tmp_path / "model.gguf", **MODELS["odd"])
+    imatrix = random_imatrix(tmp_path / "model.gguf")
+    write_imatrix(tmp_path / "file", imatrix)
+    reader = gguf.GGUFReader(tmp_path / "file")
+    assert reader.fields["general.type"].contents() == "imatrix"
+    assert reader.fields["imatrix.datasets"].contents() == ["some text"]
+    assert [reader.fields[f"imatrix.chunk_{what}"].contents() for what in ("count", "size")] == [3, CHUNK]
+    found = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert len(found) == 2 * len(imatrix.sums)
+    for name, sums in imatrix.sums.items():
+        assert np.array_equal(found[f"{name}.in_sum2"].flatten(), sums.numpy()) and found[f"{name}.counts"].item() == 96
+
+
 def broken(imatrix: Imatrix, **changes: object) -> Imatrix:
     name = min(imatrix.sums)
     return imatrix._replace(**{key: getattr(imatrix, key) | {name: value} for key, value in changes.items()})

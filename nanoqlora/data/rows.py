@@ -32,6 +32,7 @@ Placed = tuple[str, Row | UserError]  # its place, for messages; and the row, or
 
 CHUNK_BYTES = 1 << 20
 ARROW_ROWS = 512  # of a chunk
+# What pyarrow raises for a damaged column, or a value that Python cannot have; the row with it is then refused by name.
 UNREADABLE = (ValueError, TypeError, LookupError, OverflowError, NotImplementedError, SystemError)
 LONGEST_CSV_FIELD = 1 << 26  # bytes; an open quote would make the rest of the file one field
 

@@ -170,7 +170,7 @@ class Projections:
         return buffer, scale
 
     def row_scales(self, side: int) -> Tensor | None:
-        """DoRA's c of all rows, (n_out + side,) float32, ones where there is none; None without DoRA."""
+        """DoRA's c of all rows, (n_out + side,) float32, ones for layers without it; None without DoRA."""
         if not self.has_dora:
             return None
         ones = self.layers[0].nested_absmax.new_ones

@@ -75,6 +75,16 @@ def test_what_recorded_graphs_hold_is_added(monkeypatch):
     assert stats.memory_figures(device)[name] == 7
 
 
+def test_what_recorded_graphs_hold_is_not_free(monkeypatch):
+    """Answers may take what lies between what is in use, graphs included, and the peak of the steps: 8 - 3 - 2 GiB."""
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda _: {"active_bytes.all.current": 3 * stats.GIB})
+    monkeypatch.setattr(stats, "_graphs", {"held": 2 * stats.GIB, "peak": 0})
+    monkeypatch.setattr(stats, "_most", {"active": 0})
+    assert stats.free_below_peak(torch.device("cuda")) is None, "before any step"
+    stats._most["active"] = 8 * stats.GIB
+    assert stats.free_below_peak(torch.device("cuda")) == 3 * stats.GIB
+
+
 def test_decode_measures_merged_weights_and_those_that_are_held(tmp_path, capsys):
     save_random_llama(tmp_path / "model")
     options = BenchOptions(model=str(tmp_path / "model"), lora_r=4, sequence_len=16, micro_batch_size=1)

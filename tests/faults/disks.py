@@ -7,7 +7,6 @@ root) of any size, in bytes and in inodes. two: the same command twice at random
 or 2, what was there before is there still, nothing is left over, and with space the command ends as it should.
 """
 
-import argparse
 import random
 import shutil
 import subprocess
@@ -21,7 +20,7 @@ from worlds import VARIANTS, Book, World, difference, facts, judge, wait
 
 # isort: split
 from faults import Fault
-from kills import count_operations, visible
+from kills import count_operations, run_parts, visible
 
 import export_gguf
 import merge
@@ -218,21 +217,5 @@ def two(world: World, rng: random.Random, end: float) -> Book:
 PARTS = {"operations": operations, "small": small, "two": two}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
-    parser.add_argument("--minutes", type=float, default=2, help="of each part")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", help="where the small runs go; default: a new one")
-    asked = parser.parse_args()
-    books = []
-    for part in asked.parts or PARTS:
-        world = World(f"{asked.folder}/{part}" if asked.folder else None)
-        books.append(PARTS[part](world, random.Random(f"{part} {asked.seed}"), time.time() + 60 * asked.minutes))
-        print(books[-1], flush=True)
-        shutil.rmtree(world.folder)
-    raise SystemExit(any(book.faults for book in books))
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(PARTS, __doc__)

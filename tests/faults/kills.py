@@ -336,22 +336,23 @@ PARTS: dict[str, Callable[[World, random.Random, float], Book]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
+def run_parts(parts: dict[str, Callable[..., Book]], description: str | None) -> None:
+    """The command line of a program of this folder; exit 1 if anything failed."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=", ".join(parts))
     parser.add_argument("--minutes", type=float, default=2, help="of each part")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="where the small runs go; default: a new one")
     asked = parser.parse_args()
     books = []
-    for part in asked.parts or PARTS:
+    for part in asked.parts or parts:
         world = World(f"{asked.folder}/{part}" if asked.folder else None)
         rng = random.Random(f"{part} {asked.seed}")
-        books.append(PARTS[part](world, rng, time.time() + 60 * asked.minutes))
+        books.append(parts[part](world, rng, time.time() + 60 * asked.minutes))
         print(books[-1], flush=True)
         shutil.rmtree(world.folder)
     raise SystemExit(any(book.faults for book in books))
 
 
 if __name__ == "__main__":
-    main()
+    run_parts(PARTS, __doc__)

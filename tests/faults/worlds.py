@@ -161,7 +161,7 @@ def facts(folder: Path) -> dict[str, Any]:
 
 
 def difference(right: dict[str, Any], found: dict[str, Any]) -> str:
-    """In words; empty if there is none."""
+    """In words; empty if they are the same."""
     for name in sorted(right.keys() | found.keys()):
         a, b = right.get(name), found.get(name)
         if a == b:

@@ -13,7 +13,7 @@ from mutate import dump, mutate_bytes, mutate_json
 from read_models import changed_zip, safetensors_of
 from right import base, bytes_of, json_of, linked, put, right_run, work
 from safetensors.torch import load, save
-from use import use_prompts
+from use import try_each, use_prompts
 
 from nanoqlora.config.errors import UserError
 
@@ -83,17 +83,10 @@ def use_adapter(folder: Any, rng: Random) -> None:
     continue_adapter(model, folder, 0.0, **wanted, peft_use_dora=False)
     with suppress(UserError):  # its base is a path, which is not proven
         base_of(folder)
-    wrong = None
-    for step in (
+    try_each(
         lambda: check_base(folder, base() / "hf", open_weights(base() / "hf"), other_base=False),
         lambda: adapter_tensors(updates, model_config(json_of("hf/config.json"), folder), "F32", folder),
-    ):
-        try:
-            step()
-        except UserError as error:
-            wrong = error
-    if wrong:
-        raise wrong
+    )
 
 
 def other_tensors(w: torch.Tensor) -> list[Callable[[], torch.Tensor]]:

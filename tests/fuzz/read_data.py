@@ -260,7 +260,7 @@ def make_prepared(rng: Random) -> bytes:
 
 
 def read_prepared(data: bytes, rng: Random) -> None:
-    """Damaged prepared data is refused or made again, and gives batches."""
+    """Damaged prepared data is refused or prepared anew, and gives batches."""
     from nanoqlora.data.batches import collate
     from nanoqlora.run.inputs import prepare_data
 

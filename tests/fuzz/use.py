@@ -1,5 +1,6 @@
 """What a command does with a model, a tokenizer or a prompt format that it has read."""
 
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -48,10 +49,22 @@ def export_prompts(prompts: PromptFormat, tok: object = None) -> None:
     go_template(prompts, tok)
 
 
+def try_each(*steps: Callable[[], object]) -> None:
+    """Take every step, though an earlier one may be refused; raises the last refusal."""
+    wrong = None
+    for step in steps:
+        try:
+            step()
+        except UserError as error:
+            wrong = error
+    if wrong:
+        raise wrong
+
+
 def use_prompts(prompts: PromptFormat) -> None:
     """As answers, training and export do, each even where another one refuses it."""
-    tok, wrong = tokenizer(), None
-    for step in (
+    tok = tokenizer()
+    try_each(
         lambda: prompts.end_id(tok),
         lambda: prompts.encode_prompt(tok, CHAT[:1]),
         lambda: prompts.encode_row(tok, ROW),
@@ -59,10 +72,4 @@ def use_prompts(prompts: PromptFormat) -> None:
         lambda: prompts.last_question(ROW),
         lambda: export_prompts(prompts),
         lambda: prompts.to_json(),
-    ):
-        try:
-            step()
-        except UserError as error:
-            wrong = error
-    if wrong:
-        raise wrong
+    )

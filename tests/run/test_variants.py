@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import peft
@@ -22,7 +23,9 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 import merge
 import nanoqlora as nq
 import train
+from nanoqlora.config.errors import UserError
 from nanoqlora.ops import Segments
+from nanoqlora.parallel.devices import check_fp8
 from nanoqlora.qlora import ALL_LINEAR, flatten_trainable, lora_layers, set_dropout_rows
 from nanoqlora.run.neftune import add_noise, set_noise_rows
 from nanoqlora.run.optim import loraplus_groups, make_optimizer, set_learning_rate
@@ -269,6 +272,15 @@ def test_fp8_is_refused_where_no_device_has_it(world, tmp_path, strength):
     ended = run_here(train.main, file)
     assert_refused(ended, "fp8", "CPU", "leave out fp8")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("capability", "has_it"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])
+def test_gpus_with_fp8(monkeypatch, capability, has_it):
+    """Ampere has none; Ada and Hopper do."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    with nullcontext() if has_it else pytest.raises(UserError, match="NVIDIA A100 has no matmuls in fp8"):
+        check_fp8(torch.device("cuda"))
 
 
 LAYOUTS = {

@@ -40,8 +40,9 @@ demo: setup ## train a real 135M model to talk like a pirate, merge it, export i
 	@echo; grep -h '^\*\*Held-out' $(RUN)/report.md | tr -d '*' | sed 's/Held-out loss.*//'
 	@echo "Results: $(RUN)/report.md  $(RUN)/Fine-Tuning.png  $(RUN)/merged/  $(RUN)/model-q8_0.gguf  $(RUN)/Modelfile"
 
-tour: setup ## QLoRA in one file, without the package: 20 steps on the demo's data, then an answer
+tour: setup ## QLoRA in one file: 20 steps on the demo's data, then an answer; then the numbers of docs/tour, computed again
 	PYTHONPATH=. $(PY) tour/one_file.py
+	$(PY) -m tour.recompute
 
 test: setup witnesses ## all tests, on a CPU, with a process for each core
 	$(PY) -m pytest -q $(PARALLEL)

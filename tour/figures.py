@@ -1,0 +1,245 @@
+"""The pictures of the chapters, drawn from the project's own functions and from real runs.
+
+    python -m tour.figures             all of them, into docs/tour
+    python -m tour.figures 4 5         only those of some chapters
+
+The same picture has the same bytes: nothing depends on the time or on a random state. What takes longer than a few
+seconds was measured by `tour/measure.py` and is read from `tour/measured.json`.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from nanoqlora.model import rope_frequencies
+from nanoqlora.ops import Segments, nf4
+from tour import one_file
+from tour.recompute import MODEL, ROOT, gradient_error, llama3_8b, packed_rows, samples, weights
+
+INK, MUTED, GRID = "#24292f", "#6e7781", "#e7eaee"
+BLUE, ORANGE, GREEN, PURPLE, LIGHT = "#2563a6", "#d9702e", "#3a8a5f", "#7a5aa6", "#cfe0f2"
+PICTURES: dict[str, Callable[[], Figure]] = {}
+STYLE = {"font.size": 9, "font.family": "sans-serif", "svg.fonttype": "none", "svg.hashsalt": "tour"}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": MUTED, "axes.labelcolor": INK}
+STYLE |= {
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "text.color": INK,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+}
+
+
+def picture(function: Callable[[], Figure]) -> Callable[[], Figure]:
+    """Registers the picture of a chapter: `picture_04_bits` draws docs/tour/04-bits.svg."""
+    PICTURES[function.__name__.removeprefix("picture_").replace("_", "-")] = function
+    return function
+
+
+def canvas(width: float, height: float, title: str = "") -> tuple[Figure, Axes]:
+    """Axes without frame or ticks, whose units are tenths of an inch, for drawings."""
+    figure, ax = plt.subplots(figsize=(width, height), layout="constrained")
+    ax.set(xlim=(0, 10 * width), ylim=(0, 10 * height), aspect="equal", title=title)
+    ax.axis("off")
+    return figure, ax
+
+
+# 1. Text to ids to mask ----------------------------------------------------------------------------------------------
+
+
+@picture
+def picture_01_text_ids_mask() -> Figure:
+    """A chat of the demo's data as boxes: a token in each, its id below, supervised ones in green."""
+    line = next(line for line in (ROOT / "data" / "pirate.jsonl").read_text("utf-8").splitlines() if "17 times" in line)
+    _, _, tokenizer = one_file.open_model(str(MODEL))
+    ids, supervised = tokenizer.sample(json.loads(line)["messages"])
+    pieces = [tokenizer.decode([i]).replace("\n", "\\n") for i in ids.tolist()]
+    figure, ax = canvas(8.4, 1.85)
+    x, y = 0.0, 15.5
+    for piece, token, is_supervised in zip(pieces, ids.tolist(), supervised.tolist(), strict=True):
+        width = 0.74 * max(len(piece), len(str(token)) * 0.85) + 0.9
+        if x + width > 84:
+            x, y = 0.0, y - 4.5
+        color = "#d8ecdf" if is_supervised else "#eef0f2"
+        ax.add_patch(Rectangle((x, y - 2), width - 0.25, 4, color=color))
+        ax.text(x + width / 2, y + 0.75, piece, ha="center", va="center", fontsize=7, family="monospace")
+        ax.text(x + width / 2, y - 1.1, str(token), ha="center", va="center", fontsize=6, color=MUTED)
+        x += width
+    return figure
+
+
+# 2. The model in one picture -----------------------------------------------------------------------------------------
+
+
+def box(ax: Axes, x: float, y: float, width: float, text: str, color: str = LIGHT, height: float = 3.2) -> None:
+    ax.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="none"))
+    ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=7.5)
+
+
+def arrow(ax: Axes, x1: float, y1: float, x2: float, y2: float, text: str = "", side: str = "left") -> None:
+    ax.annotate("", (x2, y2), (x1, y1), arrowprops={"arrowstyle": "-|>", "color": MUTED, "linewidth": 0.9})
+    shift = 0.5 if side == "left" else -0.5
+    place = (x1 + x2) / 2 + shift, (y1 + y2) / 2
+    ax.text(*place, text, ha=side, va="center", fontsize=7, color=BLUE, family="monospace")
+
+
+@picture
+def picture_02_model() -> Figure:
+    """Llama-3-8B: on the left the model, on the right one of its blocks. Shapes are those of the real modules."""
+    model = llama3_8b()
+    config = model.config
+    D, FF, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    H, KV, hd = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    figure, ax = canvas(8.7, 6.3)
+    for y, text, color in (
+        (54, f"embed_tokens  {V:,} x {D:,}", LIGHT),
+        (36, f"block, {config.num_hidden_layers} times\nx = x + attention(norm(x))\nx = x + mlp(norm(x))", "#f6e3d6"),
+        (24, f"norm  {D:,}", LIGHT),
+        (13, f"lm_head  {V:,} x {D:,}", LIGHT),
+    ):
+        box(ax, 2, y, 26, text, color, height=9 if "block" in text else 3.2)
+    for y1, y2, text in (
+        (61.5, 57.4, "tokens (B, T)"),
+        (53.8, 45.2, f"x (B, T, {D})"),
+        (35.8, 27.4, f"x (B, T, {D})"),
+        (23.8, 16.4, f"(B, T, {D})"),
+        (12.8, 7, f"logits (B, T, {V})"),
+    ):
+        arrow(ax, 15, y1, 15, y2, text)
+    left, mid, right = 36, 53, 70
+    ax.add_patch(Rectangle((33.5, 1), 53, 60.5, facecolor="none", edgecolor="#d9702e", linewidth=0.8, linestyle=":"))
+    ax.text(34.3, 59.6, "one block", fontsize=8, color=ORANGE, va="center")
+    box(ax, 47, 54.5, 26, f"input_layernorm  {D:,}")
+    arrow(ax, 60, 61, 60, 57.9, f"x (B, T, {D})")
+    heads = {"q": (left, H), "k": (mid, KV), "v": (right, KV)}
+    for name, (x, n) in heads.items():
+        box(ax, x, 46.5, 12.5, f"{name}_proj\n{n * hd:,} x {D:,}", height=4.2)
+        arrow(ax, 60, 54.3, x + 6, 51, f"(B, T, {D})" if name == "v" else "")
+        arrow(ax, x + 6, 46.3, x + 6, 41.6, f"(B, T, {n}, {hd})")
+    for x in (left, mid):
+        box(ax, x, 38.2, 12.5, "RoPE")
+        arrow(ax, x + 6, 38, 60 if x == mid else 52, 34.9)
+    arrow(ax, right + 6, 41.4, 66, 34.9)
+    box(ax, 44, 31.4, 32, "softmax(q k^T / sqrt(hd)) v, own document, no future")
+    arrow(ax, 60, 31.2, 60, 28.1, f"(B, T, {H} * {hd})")
+    box(ax, 47, 24.7, 26, f"o_proj  {D:,} x {H * hd:,};  added to x")
+    arrow(ax, 60, 24.5, 60, 21.9, f"x (B, T, {D})")
+    box(ax, 47, 18.5, 26, f"post_attention_layernorm  {D:,}")
+    for x, name in ((40, "gate_proj"), (62, "up_proj")):
+        box(ax, x, 12.3, 18, f"{name}  {FF:,} x {D:,}")
+        arrow(ax, 60, 18.3, x + 9, 15.7, f"(B, T, {D})" if name == "up_proj" else "")
+        arrow(ax, x + 9, 12.1, 60, 8.1, f"(B, T, {FF})" if name == "up_proj" else "")
+    box(ax, 41, 4.7, 38, f"down_proj(silu(gate) * up)  {D:,} x {FF:,};  added to x")
+    arrow(ax, 60, 4.5, 60, 1.1, f"x (B, T, {D})")
+    return figure
+
+
+# 3. RoPE and documents in a row --------------------------------------------------------------------------------------
+
+
+@picture
+def picture_03_rope_documents() -> Figure:
+    """A real packed row: who sees whom; and the angles of some pairs of dimensions over the positions."""
+    row = next(row for row in packed_rows() if len(row) == 4)
+    lengths = samples().lengths[row].tolist()
+    segments = Segments(((*lengths, 512 - sum(lengths)),)) if sum(lengths) < 512 else Segments((tuple(lengths),))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.1), layout="constrained", width_ratios=(2, 3))
+    left.imshow(segments.mask[0, 0][::4, ::4].numpy(), cmap="Blues", vmax=1.5, extent=(0, 512, 512, 0))
+    left.set(title="which tokens a token sees", xlabel="seen token", ylabel="token", xticks=range(0, 513, 128))
+    left.set_yticks(range(0, 513, 128))
+    cos = (segments.positions[..., None] * rope_frequencies(llama3_8b().config)).cos()
+    for pair, color in ((0, ORANGE), (8, GREEN), (16, BLUE), (24, PURPLE)):
+        right.plot(cos[0, :, pair].numpy(), color=color, linewidth=0.9, label=f"pair {pair}")
+    for end in torch.tensor(lengths).cumsum(0).tolist():
+        right.axvline(end, color=MUTED, linewidth=0.8, linestyle=":")
+    right.set(
+        title="cosine of the RoPE angle: it starts again with each document",
+        xlabel="token",
+        xlim=(0, 300),
+        ylim=(-1.05, 1.3),
+    )
+    right.legend(frameon=False, fontsize=7.5, ncols=4, loc="upper right")
+    return figure
+
+
+# 4. Four bits --------------------------------------------------------------------------------------------------------
+
+
+@picture
+def picture_04_four_bits() -> Figure:
+    """The weights of a real matrix between the levels, and how often each level is used."""
+    w = weights().load("blk.10.ffn_up.weight")
+    groups = w.view(-1, nf4.BLOCKSIZE)
+    scaled = groups / groups.abs().amax(1, keepdim=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 2.9), layout="constrained", width_ratios=(3, 2))
+    left.hist(scaled.flatten().numpy(), bins=120, range=(-1, 1), density=True, color=LIGHT)
+    for level in nf4.NF4_LEVELS.tolist():
+        left.axvline(level, color=BLUE, linewidth=1)
+    left.set(
+        title="weights / absmax of a matrix, and the 16 levels", yticks=[], xlabel="w / absmax", xlim=(-1.02, 1.02)
+    )
+    packed, _ = nf4.quantize_nf4(w)
+    codes = torch.cat((packed >> 4, packed & 15)).flatten()
+    even = (scaled * 7).round().flatten().int() + 7  # 15 levels
+    for offset, name, found, color in ((-0.2, "NF4", codes, BLUE), (0.2, "evenly spaced", even, ORANGE)):
+        share = torch.bincount(found.int(), minlength=16) / found.numel() * 100
+        right.bar([i + offset for i in range(16)], share.tolist(), 0.4, color=color, label=name)
+    right.axhline(100 / 16, color=MUTED, linewidth=0.8, linestyle=":")
+    right.set(title="percent of the weights on each level", xlabel="code", xticks=range(0, 16, 5))
+    right.legend(frameon=False, fontsize=8)
+    return figure
+
+
+# 5. LoRA -------------------------------------------------------------------------------------------------------------
+
+
+@picture
+def picture_05_lora() -> Figure:
+    """W and its update to scale, and the gradient check."""
+    layer = llama3_8b().model.layers[0].mlp.up_proj
+    (n_out, n_in), r = (layer.out_features, layer.in_features), layer.lora_A.shape[0]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.1), layout="constrained")
+    for x, y, width, height, color in (
+        (0, 0, n_in, n_out, LIGHT),
+        (n_in + 2500, 0, r, n_out, ORANGE),
+        (n_in + 3400, n_out - r, n_in, r, GREEN),
+    ):
+        left.add_patch(Rectangle((x, y), width, height, color=color))
+    left.text(n_in / 2, n_out / 2, f"W\n{n_out} x {n_in}\nfrozen,\n4 bits", ha="center", va="center", fontsize=7)
+    left.text(n_in + 1250, n_out / 2, "+ s", ha="center", va="center", fontsize=11)
+    left.text(n_in + 3000, n_out / 2, f"B\n{n_out} x {r}", va="center", fontsize=8, color=ORANGE)
+    left.text(n_in + 3400, n_out - 1200, f"A\n{r} x {n_in}", va="center", fontsize=8, color=GREEN)
+    left.set(xlim=(0, 12000), ylim=(-100, n_out + 100), aspect="equal", title="up_proj of Llama-3-8B, to scale, r = 64")
+    left.axis("off")
+    steps = [10.0**-i for i in range(1, 12)]
+    right.loglog(steps, [gradient_error(step) for step in steps], color=BLUE, marker="o", markersize=3)
+    right.set(title="formulas against differences, float64", xlabel="step of the difference", ylabel="relative error")
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    asked = {number.zfill(2) for number in sys.argv[1:]}
+    with plt.rc_context(STYLE):
+        for name, draw in PICTURES.items():
+            if not asked or name[:2] in asked:
+                path = ROOT / "docs" / "tour" / f"{name}.svg"
+                figure = draw()
+                figure.savefig(path, metadata={"Date": None}, facecolor="white")
+                plt.close(figure)
+                print(f"{path.relative_to(ROOT)}: {path.stat().st_size:,} bytes", flush=True)
+
+
+if __name__ == "__main__":
+    main()

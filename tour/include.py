@@ -41,12 +41,12 @@ def source_of(file: str, name: str, first: str | None = None, last: str | None =
     text = (ROOT / file).read_text("utf-8")
     node = find(ast.parse(text), name)
     start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-    left_out: set[int] = set()
+    left_out, lines = set[int](), text.splitlines()
     for inner in ast.walk(node):
         if isinstance(inner, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(inner) is not None:
             docstring = inner.body[0]
-            left_out |= {*range(docstring.lineno, (docstring.end_lineno or 0) + 1)}
-    lines = text.splitlines()
+            end = docstring.end_lineno or 0
+            left_out |= {*range(docstring.lineno, end + 1 + (not lines[end].strip()))}  # with the blank line after it
     kept = [lines[i - 1] for i in range(start, (node.end_lineno or 0) + 1) if i not in left_out]
     if first and last:
         begin = next(i for i, line in enumerate(kept) if first in line)

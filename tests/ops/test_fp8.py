@@ -80,12 +80,17 @@ def test_kernels_give_the_reference_s_bits():
 @pytest.mark.skipif(not CUDA, reason="the kernel is PyTorch's own")
 @pytest.mark.parametrize("n_out", [256, 6144])
 def test_the_gpu_s_matmul_is_the_reference_s(n_out):
-    """Sums of 13 bits at least within 128 products, in float32 over them; then one rounding to bfloat16."""
+    """Against float64. 32 products are added at a time, to a sum that keeps 13 bits; the result is rounded to bfloat16.
+
+    On an H200 the largest error was 1.7 / 2^13 of the sum of absolute values, with 512 products.
+    """
     x, w = fp8.quantize_fp8(randn(300, 512)), fp8.quantize_fp8(randn(n_out, 512, seed=1))
     operands = x[0], w[0], x[1], w[1].flatten()
-    ours, expected = (m.matmul_fp8(*operands, torch.bfloat16).double() for m in (fp8_triton, fp8))
-    size = (x[0].double().abs() * x[1]) @ (w[0].double().abs() * w[1]).t()
-    assert ((ours - expected).abs() <= 2.0**-13 * size + 2.0**-8 * expected.abs()).all()
+    ours = fp8_triton.matmul_fp8(*operands, torch.bfloat16).double()
+    x, w = x[0].double() * x[1], w[0].double() * w[1]
+    expected, size = x @ w.t(), x.abs() @ w.abs().t()
+    summed = 512 / 32 * 2.0**-13 * size
+    assert ((ours - expected).abs() <= summed + 2.0**-8 * (expected.abs() + summed)).all()
 
 
 def test_a_result_is_3_75_percent_off():
@@ -96,4 +101,4 @@ def test_a_result_is_3_75_percent_off():
     x = randn(256, 1024, seed=9)
     x8, x_scale = fp8.quantize_fp8(x)
     y, true = fp8.matmul_fp8(x8, w8, x_scale, scale.repeat(256), torch.float32).double(), x.double() @ w.t()
-    assert (y - true).norm() / true.norm() == pytest.approx(0.0375, abs=0.002)
+    assert ((y - true).norm() / true.norm()).item() == pytest.approx(0.0375, abs=0.002)

@@ -13,6 +13,7 @@ from .. import fp8, nf4
 from .nf4 import look_up, nf4_levels
 
 TILE = 128, 64, 4  # outputs, inputs, warps of a program of `dequantize_fp8`
+CHUNK, WARPS = 4096, 8  # columns that a program of `quantize_fp8` reads at a time, and its warps; twice for wide rows
 
 
 @triton.jit
@@ -28,31 +29,53 @@ def quantize_fp8(
     """As `fp8.quantize_fp8`."""
     (N, K), R = x.shape, 0 if beside is None else beside.shape[1]
     width = max(width, K + R)
+    wide = 1 + (K > 2 * CHUNK)  # fewer rows at a time, which the cache can hold until they are read again
     out, scale = x.new_empty(N, width, dtype=fp8.E4M3), x.new_empty(N, 1, dtype=torch.float32)
-    size = triton.next_power_of_2(width)
     quantize_kernel[(N,)](
         *(x, beside, factor, out, scale),
-        *(x.stride(0), 0 if beside is None else beside.stride(0), K, K + R, width),
-        SIZE=size,
-        num_warps=min(16, max(4, size // 2048)),
+        *(x.stride(0), 0 if beside is None else beside.stride(0), R, width),
+        K=K,
+        CHUNK=wide * CHUNK,
+        SIDE=triton.next_power_of_2(max(width - K, 1)),
+        num_warps=wide * WARPS,
     )
     return out, scale
 
 
 @triton.jit
 def quantize_kernel(
-    x_ptr, beside_ptr, factor_ptr, out_ptr, scale_ptr, x_stride, beside_stride, K, used, width, SIZE: tl.constexpr
-):
-    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
-    x = tl.load(x_ptr + row * x_stride + column, mask=column < K, other=0.0).to(tl.float32)
+    x_ptr, beside_ptr, factor_ptr, out_ptr, scale_ptr, x_stride, beside_stride, R, width,
+    K: tl.constexpr, CHUNK: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """A row is read twice, for its largest value and to be rounded; the second time it comes from the cache."""
+    row, column, side = tl.program_id(0).to(tl.int64), tl.arange(0, CHUNK), tl.arange(0, SIDE)
+    x_ptr, out_ptr = x_ptr + row * x_stride, out_ptr + row * width
+    largest = tl.full((CHUNK,), 0.0, tl.float32)
+    for first in range(0, K, CHUNK):
+        largest = tl.maximum(largest, tl.abs(scaled(x_ptr, factor_ptr, first + column, K)))
+    amax = tl.max(largest)
     if beside_ptr is not None:
-        inside = (column >= K) & (column < used)
-        x += tl.load(beside_ptr + row * beside_stride + column - K, mask=inside, other=0.0).to(tl.float32)
-    if factor_ptr is not None:
-        x *= tl.load(factor_ptr + column, mask=column < used, other=0.0).to(tl.float32)
-    scale = power_of_two(tl.max(tl.abs(x)))
+        beside = tl.load(beside_ptr + row * beside_stride + side, mask=side < R, other=0.0).to(tl.float32)
+        if factor_ptr is not None:
+            beside *= tl.load(factor_ptr + K + side, mask=side < R, other=0.0).to(tl.float32)
+        amax = tl.maximum(amax, tl.max(tl.abs(beside)))
+    scale = power_of_two(amax)
     tl.store(scale_ptr + row, scale)
-    tl.store(out_ptr + row * width + column, (x / scale).to(tl.float8e4nv), mask=column < width)
+    inverse = 1 / scale  # a power of two as well
+    for first in range(0, K, CHUNK):
+        x = scaled(x_ptr, factor_ptr, first + column, K)
+        tl.store(out_ptr + first + column, (x * inverse).to(tl.float8e4nv), mask=first + column < K)
+    if beside_ptr is None:
+        beside = tl.full((SIDE,), 0.0, tl.float32)
+    tl.store(out_ptr + K + side, (beside * inverse).to(tl.float8e4nv), mask=K + side < width)
+
+
+@triton.jit
+def scaled(x_ptr, factor_ptr, column, K: tl.constexpr):
+    x = tl.load(x_ptr + column, mask=column < K, other=0.0).to(tl.float32)
+    if factor_ptr is not None:
+        x *= tl.load(factor_ptr + column, mask=column < K, other=0.0).to(tl.float32)
+    return x
 
 
 def dequantize_fp8(
@@ -98,5 +121,5 @@ def dequantize_kernel(
 
 
 def matmul_fp8(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `fp8.matmul_fp8`. Its fast accumulation keeps 14 bits of a sum's mantissa within a run of 128 products."""
+    """As `fp8.matmul_fp8`. Its fast accumulation keeps 14 bits of a sum, which is 0.4 % off over 28,672 products."""
     return torch._scaled_mm(x, w.t(), scale_a=x_scale, scale_b=w_scale[None], out_dtype=dtype, use_fast_accum=True)

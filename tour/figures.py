@@ -23,7 +23,19 @@ from matplotlib.patches import Rectangle
 from nanoqlora.model import rope_frequencies
 from nanoqlora.ops import Segments, nf4
 from tour import one_file
-from tour.recompute import MODEL, ROOT, gradient_error, llama3_8b, packed_rows, samples, weights
+from tour.measure import measured
+from tour.recompute import (
+    MODEL,
+    ROOT,
+    SMALL,
+    events_of_micro_batch,
+    gradient_error,
+    llama3_8b,
+    memory_settings,
+    packed_rows,
+    samples,
+    weights,
+)
 
 INK, MUTED, GRID = "#24292f", "#6e7781", "#e7eaee"
 BLUE, ORANGE, GREEN, PURPLE, LIGHT = "#2563a6", "#d9702e", "#3a8a5f", "#7a5aa6", "#cfe0f2"
@@ -223,6 +235,157 @@ def picture_05_lora() -> Figure:
     steps = [10.0**-i for i in range(1, 12)]
     right.loglog(steps, [gradient_error(step) for step in steps], color=BLUE, marker="o", markersize=3)
     right.set(title="formulas against differences, float64", xlabel="step of the difference", ylabel="relative error")
+    return figure
+
+
+# 6. Where the memory goes --------------------------------------------------------------------------------------------
+
+
+@picture
+def picture_06_memory() -> Figure:
+    """Predicted parts as bars, measured peaks as points."""
+    settings = memory_settings()
+    figure, ax = plt.subplots(figsize=(8.4, 2.9), layout="constrained")
+    places = range(len(settings), 0, -1)
+    start = [0.0] * len(settings)
+    colors = (BLUE, LIGHT, ORANGE, GREEN, PURPLE)
+    for name, color in zip(next(iter(settings.values()))[0], colors, strict=True):
+        sizes = [parts[name] for parts, _ in settings.values()]
+        ax.barh(places, sizes, 0.62, start, color=color, label=name)
+        start = [a + b for a, b in zip(start, sizes, strict=True)]
+    ax.plot([peak for _, peak in settings.values()], places, "|", color=INK, markersize=15, label="measured, H100")
+    ax.set(yticks=places, yticklabels=settings, xlabel="GiB", title="Llama-3-8B, r 64 on all linear layers, AdamW")
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+# 7. One step ---------------------------------------------------------------------------------------------------------
+
+
+@picture
+def picture_07_one_step() -> Figure:
+    """Four real micro-batches of one chat each: the weight of a single token in the step under two rules."""
+    counts = samples().num_targets[:4].tolist()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 2.5), layout="constrained")
+    names = [f"micro-batch {i}" for i in range(1, 5)]
+    left.bar(names, counts, color=LIGHT)
+    for i, count in enumerate(counts):
+        left.text(i, count / 2, str(count), ha="center", va="center")
+    left.set(title="supervised tokens of the first four chats")
+    once = [100 / sum(counts)] * 4
+    means = [100 / (4 * count) for count in counts]
+    for shift, values, color, label in ((-0.2, once, BLUE, "divided once"), (0.2, means, ORANGE, "mean of four means")):
+        right.bar([i + shift for i in range(4)], values, 0.4, color=color, label=label)
+    right.set(title="weight of one token in the step, percent", xticks=range(4), xticklabels=names)
+    right.legend(frameon=False, fontsize=8)
+    for ax in (left, right):
+        ax.tick_params(axis="x", labelsize=7.5)
+    return figure
+
+
+# 8. Rounding ---------------------------------------------------------------------------------------------------------
+
+
+@picture
+def picture_08_rounding() -> Figure:
+    """Every tensor of every layer: the largest error found and the largest error allowed."""
+    found = measured("rounding")
+    figure, ax = plt.subplots(figsize=(8.4, 3.6), layout="constrained")
+    keys = list(found["float32"])
+    for dtype, color in (("float32", BLUE), ("bfloat16", ORANGE)):
+        for place, key in enumerate(reversed(keys)):
+            error, bound = found[dtype][key]
+            ax.plot([error, bound], [place, place], color=color, linewidth=0.8, alpha=0.5)
+            ax.plot(error, place, "o", color=color, markersize=4, label=f"{dtype}, found" if not place else None)
+            ax.plot(bound, place, "|", color=color, markersize=9, label=f"{dtype}, bound" if not place else None)
+    ax.set(xscale="log", yticks=range(len(keys)), yticklabels=reversed(keys))
+    ax.set(xlabel="largest error, as a share of the tensor's root mean square")
+    ax.legend(frameon=False, fontsize=8, loc="lower center", ncols=4, bbox_to_anchor=(0.5, 1))
+    return figure
+
+
+# 10. FSDP by hand ----------------------------------------------------------------------------------------------------
+
+
+@picture
+def picture_10_fsdp() -> Figure:
+    """Two slots and the network while a micro-batch of six blocks passes, as the store itself orders it."""
+    L = 6
+    figure, ax = canvas(8.4, 2.6)
+    x, unit = 9.0, 6.1
+    uses = 0
+    for kind, block, slot in events_of_micro_batch(L):
+        if kind == "use":
+            color = BLUE if uses < L else PURPLE
+            box(ax, x + unit * uses, 15 - 4.5 * slot, unit - 0.4, str(block), LIGHT if uses < L else "#e4ddf0")
+            ax.add_patch(Rectangle((x + unit * uses, 19.6), unit - 0.4, 1.1, color=color))
+            uses += 1
+        else:
+            box(ax, x + unit * uses, 4.5, unit - 0.4, f"{block} to slot {slot}", "#f6e3d6", 2.6)
+            arrow(ax, x + unit * (uses + 0.7), 7.2, x + unit * (uses + 1.1), 10.4 if slot else 14.9)
+    for y, text in ((16.6, "slot 0"), (12.1, "slot 1"), (5.8, "gather")):
+        ax.text(0, y, text, fontsize=8, color=MUTED, va="center")
+    for start, text, color in ((0, "forward", BLUE), (L, "backward", PURPLE)):
+        ax.text(x + unit * start, 22.3, text, fontsize=8, color=color)
+    ax.text(x, 1.2, "time", fontsize=8, color=MUTED)
+    arrow(ax, x + 4, 1.2, x + unit * 2 * L, 1.2)
+    return figure
+
+
+# 12. A GGUF byte by byte ---------------------------------------------------------------------------------------------
+
+REGIONS = (  # of small.gguf: bytes, meaning
+    (4, "magic"),
+    (4, "version 3"),
+    (8, "1 tensor"),
+    (8, "2 metadata entries"),
+    (8, "length of the key"),
+    (20, "key: general.architecture"),
+    (4, "type 8: text"),
+    (8, "length of the value"),
+    (5, "value: llama"),
+    (8, "length of the key"),
+    (17, "key: llama.block_count"),
+    (4, "type 4: u32"),
+    (4, "value: 1"),
+    (8, "length of the name"),
+    (1, "name: w"),
+    (4, "1 dimension"),
+    (8, "256 weights"),
+    (4, "type 12: Q4_K"),
+    (8, "offset in the data: 0"),
+    (25, "zeros up to a multiple of 32"),
+    (2, "d"),
+    (2, "dmin"),
+    (12, "8 scales and 8 minima of 6 bits"),
+    (128, "256 codes of 4 bits"),
+    (16, "zeros"),
+)
+
+
+@picture
+def picture_12_gguf() -> Figure:
+    """small.gguf as hexadecimal, 16 bytes a line, with what they mean; without most of the codes."""
+    raw, shown = SMALL.read_bytes(), 13
+    assert sum(size for size, _ in REGIONS) == len(raw)
+    figure, ax = canvas(8.6, 0.25 * shown + 0.1)
+    names: list[list[str]] = [[] for _ in range(len(raw) // 16)]
+    colors, start = ("#dbe8f5", "#f6e3d6", "#d8ecdf", "#e4ddf0"), 0
+    for i, (size, meaning) in enumerate(REGIONS):
+        names[start // 16].append(meaning)
+        for byte in range(start, start + size):
+            row, column = divmod(byte, 16)
+            x, y = 5.5 + 2.3 * column, 2.5 * (shown - row)
+            if row < shown and (byte == start or not column):
+                width = 2.3 * min(16 - column, start + size - byte)
+                ax.add_patch(Rectangle((x, y - 2.2), width, 2.2, facecolor=colors[i % 4]))
+            if row < shown:
+                ax.text(x + 1.15, y - 1.1, f"{raw[byte]:02x}", ha="center", va="center", fontsize=7, family="monospace")
+        start += size
+    for row in range(shown):
+        y = 2.5 * (shown - row) - 1.1
+        ax.text(4.5, y, str(16 * row), ha="right", va="center", fontsize=7, color=MUTED)
+        ax.text(43.5, y, ";  ".join(names[row]) or "...", va="center", fontsize=6.8)
     return figure
 
 

@@ -12,23 +12,35 @@ A function returns the number as text, rounded as the chapter has it. Nothing he
 
 import math
 import re
+import struct
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import bench
 import nanoqlora as nq
-from nanoqlora.data.batches import Samples
+from nanoqlora import ops
+from nanoqlora.data.batches import Sample, Samples, collate
 from nanoqlora.data.files import find_files
 from nanoqlora.data.packing import Rows, pack
 from nanoqlora.data.prepare import Encoding, read_samples
+from nanoqlora.fast import memory
+from nanoqlora.fast.block import Keep
+from nanoqlora.gguf.container import Metadata
+from nanoqlora.gguf.ggml_blocks import quantize
 from nanoqlora.gguf.reader import GGUFFile, read_gguf
-from nanoqlora.model import Block, Llama, rope_frequencies
+from nanoqlora.gguf.writer import NewTensor, write_gguf
+from nanoqlora.model import Block, Llama, ModelConfig, rope_frequencies
 from nanoqlora.ops import elementwise, lora, lora_parts, nf4
+from nanoqlora.ops import loss as cross_entropy
+from nanoqlora.parallel.fsdp import BlockStore, block_bytes
+from nanoqlora.qlora import lora_layers
 from nanoqlora.tokenizer.tokenizer import load_tokenizer
 from nanoqlora.weights.pretrained import empty_model
 
@@ -258,6 +270,283 @@ def gradient_error(step: float) -> float:
 def gradient_digits() -> str:
     """Decimal digits in which differences and formulas agree."""
     return str(math.floor(-math.log10(gradient_error(1e-4))))
+
+
+# 6. Where the memory goes --------------------------------------------------------------------------------------------
+
+
+def memory_parts(N: int, keeps: Sequence[Keep], host_embedding: bool = False) -> dict[str, float]:
+    """The planner's prediction for a step of Llama-3-8B with N tokens, in GiB, in parts."""
+    model = llama3_8b()
+    values = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    base = memory.base_bytes(model, "replicate", 1, host_embedding=host_embedding)
+    head = 2 * model.config.vocab_size * model.config.hidden_size  # bytes; the embedding has as many
+    tables = head * (1 if host_embedding else 2)
+    rank_sum = sum(layer.lora_A.shape[0] for layer in lora_layers(model).values()) // model.config.num_hidden_layers
+    kept = sum(memory.kept_bytes(model.config, N, rank_sum, keep) for keep in keeps)
+    parts = {"blocks, 4 bits": base - tables, "embedding, head": tables, "adapter, AdamW": 16 * values, "kept": kept}
+    parts["scratch"] = memory.step_bytes(model, N, keeps, 8, base) - sum(parts.values())
+    return {name: part / 2**30 for name, part in parts.items()}
+
+
+def memory_settings() -> dict[str, tuple[dict[str, float], float]]:
+    """Setting -> parts in GiB, and what docs/speed.md has measured on an H100."""
+    model, L = llama3_8b(), 32
+    everything: list[Keep] = ["all"] * L
+    limit = int(18.6 * 2**30 * (1 - memory.SPARE))
+    base = memory.base_bytes(model, "replicate", 1)
+    with mock.patch.object(memory, "held_bytes", lambda _: base):
+        auto = memory.choose_keeps(model, 8192, limit, host_bytes=2**38)
+    offload = memory.keeps_for(model, "offload", 8192)
+    return {
+        "8 x 2048, everything kept": (memory_parts(16384, everything), 55.6),
+        "4 x 2048, everything kept": (memory_parts(8192, everything), 31.8),
+        "4 x 2048, auto, 18.6 GiB allowed": (memory_parts(8192, auto), 17.0),
+        "1 x 2048, everything kept": (memory_parts(2048, everything), 14.2),
+        "4 x 2048, offload": (memory_parts(8192, offload, True), 8.4),
+        "1 x 2048, offload": (memory_parts(2048, offload, True), 7.5),
+    }
+
+
+def predicted(setting: str) -> str:
+    return f"{sum(memory_settings()[setting][0].values()):.1f}"
+
+
+@number
+def gib_of_4x2048() -> str:
+    return predicted("4 x 2048, everything kept")
+
+
+@number
+def gib_of_4x2048_auto() -> str:
+    return predicted("4 x 2048, auto, 18.6 GiB allowed")
+
+
+@number
+def gib_of_4x2048_offload() -> str:
+    return predicted("4 x 2048, offload")
+
+
+@number
+def gib_of_1x2048() -> str:
+    return predicted("1 x 2048, everything kept")
+
+
+@number
+def gib_of_1x2048_offload() -> str:
+    return predicted("1 x 2048, offload")
+
+
+@number
+def gib_kept_by_4x2048() -> str:
+    return f"{memory_settings()['4 x 2048, everything kept'][0]['kept']:.1f}"
+
+
+# 7. One step ---------------------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def small_model() -> Llama:
+    """A random model of two blocks in float64, with LoRA of random values."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = Llama(ModelConfig.from_hf(sizes | {"vocab_size": 64})).double()
+    for p in model.parameters():
+        p.data.normal_(0, 0.2)
+    nq.inject_lora(model, r=4, alpha=8)
+    for layer in lora_layers(model).values():
+        layer.lora_B.data.normal_(0, 0.2)
+    return model.double()
+
+
+def rows_of_a_step() -> list[Sample]:
+    """Four rows of 24 tokens with 20, 3, 9 and 1 supervised tokens."""
+    rows = torch.randint(64, (4, 24), generator=torch.Generator().manual_seed(0))
+    return [Sample(row, torch.arange(24) >= 24 - n) for row, n in zip(rows, (20, 3, 9, 1), strict=True)]
+
+
+def gradient_of_step(parts: Sequence[Sequence[int]], mean_of_means: bool = False) -> Tensor:
+    """The gradient of a step over these rows, cut into micro-batches; of one rank or, summed, of several."""
+    model, rows = small_model(), rows_of_a_step()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    num_targets = sum(row.num_targets for row in rows)
+    total = torch.zeros(sum(p.numel() for p in trained), dtype=torch.float64)
+    for part in parts:
+        batch = collate([[rows[i]] for i in part])
+        with mock.patch.object(ops, "_fast", False):  # the fast twins sum gradients in float32
+            hidden = model.model(batch.tokens, batch.segments).flatten(0, 1)
+        loss = cross_entropy.linear_cross_entropy(hidden[batch.supervised], model.lm_head.weight, batch.targets)
+        loss = loss / (len(batch.targets) * len(parts) if mean_of_means else num_targets)
+        total += torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
+    return total
+
+
+@number
+def equal_digits() -> str:
+    """In which the gradients of all ways to cut a step agree; more than 13 are not counted."""
+    once = gradient_of_step([range(4)])
+    ways = [[range(2), range(2, 4)], [[i] for i in range(4)], [[0, 2], [1, 3]]]
+    return str(min(13, math.floor(-math.log10(max(relative_error(gradient_of_step(way), once) for way in ways)))))
+
+
+@number
+def error_of_mean_of_means() -> str:
+    """In percent of the right gradient."""
+    wrong = gradient_of_step([[i] for i in range(4)], mean_of_means=True)
+    return f"{100 * relative_error(wrong, gradient_of_step([range(4)])):.0f}"
+
+
+# 8. Rounding ---------------------------------------------------------------------------------------------------------
+
+
+@number
+def sum_of_ones() -> str:
+    """4096 ones, added one after the other in bfloat16."""
+    total = torch.zeros((), dtype=torch.bfloat16)
+    for _ in range(4096):
+        total += 1
+    return f"{total.item():.0f}"
+
+
+@number
+def half_a_step() -> str:
+    """The largest relative error of one rounding to bfloat16, in percent."""
+    return f"{100 * 2**-8:.2f}"
+
+
+@number
+def chain_of_roundings() -> str:
+    """Relative error, in percent, of 32 additions to a residual stream that is rounded to bfloat16 after each."""
+    exact, rounded = torch.zeros(4096), torch.zeros(4096, dtype=torch.bfloat16)
+    for layer in range(32):
+        update = normal(4096, seed=layer)
+        exact, rounded = exact + update, rounded + update.bfloat16()
+    return f"{100 * relative_error(rounded.float(), exact):.1f}"
+
+
+# 10. FSDP by hand ----------------------------------------------------------------------------------------------------
+
+
+def events_of_micro_batch(num_blocks: int) -> list[tuple[str, int, int]]:
+    """What the store does for a forward and a backward pass, in order: "gather" or "use", block, its slot."""
+    store = BlockStore(0, 1, num_blocks, 256, 0, torch.device("cpu"))
+    events: list[tuple[str, int, int]] = []
+    begin = store._all_gather
+
+    def all_gather(i: int) -> None:
+        events.append(("gather", i, i % 2))
+        begin(i)
+
+    store._all_gather = all_gather  # type: ignore[method-assign]
+    for turn in range(2):  # the second micro-batch finds the slots as the first has left them
+        events.clear()
+        for i in [*range(num_blocks), *reversed(range(num_blocks))]:
+            store.unshard(i)
+            events.append(("use", i, i % 2))
+        assert turn or events
+    return events
+
+
+@number
+def gathers_of_8b() -> str:
+    return str(sum(kind == "gather" for kind, _, _ in events_of_micro_batch(32)))
+
+
+@number
+def megabytes_of_a_block() -> str:
+    return f"{block_bytes(llama3_8b().model.layers[0], 4) / 1e6:.0f}"
+
+
+@number
+def gathered_gigabytes() -> str:
+    return f"{int(gathers_of_8b()) * block_bytes(llama3_8b().model.layers[0], 4) / 1e9:.1f}"
+
+
+@number
+def summed_megabytes() -> str:
+    """The flat gradient of LoRA, float32."""
+    return f"{4 * int(trained_values_of_8b().replace(',', '')) / 1e6:.0f}"
+
+
+@number
+def sharded_gib() -> str:
+    return f"{memory.base_bytes(llama3_8b(), 'full_shard', 4) / 2**30:.1f}"
+
+
+@number
+def replicated_gib() -> str:
+    return f"{memory.base_bytes(llama3_8b(), 'replicate', 4) / 2**30:.1f}"
+
+
+# 12. A GGUF byte by byte ---------------------------------------------------------------------------------------------
+
+SMALL = ROOT / "docs" / "tour" / "small.gguf"
+
+
+def write_small_gguf(path: Path) -> None:
+    """256 weights of the demo's model in Q4_K, with two metadata entries, by the project's own writer."""
+    w = weights().load("blk.0.ffn_down.weight")[0, :256]
+    metadata: Metadata = {"general.architecture": ("string", "llama"), "llama.block_count": ("u32", 1)}
+    write_gguf(path, metadata, [NewTensor("w", (256,), "Q4_K", lambda: quantize(w[None], "Q4_K")[0])])
+
+
+@number
+def bytes_of_small_gguf() -> str:
+    """The file in docs/tour is what the project writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_small_gguf(Path(folder) / "small.gguf")
+        assert (Path(folder) / "small.gguf").read_bytes() == SMALL.read_bytes()
+    return str(len(SMALL.read_bytes()))
+
+
+def q4_k_block() -> bytes:
+    info = read_gguf(SMALL).tensors["w"]
+    return SMALL.read_bytes()[info.offset : info.offset + info.num_bytes]
+
+
+@number
+def scale_d() -> str:
+    """The first two bytes, a number in half precision."""
+    return f"{struct.unpack('<e', q4_k_block()[:2])[0]:.7f}"
+
+
+@number
+def scale_dmin() -> str:
+    return f"{struct.unpack('<e', q4_k_block()[2:4])[0]:.7f}"
+
+
+@number
+def scale_of_group_0() -> str:
+    return str(q4_k_block()[4] & 63)
+
+
+@number
+def minimum_of_group_0() -> str:
+    return str(q4_k_block()[8] & 63)
+
+
+@number
+def code_0() -> str:
+    return str(q4_k_block()[16] & 15)
+
+
+@number
+def weight_0() -> str:
+    """d * scale * code - dmin * minimum, as by hand; and the project reads the same."""
+    d, dmin = struct.unpack("<ee", q4_k_block()[:4])
+    by_hand = d * int(scale_of_group_0()) * int(code_0()) - dmin * int(minimum_of_group_0())
+    assert abs(by_hand - read_gguf(SMALL).load("w")[0].item()) < 1e-7
+    return f"{by_hand:.6f}"
+
+
+@number
+def original_weight_0() -> str:
+    return f"{weights().load('blk.0.ffn_down.weight')[0, 0].item():.6f}"
+
+
+@number
+def bits_of_q4_k() -> str:
+    return f"{8 * len(q4_k_block()) / 256:.1f}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

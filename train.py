@@ -160,7 +160,7 @@ def train(config: Config, options: TrainOptions, rank: int, ranks: int, device: 
 
     run = build_run(
         config,
-        partial(open_model, config.base_model, load_in_4bit=config.load_in_4bit),
+        partial(open_model, config.base_model, **config.base_form),
         samples=data.samples,
         held_out=data.held_out,
         plan=data.plan,

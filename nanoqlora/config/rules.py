@@ -103,6 +103,9 @@ DERIVED: dict[str, Callable[[Config], Any]] = {
 CONDITIONS: dict[str, dict[str, Callable[[Config], Any]]] = {
     "checks": {
         "qlora_in_16_bits": lambda c: c.adapter == "qlora" and not c.load_in_4bit,
+        "blocks_in_16_bits": lambda c: c.keep_gguf_blocks and not c.load_in_4bit,
+        "no_blocks": lambda c: c.keep_gguf_blocks and not c.base_model.endswith(".gguf"),
+        "fp8_of_blocks": lambda c: c.keep_gguf_blocks and c.fp8,
         "fp8_of_16_bits": lambda c: c.fp8 and not c.load_in_4bit,
         "fp8_in_float32": lambda c: c.fp8 and c.bf16 is False,
         "fp8_of_plain_blocks": lambda c: c.fp8 and c.peft_use_dora and c.lora_dropout,

@@ -9,7 +9,7 @@ by what surrounds its loop (data, checkpoints, forecast, report); the model and 
 next: `train.yml`, then `train.py`.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import AfterValidator, Field
@@ -126,6 +126,7 @@ class Config(Keys):
     base_model: PathText = key("Hugging Face folder, .gguf file, or hub name", group="model")
     adapter: Literal["qlora", "lora"] = key("qlora: over a 4-bit base; lora: over a 16-bit base")
     load_in_4bit: bool = key("quantise the linear layers of the blocks to NF4; unset: true for qlora", None)
+    keep_gguf_blocks: bool = key("do not: train over the blocks of a .gguf file, as they are in it", False)
     bnb_config_kwargs: BnbConfig = key("accepted: there is one way to quantise", BnbConfig())
     output_dir: PathText = key("folder of the adapter, checkpoints, metrics and report", "./model-out")
     overwrite_output_dir: bool = key("remove the run that output_dir holds; false: refuse to write over it", False)
@@ -228,6 +229,12 @@ class Config(Keys):
     @property
     def all_datasets(self) -> tuple[DatasetConfig, ...]:
         return *self.datasets, *self.test_datasets
+
+    @property
+    def base_form(self) -> dict[str, Any]:
+        """How the linear layers of the base are held, as `pretrained.open_model` takes it."""
+        kept = self.keep_gguf_blocks
+        return {"load_in_4bit": self.load_in_4bit and not kept, "keep_gguf_blocks": kept}
 
     @property
     def sharding(self) -> Literal["auto", "replicate", "full_shard"]:

@@ -56,7 +56,7 @@ def base_bytes(model: Llama, sharding: Sharding, ranks: int, offload: int = 0, h
         frozen -= model.model.embed_tokens.weight.nbytes
     if sharding == "replicate":
         return frozen
-    L, block = model.config.num_hidden_layers, block_bytes(model.model.layers[0], ranks)
+    L, block = model.config.num_hidden_layers, block_bytes(model.model.layers, ranks)
     outside = frozen - sum(t.nbytes for layer in model.model.layers for _, _, t, _ in frozen_tensors(layer))
     return outside + 2 * block + (L - offload) * block // ranks
 

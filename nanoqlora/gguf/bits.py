@@ -4,30 +4,15 @@ import torch
 from torch import Tensor
 
 
-def from_half(raw: Tensor) -> Tensor:
-    """(n, 2k) bytes -> the k half-precision numbers in them, as (n, k) float32."""
-    return raw.contiguous().view(torch.float16).float()
-
-
 def to_half(x: Tensor) -> Tensor:
     """(n, k) float32 -> (n, 2k) bytes, rounded to the nearest half, ties to even."""
     return x.to(torch.float16).view(torch.uint8)
-
-
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    """(..., k) bytes -> (..., 2k) codes. The low halves come first: byte j holds elements j and j + k."""
-    return torch.cat([packed & 15, packed >> 4], dim=-1)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
     """(..., 2k) codes, of which only the low four bits are kept -> (..., k) bytes."""
     low, high = (codes & 15).chunk(2, dim=-1)
     return low | high << 4
-
-
-def unpack_bits(packed: Tensor) -> Tensor:
-    """(n, 4) bytes -> (n, 32) zeros and ones, lowest bit first."""
-    return (packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1).flatten(1)
 
 
 def pack_bits(bits: Tensor) -> Tensor:

@@ -28,14 +28,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config.errors import UserError
+from ..ops.ggml import CHUNK_WEIGHTS, GPU_CHUNK_WEIGHTS, LAYOUTS, from_half, layout, places
+from ..ops.ggml import dequantize as dequantize
 from . import small_blocks as small
-from .bits import divide, from_half, pack_bits, pack_nibbles, to_half, unpack_bits, unpack_nibbles
+from .bits import divide, pack_bits, pack_nibbles, to_half
 from .k_quants import (
     TINY,
     TRIALS,
@@ -59,24 +60,14 @@ class BlockFormat:
     type_id: int  # the number that stands for the type in a file
     block_size: int  # weights in a block
     block_bytes: int  # bytes that a block takes
+    unpack: Callable[[Tensor], Tensor]  # bytes -> weights: these three are an `ops.ggml.Layout`
     pack: Callable[[Tensor, Tensor | None], Tensor]  # weights, weights of errors (n, block_size) -> (n, block_bytes)
-    unpack: Callable[[Tensor], Tensor]  # bytes -> weights
     halves: tuple[int, int] = (0, 2)  # from and to: the bytes of a block that are numbers in half precision
     energy: float = 0  # an error's weight is importance * sqrt(w^2 + energy * mean of w^2); 0: importance alone
     mean_of_row: bool = False  # the mean is that of the row, not of the block
 
     def num_bytes(self, num_weights: int) -> int:
         return num_weights // self.block_size * self.block_bytes
-
-
-CHUNK_WEIGHTS = 1 << 18  # worked on at a time: 1 MB of float32 and its temporaries stay near the processor
-GPU_CHUNK_WEIGHTS = 1 << 24  # there the start of each operation is what costs
-
-
-def _format(ggml_type: str) -> BlockFormat:
-    if ggml_type not in FORMATS:
-        raise ValueError(f"GGUF type {ggml_type}: unknown here. Use one of {', '.join(FORMATS)}.")
-    return FORMATS[ggml_type]
 
 
 def quantize(w: Tensor, ggml_type: str, importance: Tensor | None = None) -> Tensor:
@@ -92,7 +83,8 @@ def quantize(w: Tensor, ggml_type: str, importance: Tensor | None = None) -> Ten
     Raises:
         ValueError: the type is unknown, or its blocks do not divide n_in.
     """
-    fmt = _format(ggml_type)
+    layout(ggml_type)  # raises
+    fmt = FORMATS[ggml_type]
     if w.shape[-1] % fmt.block_size:
         raise ValueError(f"{ggml_type}: rows of {w.shape[-1]} weights do not split into blocks of {fmt.block_size}.")
     blocks = w.reshape(-1, fmt.block_size)
@@ -133,39 +125,16 @@ def quantize_checked(w: Tensor, ggml_type: str, name: str, importance: Tensor | 
         raise UserError(f"{name} holds NaN or infinity, which would be in every answer. Train with a lower rate.")
     if FORMATS[ggml_type].block_size == 1 or largest < 2**30:  # far above what any scale can hold
         raw = quantize(w, ggml_type, importance)
-        if ggml_type == "F32" or torch.isfinite(_halves(raw, ggml_type)).all():
+        if ggml_type == "F32" or torch.isfinite(halves(raw, ggml_type)).all():
             return raw
     raise UserError(f"{name} holds values up to {largest:.4g}, which are infinite in {ggml_type}; export as bf16.")
 
 
-def _halves(raw: Tensor, ggml_type: str) -> Tensor:
+def halves(raw: Tensor, ggml_type: str) -> Tensor:
     """The numbers of 16 bits in the bytes of a tensor: its values, or the scales and minima of its blocks."""
     fmt = FORMATS[ggml_type]
     numbers = raw.reshape(-1, fmt.block_bytes)[:, slice(*fmt.halves)]
     return numbers.contiguous().view(torch.bfloat16 if ggml_type == "BF16" else torch.float16)
-
-
-def dequantize(raw: Tensor, ggml_type: str, shape: tuple[int, ...]) -> Tensor:
-    """Read the bytes of a GGUF tensor back into float32.
-
-    Args:
-        raw: uint8, (rows, row_bytes) or flat.
-        ggml_type: a key of `FORMATS`.
-        shape: of the result, in PyTorch's order: the last dimension is the one that blocks run along.
-    Raises:
-        ValueError: the type is unknown, or the bytes are not those of such a tensor.
-    """
-    fmt = _format(ggml_type)
-    num_weights = math.prod(shape)
-    if shape[-1] % fmt.block_size or raw.numel() != fmt.num_bytes(num_weights):
-        needs = f"which takes {fmt.num_bytes(num_weights)} bytes in complete blocks of {fmt.block_size}"
-        raise ValueError(f"GGUF type {ggml_type}: {raw.numel()} bytes cannot hold a tensor of shape {shape}, {needs}.")
-    blocks = raw.reshape(-1, fmt.block_bytes)
-    w = torch.empty(len(blocks), fmt.block_size, dtype=torch.float32, device=raw.device)
-    step = CHUNK_WEIGHTS // fmt.block_size
-    for i in range(0, len(blocks), step):
-        w[i : i + step] = fmt.unpack(blocks[i : i + step])
-    return w.reshape(shape)
 
 
 # ------------------------------------------------------------------------------------------------ blocks of 32
@@ -183,10 +152,6 @@ def _quantize_q8_0(x: Tensor, w: Tensor | None) -> Tensor:
     # exactly a half would send 0.49999997 to 1, because that sum rounds up to 1.
     codes = y + torch.copysign(y.new_tensor(0.49999997), y)
     return torch.cat([to_half(d), codes.to(torch.int8).view(torch.uint8)], dim=-1)
-
-
-def _dequantize_q8_0(raw: Tensor) -> Tensor:
-    return from_half(raw[:, :2]) * raw[:, 2:].view(torch.int8)
 
 
 def _quantize_32(x: Tensor, w: Tensor | None, bits: int, has_minimum: bool) -> Tensor:
@@ -221,13 +186,6 @@ def _quantize_32(x: Tensor, w: Tensor | None, bits: int, has_minimum: bool) -> T
     return torch.cat([*head, *fifth, pack_nibbles(codes)], dim=-1)
 
 
-def _dequantize_32(raw: Tensor, bits: int, has_minimum: bool) -> Tensor:
-    d, codes = from_half(raw[:, :2]), unpack_nibbles(raw[:, -16:])
-    if bits == 5:
-        codes = codes | unpack_bits(raw[:, -20:-16]) << 4
-    return d * codes + from_half(raw[:, 2:4]) if has_minimum else d * (codes.float() - 2 ** (bits - 1))
-
-
 # ------------------------------------------------------------------------------------------------ blocks of 256
 
 
@@ -255,20 +213,10 @@ def _quantize_k(x: Tensor, w: Tensor | None, bits: int) -> Tensor:
     codes = codes.clamp_(0, highest).to(torch.uint8).T.contiguous().view(-1, 8, 32)
     tops = [numbers[:, :4] | numbers[:, 4:] >> 4 << 6 for numbers in (scales, minima)]
     head = [d, dmin, *tops, scales[:, 4:] & 15 | minima[:, 4:] << 4]
-    places = torch.arange(8, dtype=torch.uint8, device=x.device)[:, None]
-    fifth = [(codes >> 4 << places).sum(dim=1, dtype=torch.uint8)] if bits == 5 else []  # byte j: element j of 8 groups
+    fifth = (
+        [(codes >> 4 << places(codes, *range(8))).sum(dim=1, dtype=torch.uint8)] if bits == 5 else []
+    )  # byte j: element j of 8 groups
     return torch.cat([*head, *fifth, pack_nibbles(codes.view(-1, 4, 64)).flatten(1)], dim=-1)
-
-
-def _dequantize_k(raw: Tensor, bits: int) -> Tensor:
-    scale, minimum, rest = raw[:, 4:8], raw[:, 8:12], raw[:, 12:16]
-    d = from_half(raw[:, 0:2]) * torch.cat([scale & 63, rest & 15 | scale >> 6 << 4], dim=-1)  # (n, 8)
-    m = from_half(raw[:, 2:4]) * torch.cat([minimum & 63, rest >> 4 | minimum >> 6 << 4], dim=-1)
-    codes = unpack_nibbles(raw[:, -128:].reshape(-1, 4, 32)).view(-1, 8, 32)  # 32 bytes hold two groups of 32
-    if bits == 5:
-        places = torch.arange(8, dtype=torch.uint8, device=raw.device)[:, None]
-        codes = codes | (raw[:, None, 16:48] >> places & 1) << 4
-    return (d[:, :, None] * codes - m[:, :, None]).flatten(1)
 
 
 def _quantize_q6_k(x: Tensor, w: Tensor | None) -> Tensor:
@@ -286,57 +234,35 @@ def _quantize_q6_k(x: Tensor, w: Tensor | None) -> Tensor:
     if (is_lost := rough_scale == 0).any():  # read as 0 times code, and C leaves the codes of the search there
         codes = torch.where(is_lost, codes_with(groups, inverse, 32), codes)
     codes = (codes.clamp_(-32, 31) + 32).to(torch.uint8).T.contiguous().view(-1, 2, 128)
-    places = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=x.device)[:, None]
-    high = (codes.view(-1, 2, 4, 32) >> 4 << places).sum(dim=2, dtype=torch.uint8)  # (n, 2, 32)
+    high = (codes.view(-1, 2, 4, 32) >> 4 << places(codes, 0, 2, 4, 6)).sum(dim=2, dtype=torch.uint8)  # (n, 2, 32)
     scales = scales.to(torch.int8).view(torch.uint8)
     return torch.cat([pack_nibbles(codes).flatten(1), high.flatten(1), scales, d], dim=-1).masked_fill_(is_zero, 0)
 
 
-def _dequantize_q6_k(raw: Tensor) -> Tensor:
-    low = unpack_nibbles(raw[:, :128].reshape(-1, 2, 64))  # (n, 2, 128): each half of the block on its own
-    places = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=raw.device)[:, None]
-    high = raw[:, 128:192].reshape(-1, 2, 1, 32) >> places & 3  # (n, 2, 4, 32)
-    codes = (low | high.flatten(2) << 4).view(-1, 16, 16).float() - 32
-    scales = from_half(raw[:, 208:]) * raw[:, 192:208].view(torch.int8)  # (n, 16)
-    return (scales[:, :, None] * codes).flatten(1)
+def _plain(dtype: torch.dtype) -> Callable[[Tensor, Tensor | None], Tensor]:
+    return lambda x, w: x.to(dtype).contiguous().view(torch.uint8)
 
 
-def _plain(type_id: int, dtype: torch.dtype) -> BlockFormat:
-    def pack(x: Tensor, w: Tensor | None) -> Tensor:
-        return x.to(dtype).contiguous().view(torch.uint8)
-
-    return BlockFormat(type_id, 1, dtype.itemsize, pack, lambda raw: raw.contiguous().view(dtype).float())
-
-
-def _of_32(type_id: int, block_bytes: int, **kind: Any) -> BlockFormat:
-    how = partial(_quantize_32, **kind), partial(_dequantize_32, **kind), (0, 4 if kind["has_minimum"] else 2)
-    return BlockFormat(type_id, 32, block_bytes, *how, energy=1, mean_of_row=True)
-
-
-def _of_256(type_id: int, block_bytes: int, bits: int) -> BlockFormat:
-    how = partial(_quantize_k, bits=bits), partial(_dequantize_k, bits=bits), (0, 4)
-    return BlockFormat(type_id, 256, block_bytes, *how, energy=2)
+def _of_32(type_id: int, ggml_type: str, bits: int, has_minimum: bool) -> BlockFormat:
+    pack = partial(_quantize_32, bits=bits, has_minimum=has_minimum)
+    halves = (0, 4 if has_minimum else 2)
+    return BlockFormat(type_id, *LAYOUTS[ggml_type], pack, halves, energy=1, mean_of_row=True)
 
 
 FORMATS = {
-    "F32": _plain(0, torch.float32),
-    "F16": _plain(1, torch.float16),
-    "BF16": _plain(30, torch.bfloat16),
-    "Q4_0": _of_32(2, 2 + 16, bits=4, has_minimum=False),  # d, codes
-    "Q4_1": _of_32(3, 2 + 2 + 16, bits=4, has_minimum=True),  # d, m, codes
-    "Q5_0": _of_32(6, 2 + 4 + 16, bits=5, has_minimum=False),  # d, fifth bits, low four bits
-    "Q5_1": _of_32(7, 2 + 2 + 4 + 16, bits=5, has_minimum=True),  # d, m, fifth bits, low four bits
-    "Q8_0": BlockFormat(8, 32, 2 + 32, _quantize_q8_0, _dequantize_q8_0),  # d, codes
-    # 16 pairs of 4 bits, codes, d, dmin
-    "Q2_K": BlockFormat(10, 256, 16 + 64 + 4, small.quantize_q2_k, small.dequantize_q2_k, (80, 84), energy=1),
-    # third bits, low two bits, 16 scales of 6 bits, d
-    "Q3_K": BlockFormat(11, 256, 32 + 64 + 12 + 2, small.quantize_q3_k, small.dequantize_q3_k, (108, 110), energy=2),
-    "Q4_K": _of_256(12, 2 + 2 + 12 + 128, bits=4),  # d, dmin, 8 pairs of 6 bits, codes
-    "Q5_K": _of_256(13, 2 + 2 + 12 + 32 + 128, bits=5),  # d, dmin, 8 pairs of 6 bits, fifth bits, low four bits
-    # low 4 bits, top 2, scales, d
-    "Q6_K": BlockFormat(14, 256, 128 + 64 + 16 + 2, _quantize_q6_k, _dequantize_q6_k, (208, 210)),
-    "IQ4_NL": BlockFormat(20, 32, 2 + 16, small.quantize_iq4_nl, small.dequantize_iq4_nl, energy=2),  # d, codes
-    "IQ4_XS": BlockFormat(
-        23, 256, 2 + 6 + 128, small.quantize_iq4_xs, small.dequantize_iq4_xs, energy=2
-    ),  # d, scales, codes
+    "F32": BlockFormat(0, *LAYOUTS["F32"], _plain(torch.float32)),
+    "F16": BlockFormat(1, *LAYOUTS["F16"], _plain(torch.float16)),
+    "BF16": BlockFormat(30, *LAYOUTS["BF16"], _plain(torch.bfloat16)),
+    "Q4_0": _of_32(2, "Q4_0", bits=4, has_minimum=False),
+    "Q4_1": _of_32(3, "Q4_1", bits=4, has_minimum=True),
+    "Q5_0": _of_32(6, "Q5_0", bits=5, has_minimum=False),
+    "Q5_1": _of_32(7, "Q5_1", bits=5, has_minimum=True),
+    "Q8_0": BlockFormat(8, *LAYOUTS["Q8_0"], _quantize_q8_0),
+    "Q2_K": BlockFormat(10, *LAYOUTS["Q2_K"], small.quantize_q2_k, (80, 84), energy=1),
+    "Q3_K": BlockFormat(11, *LAYOUTS["Q3_K"], small.quantize_q3_k, (108, 110), energy=2),
+    "Q4_K": BlockFormat(12, *LAYOUTS["Q4_K"], partial(_quantize_k, bits=4), (0, 4), energy=2),
+    "Q5_K": BlockFormat(13, *LAYOUTS["Q5_K"], partial(_quantize_k, bits=5), (0, 4), energy=2),
+    "Q6_K": BlockFormat(14, *LAYOUTS["Q6_K"], _quantize_q6_k, (208, 210)),
+    "IQ4_NL": BlockFormat(20, *LAYOUTS["IQ4_NL"], small.quantize_iq4_nl, energy=2),
+    "IQ4_XS": BlockFormat(23, *LAYOUTS["IQ4_XS"], small.quantize_iq4_xs, energy=2),
 }

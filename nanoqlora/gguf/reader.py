@@ -48,13 +48,18 @@ class GGUFFile:
 
     def load_hf(self, hf_name: str) -> Tensor:
         """One tensor by its Hugging Face name, as float32, with its rows in Hugging Face's order."""
+        raw, info = self.raw_hf(hf_name), self.tensors[gguf_name(hf_name)]
+        return dequantize(raw, info.ggml_type, info.shape)
+
+    def raw_hf(self, hf_name: str) -> Tensor:
+        """As `raw`, by the Hugging Face name, with the rows in Hugging Face's order."""
         name = gguf_name(hf_name)
         if name not in self.tensors:
             raise UserError(f"{self.path}: has no tensor {name}, which is {hf_name} of the model. Get a complete file.")
-        w = self.load(name)
+        raw = self.raw(name)
         num_heads = self.number("llama.attention.head_count", int)
         heads = heads_to_permute(name, num_heads, self.number("llama.attention.head_count_kv", int, num_heads))
-        return unpermute_rows(w, heads) if heads else w
+        return unpermute_rows(raw, heads) if heads else raw
 
     def number(self, key: str, kind: type[int] | type[float], default: float | None = None) -> Any:
         """A number of the metadata that has to be there, unless there is a default, and has to be above zero."""

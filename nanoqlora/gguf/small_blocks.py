@@ -8,7 +8,8 @@ the bytes are llama.cpp's.
 import torch
 from torch import Tensor
 
-from .bits import divide, from_half, pack_nibbles, to_half, unpack_nibbles
+from ..ops.ggml import VALUES, from_half, places
+from .bits import divide, pack_nibbles, to_half
 from .k_quants import (
     TINY,
     TRIALS,
@@ -21,8 +22,6 @@ from .k_quants import (
     search_scales,
     sum_in_order,
 )
-
-VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # of the codes of IQ4_NL and IQ4_XS
 
 
 def round_to_codes(x: Tensor, w: Tensor | None, highest: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,18 +45,9 @@ def round_to_codes(x: Tensor, w: Tensor | None, highest: int) -> tuple[Tensor, T
     return d, codes, (from_half(d) * codes).flatten()
 
 
-def _places(of: Tensor, *places: int) -> Tensor:
-    """Shifts, a row of each."""
-    return torch.tensor(places, dtype=torch.uint8, device=of.device)[:, None]
-
-
 def _pack_pairs(codes: Tensor) -> Tensor:
     """(n, 256) codes of two bits -> (n, 64) bytes: byte l of each half has elements l, l + 32, l + 64 and l + 96."""
-    return (codes.view(-1, 2, 4, 32) << _places(codes, 0, 2, 4, 6)).sum(dim=2, dtype=torch.uint8).flatten(1)
-
-
-def _unpack_pairs(packed: Tensor) -> Tensor:
-    return (packed.reshape(-1, 2, 1, 32) >> _places(packed, 0, 2, 4, 6) & 3).flatten(1)
+    return (codes.view(-1, 2, 4, 32) << places(codes, 0, 2, 4, 6)).sum(dim=2, dtype=torch.uint8).flatten(1)
 
 
 def quantize_q2_k(x: Tensor, w: Tensor | None) -> Tensor:
@@ -75,12 +65,6 @@ def quantize_q2_k(x: Tensor, w: Tensor | None) -> Tensor:
     codes = torch.where(rough_scale == 0, nearest((groups - its_minimum) * inverse), codes)  # C leaves the search's
     codes = codes.clamp_(0, 3).to(torch.uint8).T.reshape(-1, 256)
     return torch.cat([scales | minima << 4, _pack_pairs(codes), d, dmin], dim=-1)
-
-
-def dequantize_q2_k(raw: Tensor) -> Tensor:
-    scale, minimum = from_half(raw[:, 80:82]) * (raw[:, :16] & 15), from_half(raw[:, 82:]) * (raw[:, :16] >> 4)
-    codes = _unpack_pairs(raw[:, 16:80]).view(-1, 16, 16)
-    return (scale[:, :, None] * codes - minimum[:, :, None]).flatten(1)
 
 
 def quantize_q3_k(x: Tensor, w: Tensor | None) -> Tensor:
@@ -108,18 +92,10 @@ def quantize_q3_k(x: Tensor, w: Tensor | None) -> Tensor:
     rough_scale = (from_half(d) * scales).flatten()
     codes = torch.where(rough_scale == 0, left, nearest(groups / rough_scale))  # C leaves the search's
     codes = (codes.clamp_(-4, 3) + 4).to(torch.uint8).T.reshape(-1, 256)
-    third = (codes.view(-1, 8, 32) >> 2 << _places(codes, *range(8))).sum(dim=1, dtype=torch.uint8)
+    third = (codes.view(-1, 8, 32) >> 2 << places(codes, *range(8))).sum(dim=1, dtype=torch.uint8)
     scales = (scales + 32).to(torch.uint8)
-    tops = (scales.view(-1, 4, 4) >> 4 << _places(scales, 0, 2, 4, 6)).sum(dim=1, dtype=torch.uint8)
+    tops = (scales.view(-1, 4, 4) >> 4 << places(scales, 0, 2, 4, 6)).sum(dim=1, dtype=torch.uint8)
     return torch.cat([third, _pack_pairs(codes & 3), pack_nibbles(scales), tops, d], dim=-1)
-
-
-def dequantize_q3_k(raw: Tensor) -> Tensor:
-    tops = (raw[:, None, 104:108] >> _places(raw, 0, 2, 4, 6) & 3).flatten(1)
-    scale = from_half(raw[:, 108:]) * ((unpack_nibbles(raw[:, 96:104]) | tops << 4).float() - 32)  # (n, 16)
-    third = (raw[:, None, :32] >> _places(raw, *range(8)) & 1).flatten(1)
-    codes = (_unpack_pairs(raw[:, 32:96]) | third << 2).view(-1, 16, 16).float() - 4
-    return (scale[:, :, None] * codes).flatten(1)
 
 
 def _nearest_values(y: Tensor) -> Tensor:
@@ -157,11 +133,6 @@ def quantize_iq4_nl(x: Tensor, w: Tensor | None) -> Tensor:
     return torch.cat([to_half(scale), pack_nibbles(codes.to(torch.uint8))], dim=-1)
 
 
-def dequantize_iq4_nl(raw: Tensor) -> Tensor:
-    values = torch.tensor(VALUES, dtype=torch.float32, device=raw.device)
-    return from_half(raw[:, :2]) * values[unpack_nibbles(raw[:, 2:]).int()]
-
-
 def quantize_iq4_xs(x: Tensor, w: Tensor | None) -> Tensor:
     """d; 2 bytes with the top two bits of the 8 scales, 4 with their low four; codes."""
     groups = x.view(-1, 32)
@@ -172,15 +143,6 @@ def quantize_iq4_xs(x: Tensor, w: Tensor | None) -> Tensor:
     rough_scale = (d * scales).view(-1, 1)  # not of the d that a reader will see
     codes = _nearest_values(torch.where(rough_scale == 0, 0, 1 / rough_scale) * groups).to(torch.uint8)
     scales = (scales + 32).to(torch.uint8)
-    low, high = scales.view(-1, 4, 2), (scales >> 4).view(-1, 2, 4) << _places(scales, 0, 2, 4, 6)[:, 0]
+    low, high = scales.view(-1, 4, 2), (scales >> 4).view(-1, 2, 4) << places(scales, 0, 2, 4, 6)[:, 0]
     low = low[:, :, 0] & 15 | low[:, :, 1] << 4
     return torch.cat([to_half(d), high.sum(dim=2, dtype=torch.uint8), low, pack_nibbles(codes).view(-1, 128)], dim=-1)
-
-
-def dequantize_iq4_xs(raw: Tensor) -> Tensor:
-    high = raw[:, 2:4, None] >> _places(raw, 0, 2, 4, 6)[:, 0] & 3  # (n, 2, 4)
-    low = raw[:, 4:8, None] >> _places(raw, 0, 4)[:, 0] & 15  # (n, 4, 2)
-    scale = from_half(raw[:, :2]) * ((low.flatten(1) | high.flatten(1) << 4).float() - 32)  # (n, 8)
-    values = torch.tensor(VALUES, dtype=torch.float32, device=raw.device)
-    codes = unpack_nibbles(raw[:, 8:].reshape(-1, 8, 16)).int()
-    return (scale[:, :, None] * values[codes]).flatten(1)

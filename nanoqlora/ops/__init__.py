@@ -8,6 +8,7 @@ switch between them: the fast twins run unless `use("reference")` is called, and
     nf4.py           four bits per weight                  mlp_backward.py   SwiGLU's backward with LoRA's gradients
     lora.py          linear layer with LoRA and dropout    fast/, triton/    the twins: PyTorch's own, and GPU kernels
     loss.py          head and cross-entropy                fp8.py            matmuls over four bits in fp8
+    ggml.py          the blocks of GGUF files
 
 Not here: autograd over a complete block (`fast/block.py`). Read first: `nf4.py`, `lora.py`.
 """
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import attention as attention_reference
-from . import block_parts, elementwise, fp8, lora, lora_parts, loss, mlp_backward, nf4
+from . import block_parts, elementwise, fp8, ggml, lora, lora_parts, loss, mlp_backward, nf4
 from .attention import Segments as Segments
 from .attention import attention_to_past as attention_to_past
 from .fast import attention_cpu, attention_cuda
@@ -163,13 +164,32 @@ def dequantize_into(
             nf4_triton.dequantize_nf4_merged(packed, codes, nested_absmax, nested_offset, *update, out, row_scale)
         return
     absmax = dequantize_absmax(codes, nested_absmax, nested_offset)
-    if update is None:
-        out.copy_(dequantize_nf4(packed, absmax, out.dtype))
-    else:
+    write_weight(dequantize_nf4(packed, absmax, torch.float32 if update else out.dtype), out, update, row_scale)
+
+
+def dequantize_ggml_into(
+    packed: Tensor,
+    ggml_type: str,
+    out: Tensor,
+    update: tuple[Tensor, Tensor, float] | None = None,
+    row_scale: Tensor | None = None,
+) -> None:
+    """As `dequantize_into`, of W in the blocks of a GGUF file: packed (n_out, bytes of a row) uint8."""
+    if _fast and out.is_cuda and out.dtype != torch.float64:
+        from .triton import ggml as ggml_triton
+
+        if ggml_type in ggml_triton.TYPES:
+            return ggml_triton.dequantize_ggml(packed, ggml_type, out, update, row_scale)
+    write_weight(ggml.dequantize(packed, ggml_type, (*out.shape,)), out, update, row_scale)
+
+
+def write_weight(w: Tensor, out: Tensor, update: tuple[Tensor, Tensor, float] | None, row_scale: Tensor | None) -> None:
+    """Write W into `out`, with the update added if there is one; W is float32 then, and overwritten."""
+    if update:
         lora_A, lora_B, scaling = update
-        w = dequantize_nf4(packed, absmax)
         w = w if row_scale is None else w * row_scale[:, None]
-        out.copy_(w.addmm_(lora_B.float(), lora_A.float(), alpha=scaling))
+        w = w.addmm_(lora_B.float(), lora_A.float(), alpha=scaling)
+    out.copy_(w)
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ is written back. LoRA's values and gradients are not sharded here: every rank ho
 sums the gradients.
 
 The unit is a block. The frozen tensors of its seven linear layers (four-bit codes and their scales, or 16-bit weights)
-are one flat buffer of bytes, with the same layout in every block, and rank r holds the r-th of N equal shards of it.
+are one flat buffer of bytes, as long as that of the largest block, and rank r holds the r-th of N equal shards of it.
 Two slots hold gathered blocks in turn, block i in slot i % 2; the layers' tensors are views of the slot. Resharding
 costs nothing: the next all-gather overwrites the slot.
 
@@ -21,7 +21,7 @@ together, each tensor once. `fully_shard.py` does the same with PyTorch's own FS
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal
@@ -52,10 +52,10 @@ def frozen_tensors(block: nn.Module) -> Iterator[tuple[Any, str, Tensor, int]]:
                     start += math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
 
 
-def block_bytes(block: nn.Module, ranks: int) -> int:
-    """Length of the flat buffer of a block, which `ranks` divides."""
-    _, _, last, start = list(frozen_tensors(block))[-1]
-    return math.ceil((start + last.nbytes) / (ranks * ALIGNMENT)) * ranks * ALIGNMENT
+def block_bytes(blocks: Iterable[nn.Module], ranks: int) -> int:
+    """Length of the flat buffer of a block, which `ranks` divides; of the largest one, where types differ."""
+    ends = (start + tensor.nbytes for block in blocks for _, _, tensor, start in frozen_tensors(block))
+    return math.ceil(max(ends) / (ranks * ALIGNMENT)) * ranks * ALIGNMENT
 
 
 def to_bytes(block: nn.Module, flat: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ def fill_over_ranks(
     share_outside_blocks(model, device)
     if host_embedding:
         embedding_to_host(model)
-    num_bytes, store = block_bytes(layers[0], ranks), None
+    num_bytes, store = block_bytes(layers, ranks), None
     if sharding == "full_shard":
         store = model.store = store_type(
             rank, ranks, len(layers), num_bytes, offload, device

@@ -25,7 +25,7 @@ from .state import Run, plan_fingerprint
 
 OPTIMIZER = "optimizer.safetensors"
 # What a run cannot change on its way: size and scale of what it has learnt, base below, groups of the optimizer.
-FIXED = ("lora_r", "lora_alpha", "peft_use_rslora", "load_in_4bit", "loraplus_lr_ratio")
+FIXED = ("lora_r", "lora_alpha", "peft_use_rslora", "load_in_4bit", "loraplus_lr_ratio", "keep_gguf_blocks")
 
 
 def save_checkpoint(run: Run, step: int) -> None:

@@ -183,7 +183,7 @@ def run_facts(run: Run, data: Data, forecast: Forecast, seconds: float) -> dict[
         "data": [_describe_data(name, reading) for name, reading in data.readings.items()],
         "model": {
             "base": config.base_model,
-            "base in 4 bits": config.load_in_4bit,
+            "base in 4 bits": config.load_in_4bit and ("the file's blocks" if config.keep_gguf_blocks else True),
             "trained parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
             "computed in": str(dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name() if run.device.type == "cuda" else platform.processor() or "CPU",

@@ -63,7 +63,7 @@ class Run:
     @property
     def trained(self) -> Trained:
         """What an adapter records about its training."""
-        return Trained(self.config.load_in_4bit, self.model.model.embed_tokens.weight.dtype, self.base)
+        return Trained(self.config.base_form["load_in_4bit"], self.model.model.embed_tokens.weight.dtype, self.base)
 
     def micro_batches(self, number: int) -> Iterator[tuple[int, Batch]]:
         """This rank's micro-batches of step `number` (from 0), each with the number of its first row in the step.

@@ -6,6 +6,7 @@ Llama                  the model of `model.py` with `from_pretrained`: what `imp
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from ..config.errors import UserError
 from ..gguf.config import model_config
 from ..model import ModelConfig, rope_frequencies
 from ..qlora import QLoRALinear, quantize_model
-from .checkpoint import Weights, open_weights
+from .checkpoint import GGUFWeights, Weights, open_weights
+from .kept_blocks import kept_layer
 
 
 class Llama(plain.Llama):
@@ -31,6 +33,11 @@ class Llama(plain.Llama):
 
 
 Fill = Callable[[int | None], None]  # fills one block's linear layers; None: everything else
+KeptLayer = Callable[[str, torch.device], QLoRALinear | None]
+
+
+def no_layer(name: str, device: torch.device) -> None:
+    """No weight is kept as it is."""
 
 
 def load_model(path: str | Path, **options: Any) -> Llama:
@@ -51,6 +58,7 @@ def open_model(
     path: str | Path,
     *,
     load_in_4bit: bool = False,
+    keep_gguf_blocks: bool = False,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     weights: Weights | None = None,
@@ -61,14 +69,20 @@ def open_model(
         path: Hugging Face folder, Meta's folder, .gguf file or hub name.
         load_in_4bit: quantise the linear layers of the blocks to NF4 from the values in the file, and the scales to
             8 bits.
+        keep_gguf_blocks: keep them in the blocks of the .gguf file instead (`kept_blocks.py`).
         dtype: of everything else. Default: float32 on a CPU, bfloat16 on a GPU.
         device: where the model lives; each tensor is moved there, then quantised.
         weights: the opened checkpoint, if there is one.
     Raises:
         UserError: here or while it is filled: a missing or damaged file, a tensor that is missing, has another shape,
-            or holds NaN or infinity.
+            or holds NaN or infinity; blocks are to be kept and there are none.
     """
     weights = weights or open_weights(path)
+    kept: KeptLayer = no_layer
+    if keep_gguf_blocks:
+        if not isinstance(weights, GGUFWeights):
+            raise UserError(f"{path}: is no .gguf file, so there are no blocks to keep. Leave out keep_gguf_blocks.")
+        load_in_4bit, kept = False, partial(kept_layer, weights)
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
 
@@ -80,7 +94,7 @@ def open_model(
 
     config = model_config(weights.config, weights.where)
     try:
-        return empty_model(config, load, load_in_4bit=load_in_4bit, dtype=dtype, device=device)
+        return empty_model(config, load, load_in_4bit=load_in_4bit, dtype=dtype, device=device, kept=kept)
     except UserError as error:  # a width that four bits cannot split
         raise UserError(f"{path}: {error}") from error
 
@@ -92,21 +106,32 @@ def empty_model(
     load_in_4bit: bool,
     dtype: torch.dtype,
     device: torch.device,
+    kept: KeptLayer = no_layer,
 ) -> tuple[Llama, Fill]:
-    """As `open_model`, from any source of tensors: `load(name, shape)` gives one on `device`."""
+    """As `open_model`, from any source of tensors: `load(name, shape)` gives one on `device`.
+
+    Args:
+        kept: gives the layer of a weight that is kept as it is, on some device; None for the others.
+    """
     with torch.device("meta"):
         model = Llama(config).to(dtype)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     if load_in_4bit:
         quantize_model(model)
+    for name in shapes:
+        if block_of(name) is not None and (layer := kept(name, torch.device("meta"))):
+            model.set_submodule(name.removesuffix(".weight"), layer)
     model.model.rope_frequencies = rope_frequencies(config).to(device)
 
     def fill(block: int | None) -> None:
         for name, shape in shapes.items():
             if block_of(name) != block:
                 continue
-            w = load(name, shape)
             module_name, _, attribute = name.rpartition(".")
+            if block is not None and (layer := kept(name, device)):
+                model.set_submodule(module_name, layer.eval())
+                continue
+            w = load(name, shape)
             if load_in_4bit and block is not None:
                 layer = QLoRALinear(w)
                 layer.quantize()

@@ -469,6 +469,9 @@ def test_two_ways_to_say_one_thing(tmp_path, one, other):
 
 BROKEN = {
     "adapter: qlora": least(load_in_4bit=False),
+    "keep_gguf_blocks trains over the few": least(adapter="lora", keep_gguf_blocks=True, base_model="m.gguf"),
+    "keep_gguf_blocks trains over the blocks": least(keep_gguf_blocks=True),
+    "fp8 multiplies": least(keep_gguf_blocks=True, base_model="m.gguf", fp8=True),
     "fp8 rounds": least(fp8=True, load_in_4bit=False, adapter="lora"),
     "fp8 is for": least(fp8="backward", bf16=False),
     "fp8 needs": least(fp8=True, peft_use_dora=True, lora_dropout=0.1),

@@ -9,6 +9,7 @@ import torch
 
 from nanoqlora.gguf import ggml_blocks
 from nanoqlora.gguf.ggml_blocks import FORMATS, dequantize, quantize
+from nanoqlora.ops import ggml
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,8 @@ def test_shapes_dtypes_and_chunks_make_no_difference(ggml_type: str, monkeypatch
     assert raw.shape == (3, 5, FORMATS[ggml_type].num_bytes(512))
     assert torch.equal(raw.flatten(), quantize(x.float().flatten(), ggml_type))
     w = dequantize(raw.flatten(), ggml_type, (3, 5, 512))
-    monkeypatch.setattr(ggml_blocks, "CHUNK_WEIGHTS", 1536)  # some blocks at a time, and a rest
+    for module in (ggml_blocks, ggml):  # some blocks at a time, and a rest
+        monkeypatch.setattr(module, "CHUNK_WEIGHTS", 1536)
     assert torch.equal(quantize(x, ggml_type), raw)
     assert torch.equal(dequantize(raw, ggml_type, (3, 5, 512)), w)
 

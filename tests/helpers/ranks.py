@@ -77,7 +77,9 @@ def load_spread(path: Path, load_in_4bit: bool, offload: int = 0) -> tuple[Any, 
 
 def load_on(place: tuple[int, int, torch.device], path: Path, load_in_4bit: bool, **more: Any) -> tuple[Any, Any]:
     rank, ranks, device = place
-    model, fill = open_model(path, load_in_4bit=load_in_4bit, dtype=torch.float32, device=device)
+    kept = path.suffix == ".gguf"  # in its blocks
+    form = {"load_in_4bit": load_in_4bit and not kept, "keep_gguf_blocks": kept}
+    model, fill = open_model(path, **form, dtype=torch.float32, device=device)
     options = {"sharding": "full_shard", "rank": rank, "ranks": ranks, "device": device}
     return model, fill_over_ranks(model, fill, **options, **more)
 

@@ -14,12 +14,12 @@ from triton.runtime import interpreter
 
 from nanoqlora.ops import lora
 from nanoqlora.ops.lora_parts import RowDropout
-from nanoqlora.ops.triton import elementwise, fp8, loss, mlp_backward, nf4
+from nanoqlora.ops.triton import elementwise, fp8, ggml, loss, mlp_backward, nf4
 from nanoqlora.ops.triton import lora as lora_triton
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-KERNELS = (elementwise, fp8, lora_triton, loss, mlp_backward, nf4)
+KERNELS = (elementwise, fp8, ggml, lora_triton, loss, mlp_backward, nf4)
 U = 2.0**-8  # unit roundoff of bfloat16: 8 significant bits
 STEP = 2.0**-23  # of a float32 sum whose additions truncate, as a tensor core's may
 

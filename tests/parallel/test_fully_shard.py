@@ -38,7 +38,7 @@ def test_both_stores_and_one_process_have_the_same_losses(model, ranks):
         for losses in ended:
             for store in ("BlockStore", "FullyShardStore"):
                 assert losses[f"{case}, {store}"] == pytest.approx(expected, rel=1e-6), (case, store)
-            num_bytes = block_bytes(whole.model.layers[0], ranks)
+            num_bytes = block_bytes(whole.model.layers, ranks)
             assert losses[f"{case}, views"] == 0 and losses[f"{case}, shards"] == LAYERS * num_bytes // ranks
 
 

@@ -246,7 +246,7 @@ def config_of(args: BenchOptions) -> Config:
         "gradient_checkpointing",
         "fp8",
     )
-    given += ("shard_optimizer_state", "optimizer", "bf16", "peft_use_dora", "lora_target_modules")
+    given += ("shard_optimizer_state", "optimizer", "bf16", "peft_use_dora", "lora_target_modules", "fsdp_version")
     values = (
         {key: getattr(args, key) for key in given}
         | {"sequence_len": max(args.sequence_len, *args.row_lengths, 2)}

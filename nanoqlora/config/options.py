@@ -159,6 +159,7 @@ class BenchOptions(Keys):
     gradient_checkpointing: bool | Literal["auto", "offload"] = key("as in train.py", "auto")
     fp8: bool | Literal["backward"] = key("as in train.py", False)
     fsdp: Literal["auto", "replicate", "full_shard"] = key("as in train.py", "auto")
+    fsdp_version: Literal[1, 2] | None = key("as in train.py", None)
     memory_gib: float = key("of a GPU that may be used; 0: all", 0.0, ge=0)
     shard_optimizer_state: bool = key("each rank keeps its part of AdamW's state", False)
     optimizer: str = key("as in train.py", "adamw_torch_fused")

@@ -304,6 +304,34 @@ def picture_08_rounding() -> Figure:
     return figure
 
 
+# 9. From plain to fast -----------------------------------------------------------------------------------------------
+
+LEVERS = (  # LOG.md: what, ms before and after; Llama-3-8B, r 64, 4 x 2048, one H100; dropout 0.05 unless named
+    ("x read once for the gradients of A", 542, 532),
+    ("update inside the matmuls with W, CUDA graphs", 532, 513),
+    ("SwiGLU's backward pass and dA, dB in one kernel", 513, 504.5),
+    ("cheaper dropout mask, x A^T computed on the way", 511, 496),
+    ("SwiGLU computed once in its backward pass", 496, 487),
+    ("dropout 0: update merged into W", 503, 483),
+    ("dropout 0: last norm in one kernel, no gradient of embeddings", 482, 470),
+)
+
+
+@picture
+def picture_09_speed() -> Figure:
+    """Milliseconds of a step before and after each lever, as LOG.md has measured them, and the floor."""
+    figure, ax = plt.subplots(figsize=(8.4, 3.1), layout="constrained")
+    for place, (_, before, after) in enumerate(reversed(LEVERS)):
+        ax.barh(place, before - after, 0.6, after, color=GREEN)
+        ax.text(after - 2, place, f"{after:g}", ha="right", va="center", fontsize=8)
+        ax.text(before + 2, place, f"{before - after:g} ms", va="center", fontsize=8, color=MUTED)
+    ax.axvline(393, color=ORANGE, linewidth=1)
+    ax.text(395, len(LEVERS) - 0.5, "floor, 393: matmuls and attention alone", fontsize=8, color=ORANGE, va="center")
+    ax.set(yticks=range(len(LEVERS)), yticklabels=[name for name, *_ in reversed(LEVERS)])
+    ax.set(xlim=(385, 570), ylim=(-0.6, len(LEVERS)), xlabel="ms a step; the axis does not begin at zero")
+    return figure
+
+
 # 10. FSDP by hand ----------------------------------------------------------------------------------------------------
 
 
@@ -329,6 +357,28 @@ def picture_10_fsdp() -> Figure:
         ax.text(x + unit * start, 22.3, text, fontsize=8, color=color)
     ax.text(x, 1.2, "time", fontsize=8, color=MUTED)
     arrow(ax, x + 4, 1.2, x + unit * 2 * L, 1.2)
+    return figure
+
+
+# 11. Merge -----------------------------------------------------------------------------------------------------------
+
+
+@picture
+def picture_11_merge() -> Figure:
+    """How far each form of the demo's trained model is from it, over its size on disk."""
+    figure, ax = plt.subplots(figsize=(8.4, 3.1), layout="constrained")
+    for form in measured("merge")["forms"]:
+        name, kl, size = form["form"], form["mean_kl"], form["num_bytes"] / 1e6
+        if kl:
+            color = BLUE if name.startswith("GGUF") else ORANGE
+            ax.plot(size, kl, "o", color=color, markersize=5)
+            shift = (6, 3) if name != "GGUF q5_k_m" else (6, -8)
+            ax.annotate(name.removeprefix("GGUF "), (size, kl), shift, textcoords="offset points", fontsize=8)
+    ax.axhline(0.02, color=MUTED, linewidth=0.8, linestyle=":")
+    ax.set(yscale="log", xscale="log", xlabel="MB", ylabel="KL, nats a token", xlim=(75, 1000), ylim=(7e-4, 2.5))
+    ax.set(title="distance from the trained model; blue: GGUF types of the merged model")
+    ax.set_xticks([100, 200, 400, 800], labels=["100", "200", "400", "800"])
+    ax.minorticks_off()
     return figure
 
 
@@ -386,6 +436,23 @@ def picture_12_gguf() -> Figure:
         y = 2.5 * (shown - row) - 1.1
         ax.text(4.5, y, str(16 * row), ha="right", va="center", fontsize=7, color=MUTED)
         ax.text(43.5, y, ";  ".join(names[row]) or "...", va="center", fontsize=6.8)
+    return figure
+
+
+# 14. Kill it ---------------------------------------------------------------------------------------------------------
+
+
+@picture
+def picture_14_resume() -> Figure:
+    """The loss of a run, of its resumption, and of a resumption without the optimizer's state."""
+    losses = measured("kill")
+    figure, ax = plt.subplots(figsize=(8.4, 2.8), layout="constrained")
+    for (name, values), color, style in zip(losses.items(), (BLUE, GREEN, ORANGE), ("-", "o", "--"), strict=True):
+        steps = range(41 - len(values), 41)
+        ax.plot(steps, values, style, color=color, linewidth=1.2, markersize=4, label=name)
+    ax.axvline(20, color=MUTED, linewidth=0.8, linestyle=":")
+    ax.set(xlabel="step", ylabel="loss, nats", title="a tiny model with dropout, 40 steps")
+    ax.legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -30,6 +31,7 @@ from nanoqlora.data.batches import Sample, Samples, collate
 from nanoqlora.data.files import find_files
 from nanoqlora.data.packing import Rows, pack
 from nanoqlora.data.prepare import Encoding, read_samples
+from nanoqlora.export.certificate import compare
 from nanoqlora.fast import memory
 from nanoqlora.fast.block import Keep
 from nanoqlora.gguf.container import Metadata
@@ -39,10 +41,15 @@ from nanoqlora.gguf.writer import NewTensor, write_gguf
 from nanoqlora.model import Block, Llama, ModelConfig, rope_frequencies
 from nanoqlora.ops import elementwise, lora, lora_parts, nf4
 from nanoqlora.ops import loss as cross_entropy
+from nanoqlora.ops.lora import dropout_mask
 from nanoqlora.parallel.fsdp import BlockStore, block_bytes
 from nanoqlora.qlora import lora_layers
+from nanoqlora.run.optim import learning_rate_at, make_optimizer, set_learning_rate
+from nanoqlora.run.optimizer_state import as_tensors, load_state
+from nanoqlora.run.state import row_seeds
 from nanoqlora.tokenizer.tokenizer import load_tokenizer
 from nanoqlora.weights.pretrained import empty_model
+from tour.measure import measured
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -547,6 +554,118 @@ def original_weight_0() -> str:
 @number
 def bits_of_q4_k() -> str:
     return f"{8 * len(q4_k_block()) / 256:.1f}"
+
+
+# 9. From plain to fast -----------------------------------------------------------------------------------------------
+
+
+@number
+def tflop_of_a_step() -> str:
+    """Matmuls with W and the head of Llama-3-8B, forward and for the inputs' gradients, 8,192 tokens."""
+    linear = [m for m in llama3_8b().modules() if hasattr(m, "in_features")]
+    weights = sum(m.in_features * m.out_features for m in linear)
+    return f"{4 * 8192 * weights / 1e12:.0f}"
+
+
+@number
+def tflops_of_the_matmuls() -> str:
+    """TFLOP a second, where an H100 takes 345 ms for them."""
+    return f"{int(tflop_of_a_step()) / 0.345:.0f}"
+
+
+@number
+def megabytes_of_gate_and_up() -> str:
+    """Of 8,192 tokens, in 16 bits."""
+    return f"{2 * 8192 * 2 * llama3_8b().config.intermediate_size / 1e6:.0f}"
+
+
+# 11. Merge -----------------------------------------------------------------------------------------------------------
+
+
+def form(name: str) -> dict[str, Any]:
+    return next(form for form in measured("merge")["forms"] if form["form"] == name)
+
+
+@number
+def kl_of_original() -> str:
+    return f"{form('merged on original')['mean_kl']:.2f}"
+
+
+@number
+def kl_of_base() -> str:
+    return f"{form('base without adapter')['mean_kl']:.2f}"
+
+
+@number
+def kl_of_q8_0() -> str:
+    return f"{form('GGUF q8_0')['mean_kl']:.4f}"
+
+
+@number
+def kl_of_q4_k_m() -> str:
+    return f"{form('GGUF q4_k_m')['mean_kl']:.3f}"
+
+
+@number
+def kl_of_two_coins() -> str:
+    """KL of p = (0.9, 0.1) from q = (0.8, 0.2), in nats."""
+    p, q = torch.tensor([[0.9, 0.1]]), torch.tensor([[0.8, 0.2]])
+    kl, _, _ = compare((p.log(), torch.eye(2)), (q.log(), torch.eye(2)), torch.tensor([0]))
+    return f"{kl:.4f}"
+
+
+@number
+def merge_of_one_layer() -> str:
+    """How far, in percent of W, the two merged weights of a layer are apart: the error of NF4, whatever the update."""
+    w = weights().load("blk.10.ffn_up.weight")
+    update = 0.01 * normal(*w.shape) * w.std()
+    return f"{100 * relative_error(in_four_bits(w) + update, w + update):.1f}"
+
+
+# 14. Kill it ---------------------------------------------------------------------------------------------------------
+
+
+def trained_for(steps: Sequence[int], state: dict[str, Any] | None, flat: torch.nn.Parameter) -> dict[str, Any]:
+    """Some steps of a small problem with the project's optimizer, schedule and dropout -> the optimizer's state."""
+    optimizer = make_optimizer("adamw_torch", flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    if state is not None:
+        load_state(optimizer, state)
+    for step in steps:
+        mask = dropout_mask((1, 1, len(flat)), 0.1, row_seeds(42, step, 0, 1), torch.float32)[0, 0]
+        flat.grad = (flat.detach() * mask - normal(len(flat), seed=step)) / len(flat)
+        set_learning_rate(optimizer, learning_rate_at(step, 40, 4, 1e-2, "cosine", 0.0))
+        optimizer.step()
+    return {name: x.clone() for name, x in as_tensors(optimizer.state_dict()).items()}
+
+
+@lru_cache
+def resumed(with_state: bool) -> tuple[Tensor, Tensor]:
+    """The values after 40 steps, and after 20 and, from what a checkpoint holds, 20 more."""
+    once, twice = (torch.nn.Parameter(normal(1000)) for _ in range(2))
+    trained_for(range(40), None, once)
+    state = trained_for(range(20), None, twice)
+    again = torch.nn.Parameter(twice.detach().clone())
+    trained_for(range(20, 40), state if with_state else None, again)
+    return once.detach(), again.detach()
+
+
+@number
+def values_that_differ() -> str:
+    """Of 1000, after a resume with all that a checkpoint holds."""
+    once, again = resumed(True)
+    return str((once != again).sum().item())
+
+
+@number
+def values_that_differ_without_state() -> str:
+    once, again = resumed(False)
+    return f"{(once != again).sum().item():,}"
+
+
+@number
+def bytes_of_a_checkpoint() -> str:
+    """A, B and AdamW's two means of Llama-3-8B with r 64, in GB."""
+    return f"{3 * 4 * int(trained_values_of_8b().replace(',', '')) / 1e9:.1f}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

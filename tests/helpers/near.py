@@ -76,5 +76,7 @@ def check(name: str, computed: Tensor, near: Near, dtype: torch.dtype | None = N
     assert (error <= bound).all(), f"{name}: {(error / bound).max():.2f} of the bound"
     if computed.shape[-1] > 1 and near.v.std() > 0:
         size = near.v.square().mean().sqrt()
-        MEASURED.append((os.environ["PYTEST_CURRENT_TEST"], name, *(float(x.max() / size) for x in (error, bound))))
+        MEASURED.append(
+            (os.environ["PYTEST_CURRENT_TEST"], name, *((x.max() / size).item() for x in (error.detach(), bound)))
+        )
         assert ((computed.double().roll(1, -1) - near.v).abs() > bound).any(), f"{name}: the bound says nothing"

@@ -439,6 +439,30 @@ def picture_12_gguf() -> Figure:
     return figure
 
 
+# 13. Prompt, mask, Modelfile -----------------------------------------------------------------------------------------
+
+
+@picture
+def picture_13_prompt() -> Figure:
+    """The demo's trained model under four prompts: how many answers end, and the loss of the right answers."""
+    found = measured("prompts")
+    names = ["as in training", "Question: ...  Answer:", "the question alone", "Llama-3's template"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 2.3), layout="constrained", sharey=True)
+    places, colors = range(len(names), 0, -1), [GREEN, ORANGE, ORANGE, ORANGE]
+    for ax, key, title in (
+        (left, "ended", f"of {found['questions']} answers, ended within 150 tokens"),
+        (right, "loss", "loss of the right answers, nats a token"),
+    ):
+        values = [found[name][key] for name in names]
+        ax.barh(places, values, 0.6, color=colors)
+        for place, value in zip(places, values, strict=True):
+            ax.text(value, place, f" {value:.3g}", va="center", fontsize=8)
+        ax.set(title=title, yticks=places, yticklabels=names)
+    right.set_xlim(3, 4)
+    right.set_xlabel("the axis begins at 3")
+    return figure
+
+
 # 14. Kill it ---------------------------------------------------------------------------------------------------------
 
 

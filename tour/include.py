@@ -39,7 +39,10 @@ def find(tree: ast.AST, name: str) -> ast.stmt:
 def source_of(file: str, name: str, first: str | None = None, last: str | None = None) -> str:
     """The lines of a name, without its docstrings, under a comment that says where they stand."""
     text = (ROOT / file).read_text("utf-8")
-    node = find(ast.parse(text), name)
+    try:
+        node = find(ast.parse(text), name)
+    except LookupError as error:
+        raise LookupError(f"{file}: {error}; correct the mark in docs/tour") from None
     start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
     left_out, lines = set[int](), text.splitlines()
     for inner in ast.walk(node):

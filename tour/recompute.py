@@ -461,12 +461,12 @@ def gathers_of_8b() -> str:
 
 @number
 def megabytes_of_a_block() -> str:
-    return f"{block_bytes(llama3_8b().model.layers[0], 4) / 1e6:.0f}"
+    return f"{block_bytes(llama3_8b().model.layers, 4) / 1e6:.0f}"
 
 
 @number
 def gathered_gigabytes() -> str:
-    return f"{int(gathers_of_8b()) * block_bytes(llama3_8b().model.layers[0], 4) / 1e9:.1f}"
+    return f"{int(gathers_of_8b()) * block_bytes(llama3_8b().model.layers, 4) / 1e9:.1f}"
 
 
 @number
@@ -620,6 +620,52 @@ def merge_of_one_layer() -> str:
     w = weights().load("blk.10.ffn_up.weight")
     update = 0.01 * normal(*w.shape) * w.std()
     return f"{100 * relative_error(in_four_bits(w) + update, w + update):.1f}"
+
+
+# 13. Prompt, mask, Modelfile -----------------------------------------------------------------------------------------
+
+
+LLAMA3 = "Llama-3's template"
+
+
+@number
+def tokens_of_a_missing_marker() -> str:
+    """Llama-3's end token in the vocabulary of SmolLM2, which does not have it."""
+    return str(len(load_tokenizer(MODEL).encode("<|eot_id|>", special=True)))
+
+
+@number
+def tokens_around_a_question() -> str:
+    """What the chat template of the demo adds to a question."""
+    tok, question = load_tokenizer(MODEL), "How many do neither?"
+    prompt = tok.encode_chat([{"role": "user", "content": question}], add_generation_prompt=True)
+    return str(len(prompt) - len(tok.encode(question)))
+
+
+@number
+def answers_asked() -> str:
+    return str(measured("prompts")["questions"])
+
+
+@number
+def answers_ended() -> str:
+    return str(measured("prompts")["as in training"]["ended"])
+
+
+@number
+def answers_ended_with_llama3s_template() -> str:
+    return str(measured("prompts")[LLAMA3]["ended"])
+
+
+@number
+def loss_as_in_training() -> str:
+    return f"{measured('prompts')['as in training']['loss']:.2f}"
+
+
+@number
+def loss_with_llama3s_template() -> str:
+    """In nats a token, of the right answers."""
+    return f"{measured('prompts')[LLAMA3]['loss']:.2f}"
 
 
 # 14. Kill it ---------------------------------------------------------------------------------------------------------

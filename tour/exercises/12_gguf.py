@@ -19,7 +19,8 @@ def decode(raw: bytes) -> list[float]:
 def test_decode() -> None:
     import torch
 
-    from nanoqlora.gguf.ggml_blocks import dequantize, quantize
+    from nanoqlora.gguf.ggml_blocks import quantize
+    from nanoqlora.ops.ggml import dequantize
     from tour.recompute import q4_k_block
 
     w = torch.randn(1, 256, generator=torch.Generator().manual_seed(0))

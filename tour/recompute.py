@@ -16,6 +16,7 @@ import struct
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from nanoqlora.export.certificate import compare
 from nanoqlora.fast import memory
 from nanoqlora.fast.block import Keep
 from nanoqlora.gguf.container import Metadata
+from nanoqlora.gguf.ggml_blocks import FORMATS as FORMATS
 from nanoqlora.gguf.ggml_blocks import quantize
 from nanoqlora.gguf.reader import GGUFFile, read_gguf
 from nanoqlora.gguf.writer import NewTensor, write_gguf
@@ -108,13 +110,18 @@ def supervised_share() -> str:
 
 
 @lru_cache
-def llama3_8b(in_4bit: bool = True) -> Llama:
-    """Llama-3-8B with every shape and no values; LoRA of rank 64 on all linear layers of the blocks."""
-    config = bench.GEOMETRIES["llama3-8b"]
+def geometry(name: str, r: int = 64, **changes: int) -> Llama:
+    """A Llama-3 in 4 bits with every shape and no values, and LoRA of rank r on all linear layers of the blocks."""
+    config = replace(bench.GEOMETRIES[name], **changes)
     device = torch.device("meta")
-    model, _ = empty_model(config, lambda *_: torch.empty(0), load_in_4bit=in_4bit, dtype=torch.bfloat16, device=device)
-    nq.inject_lora(model, r=64, alpha=32)
+    model, _ = empty_model(config, lambda *_: torch.empty(0), load_in_4bit=True, dtype=torch.bfloat16, device=device)
+    if r:
+        nq.inject_lora(model, r=r, alpha=32)
     return model
+
+
+def llama3_8b() -> Llama:
+    return geometry("llama3-8b")
 
 
 @number

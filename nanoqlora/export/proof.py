@@ -50,6 +50,7 @@ from .certificate import GGUF, MAX_KL, TRAINED, Form, Texts, compare, held_out_t
 from .forms import Merged, Rounded, bytes_on_disk, trained_form
 from .gguf_model import export_gguf, prompt_format, usual_format
 from .llama_cpp import NotAsked, Refused, Server
+from .serving import print_table, tokens_per_second
 from .tokenizer_metadata import ASKED, end_of_answer, tokenizer_metadata, without_bos
 
 WORDS: list[str] = ASKED["texts"]
@@ -181,6 +182,9 @@ def prove_file(proof: Proof, texts: tuple[str, Texts] | None) -> None:
     proof.facts |= {"wrong": proof.wrong, "not_asked": proof.not_asked, "verdict": line}
     earlier = proof.record.get("gguf")
     gguf = (earlier if isinstance(earlier, dict) else {}) | {proof.file.name: proof.facts}
+    if proof.trained and proof.record and "forms" in proof.facts and not proof.wrong:
+        proof.facts |= {"imatrix": proof.imatrix is not None, "tokens_per_second": tokens_per_second(proof.file)}
+        proof.facts["advice"] = print_table(proof.file.parent, gguf, proof.facts)
     record = proof.record | {"gguf": gguf} if proof.record else proof.facts
     write_text(proof.record_path, json.dumps(record, indent=2) + "\n")
     print(f"{proof.record_path}: has the proof of {proof.file.name}\n{line}", flush=True)

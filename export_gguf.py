@@ -23,18 +23,18 @@ from nanoqlora.config.schema import Config
 from nanoqlora.config.scripts import script_command
 from nanoqlora.export.gguf_model import export_adapter, export_gguf, own_folder
 from nanoqlora.export.importance import imatrix_file
-from nanoqlora.export.proof import export_and_prove
+from nanoqlora.export.proof import export_and_prove, export_and_prove_adapter
 from nanoqlora.weights.adapter import check_merged
 from nanoqlora.weights.hub import local_path
 
 
 def main() -> None:
     config, asked = load_command(ExportOptions)
-    unused, how = ("data", "with") if asked.adapter else ("other_base", "without")
+    unused, how = ("data", "with") if asked.adapter and not asked.prove else ("other_base", "without")
     if asked.imatrix and (asked.adapter or (asked.type or "q8_0") in ("f32", "f16", "bf16", "q8_0")):
         print("--imatrix: without effect on an adapter, and on q8_0 and larger types.")
         asked = asked.model_copy(update={"imatrix": None})
-    if value := getattr(asked, unused):
+    if (value := getattr(asked, unused)) and not (asked.adapter and asked.prove):
         print(f"--{unused} {value}: without effect {how} --adapter.")
     if asked.adapter:
         write_adapter(asked.adapter, asked, config)
@@ -44,12 +44,14 @@ def main() -> None:
 
 def write_adapter(adapter: str, asked: ExportOptions, config: Config | None) -> None:
     """The adapter alone, for the base of --model, of the run's YAML, or the one that it names."""
-    if asked.prove:
-        raise UserError("--prove compares a complete model; merge the adapter and prove that file.")
     file_type = asked.type or "f32"
     out = asked.out or own_folder(adapter) / f"adapter-{file_type}.gguf"
     base = asked.model or (config.base_model if config else None)
-    export_adapter(adapter, base, out, file_type, asked.other_base)
+    if asked.prove:
+        texts = {"data": asked.data, "max_tokens": asked.max_tokens}
+        export_and_prove_adapter(adapter, base, out, file_type, config, **texts, other_base=asked.other_base)
+    else:
+        export_adapter(adapter, base, out, file_type, asked.other_base)
 
 
 def write_model(asked: ExportOptions, config: Config | None) -> None:

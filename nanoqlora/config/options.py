@@ -105,6 +105,7 @@ class ModelOptions(Keys):
     adapter: PathText | None = key("folder or hub name of a trained adapter", None)
     other_base: bool = key("use an adapter on other weights than those that it was trained on", False)
     load_in_4bit: bool = key("quantise the linear layers to NF4, as training did", False)
+    keep_gguf_blocks: bool = key("keep them in the blocks of the .gguf file, as such a training did", False)
     bf16: bool | Literal["auto"] = key("compute in bfloat16; auto: where the hardware has it", "auto")
 
 

@@ -62,8 +62,9 @@ def bench_deploy(folder: Path, prompt_tokens: int, new_tokens: int) -> list[dict
         raise UserError(f"{folder}: has no train.yml, so it is no run's output folder. Give the output_dir of a run.")
     trained = read_yaml(str(run))
     base, in_4bit = str(trained.get("base_model")), trained.get("load_in_4bit", True) is True
+    form = {"load_in_4bit": in_4bit, "keep_gguf_blocks": trained.get("keep_gguf_blocks") is True}
     options: dict[str, dict[str, Any]] = {"base": {"model": base}}
-    options[f"adapter on {'4-bit ' * in_4bit}base"] = {"model": base, "adapter": str(folder), "load_in_4bit": in_4bit}
+    options[f"adapter on {'4-bit ' * in_4bit}base"] = {"model": base, "adapter": str(folder)} | form
     if (folder / "merged").exists():
         options["merged"] = {"model": str(folder / "merged")}
     rows = []

@@ -42,6 +42,7 @@ MAX_KL = 0.05  # of what differs by one rounding from the trained model, or by l
 ENOUGH = 0.02  # nats a token: below it a form answers as the trained model does
 GAIN = 0.01  # of perplexity, for which it is worth to ship another model than the one that was evaluated
 TRAINED, ON_NF4, ON_ORIGINAL, GGUF = "adapter on 4-bit base", "merged on nf4", "merged on original", "GGUF "
+BASE_AND_ADAPTER = f"{GGUF}base + adapter"  # two files
 
 
 class Form(NamedTuple):

@@ -22,8 +22,8 @@ from ..gguf.imatrix import Imatrix
 from ..gguf.names import tensor_shapes
 from ..qlora import ROWS_AT_A_TIME, QLoRALinear, check_width
 from ..weights.adapter import Update, read_trained
-from ..weights.checkpoint import Tensors, Weights
-from .certificate import GGUF, ON_NF4, ON_ORIGINAL, TRAINED, Form
+from ..weights.checkpoint import GGUFWeights, Tensors, Weights
+from .certificate import BASE_AND_ADAPTER, GGUF, ON_NF4, ON_ORIGINAL, TRAINED, Form
 
 
 @dataclass
@@ -135,7 +135,15 @@ def trained_form(base: Weights, updates: dict[str, Update], adapter: str | Path,
     for name, shape in weights.shapes.items():
         in_nf4 = in_4bit and ".layers." in name and len(shape) == 2
         total += math.prod(shape) * (0.5 + 1 / 64 + 4 / 64 / 256 if in_nf4 else 2)
+    if is_two_files(base, updates, in_4bit):
+        total += base.where.stat().st_size - 2 * sum(map(math.prod, weights.shapes.values()))
     return Form(TRAINED if in_4bit else "adapter on base", weights, round(total))
+
+
+def is_two_files(base: Weights, updates: dict[str, Update], in_4bit: bool) -> bool:
+    """Whether the base's .gguf file and one of the adapter are what was trained."""
+    has_dora = any(update.magnitude is not None for update in updates.values())
+    return isinstance(base, GGUFWeights) and not in_4bit and not has_dora
 
 
 def all_forms(merged: Merged, written: Weights, adapter: str | Path, types: list[str], num_bytes: int) -> list[Form]:
@@ -156,6 +164,9 @@ def all_forms(merged: Merged, written: Weights, adapter: str | Path, types: list
         elif in_4bit:
             other = Merged(base, updates, on_nf4, seen if on_nf4 else torch.float32, merged.dtype, device)
             forms.append(Form(name, other, num_bytes))
+    if is_two_files(base, updates, in_4bit):
+        both = Merged(base, updates, False, torch.float32, torch.float32, device)
+        forms.append(Form(BASE_AND_ADAPTER, both, trained.num_bytes))
     for name in types:
         rounded = Rounded(written, name, device)
         forms.append(Form(GGUF + name.lower(), rounded, rounded.num_bytes))

@@ -20,6 +20,7 @@ gguf/ggml_blocks.py. The vocabulary: `tokenizer_metadata.py`.
 import itertools
 import math
 import os
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -40,7 +41,17 @@ from ..gguf.container import Metadata
 from ..gguf.file_types import tensor_types
 from ..gguf.ggml_blocks import FORMATS, quantize, quantize_checked
 from ..gguf.imatrix import Imatrix, read_imatrix
-from ..gguf.modelfile import Recipe, file_value, is_ours, jinja_wins, no_guess, own_name, quoted, write_modelfiles
+from ..gguf.modelfile import (
+    Recipe,
+    file_value,
+    is_ours,
+    jinja_wins,
+    no_guess,
+    own_name,
+    quoted,
+    write_modelfiles,
+    write_template,
+)
 from ..gguf.names import ROPE_DIVISORS, gguf_name, heads_to_permute, permute_rows, tensor_shapes
 from ..gguf.reader import read_gguf
 from ..gguf.writer import NewTensor, write_gguf
@@ -158,7 +169,18 @@ def export_adapter(
     metadata |= {"adapter.type": ("string", "lora"), "adapter.lora.alpha": ("f32", alpha)}
     files = [f"FROM {file_value(base_file(base, out))}", f"ADAPTER {file_value(f'./{out.name}')}"]
     recipe = Recipe(files, stops=stop_texts(fmt, tok, end_ids(generation)), parameters=ollama_parameters(generation))
-    write_file(out, metadata, tensors, *adapter_recipe(recipe, fmt, tok, base))
+    base_tok, template = load_tokenizer(base), template_of(out)
+    served = prompt_format(local_path(base), base_tok).jinja(base_tok) or ""
+    is_trained = served.endswith(fmt.jinja(tok) or jinja_of_text(fmt, tok))
+    if not is_ours(template):
+        raise UserError(f"{template}: is not one that export_gguf.py wrote, or was changed. Rename it, or use --out.")
+    write_file(out, metadata, tensors, *adapter_recipe(recipe, fmt, tok, served, is_trained))
+    template.unlink(missing_ok=True)
+    if not is_trained:
+        written = tokenizer_metadata(tok, fmt, config.vocab_size, local_path(base), end_ids(generation))
+        write_template(template, written["tokenizer.chat_template"][1])
+        option = shlex.join(["--chat-template-file", str(template)])
+        print(f"{template}: the chat template of the training, which is not the base's: llama-server needs {option}")
 
 
 def base_of(adapter: str | Path) -> str:
@@ -188,13 +210,15 @@ def base_file(base: str | Path, out: Path) -> str:
     return f"./{path.name}"
 
 
+def template_of(adapter: Path) -> Path:
+    """Beside the .gguf file of an adapter, the chat template of its training, where the base's file has another."""
+    return adapter.with_suffix(".jinja")
+
+
 def adapter_recipe(
-    recipe: Recipe, fmt: PromptFormat, tok: Tokenizer, base: str | Path
+    recipe: Recipe, fmt: PromptFormat, tok: Tokenizer, served: str, is_trained: bool
 ) -> tuple[Recipe | None, list[str]]:
-    """The Modelfile of an adapter, and lines for the user. Ollama sees the chat template of the base's file."""
-    base_tok = load_tokenizer(base)
-    served = prompt_format(local_path(base), base_tok).jinja(base_tok) or ""
-    is_trained = served.endswith(fmt.jinja(tok) or jinja_of_text(fmt, tok))
+    """The Modelfile of an adapter, and lines for the user. Ollama sees `served`, the template of the base's file."""
     try:
         template, system, stops = go_template(fmt, tok)
     except UserError as problem:

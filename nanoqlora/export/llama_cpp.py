@@ -42,21 +42,19 @@ class Refused(Exception):
 class Server:
     """llama.cpp with a .gguf file, on the CPU.
 
-    Args:
+    Settings, as `serve` has them:
         n_ctx: tokens of the longest text.
         exact: float32 keys and values and no faster kernels that round differently; else llama.cpp's own defaults.
         hidden: `hidden_states` are wanted.
+        lora, template: the .gguf file of an adapter, with which it computes, and the text of a chat template.
         threads: they wait for each other in busy loops, so one too many is slower than one alone, by far.
     Raises:
         NotAsked, Refused: see above.
     """
 
-    def __init__(
-        self, file: str | Path, n_ctx: int = 512, exact: bool = True, hidden: bool = False, threads: int = 1
-    ) -> None:
+    def __init__(self, file: str | Path, **settings: Any) -> None:
         if importlib.util.find_spec("xllamacpp") is None:
             raise NotAsked("the package xllamacpp is not installed")
-        settings = {"n_ctx": n_ctx, "exact": exact, "hidden": hidden, "threads": threads}
         self.log = tempfile.TemporaryFile()
         command = [sys.executable, "-P", __file__, str(file), json.dumps(settings)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
@@ -143,17 +141,20 @@ def reason_in(log: str) -> str:
     return "; ".join(lines[:1] + [line for line in lines[1:] if line.startswith("Error: ")][:1])[:400]
 
 
-def serve(file: str, n_ctx: int, exact: bool, hidden: bool, threads: int) -> None:
+def serve(file: str, n_ctx: int = 512, exact: bool = True, hidden: bool = False, **more: Any) -> None:
     """The other end: load the file, print the address, and stay until the process that asks closes the pipe or ends."""
     try:
         import xllamacpp
 
         params, f32 = xllamacpp.CommonParams(), xllamacpp.ggml_type.GGML_TYPE_F32
         params.model.path = file
-        params.cpuparams.n_threads = threads
+        params.cpuparams.n_threads = more.get("threads", 1)
         # The generation prompt also behind an answer, as training renders it; by default the answer is gone on with.
         settings = {"prefill_assistant": False, "ui": False, "warmup": False, "fit_params": False, "verbosity": 1}
         settings |= {"n_ctx": n_ctx, "n_parallel": 1, "n_gpu_layers": 0, "port": 0}
+        if "lora" in more:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(more["lora"], 1.0)]
+            params.chat_template = more["template"]
         if exact:
             settings |= {"cache_type_k": f32, "cache_type_v": f32, "no_extra_bufts": True}
             settings["flash_attn_type"] = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -25,6 +25,7 @@ from ..config.keys import build
 from ..config.options import MergeOptions
 from ..config.parser import Map
 from ..config.schema import Config
+from ..config.scripts import script_command
 from ..data.prompts import PromptFormat
 from ..gguf.config import model_config
 from ..model import ModelConfig
@@ -34,7 +35,7 @@ from ..weights.adapter import DTYPES, adapter_hash, check_base, read_trained, re
 from ..weights.checkpoint import Weights, end_ids, fingerprint, open_weights, read_generation, write_shards
 from ..weights.hub import is_hub_name
 from .certificate import GGUF, MAX_KL, ON_NF4, ON_ORIGINAL, certify, held_out_texts, verdict_of_merge
-from .forms import Merged, all_forms, bytes_on_disk
+from .forms import Merged, all_forms, bytes_on_disk, is_two_files
 
 OURS = (  # files that a merge writes, all of which the next one into the same folder replaces
     r"(merge|config|generation_config|prompt|tokenizer|tokenizer_config|special_tokens_map)\.json|tokenizer\.model|"
@@ -79,6 +80,9 @@ def write_merge(asked: MergeOptions, config: Config | None = None) -> dict[str, 
     notes = [note, check_base(adapter, model, weights, asked.other_base)]
     if not in_4bit and model.endswith(".gguf"):
         notes.append(f"note: `original` means the weights as they are in {model}, which that file may have rounded.")
+        if is_two_files(weights, updates, trained.in_4bit):
+            command = script_command("export_gguf.py", "--adapter", adapter, "--model", model)
+            notes.append(f"note: that file and the adapter's own are what was trained, without a merge: {command}")
     for note in filter(None, notes):
         print(note)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

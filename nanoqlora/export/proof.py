@@ -17,14 +17,16 @@ Of real llama.cpp (export/llama_cpp.py), where the package xllamacpp is installe
 
 And how far the answers of each form are from the trained model's (certificate.py). A proof ends in one verdict line,
 which names what is wrong, or what was not asked.
+
+An adapter's own .gguf file is proven on its base's: the update of each layer is read back, and llama.cpp computes with
+both files.
 """
 
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,34 +37,49 @@ from ..config.errors import UserError, visible
 from ..config.files import read_json, sha256_of, write_text
 from ..config.schema import Config
 from ..data.prompts import PromptFormat
-from ..data.rows import read_rows
 from ..gguf.config import model_config
 from ..gguf.imatrix import Imatrix, read_imatrix
+from ..gguf.names import gguf_name, heads_to_permute, unpermute_rows
+from ..gguf.reader import read_gguf
 from ..model import rope_frequencies
-from ..run.inputs import data_files, prompt_format_of
 from ..run.usable import talking
-from ..tokenizer.chat_template import Messages
 from ..tokenizer.tokenizer import Tokenizer, load_tokenizer
-from ..weights.adapter import adapter_hash, read_trained, read_updates
-from ..weights.checkpoint import GGUFWeights, Weights, end_ids, fingerprint, open_weights, read_generation
+from ..weights.adapter import Update, adapter_hash, read_trained, read_updates
+from ..weights.checkpoint import (
+    DTYPE_NAMES,
+    GGUFWeights,
+    Tensors,
+    Weights,
+    end_ids,
+    fingerprint,
+    open_weights,
+    read_generation,
+)
 from ..weights.hub import local_path
-from .certificate import GGUF, MAX_KL, TRAINED, Form, Texts, compare, held_out_texts, hidden_states, score_forms
+from .certificate import (
+    BASE_AND_ADAPTER,
+    GGUF,
+    MAX_KL,
+    TRAINED,
+    Form,
+    Texts,
+    compare,
+    held_out_texts,
+    hidden_states,
+    score_forms,
+)
+from .conversations import as_sent, conversations
 from .forms import Merged, Rounded, bytes_on_disk, trained_form
-from .gguf_model import export_gguf, prompt_format, usual_format
+from .gguf_model import base_of, export_adapter, export_gguf, prompt_format, template_of, usual_format
 from .llama_cpp import NotAsked, Refused, Server
 from .serving import print_table, tokens_per_second
 from .tokenizer_metadata import ASKED, end_of_answer, tokenizer_metadata, without_bos
 
 WORDS: list[str] = ASKED["texts"]
-Chat = tuple[str, Messages, list[Any] | None]  # its name, its messages, its tools
-CHATS: list[Chat] = [
-    (chat["name"], chat["messages"], ASKED["tools"] * chat["with_tools"] or None) for chat in ASKED["conversations"]
-]
 AGAIN = "merge and export again, and if that does not help, report this line"
 ALIKE = "train with a chat template that llama.cpp writes alike, or serve with a program that runs Jinja itself"
 WITHOUT = f"{GGUF}without --imatrix"
 IN_LLAMA_CPP = "the same in llama.cpp"
-NUM_ROWS = 8  # of the run's data, whose conversations are asked
 NEAR = 1e-6  # of a number that is rounded to float32 in a file
 NOISE = 2.0**-16  # of the largest weight of a tensor: two float32 sums in another order, several times over
 OTHER_CODES = 1e-3  # of the weights of a layer that went through NF4: another device may round a tie the other way
@@ -80,15 +97,18 @@ class Proof:
     fmt: PromptFormat
     config: Config | None  # of the run that the user named
     imatrix: Imatrix | None = None  # that the file was made with
+    adapter: tuple[str, Path] | None = None  # the folder of one and its .gguf file, of which `file` is the base
 
     def __post_init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         merge = self.model / "merge.json"
         self.record = read_json(merge) if merge.exists() else {}
-        self.record_path = merge if self.record else self.file.with_suffix(".proof.json")
+        self.proven = self.adapter[1] if self.adapter else self.file
+        self.name = f"{self.proven.name} on {self.file.name}" if self.adapter else self.file.name
+        self.record_path = merge if self.record else self.proven.with_suffix(".proof.json")
         self.is_on_original = self.record.get("base") == "original"
         self.is_on_other = False  # base than the adapter was trained on
-        self.facts: dict[str, Any] = {"type": self.file_type.lower(), "file_sha256": sha256_of(self.file)}
+        self.facts: dict[str, Any] = {"type": self.file_type.lower(), "file_sha256": sha256_of(self.proven)}
         self.wrong, self.not_asked = list[str](), list[str]()
         self.trained: Form | None = None
 
@@ -99,19 +119,21 @@ class Proof:
     def verdict(self) -> str:
         """The line that everything comes down to."""
         gaps = f"; not asked: {'; '.join(self.not_asked)}" if self.not_asked else ""
-        is_what, of_type = f"verdict: {self.file.name} is what was trained", f"as {self.facts['type']}"
+        is_what, of_type = f"verdict: {self.name} is what was trained", f"as {self.facts['type']}"
         if self.wrong:
             more = f" ({len(self.wrong) - 1} more in {self.record_path})" if len(self.wrong) > 1 else ""
-            line = f"verdict: NOT what was trained: {self.file}: {self.wrong[0]}{more}"
+            line = f"verdict: NOT what was trained: {self.proven}: {self.wrong[0]}{more}"
         elif self.trained is None:
-            line = f"verdict: not proven: {self.file.name} is the model in {self.model}, {of_type}{gaps}"
+            line = f"verdict: not proven: {self.name} is the model in {self.model}, {of_type}{gaps}"
         else:
             if self.is_on_other or (self.is_on_original and self.trained.name == TRAINED):
                 option = "--other_base" if self.is_on_other else "--base original"
-                is_what = f"verdict: {self.file.name} is what {option} merged, which is not the model that was trained"
+                how = "computes on weights that it was not trained on" if self.adapter else f"is what {option} merged"
+                is_what = f"verdict: {self.name} {how}, which is not the model that was trained"
             kls = [form["mean_kl"] for form in self.facts.get("forms", ()) if form["form"].startswith(GGUF)]
             far = f", {kls[0]:.2g} nats a token from the trained model" if kls else ""
-            line = f"{is_what}: base and adapter, merged, {of_type}{far}{gaps}"
+            form = "two files" if self.adapter else f"merged, {of_type}"
+            line = f"{is_what}: base and adapter, {form}{far}{gaps}"
         return visible(" ".join(line.split()))
 
 
@@ -136,6 +158,21 @@ def export_and_prove(
     export_gguf(model, out, type, imatrix)
     measured = read_imatrix(imatrix) if imatrix else None
     prove_file(Proof(Path(out), type.upper(), local_path(model), tok, fmt, config, measured), texts)
+
+
+def export_and_prove_adapter(
+    adapter: str, base: str | None, out: str | Path, type: str, config: Config | None, **asked: Any
+) -> None:
+    """The same for an adapter's own file, on its base's. asked: `data`, `max_tokens`, `other_base`."""
+    base = base or base_of(adapter)
+    file = local_path(base)
+    if file.suffix != ".gguf":
+        raise UserError(f"--prove: {base} is no .gguf file, which llama.cpp needs as the base. Name one with --model.")
+    tok, fmt, _ = talking(base, adapter, open_weights(base).config["vocab_size"])
+    fmt = fmt or usual_format(tok)
+    texts = held_out_texts(config, tok, fmt, asked["data"], asked["max_tokens"]) if asked["max_tokens"] else None
+    export_adapter(adapter, base, out, type, asked["other_base"])
+    prove_file(Proof(file, type.upper(), file, tok, fmt, config, adapter=(adapter, Path(out))), texts)
 
 
 def words_of(model: str | Path, config: Config | None) -> tuple[Tokenizer, PromptFormat]:
@@ -165,16 +202,20 @@ def prove_file(proof: Proof, texts: tuple[str, Texts] | None) -> None:
     trained = proof.trained.weights if proof.trained else None
     try:
         stored = GGUFWeights(proof.file)
-        compare_tensors(proof, stored, source)
+        computes: Tensors = stored
+        if proof.adapter and isinstance(trained, Merged):
+            computes = with_adapter(proof, stored, trained)
+        else:
+            compare_tensors(proof, stored, source)
         compare_words(proof, load_tokenizer(proof.file).encode)
-        if isinstance(trained, Merged):
+        if isinstance(trained, Merged) and not proof.adapter:
             compare_merged(proof, source, trained)
         if texts is None:
             proof.not_asked.append("answers on held-out texts (--data names a file)")
             ask_llama_cpp(proof)
         else:
-            compare_answers(proof, stored, source, *texts)
-        if isinstance(trained, Merged):
+            compare_answers(proof, computes, source, *texts)
+        if isinstance(trained, Merged) and not proof.adapter:
             compare_run(proof, stored, trained.base)
     except UserError as error:  # the file, or a weight that it is compared with, is damaged
         proof.fail(str(error).rstrip("."))
@@ -187,19 +228,20 @@ def prove_file(proof: Proof, texts: tuple[str, Texts] | None) -> None:
         proof.facts["advice"] = print_table(proof.file.parent, gguf, proof.facts)
     record = proof.record | {"gguf": gguf} if proof.record else proof.facts
     write_text(proof.record_path, json.dumps(record, indent=2) + "\n")
-    print(f"{proof.record_path}: has the proof of {proof.file.name}\n{line}", flush=True)
+    print(f"{proof.record_path}: has the proof of {proof.name}\n{line}", flush=True)
     if proof.wrong:
         raise SystemExit(1)
 
 
-def compare_answers(proof: Proof, stored: GGUFWeights, source: Weights, name: str, texts: Texts) -> None:
+def compare_answers(proof: Proof, stored: Tensors, source: Weights, name: str, texts: Texts) -> None:
     """What the trained model, the exported one and the file answer on held-out texts, of the file by llama.cpp too."""
     own = hidden_states(stored, texts, proof.device)
     theirs, num_bytes = ask_llama_cpp(proof, texts, own), proof.file.stat().st_size
+    num_bytes += proof.adapter[1].stat().st_size if proof.adapter else 0
     forms = [proof.trained] if proof.trained else []
     if proof.model.is_dir():
         forms.append(Form("merged" if proof.record else "exported", source, bytes_on_disk(proof.model)))
-    forms.append(Form(f"{GGUF}{proof.file.name}"[:26], stored, num_bytes, own))
+    forms.append(Form(BASE_AND_ADAPTER if proof.adapter else f"{GGUF}{proof.file.name}"[:26], stored, num_bytes, own))
     if proof.imatrix:
         without = Rounded(source, proof.file_type, proof.device)
         forms.append(Form(WITHOUT, without, without.num_bytes))
@@ -213,7 +255,8 @@ def compare_answers(proof: Proof, stored: GGUFWeights, source: Weights, name: st
     if theirs:
         proof.facts["llama_cpp"] |= scores[-1]._asdict()
     if proof.trained and not proof.is_on_original and not scores[1].mean_kl <= MAX_KL:
-        proof.fail(f"what was merged is {scores[1].mean_kl:.3g} nats a token from the trained model")
+        what = "it computes" if proof.adapter else "was merged"
+        proof.fail(f"what {what} is {scores[1].mean_kl:.3g} nats a token from the trained model")
 
 
 # ------------------------------------------------------------------------------------------------ by our own reader
@@ -247,10 +290,15 @@ def compare_configs(proof: Proof, stored: GGUFWeights, source: Weights, whose: s
 
 def trained_model(proof: Proof) -> Form | None:
     """Base and adapter of the run that the user named, as training computed with them."""
-    if proof.config is None:
+    adapter: str | Path
+    if proof.adapter:
+        adapter, base = proof.adapter[0], str(proof.file)
+        proof.is_on_original = read_trained(adapter).in_4bit
+    elif proof.config:
+        adapter, base = Path(proof.config.output_dir), proof.config.base_model
+    else:
         proof.not_asked.append("the trained model (give the YAML file of its run first)")
         return None
-    adapter, base = Path(proof.config.output_dir), proof.config.base_model
     digest = adapter_hash(adapter)
     if digest is None:
         proof.not_asked.append(f"the trained model ({adapter} has no adapter)")
@@ -265,6 +313,29 @@ def trained_model(proof: Proof) -> Form | None:
     if trained_on is None:
         proof.not_asked.append(f"whether {adapter} was trained on these weights of {base} (it has no fingerprint)")
     return trained_form(weights, read_updates(adapter), adapter, proof.device)
+
+
+def with_adapter(proof: Proof, base: GGUFWeights, trained: Merged) -> Merged:
+    """Base and adapter as their two files have them; each update against that of the adapter's folder."""
+    assert proof.adapter
+    file, config = read_gguf(proof.adapter[1]), model_config(base.config, base.where)
+    alpha, updates = file.metadata["adapter.lora.alpha"], dict[str, Update]()
+    (of_type,) = (torch.finfo(dtype) for dtype, name in DTYPE_NAMES.items() if name == proof.file_type)
+    unit, smallest = of_type.eps, of_type.eps * of_type.tiny
+    for layer, update in trained.updates.items():
+        name = gguf_name(f"{layer}.weight")
+        heads = heads_to_permute(name, config.num_attention_heads, config.num_key_value_heads)
+        a, b = file.load(f"{name}.lora_a"), file.load(f"{name}.lora_b")
+        updates[layer] = written = Update(a, unpermute_rows(b, heads) if heads else b, alpha, False, None)
+        pairs = (a, update.lora_A), (written.lora_B, update.lora_B * (update.scaling / written.scaling))
+        if any(((x - y).abs() > unit / 2 * y.abs() + smallest + NEAR * y.abs().max()).any() for x, y in pairs):
+            proof.fail(f"the update of {layer} is not that of {proof.adapter[0]}")
+    if len(file.tensors) != 2 * len(updates):
+        proof.fail(f"it has {len(file.tensors)} tensors, and the adapter has {2 * len(updates)}")
+    print(
+        f"updates   {len(updates)} layers have those of {proof.adapter[0]}, rounded once to {proof.file_type.lower()}"
+    )
+    return Merged(base, updates, False, torch.float32, torch.float32, proof.device)
 
 
 def compare_merged(proof: Proof, source: Weights, trained: Merged) -> None:
@@ -324,7 +395,8 @@ def ask_llama_cpp(
     ]
     longest, before = max((len(ids) for ids, _ in documents), default=0), len(proof.wrong)
     try:
-        with Server(proof.file, n_ctx=longest + 8, hidden=True, threads=torch.get_num_threads()) as llama:
+        settings = with_lora(proof.adapter[1]) if proof.adapter else {}
+        with Server(proof.file, n_ctx=longest + 8, hidden=True, threads=torch.get_num_threads(), **settings) as llama:
             compare_words(proof, llama.tokenize, "llama.cpp")
             count = compare_prompts(proof, llama)
             states = [torch.tensor(llama.hidden_states(ids))[places] for ids, places in documents]
@@ -348,9 +420,16 @@ def ask_llama_cpp(
     return theirs
 
 
+def with_lora(file: Path) -> dict[str, str]:
+    """The settings of a server that computes with an adapter, and the chat template where it has its own."""
+    template = template_of(file)
+    return {"lora": str(file), "template": template.read_text("utf-8") if template.exists() else ""}
+
+
 def compare_prompts(proof: Proof, llama: Server) -> int:
     """Conversations through the template in the file, by llama.cpp's engine, and its end token. Returns how many."""
-    tok, fmt, asked = proof.tok, proof.fmt, conversations(proof)
+    tok, fmt = proof.tok, proof.fmt
+    asked = conversations(tok, fmt, proof.config, proof.not_asked)
     for name, messages, tools in asked:
         try:
             prompt = llama.prompt(as_sent(messages), tools)
@@ -368,58 +447,3 @@ def compare_prompts(proof: Proof, llama: Server) -> int:
     if llama.complete([end], 2, logit_bias=[[end, 1e4]])["stop_type"] != "eos":
         proof.fail(f"llama.cpp does not stop at {tok.vocab[end]!r}, which ends an answer in training")
     return len(asked)
-
-
-def conversations(proof: Proof) -> list[Chat]:
-    """Those that are to be asked: all of which training's own prompt holds every part."""
-    asked, skipped = list[Chat](), dict[str, list[str]]()
-    for name, messages, tools in [*CHATS, *chats_of_run(proof)]:
-        why = _why_not(proof, messages, tools)
-        if why is None:
-            asked.append((name, messages, tools))
-        else:
-            skipped.setdefault(why, []).append(name)
-    proof.not_asked += [f"{', '.join(names)} ({why})" for why, names in skipped.items()]
-    return asked
-
-
-def _why_not(proof: Proof, messages: Messages, tools: list[Any] | None) -> str | None:
-    try:
-        text = proof.fmt.render(proof.tok, messages, True, tools)
-    except UserError:
-        return "training's own template refuses it"
-    parts = [message["content"].split("</think>")[-1].strip() for message in messages if message.get("content")]
-    calls = [call for message in messages for call in message.get("tool_calls") or ()]
-    parts += [each["function"]["name"] for each in [*calls, *(tools or [])] if "function" in each]
-    if not all(part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text for part in parts):
-        return "training's prompt leaves a part of it out"
-    if any(token in part for part in parts for token in proof.tok.special_tokens):
-        return "its text holds special tokens, which llama.cpp reads as such"
-    return None
-
-
-def chats_of_run(proof: Proof) -> Iterator[Chat]:
-    """The first conversations of the run's held-out data, or of what it trained on, up to their last answer."""
-    config, tok = proof.config, proof.tok
-    if config is None or proof.fmt.type != "chat_template":
-        return
-    dataset = (config.test_datasets or config.datasets)[0]
-    try:
-        fmt = prompt_format_of(config, dataset, tok)
-        if fmt.jinja(tok) != proof.fmt.jinja(tok):
-            raise UserError("it has a chat template of its own")
-        for where, row in islice(read_rows(data_files(dataset)), NUM_ROWS):
-            yield where, *fmt.last_question(row)
-    except UserError as error:
-        proof.not_asked.append(f"conversations of {dataset.path} ({error})")
-
-
-def as_sent(messages: Messages) -> Messages:
-    """Messages as programs send them to a server: the arguments of a call are a JSON text."""
-
-    def with_text(call: dict[str, Any]) -> dict[str, Any]:
-        function = call.get("function", call)
-        text = json.dumps(function.get("arguments", {}), ensure_ascii=False)
-        return {"type": "function", **call, "function": {**function, "arguments": text}}
-
-    return [m | {"tool_calls": [*map(with_text, m["tool_calls"])]} if m.get("tool_calls") else m for m in messages]

@@ -105,11 +105,12 @@ def own_name(gguf: Path) -> Path:
 
 
 def is_ours(path: Path, text: str | None = None) -> bool:
-    """Whether we may replace a Modelfile: it is not there, ours and unchanged, or the very `text`."""
+    """Whether we may replace a Modelfile or template: it is not there, ours and unchanged, or the very `text`."""
     if not path.is_file():
         return not path.exists()
     first, newline, rest = path.read_bytes().partition(b"\n")
-    return first + newline + rest == (text or "\0").encode() or first + newline == _mark(rest).encode()
+    mark = first.removeprefix(b"{").removesuffix(b" #}") + newline  # of Jinja it is a comment
+    return first + newline + rest == (text or "\0").encode() or mark == _mark(rest).encode()
 
 
 def _mark(text: bytes) -> str:
@@ -132,6 +133,11 @@ def write_modelfiles(gguf: Path, text: str, is_model: bool) -> None:
         if before and before[0] not in text.splitlines():
             theirs = own_name(gguf.with_name(Path(before[1].strip('"')).name))
             print(f"{last}: was that of {before[1]}" + (f", which still has {theirs}" if theirs.exists() else ""))
+
+
+def write_template(path: Path, jinja: str) -> None:
+    """Write a chat template, with our mark."""
+    write_text(path, f"{{{_mark(jinja.encode()).strip()} #}}\n{jinja}")
 
 
 def print_create(path: Path) -> None:

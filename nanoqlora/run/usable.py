@@ -44,7 +44,8 @@ def load_for_use(args: ModelOptions) -> Usable:
     check_merged(args.model)
     weights = open_weights(args.model)
     about_base = check_base(args.adapter, args.model, weights, args.other_base) if args.adapter else None
-    model = load_model(args.model, load_in_4bit=args.load_in_4bit, dtype=dtype, device=device, weights=weights)
+    kind = {"load_in_4bit": args.load_in_4bit, "keep_gguf_blocks": args.keep_gguf_blocks}
+    model = load_model(args.model, **kind, dtype=dtype, device=device, weights=weights)
     tokenizer, prompt_format, about_prompts = talking(args.model, args.adapter, model.config.vocab_size)
     if args.adapter:
         load_adapter(model, args.adapter)

@@ -137,7 +137,7 @@ def test_what_such_a_file_cannot_express_is_refused(base: Path, tmp_path: Path):
         (half, base, [], "q_proj lacks lora_B"),
         (plain, base, ["--type", "q4_k_m"], "--type q4_k_m"),
         (plain, base, ["--type", "q9"], '--type is "q9"'),
-        (plain, base, ["--prove"], "--prove compares a complete model"),
+        (plain, base, ["--prove"], "is no .gguf file, which llama.cpp needs"),
         (plain, tmp_path / "nowhere", [], "nowhere"),
     ):
         ended = exported(model, folder, *words)

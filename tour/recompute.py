@@ -430,10 +430,10 @@ def half_a_step() -> str:
 
 @number
 def chain_of_roundings() -> str:
-    """Relative error, in percent, of 32 additions to a residual stream that is rounded to bfloat16 after each."""
+    """Relative error, in percent, of 64 additions to a residual stream that is rounded to bfloat16 after each."""
     exact, rounded = torch.zeros(4096), torch.zeros(4096, dtype=torch.bfloat16)
-    for layer in range(32):
-        update = normal(4096, seed=layer)
+    for number in range(64):
+        update = normal(4096, seed=number)
         exact, rounded = exact + update, rounded + update.bfloat16()
     return f"{100 * relative_error(rounded.float(), exact):.1f}"
 

@@ -208,41 +208,58 @@ def block_of_readme(language: str, containing: str) -> str:
     return next(text for found, text in blocks_of(PAGES[0]) if found == language and containing in text)
 
 
+def runnable(page: Path) -> list[tuple[str, list[str]]]:
+    """(script or module, its words) of the commands of a page that train, merge, export, score, chat or compare."""
+    found = []
+    for program, *words in commands_of(page):
+        name = scripts.COMMANDS.get(words[0], ("",))[0] if program == "nanoqlora" else words.pop(0)
+        name = words.pop(0) if name == "-m" else name
+        words = words[1:] if program == "nanoqlora" else words
+        if words and name in scripts.NAMES and name != "bench.py":  # a benchmark takes minutes
+            found.append((name, words))
+    return found
+
+
+STANDS_FOR = {"BASE": "model", "FILE": "held-out.jsonl", "RUN": "outputs/mine", "outputs/one": "outputs/mine"}
+SHORTER = {"nanoqlora.chat": ["--prompt", "Hi", "--max_new_tokens", "4"], "nanoqlora.run.compare": ["another"]}
+
+
 @pytest.mark.slow
-def test_readme_runs_from_data_to_answers(tmp_path, monkeypatch):
-    """The commands under "Installation" and the Python of the README, in order, on a tiny model and its own data."""
+def test_commands_run_from_data_to_answers(tmp_path, monkeypatch):
+    """Those of docs/training.md and README in order, on a tiny model and README's data; then README's Python."""
     monkeypatch.chdir(tmp_path)
     model = save_tiny_model(tmp_path / "model")
     chat = json.loads(block_of_readme("json", "messages"))
     chats = [[{**turn, "content": f"{turn['content']} {i}"} for turn in chat["messages"]] for i in range(40)]
     write_rows(tmp_path / "chats.jsonl", [{"messages": messages} for messages in chats])
     write_rows(tmp_path / "held-out.jsonl", [{"messages": messages} for messages in chats[:4]])
-    config = yaml.safe_load(block_of_readme("yaml", "base_model")) | {"base_model": str(model), "bf16": False}
+    config = yaml.safe_load(block_of_readme("yaml", "base_model")) | {"base_model": str(model)}
+    config |= {"bf16": False, "max_steps": 8, "save_steps": 4}
     (tmp_path / "my.yml").write_text(yaml.safe_dump(config))
-    section = PAGES[0].read_text("utf-8").partition("## Installation")[2].partition("\n## ")[0]
-    lines = [re.sub(r"\s+#.*", "", line).split()[1:] for line in re.findall("^    (nanoqlora .*)$", section, re.M)]
-    assert len(lines) == len(scripts.COMMANDS) + 1  # train twice
-    for command, *words in lines:
-        words = [word.replace("output_dir", config["output_dir"]) for word in words]
-        if command == "bench":
-            continue  # its default is 8B on a GPU
-        if command == "compare":
-            shutil.copytree(config["output_dir"], "another")
-            words = [config["output_dir"], "another"]
-        words += ["--prompt", "Hi", "--max_new_tokens", "4"] if command == "chat" else []
-        words = [word for word in words if word != "--prove"]  # by llama.cpp: tests/export/test_proof.py
-        module = importlib.import_module(scripts.COMMANDS[command][0].removesuffix(".py"))
-        ended = run_here(module.main, *words)
-        assert ended.code == 0, (command, ended.err)
-    folder = tmp_path / config["output_dir"]
+    folder, done = tmp_path / config["output_dir"], set()
+    for page in (ROOT / "docs" / "training.md", ROOT / "README.md"):
+        for name, words in runnable(page):
+            words = [STANDS_FOR.get(word, word.replace("output_dir", config["output_dir"])) for word in words]
+            left_out = "--prove", "outputs/two"  # llama.cpp: tests/export/test_proof.py
+            words = [word for word in words if word not in left_out]
+            if name == "train.py" and folder.exists():
+                words += ["--overwrite_output_dir", "true"]
+            if name == "nanoqlora.run.compare":
+                shutil.copytree(folder, "another", dirs_exist_ok=True)
+                words = words[:1]
+            module = importlib.import_module(name.removesuffix(".py"))
+            ended = run_here(module.main, *words, *SHORTER.get(name, ()))
+            assert ended.code == 0, (name, words, ended.err)
+            done.add(name)
+    assert done == {*scripts.NAMES} - {"bench.py"}
     for name in WRITTEN.split()[:7] + ["Fine-Tuning.png", "train.yml", "model-q4_k_m.gguf", "Modelfile"]:
         assert list(folder.glob(name.rstrip("/").replace("STEP", "*"))), name
     program = block_of_readme("python", "nq.train").replace('"my.yml"', '"my.yml", overwrite_output_dir=True')
     program = program.replace("base folder or .gguf", str(model)).replace("max_new_tokens=80", "max_new_tokens=4")
-    (tmp_path / config["output_dir"] / "merged").rename(tmp_path / "earlier")
+    (folder / "merged").rename(tmp_path / "earlier")
     exec(compile(program, "README.md", "exec"), {})
     assert (tmp_path / "model-q4_k_m.gguf").is_file()
-    rest = PAGES[0].read_text("utf-8").partition("## From Python")[2].partition("\n## ")[0]
+    rest = (ROOT / "README.md").read_text("utf-8").partition("## From Python")[2].partition("\n## ")[0]
     assert all(hasattr(nq, name) for name in re.findall(r"nq\.(\w+)", rest))
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 BLOCKSIZE = 64  # weights that share a scale
 NESTED_BLOCKSIZE = 256  # scales that share a scale of the second level
 
-# Quantiles of N(0, 1), scaled to [-1, 1]; eight levels below zero and eight from zero up, so that 0 is exact.
+# Quantiles of N(0, 1), scaled to [-1, 1]; seven levels below zero, 0 itself, eight above.
 NF4_LEVELS = torch.tensor(
     [
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),

@@ -7,9 +7,12 @@ special token, and data/masks.py asks where the answers are.
 """
 
 import json
+import os
 import resource
 import signal
+import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,11 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
-import jinja2.compiler
-import jinja2.ext
-import jinja2.filters
-import jinja2.runtime
-import jinja2.sandbox
+from jinja2 import compiler, ext, filters, runtime, sandbox
 
 from ..config.errors import UserError
 from . import traced
@@ -32,12 +31,15 @@ Messages = list[dict[str, Any]]
 Jinja = str | None  # a chat template; None: the tokenizer's own
 Tools = list[Any] | None  # descriptions of functions that the assistant may call
 
-SECONDS, BYTES, BITS = 5, 1 << 30, 10_000  # of a processor, of memory, of a whole number; for one conversation
-_stopped = Counter[str]()  # templates that took too long
+# For one conversation: of a processor, of memory, of a whole number, of its text beyond 10 times what it is given.
+SECONDS, BYTES, BITS, CHARACTERS = 5, 1 << 30, 10_000, 1 << 18
+_stopped = Counter[str]()  # templates that took too long, and those that wrote too much twice as often
+_one = threading.RLock()  # one at a time, as the limit of memory is of the process; a forked one has its own
+os.register_at_fork(after_in_child=lambda: globals().update(_one=threading.RLock()))
 STATM = Path("/proc/self/statm")  # begins with the pages of this process
 
 
-class _GenerationTag(jinja2.ext.Extension):
+class _GenerationTag(ext.Extension):
     """`{% generation %}` marks the assistant's text in some templates. It writes nothing."""
 
     tags = {"generation"}
@@ -57,11 +59,15 @@ def render(
         tools: descriptions of the functions that the assistant may call.
     """
     try:
-        with _limits(template):
+        with _one, _limits(template):
             program = _compile(template, any(map(traced.spans_of, messages[0])) if messages else False)
             given = [{key: item for key, item in message.items() if item is not None} for message in messages]
             more: dict[str, Any] = {"tools": tools, "documents": None} | named_tokens
-            return program.render(messages=given, add_generation_prompt=add_generation_prompt, **more)
+            text = program.render(messages=given, add_generation_prompt=add_generation_prompt, **more)
+        if len(text) > CHARACTERS and len(text) > 10 * len(f"{given}{tools}"):
+            _stopped[template] += 2
+            raise jinja2.TemplateRuntimeError(f"a text of {len(text)} characters")
+        return text
     except Exception as error:  # the template is the user's program: whatever it raises is about it or its messages
         advice = "Check the roles and their order, or name another template with chat_template_jinja"
         what = f"{type(error).__name__}: {str(error) or 'it needs too much memory'}"
@@ -70,35 +76,40 @@ def render(
 
 @contextmanager
 def _limits(template: str) -> Iterator[None]:
-    """Bound the time and the memory of what runs inside. Only in the main thread, which alone gets signals."""
+    """Bound the time and the memory of what runs inside. The main thread gets a signal, others look at each line."""
 
     def stop(*_: Any) -> NoReturn:
         _stopped[template] += 1
         raise jinja2.TemplateRuntimeError(f"it ran for more than {SECONDS} s")
 
     if _stopped[template] > 1:  # not at each of the many questions that are asked of a template
-        raise jinja2.TemplateRuntimeError(f"it ran for more than {SECONDS} s, twice")
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before, free = signal.signal(signal.SIGVTALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
+        raise jinja2.TemplateRuntimeError(f"it ran for more than {SECONDS} s, or wrote too much, before")
+
+    def watch(*_: Any) -> Any:
+        return watch if time.thread_time() < end else stop()
+
+    is_main, before = threading.current_thread() is threading.main_thread(), sys.gettrace()
+    end, free = time.thread_time() + SECONDS, resource.getrlimit(resource.RLIMIT_AS)
+    handler = signal.signal(signal.SIGVTALRM, stop) if is_main else None
     try:
         if STATM.exists():
             used = int(STATM.read_text().split()[0]) * resource.getpagesize()
             known = [limit for limit in free if limit != resource.RLIM_INFINITY]  # of the user's own, such as ulimit -v
             resource.setrlimit(resource.RLIMIT_AS, (min([used + BYTES, *known]), free[1]))
-        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS) if is_main else sys.settrace(watch)
         yield
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        if is_main:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, handler)
+        sys.settrace(before)
         resource.setrlimit(resource.RLIMIT_AS, free)
-        signal.signal(signal.SIGVTALRM, before)
 
 
-class _CodeGenerator(jinja2.compiler.CodeGenerator):
+class _CodeGenerator(compiler.CodeGenerator):
     """`a ~ b` goes through functions that keep spans."""
 
-    def visit_Concat(self, node: jinja2.nodes.Concat, frame: jinja2.compiler.Frame) -> None:
+    def visit_Concat(self, node: jinja2.nodes.Concat, frame: compiler.Frame) -> None:
         self.write("environment.concat((")
         for child in node.nodes:
             self.write("environment.finalize(")
@@ -107,7 +118,7 @@ class _CodeGenerator(jinja2.compiler.CodeGenerator):
         self.write("))")
 
 
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
     """Jinja's, with numbers of bounded size: no signal ends a product of huge ones."""
 
     intercepted_binops = frozenset(("*", "**", "//", "%"))
@@ -127,7 +138,7 @@ class _Environment(_Sandbox):
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         call = partial(super().call, context)
-        if isinstance(function, jinja2.runtime.Macro | jinja2.runtime.LoopContext) or traced.is_own(function):
+        if isinstance(function, runtime.Macro | runtime.LoopContext) or traced.is_own(function):
             return call(function, *args, **kwargs)  # of the first two, the result went through `concat`
         return traced.run(call, function, *map(_listed, args), **kwargs)
 
@@ -146,7 +157,7 @@ OWN = ("trim", "replace", "reverse", "first", "last", "string")  # filters that 
 
 def _listed(value: Any) -> Any:
     """What can be read only once, as a list."""
-    return list(value) if isinstance(value, Iterator) and not isinstance(value, jinja2.runtime.LoopContext) else value
+    return list(value) if isinstance(value, Iterator) and not isinstance(value, runtime.LoopContext) else value
 
 
 def _keeping_spans(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -167,16 +178,16 @@ def _compile(template: str, is_traced: bool) -> jinja2.Template:
         raise jinja2.TemplateError(message)
 
     extensions = [_GenerationTag, "jinja2.ext.loopcontrols"]
-    sandbox = (_Environment if is_traced else _Sandbox)(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment = (_Environment if is_traced else _Sandbox)(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     # Jinja's own would escape HTML.
-    sandbox.filters["tojson"] = lambda x, ensure_ascii=False, **how: json.dumps(x, ensure_ascii=ensure_ascii, **how)
-    sandbox.filters["round"] = lambda x, digits=0, *how: jinja2.filters.do_round(x, max(-99, min(digits, 99)), *how)
+    environment.filters["tojson"] = lambda x, ensure_ascii=False, **how: json.dumps(x, ensure_ascii=ensure_ascii, **how)
+    environment.filters["round"] = lambda x, digits=0, *how: filters.do_round(x, max(-99, min(digits, 99)), *how)
     if is_traced:
-        sandbox.finalize = lambda x: x if isinstance(x, str) else traced.run(str, x)
-        sandbox.filters = {name: f if name in OWN else _keeping_spans(f) for name, f in sandbox.filters.items()}
-    sandbox.globals["raise_exception"] = raise_exception
-    sandbox.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-    return sandbox.from_string(template)
+        environment.finalize = lambda x: x if isinstance(x, str) else traced.run(str, x)
+        environment.filters = {name: f if name in OWN else _keeping_spans(f) for name, f in environment.filters.items()}
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+    return environment.from_string(template)
 
 
 # Roles of templates. They are not the row's text: "<|{{ role }}|>" writes a special token.

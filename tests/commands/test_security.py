@@ -7,8 +7,10 @@ import re
 import resource
 import signal
 import stat
+import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +67,22 @@ WITHOUT_END = {
 }
 
 
-@pytest.mark.parametrize("is_guarded", [False, True], ids=["plain", "guarded"])
+@pytest.mark.parametrize("where", ["plain", "guarded", "in a thread"])
 @pytest.mark.parametrize("case", WITHOUT_END)
-def test_templates_without_an_end_end(monkeypatch, case, is_guarded):
+def test_templates_without_an_end_end(monkeypatch, case, where):
     """Time of a processor, memory and the size of numbers are bounded, and as before when the template has ended."""
     monkeypatch.setattr(chat_template, "SECONDS", 0.3)
     before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
-    with pytest.raises(UserError, match="the chat template stopped with"):
-        render(WITHOUT_END[case], guard(HI)[0] if is_guarded else HI, False, {})
+    messages, tracing = guard(HI)[0] if where == "guarded" else HI, sys.gettrace()
+
+    def ended() -> str:
+        with pytest.raises(UserError, match="the chat template stopped with") as found:
+            render(WITHOUT_END[case], messages, False, {})
+        assert sys.gettrace() is tracing
+        return str(found.value)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert len(pool.submit(ended).result() if where == "in a thread" else ended()) < 300
     assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)) == before
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 8 << 20, "KB: a template took more than its share"
@@ -89,8 +99,17 @@ def test_a_template_without_an_end_is_not_asked_again_and_again(world, monkeypat
     assert ended.code == 2 and "it ran for more than 0.2 s" in ended.err and len(begun) == 2, (ended, begun)
 
 
+@pytest.mark.parametrize(
+    "case", ["{{ 'a' * 300000 }}", "{% for i in range(60000) %}{{ messages[0].content * 9 }}{% endfor %}"]
+)
+def test_a_template_writes_not_much_more_than_it_is_given(case):
+    with pytest.raises(UserError, match="a text of 3?[0-9]+ characters"):
+        render(case, HI, False, {})
+    given = [{"role": "user", "content": "a" * 300_000}]
+    assert len(render("{{ messages[0].content * 2 }}", given, False, {})) == 600_000
+
+
 def test_templates_in_other_threads_run():
-    """Where no signal comes, there is no limit, and no error either."""
     found: list[str] = []
     thread = threading.Thread(target=lambda: found.append(render("{{ 2 ** 10 }}", HI, False, {})))
     thread.start()

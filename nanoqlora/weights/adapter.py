@@ -16,9 +16,11 @@ used, regular expressions end after a while, and nothing here names a file to re
 import json
 import math
 import re
+import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -44,9 +46,9 @@ NOT_COMPUTED = {  # of no effect here: the tensors show which layers learnt
     *("megatron_core", "qalora_group_size", "runtime_config"),
 }
 ONLY = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}
-PATTERNS = ("rank_pattern", "alpha_pattern")
 LARGEST = 1e6  # rank or alpha
-LARGEST_PATTERN, PATTERN_S = 1000, 0.2  # characters or repetitions; seconds for one name, where 0.00001 are usual
+LARGEST_PATTERN = 1000  # characters or repetitions; also how many patterns there may be
+PATTERN_S, PATTERNS_S = 0.2, 20  # seconds for one name, where 0.00001 are usual, and for all of an adapter
 
 IN_4BIT, COMPUTED_IN, BASE = "load_in_4bit", "computed_in", "base_fingerprint"  # keys of our metadata
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -112,8 +114,9 @@ def _is_pattern(pattern: str) -> str:
     return pattern
 
 
-Positive = Annotated[int | float, pydantic.Field(gt=0, lt=LARGEST)]
-Patterns = dict[Annotated[str, pydantic.AfterValidator(_is_pattern)], Positive] | None
+Positive = Annotated[int | float, pydantic.Field(gt=1 / LARGEST, lt=LARGEST)]
+Pattern = Annotated[str, pydantic.AfterValidator(_is_pattern)]
+Patterns = Annotated[dict[Pattern, Positive], pydantic.Field(max_length=LARGEST_PATTERN)] | None
 
 
 class AdapterConfig(pydantic.BaseModel):
@@ -143,19 +146,28 @@ def _of_ends(pattern: str) -> str:
     return rf"(.*\.)?({pattern})$"
 
 
-def rank_and_alpha(config: dict[str, Any], name: str) -> tuple[int, float]:
-    """What adapter_config.json asks of one layer: of the patterns that fit the end of its name, the first."""
+_compiled = cache(regex.compile)  # whose own cache is too small for a pattern for each layer
+
+
+def rank_and_alpha(config: dict[str, Any], name: str, end: float) -> tuple[int, float]:
+    """What adapter_config.json asks of one layer: of the patterns that fit the end of its name, the first.
+
+    Args:
+        end: by `time.process_time`, of all layers together.
+    """
 
     def fits(key: str, pattern: str) -> bool:
         try:
-            return regex.match(_of_ends(pattern), name, timeout=PATTERN_S) is not None
+            left = max(min(PATTERN_S, end - time.process_time()), 1e-6)
+            return _compiled(_of_ends(pattern)).match(name, timeout=left) is not None
         except (TimeoutError, regex.error) as error:
             what = f"{key} has {short(pattern)}, and whether {name} fits it was not found in {PATTERN_S} s ({error})"
             raise UserError(f"adapter_config.json: {what}. Write the names of layers.") from error
 
-    of_name = [[own for pattern, own in (config.get(key) or {}).items() if fits(key, pattern)] for key in PATTERNS]
-    r, alpha = ([*own, config[key]][0] for own, key in zip(of_name, ("r", "lora_alpha"), strict=True))
-    return r, alpha
+    def first(key: str, usual: str) -> Any:
+        return next((own for pattern, own in (config.get(key) or {}).items() if fits(key, pattern)), config[usual])
+
+    return first("rank_pattern", "r"), first("alpha_pattern", "lora_alpha")
 
 
 # ------------------------------------------------------------------------------------------------ where it comes from
@@ -320,7 +332,7 @@ def read_updates(folder: str | Path) -> dict[str, Update]:
     if not layers:
         raise UserError(f"{path}: holds no update of any layer, so it is no adapter. {AGAIN}")
     kind, needed = ("DoRA", {*PARTS.values()}) if config.get("use_dora") else ("LoRA", {*PARTS.values()} - {MAGNITUDE})
-    updates = {}
+    updates, end = dict[str, Update](), time.process_time() + PATTERNS_S
     for name, parts in layers.items():
         for wrong in sorted(parts.keys() ^ needed):
             has = "has" if wrong in parts else "lacks"
@@ -331,7 +343,7 @@ def read_updates(folder: str | Path) -> dict[str, Update]:
             if not torch.isfinite(w).all():
                 raise UserError(f"{path}: {name} has {part} with NaN or infinite values. Train it again.")
         a, b = parts[PARTS["lora_A"]], parts[PARTS["lora_B"]]
-        r, alpha = rank_and_alpha(config, name)
+        r, alpha = rank_and_alpha(config, name, end)
         if not len(a) == b.shape[1] == r:
             what = f"{name} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, and rank {r} by its configuration"
             raise UserError(f"{path}: {what}. Take both files from one adapter.")

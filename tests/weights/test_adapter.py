@@ -1,7 +1,9 @@
 """Adapters in PEFT's layout, both ways: PEFT as witness on the same 4-bit base, logits and gradients."""
 
+import io
 import json
 import time
+import zipfile
 from pathlib import Path
 
 import peft
@@ -17,6 +19,7 @@ import nanoqlora as nq
 from nanoqlora.config.errors import UserError
 from nanoqlora.ops.lora import Dropout
 from nanoqlora.qlora import ALL_LINEAR, QLoRALinear, block_linears, lora_layers, set_dropout_rows
+from nanoqlora.weights import adapter as adapter_module
 from nanoqlora.weights.adapter import continue_adapter, read_updates
 
 KINDS = {
@@ -222,6 +225,42 @@ def test_patterns_of_others_end(tmp_path, pattern):
     with pytest.raises(UserError, match=f"adapter_config.json: alpha_pattern.*{PATTERNS[pattern]}"):
         read_updates(adapter)
     assert time.monotonic() - started < 5
+
+
+def test_all_patterns_together_end(tmp_path, monkeypatch):
+    """Each alone stays below its limit, and there are many; so may a pattern for each layer of a large model."""
+    monkeypatch.setattr(adapter_module, "PATTERNS_S", 0.3)
+    adapter = saved(tmp_path)
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    many = {rf"(([a-z._0-9])+)+{i}\W": 8 for i in range(900)}
+    path.write_text(json.dumps(config | {"alpha_pattern": many}))
+    started = time.process_time()
+    with pytest.raises(UserError, match="alpha_pattern.*was not found in"):
+        read_updates(adapter)
+    assert time.process_time() - started < 20
+    path.write_text(json.dumps(config | {"alpha_pattern": {f"x{i}": 8 for i in range(1001)}}))
+    with pytest.raises(UserError, match="alpha_pattern .* at most 1000 items"):
+        read_updates(adapter)
+    monkeypatch.undo()
+    path.write_text(json.dumps(config | {"alpha_pattern": {rf"model\.layers\.{i}\.q": 8 for i in range(900)}}))
+    assert read_updates(adapter)
+
+
+def test_a_pickle_that_is_compressed_is_refused(tmp_path):
+    """PyTorch compresses nothing, so a small file would be a large one in memory."""
+    adapter, raw = saved(tmp_path), io.BytesIO()
+    torch.save(load_file(adapter / "adapter_model.safetensors"), raw)
+    (adapter / "adapter_model.safetensors").unlink()
+    pickled = adapter / "adapter_model.bin"
+    pickled.write_bytes(raw.getvalue())
+    assert read_updates(adapter)
+    with zipfile.ZipFile(raw) as right, zipfile.ZipFile(pickled, "w", zipfile.ZIP_DEFLATED) as wrong:
+        for name in right.namelist():
+            wrong.writestr(name, bytes(50_000_000) if name.endswith("data/0") else right.read(name))
+    assert pickled.stat().st_size < 1_000_000
+    with pytest.raises(UserError, match=r"adapter_model\.bin: .*unpacks to more than it is"):
+        read_updates(adapter)
 
 
 def test_a_pattern_that_is_none_is_told(tmp_path):

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..weights.hub import hub_files, is_hub_name
 # File name ending -> how it is read; `.gz` may follow.
 KINDS = {".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text", ".text": "text"}
 KINDS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), "json")
-CARD = "README.md"
+CARD, MOST_FILES = "README.md", 20_000
 NOT_DATA = ("dataset_infos.json", "dataset_dict.json", "dataset_info.json", "state.json")  # of the datasets library
 CACHED = "cache-"  # how the names of its own working files begin, which end in .arrow
 SPLITS = {  # parts of file names -> the split that they mean
@@ -125,16 +126,25 @@ def _in_folder(want: Wanted, folder: Path, inside: Path) -> list[Path]:
 
 
 def _matching(want: Wanted, folder: Path, patterns: Sequence[str]) -> list[Path]:
-    if wrong := [pattern for pattern in patterns if re.search("[\0\ud800-\udfff]", pattern)]:
-        raise UserError(f"{want.where}: data_files has {wrong[0]}, which no file can be called. Correct it.")
-    paths = [os.path.join(glob.escape(str(folder)), pattern) for pattern in patterns]
-    return _files(name for path in paths for name in glob.glob(path, recursive=True, include_hidden=True))
+    if wrong := [pattern for pattern in patterns if re.search(r"[\0\ud800-\udfff]|(\*\*.*){3}", pattern)]:
+        raise UserError(f"{want.where}: data_files has {wrong[0]}, which is no file's name or has many **. Correct it.")
+    inside = glob.escape(str(folder))
+    found = (glob.iglob(os.path.join(inside, p), recursive=True, include_hidden=True) for p in patterns)
+    return _files(_bounded(chain(*found), folder))
+
+
+def _bounded(found: Iterable[Any], folder: Path, takes_all: bool = False) -> list[Any]:
+    """All of what is found, where it is of a data set and not of everything that a user has."""
+    paths, home = list(islice(found, MOST_FILES)), Path(os.environ.get("HOME", "/root"))
+    if len(paths) == MOST_FILES or takes_all and home.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"data {folder}: is your home, or has {MOST_FILES:,} files, so is no data set. Name its files.")
+    return paths
 
 
 def _splits(folder: Path, kind: str | None, split: str | None) -> dict[Path, set[str]]:
     """The data files of a folder, each with the splits that its name mentions."""
     splits: dict[Path, set[str]] = {}
-    for path in folder.rglob("*"):
+    for path in _bounded(folder.rglob("*"), folder, takes_all=True):
         name = path.relative_to(folder).as_posix()
         is_data = KINDS.get(_ending(path)) == kind if kind else _ending(path) in KINDS
         is_own = path.name in NOT_DATA or path.suffix == ".arrow" and path.name.startswith(CACHED)

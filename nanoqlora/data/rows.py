@@ -31,10 +31,11 @@ BinaryFile = io.BufferedReader | gzip.GzipFile
 Placed = tuple[str, Row | UserError]  # its place, for messages; and the row, or why it cannot be read
 
 CHUNK_BYTES = 1 << 20
-ARROW_ROWS = 512  # of a chunk
+ARROW_ROWS = 8  # of a chunk: a long value may be stored once and be in every row
 # What pyarrow raises for a damaged column, or a value that Python cannot have; the row with it is then refused by name.
 UNREADABLE = (ValueError, TypeError, LookupError, OverflowError, NotImplementedError, SystemError)
-LONGEST_CSV_FIELD = 1 << 26  # bytes; an open quote would make the rest of the file one field
+# Bytes of a row (an open quote would make the rest of a CSV file one field); of a data set, or 200 times its files.
+LONGEST, LARGEST = 1 << 26, 1 << 28
 
 
 # ------------------------------------------------------------------------------------------------ chunks
@@ -81,9 +82,11 @@ def chunks_of(files: list[DataFile], part: str = "") -> Iterator[Chunk]:
         return (int(number) if number == text else round(int(number) * total / 100)) if text else None
 
     start, stop, _ = slice(*map(place, (part or ":").split(":"))).indices(total)
-    first = 0
+    first, left = 0, max(LARGEST, 200 * sum(file.path.stat().st_size for file in files))
     for chunk in (chunk for file in files for chunk in read_chunks(file)):
-        size = len(chunk.unparsed)
+        size, left = len(chunk.unparsed), left - chunk.num_bytes
+        if left < 0:
+            raise UserError(f"data {files[0].path}: unpacks to more than 200 times its size. Unpack it, or some of it.")
         wanted = max(0, start - first), min(stop - first, size)
         if wanted[0] < wanted[1]:
             yield replace(chunk, wanted=wanted)
@@ -105,12 +108,20 @@ def read_chunks(file: DataFile) -> Iterator[Chunk]:
                 yield from _csv_chunks(path, opened)
             else:
                 is_list = file.kind == "json" and start.startswith(b"[")
-                lines = ((number, line) for number, line in enumerate(opened, 1) if not line.isspace())
+                lines = ((number, line) for number, line in _lines(path, opened) if not line.isspace())
                 texts = _list_values(path, opened) if is_list else lines
                 parse = partial(_rows_of_texts, path, file.kind)
                 yield from _in_chunks(parse, ((text, len(text[1])) for text in texts))
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"data {path}: cannot be read ({error}). Check the file, or copy it again.") from error
+
+
+def _lines(path: Path, opened: BinaryFile) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, which may have been compressed to a small part of what they are."""
+    for number, line in enumerate(iter(partial(opened.readline, LONGEST), b""), 1):
+        if len(line) == LONGEST:
+            raise UserError(f"{path}, line {number}: has more than {LONGEST >> 20} MiB. Cut that row into several.")
+        yield number, line
 
 
 def _in_chunks(parse: Callable[[Any], Iterable[Placed]], items: Iterable[tuple[Any, int]]) -> Iterator[Chunk]:
@@ -184,6 +195,8 @@ def _cut_at_own_marks(opened: BinaryFile) -> Iterator[tuple[bytes, bytes]]:
                 start = at
             depth += (mark in b"[{") - (mark in b"]}")
         text, at = text[start:], at - start
+        if len(text) > LONGEST or depth > 10_000:
+            raise UserError(f"{opened.name}: a row has more than {LONGEST >> 20} MiB, or lists in lists. Correct it.")
     yield text, b""
 
 
@@ -209,7 +222,7 @@ def _list_values(path: Path, opened: BinaryFile) -> Iterator[tuple[int, bytes, i
 # ------------------------------------------------------------------------------------------------ CSV
 
 
-def _csv_chunks(path: Path, opened: Iterable[bytes]) -> Iterator[Chunk]:
+def _csv_chunks(path: Path, opened: BinaryFile) -> Iterator[Chunk]:
     """The rows of a CSV file with a header, commas and double quotes; a row may span lines.
 
     The first column may be without a name, as pandas writes the numbers of rows.
@@ -223,9 +236,9 @@ def _csv_chunks(path: Path, opened: Iterable[bytes]) -> Iterator[Chunk]:
     yield from _in_chunks(partial(_csv_rows, header), ((line, sum(map(len, line[1]))) for line in lines))
 
 
-def _csv_lines(path: Path, opened: Iterable[bytes]) -> Iterator[tuple[str, list[str]]]:
-    csv.field_size_limit(LONGEST_CSV_FIELD)
-    reader = csv.reader((_decode(line, path, i) for i, line in enumerate(opened, 1)), strict=True)
+def _csv_lines(path: Path, opened: BinaryFile) -> Iterator[tuple[str, list[str]]]:
+    csv.field_size_limit(LONGEST)
+    reader = csv.reader((_decode(line, path, i) for i, line in _lines(path, opened)), strict=True)
     while True:
         where = f"{path}, line {reader.line_num + 1}"
         try:
@@ -266,17 +279,17 @@ def _arrow_chunks(file: DataFile) -> Iterator[Chunk]:
                 batches = pyarrow.ipc.open_stream(opened)
             first = 1
             for batch in batches:
+                batch.validate(full=file.kind == "arrow")  # else to count or to send its bytes reads behind their end
                 for start in range(0, len(batch), ARROW_ROWS):
                     part = batch.slice(start, ARROW_ROWS)
-                    yield Chunk(partial(_arrow_rows, file.path, first), part, part.nbytes)
+                    yield Chunk(partial(_arrow_rows, file.path, batch.schema.names, first), part, part.nbytes)
                     first += len(part)
-    except (pyarrow.ArrowException, ValueError) as error:
-        kind = file.kind.title()
-        raise UserError(f"data {file.path}: not a readable {kind} file ({error}). Copy it again.") from error
+    except (pyarrow.ArrowException, ValueError, MemoryError) as error:
+        what = f"not a readable {file.kind.title()} file ({error or 'it needs too much memory'})"
+        raise UserError(f"data {file.path}: {what}. Copy it again.") from error
 
 
-def _arrow_rows(path: Path, first: int, batch: Any) -> Iterator[Placed]:
-    names = batch.schema.names
+def _arrow_rows(path: Path, names: list[str], first: int, batch: Any) -> Iterator[Placed]:
     if len(set(names)) < len(names):
         raise UserError(f"data {path}: its columns are {', '.join(names)}. Give each a name of its own.")
     columns = {name: _values_of(column) for name, column in zip(names, batch.columns, strict=True)}

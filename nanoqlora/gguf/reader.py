@@ -74,7 +74,7 @@ class _Header:
     """Reads the part before the data, and never believes a number that the file is too short for."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path, self.data, self.position = path, data, 0
+        self.path, self.data, self.position, self.items = path, data, 0, 0
 
     def wrong(self, found: str) -> UserError:
         return UserError(f"{self.path}: {found}, so this is not an intact GGUF file. Download or export it again.")
@@ -92,8 +92,9 @@ class _Header:
     def count(self, what: str, bytes_each: int) -> int:
         """A u64: how many things follow, which take at least so many bytes each."""
         count, left = self.number("u64", what), len(self.data) - self.position
-        if count * bytes_each > left:
-            raise self.wrong(f"truncated or damaged: {what} is {count}, and only {left} bytes follow")
+        self.items += count
+        if count * bytes_each > left or self.items > 1 << 24:  # vocabularies have at most a million of each
+            raise self.wrong(f"truncated or damaged: {what} is {count}, and {left} bytes follow")
         return count
 
     def strings(self, count: int, what: str) -> list[str]:

@@ -427,10 +427,10 @@ def test_the_data_sets_own_template_wins(tok, tmp_path, monkeypatch, given, path
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("templates/chat.jinja", "chat_template_jinja: no such file templates/chat.jinja"),
-        ("chat.jinja\n", "chat_template_jinja: no such file chat.jinja"),
-        ("x" * 5000, "chat_template_jinja: x+ [.]{3} x+.*Name a text file"),
-        (".", "chat_template_jinja: . cannot be read"),
+        ("templates/chat.jinja", "chat_template_jinja: templates/chat.jinja: no such file"),
+        ("chat.jinja\n", "chat_template_jinja: chat.jinja: no such file"),
+        ("x" * 5000, "chat_template_jinja: x+ [.]{3} x+.*Give a text file"),
+        (".", "chat_template_jinja: .: cannot be read"),
     ],
 )
 @pytest.mark.parametrize("of_data_set", [False, True])

@@ -223,6 +223,20 @@ def test_defect_is_named(defect: str, tmp_path: Path):
     assert str(path) in str(error.value)
 
 
+def test_lists_that_fill_the_memory_are_refused(tmp_path: Path):
+    """In memory a list takes ten times its bytes or more; whether one is long or many are."""
+    entry = struct.pack("<IIQ", 9, 0, 9_000_000) + bytes(9_000_000)
+    keys = [struct.pack("<Q", 1) + name + entry for name in (b"a", b"b")]
+    for num_keys, is_right in ((1, True), (2, False)):
+        path = tmp_path / "a.gguf"
+        path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, num_keys) + b"".join(keys[:num_keys]) + bytes(64))
+        if is_right:
+            assert len(read_gguf(path).metadata["a"]) == 9_000_000
+        else:
+            with pytest.raises(UserError, match="the length of metadata b is 9000000"):
+                read_gguf(path)
+
+
 def test_metadata_defects_are_named(tmp_path: Path):
     path = tmp_path / "broken.gguf"
     write_gguf(path, {"general.alignment": ("u32", 24)}, [])

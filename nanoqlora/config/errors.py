@@ -47,6 +47,13 @@ class UserError(ValueError):
         super().__init__(_shown(message))
 
 
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raises UserError for a device or a pipe, which may have no end. Those that a shell makes of <(...) are read."""
+    is_known = any((os.path.isfile(path), os.path.isdir(path), str(path).startswith(("/dev/fd/", "/dev/stdin"))))
+    if os.path.exists(path) and not is_known:
+        raise UserError(f"{path}: is a device or a pipe, and a file is needed. Name one.")
+
+
 class Failed(Exception):
     """The run cannot continue, though the input was right: a rank is dead, a loss is NaN. The message names what to do.
 

@@ -11,12 +11,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pydantic
 
-from .errors import UserError
+from .errors import UserError, check_regular
 
 UMASK = os.umask(0o077)  # which can be read only by setting it
 os.umask(UMASK)
@@ -167,16 +168,25 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def read_text(path: str | Path, advice: str, where: str = "") -> str:
+    """A text file. Raises UserError, which begins with `where`; of a missing file it says `advice`."""
+    try:
+        check_regular(path)
+        return Path(path).read_text("utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{where}{path}: no such file. {advice}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}{path}: cannot be read ({error}). Give a text file in UTF-8.") from None
+
+
 def read_json(path: Path, kind: Any = dict[str, Any]) -> Any:
     """A JSON file that holds an object, or what `kind` says; see `expect`."""
-    try:
-        return expect(path, path.read_bytes(), kind, is_json=True)
-    except FileNotFoundError:
-        is_adapter = path.with_name("adapter_config.json").exists()
-        advice = "The folder holds an adapter: give its base model too" if is_adapter else "Copy the folder again"
-        raise UserError(f"{path}: no such file, and the others need it. {advice}.") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). Check the path and its permissions.") from error
+    is_adapter = path.with_name("adapter_config.json").exists()
+    advice = "The folder holds an adapter: give its base model too" if is_adapter else "Copy the folder again"
+    return expect(path, read_text(path, f"The others need it. {advice}"), kind, is_json=True)
+
+
+_adapter = cache(pydantic.TypeAdapter)  # it takes longer to make one than to use it
 
 
 def expect(where: object, value: Any, kind: Any, is_json: bool = False) -> Any:
@@ -187,7 +197,7 @@ def expect(where: object, value: Any, kind: Any, is_json: bool = False) -> Any:
         is_json: the value is a JSON text. NaN and infinity are not JSON, but other tools write them. Refused are more
             than 200 lists in lists, numbers of thousands of digits, and halves of surrogate pairs.
     """
-    adapter = pydantic.TypeAdapter(kind)
+    adapter = _adapter(kind)
     try:
         return (adapter.validate_json if is_json else adapter.validate_python)(value, strict=True)
     except pydantic.ValidationError as error:
@@ -245,8 +255,8 @@ def check_writable(folder: str | Path, key: str) -> None:
 
 def check_file(path: str | Path, key: str) -> None:
     """The same for a file that will be written: before the work, whose result would have no place."""
-    if Path(path).is_dir():
-        raise UserError(f"{key} {path}: is a folder, so no file can have this name. Give {key} the name of a file.")
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"{key} {path}: is a folder, a device or a pipe. Give {key} the name of a file.")
     check_free(path, key)
     check_writable(Path(path).parent, key)
 

@@ -94,6 +94,8 @@ def as_list(value: Any) -> list[Any] | tuple[Any, ...]:
 
 def as_path(given: str, name: str) -> str:
     """~ is the home folder, as in a shell."""
+    if not given:
+        raise UserError(f"{name} is empty. Give a path, or leave it out.")
     if max(map(len, given.encode().split(b"/"))) > 255:
         raise UserError(f"{name}: {given[:60]} ... has a part of more than 255 bytes, so no file has it. Shorten it.")
     return os.path.expanduser(given)
@@ -201,9 +203,7 @@ def what_instead(cls: type[Keys], name: str, options: Iterable[str] = ()) -> str
         return f"belongs inside {' or '.join(homes)}, and here it would do nothing. Write it there."
     known = [*keys_of(cls), *cls.fates.old, *options]
     nearest = "".join(difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4))
-    return (
-        f"is no known key, so it would do nothing. {f'The nearest one is {nearest}; s' if nearest else 'S'}ee --help."
-    )
+    return f"is no known key, so it does nothing. {f'The nearest one is {nearest}; s' if nearest else 'S'}ee --help."
 
 
 def _keys_inside(hint: Any) -> set[str]:

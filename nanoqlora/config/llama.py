@@ -153,6 +153,6 @@ def _rope_kind(key: str, given: dict[str, Any], outside: Any, positions: int) ->
 
 def _positive(value: Any, key: str) -> float:
     """A number above zero, as a float. key: names it in the error."""
-    if type(value) not in (int, float) or not 0 < value < 1e30:
+    if type(value) not in (int, float) or not 0 < value < 1e18:
         raise ValueError(f"{key} is {short(value)}, where a Llama needs a number above zero")
     return float(value)

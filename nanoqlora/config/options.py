@@ -89,9 +89,7 @@ class ExportOptions(RunOptions):
     adapter: PathText | None = key("trained adapter (folder or hub name) to write alone; its base is --model", None)
     out: PathText | None = key("file to write; unset: model-TYPE.gguf in output_dir, or in the --model folder", None)
     type: GgufType | None = key("how weights are stored; unset: q8_0, of an adapter f32", None)
-    imatrix: PathText | None = key(
-        "importance matrix: a file of llama.cpp's, or alone: measured on the run's texts", None
-    )
+    imatrix: PathText | None = key("importance matrix: llama.cpp's file, or alone: measured on the run's texts", None)
     prove: bool = key("read the file back and compare it with what was trained; the result is in merge.json", False)
     data: PathText | None = key("held-out texts for --prove; unset: those of the run in the YAML file", None)
     max_tokens: int = key("held-out tokens for --prove", 1024, ge=0)

@@ -4,13 +4,13 @@
 
 import re
 from collections.abc import Mapping, Set
-from pathlib import Path
 from types import NoneType
 from typing import Any
 
 import yaml
 
 from .errors import UserError, short
+from .files import read_text
 from .scripts import this_command
 
 
@@ -27,6 +27,9 @@ class Map(dict[str, Any]):
         self[name], self.at[name] = value, at
 
 
+MOST_VALUES, DEEPEST = 100_000, 100
+
+
 class _Loader(yaml.SafeLoader):
     """YAML that keeps line numbers, and refuses a key given twice, of which only the last would be used."""
 
@@ -36,6 +39,11 @@ class _Loader(yaml.SafeLoader):
         except (ValueError, LookupError, TypeError, AttributeError) as error:  # no such day, 0x without digits
             what = f"{short(node.value)} is not a value ({short(str(error))})"
             raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from None
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        if self.flow_level > DEEPEST:  # each token is compared with all open brackets
+            raise RecursionError
+        super().fetch_flow_collection_start(token)
 
     def construct_lines(self, node: yaml.MappingNode) -> Any:
         yield (result := Map())
@@ -49,9 +57,6 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_lines)
-
-
-MOST_VALUES = 100_000
 
 
 def load_yaml(text: str, where: str) -> Any:
@@ -101,12 +106,7 @@ def located(value: Any, source: str, key: str = "", line: int | None = None) -> 
 
 def read_yaml(path: str) -> Map:
     """The keys of a YAML file. Raises UserError with the line of whatever is wrong."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Name the YAML file of a run, as in {this_command('my.yml')}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a YAML file ({error}). Give a text file in UTF-8.") from None
+    text = read_text(path, f"Name the YAML file of a run, as in {this_command('my.yml')}")
     values = load_yaml(text, path) or {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds a {type(values).__name__}, but a run is a map. Write lines such as lora_r: 16.")

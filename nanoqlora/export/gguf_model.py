@@ -189,11 +189,9 @@ def base_of(adapter: str | Path) -> str:
     The file may come from anybody, so no other path is taken from it.
     """
     where = adapter_file(adapter).with_name("adapter_config.json")
-    base, trained_on = read_json(where).get("base_model_name_or_path"), read_trained(adapter).base
+    base, trained = read_json(where).get("base_model_name_or_path"), read_trained(adapter).base
     with suppress(UserError):  # there is no model
-        if isinstance(base, str) and (
-            is_hub_name(base) or (trained_on and fingerprint(open_weights(base)) == trained_on)
-        ):
+        if isinstance(base, str) and (is_hub_name(base) or trained and fingerprint(open_weights(base)) == trained):
             return base
     raise UserError(f"{where}: names {base!r} as the base model, which is not proven. Give the base with --model.")
 

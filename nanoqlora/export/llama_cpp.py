@@ -134,9 +134,7 @@ class Server:
 
 def reason_in(log: str) -> str:
     """What llama.cpp logged of an error: its first lines of level E, and where its template engine stopped."""
-    found = re.findall(
-        r"^(?:[\d.]+ E \s*(?:srv\s|cmn\s)?\s*(.+)|(Error: .+|.*GGML_ASSERT.+|\w*Error: .+))$", log, re.MULTILINE
-    )
+    found = re.findall(r"^(?:[\d.]+ E \s*(?:srv\s|cmn\s)?\s*(.+)|(Error: .+|.*GGML_ASSERT.+|\w*Error: .+))$", log, re.M)
     lines = [" ".join((error or other).split()) for error, other in found]
     return "; ".join(lines[:1] + [line for line in lines[1:] if line.startswith("Error: ")][:1])[:400]
 

@@ -21,7 +21,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config.errors import UserError, short
+from ..config.errors import UserError, check_regular, short
 from .container import MAGIC, Metadata
 from .ggml_blocks import quantize
 from .names import gguf_name
@@ -67,11 +67,8 @@ class Imatrix(NamedTuple):
     def note(self, path: Path) -> Metadata:
         """What llama-quantize writes about it into a file that was made with it."""
         texts: Metadata = {f"{NOTE}.dataset": ("string", self.datasets[0])} if self.datasets else {}
-        numbers: Metadata = {
-            f"{NOTE}.entries_count": ("u32", len(self.sums)),
-            f"{NOTE}.chunks_count": ("u32", self.chunks),
-        }
-        return {f"{NOTE}.file": ("string", path.name)} | texts | numbers
+        texts |= {f"{NOTE}.entries_count": ("u32", len(self.sums)), f"{NOTE}.chunks_count": ("u32", self.chunks)}
+        return {f"{NOTE}.file": ("string", path.name)} | texts
 
 
 def read_imatrix(path: str | Path) -> Imatrix:
@@ -80,7 +77,7 @@ def read_imatrix(path: str | Path) -> Imatrix:
     Raises:
         UserError: the file is missing, damaged, of several experts, or holds NaN, infinity or negative numbers.
     """
-    path = Path(path)
+    check_regular(path := Path(path))
     try:
         with open(path, "rb") as file:
             imatrix = _read_gguf(path) if file.read(4) == MAGIC else _read_older(file, path)
@@ -102,7 +99,7 @@ def _read_gguf(path: Path) -> Imatrix:
         if name == full:
             continue
         count = file.load(name + COUNTS) if name + COUNTS in file.tensors else torch.empty(0)
-        if count.numel() != 1 or not (count >= 0).all() or count.isinf() or info.ggml_type != "F32":
+        if count.numel() != 1 or not 0 <= count.item() < 2**53 or info.ggml_type != "F32":
             raise UserError(f"{path}: {name} has {short(count.tolist())} as counts; one is needed, and no experts.")
         sums[name], counts[name] = file.load(full).flatten(), round(count.item())
     datasets, chunks, chunk_size = (file.metadata.get(key, -1) for key in (DATASETS, CHUNKS, CHUNK_SIZE))
@@ -117,9 +114,7 @@ def _read_older(file: BinaryIO, path: Path) -> Imatrix:
 
     def take(num_bytes: int, least: int = 0) -> bytes:
         if not least <= num_bytes <= size - file.tell():
-            raise UserError(
-                f"{path}: is no importance matrix, or is cut short at byte {file.tell()}. Give another file."
-            )
+            raise UserError(f"{path}: is no importance matrix, or cut short at byte {file.tell()}. Give another file.")
         return file.read(num_bytes)
 
     def number() -> int:

@@ -68,6 +68,4 @@ def check_fp8(device: torch.device) -> None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
         return
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
-    raise UserError(
-        f"fp8: {name} has no matmuls in fp8. Take a GPU that has, such as an L40S or H100, or leave out fp8."
-    )
+    raise UserError(f"fp8: {name} has no matmuls in fp8. Take a GPU that has, as an L40S or H100, or leave out fp8.")

@@ -20,14 +20,14 @@ if __name__ == "__main__":
 
 from ..config.commands import run_command
 from ..config.errors import UserError, visible
-from ..config.files import check_file
+from ..config.files import check_file, read_text
 from ..config.parser import load_yaml
 from . import figure
 from .output_dir import LOG, read_log
 
 IN_REPORT = {  # what report.md has and the log may not, as it is written there
-    "eval_loss": re.compile(r"Held-out loss: .* before, ([\d.]+) after"),
-    "seconds": re.compile(r"^\| time, s \|.*\| ([\d,]+) \|$", re.M),
+    "eval_loss": re.compile(r"Held-out loss: .* before, (\d+\.?\d*) after"),
+    "seconds": re.compile(r"^\| time, s \|.*\| (\d[\d,]*) \|$", re.M),
 }
 # What came out: its name -> key of metrics.jsonl, which of its values, how it is written.
 FIGURES: dict[str, tuple[str, Callable[[list[float]], float], str]] = {
@@ -45,13 +45,9 @@ Run = tuple[dict[str, Any], list[dict[str, Any]]]  # values of train.yml by thei
 
 def read_run(folder: str) -> Run:
     """Raises UserError: there is no run in the folder, or its files cannot be read."""
-    try:
-        rows = read_log(Path(folder, LOG))
-        files = Path(folder, "train.yml"), Path(folder, "report.md")
-        settings, report = (file.read_text("utf-8") if file.is_file() else "" for file in files)
-        values = flat(load_yaml(settings, str(files[0])) or {})
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder}: its {LOG}, train.yml or report.md cannot be read ({error}).") from error
+    rows, files = read_log(Path(folder, LOG)), (Path(folder, "train.yml"), Path(folder, "report.md"))
+    settings, report = (read_text(file, "") if file.is_file() else "" for file in files)
+    values = flat(load_yaml(settings, str(files[0])) or {})
     if not rows:
         raise UserError(f"{folder}: no {LOG} with a step, so no run to compare. Give the output_dir of each run.")
     logged = {key for row in rows if row["step"] for key in row}

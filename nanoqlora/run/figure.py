@@ -69,7 +69,7 @@ def limits(values: list[float], low: float | None = None, always: Sequence[float
     ordered = sorted(values) or sorted(always)
     tail = max(1, len(ordered) // 50) if len(ordered) >= 8 else 0
     bottom, top = (ordered[tail] if low is None else low), ordered[-1 - tail]
-    reach = 2 * (top - bottom)
+    reach = 2 * abs(top - bottom)
     shown = [value for value in ordered if bottom - reach <= value <= top + reach] + list(always)
     bottom, top = (min(shown) if low is None else low), max(shown)
     air = 0.08 * (top - bottom) or 0.1 * abs(top) or 1.0

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..config.errors import UserError
+from ..config.files import read_text
 from ..config.rules import template_in_force
 from ..config.schema import Config, DatasetConfig
 from ..config.splits import split_and_part
@@ -136,23 +137,16 @@ def _template_text(given: str) -> str:
     """The text of a template that is given as such, in braces or lines, or as the path of a file."""
     if "{" in given or "\n" in given.strip():
         return given
-    path = Path(given.strip()).expanduser()
-    try:
-        return path.read_text("utf-8")
-    except FileNotFoundError as error:
-        what = f"no such file {path}. It is one line without braces, so it is taken for a path"
-        raise UserError(f"chat_template_jinja: {what}. Correct it, or write the template's text.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"chat_template_jinja: {path} cannot be read ({error}). Name a text file in UTF-8.") from error
+    advice = "It is one line without braces, so it is taken for a path. Correct it, or write the template's text"
+    return read_text(Path(given.strip()).expanduser(), advice, "chat_template_jinja: ")
 
 
 def row_format(dataset: DatasetConfig) -> PromptFormat:
     """What a data set's own keys say of its rows."""
     frame = None if isinstance(dataset.type, str) else Frame(**dataset.type.model_dump())
     names = {field.name for field in fields(PromptFormat)} - {"type", "chat_template"}
-    own: dict[str, Any] = {
-        name: value for name, value in dataset.model_dump(include=names).items() if value is not None
-    }
+    given = dataset.model_dump(include=names)
+    own: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return PromptFormat(**own, type=dataset.type if isinstance(dataset.type, str) else "custom", frame=frame)
 
 

@@ -74,10 +74,8 @@ def inline(value: Any) -> str:
 
 def table(head: list[str], rows: list[list[Any]]) -> str:
     """A Markdown table; columns are right-aligned where their values are numbers."""
-    are_numbers = [
-        all(isinstance(cell, int | float | None | jinja2.Undefined) for cell in cells)
-        for cells in zip(*rows, strict=True)
-    ]
+    number = int | float | None | jinja2.Undefined
+    are_numbers = [all(isinstance(cell, number) for cell in cells) for cells in zip(*rows, strict=True)]
     rule = ["---:" if number else "---" for number in are_numbers]
     return "\n".join(f"| {' | '.join(map(inline, cells))} |" for cells in (head, rule, *rows))
 

@@ -166,10 +166,7 @@ def run_facts(run: Run, data: Data, forecast: Forecast, seconds: float) -> dict[
     config, dtype = run.config, run.model.model.embed_tokens.weight.dtype
     losses = [row for row in run.metrics.rows if "loss" in row]
     memory = {
-        key.removeprefix("memory/"): {
-            "predicted": forecast.memory.get(key),
-            "measured": max(row[key] for row in losses),
-        }
+        key.removeprefix("memory/"): {"predicted": forecast.memory.get(key), "measured": max(r[key] for r in losses)}
         for key in (losses or [{}])[-1]
         if key.startswith("memory/")
     }

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.errors import UserError, note
-from ..config.files import expect, read_json, whole_file, write_text
+from ..config.files import expect, read_json, read_text, whole_file, write_text
 from . import tokenizer_json
 from .byte_pairs import LETTERS, SPLIT_RULES
 from .sentencepieces import BYTE_PIECES, UNREACHED, read_model, write_model
@@ -175,10 +175,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja, else the entry of the config: a text, or a list of named ones."""
     path, where = folder / "chat_template.jinja", f"{folder / 'tokenizer_config.json'}: chat_template"
     if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text ({error}). Copy it again.") from error
+        return read_text(path, "Copy it again")
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {str(entry.get("name")): entry.get("template") for entry in expect(where, template, list[dict])}

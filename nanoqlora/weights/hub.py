@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config.errors import UserError
+from ..config.errors import UserError, check_regular
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -56,6 +56,7 @@ def _check_links(folder: Path, of_adapter: bool) -> None:
     """
     home = folder.resolve()
     for file in folder.iterdir():
+        check_regular(file)
         if not file.is_symlink():
             continue
         target = file.resolve()

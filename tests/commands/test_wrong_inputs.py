@@ -202,7 +202,7 @@ KEYS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "template at no path": (
         {"chat_template_jinja": "t.jinja", "datasets": [{"path": "data.jsonl", "type": "chat_template"}]},
-        "chat_template_jinja: no such file t.jinja & taken for a path",
+        "chat_template_jinja: t.jinja: no such file & taken for a path",
     ),
     # Paths.
     "base that is not there": (
@@ -276,8 +276,8 @@ YAML: dict[str, tuple[bytes, str]] = {
     "a tag that does not fit": (b"lora_r: !!timestamp x", "line 2: 'x' is not a value"),
     "half a surrogate pair": (b'wandb_name: "\\ud800"', "line 2: wandb_name is '\\ud800' & not text"),
     "NUL": (b"wandb_name: a\0", "train.yml & special characters are not allowed"),
-    "UTF-16": ("lora_r: 8".encode("utf-16"), "train.yml: cannot be read as a YAML file & utf-8"),
-    "Latin-1": (b"wandb_name: M\xfcller", "train.yml: cannot be read as a YAML file & utf-8"),
+    "UTF-16": ("lora_r: 8".encode("utf-16"), "train.yml: cannot be read & utf-8"),
+    "Latin-1": (b"wandb_name: M\xfcller", "train.yml: cannot be read & utf-8"),
     "2000 brackets": (b"tokens: " + b"[" * 2000, "train.yml: nested too deeply"),
     "an alias within itself": (b"tokens: &a [*a]", "more than 100000 values"),
     "aliases without end": (
@@ -308,13 +308,13 @@ COMMANDS = {
 BOTH = "--model model --adapter adapter"
 WORDS: dict[str, str] = {
     "train absent.yml": "absent.yml: no such file. Name the YAML file",
-    "train model": "model: cannot be read as a YAML file & directory",
+    "train model": "model: cannot be read & directory",
     "train train.yml other.yml": "train.yml and other.yml are both files & Remove one",
     "train train.yml --lora_r": "--lora_r is true & whole number",
     "train train.yml --lora_r=": "lora_r is missing",
     "train train.yml --learning_rat 0.1": "--learning_rat is no known key & learning_rate",
     "train train.yml --datasets [{path:": "--datasets & neither YAML nor JSON",
-    "train train.yml --=5": "command line: -- is no known key, so it would do nothing. See --help",
+    "train train.yml --=5": "command line: -- is no known key, so it does nothing. See --help",
     "train train.yml -x 1": "command line: --x is no known key",
     "train train.yml --plan --rehearse": "--plan and --rehearse are two commands",
     "train train.yml --plan maybe": "train.yml and maybe are both files",
@@ -619,7 +619,10 @@ MODELS: dict[str, tuple[Callable[[World], Any], str]] = {
         ),
         "300 tokens and the embedding 290 rows & from one model",
     ),
-    "a template that is not text": (text("model/chat_template.jinja", b"\xff\xfe"), "chat_template.jinja: not UTF-8"),
+    "a template that is not text": (
+        text("model/chat_template.jinja", b"\xff\xfe"),
+        "chat_template.jinja: cannot be read & UTF-8",
+    ),
     "a template of numbers": (
         lambda w: w.json("model/tokenizer_config.json", chat_template=5),
         "chat_template is 5: input should be a valid string",
@@ -746,6 +749,62 @@ def test_adapters(world: World, case: str):
     check(world, merge.main, [*BOTH.split(), "--out", "merged", "--max_tokens", 0], expected)
 
 
+# ------------------------------------------------------------------------------------------------ paths
+
+
+def pipe(file: str) -> Callable[[World], Any]:
+    return lambda w: ((w.root / file).unlink(missing_ok=True), os.mkfifo(w.root / file))
+
+
+def home(world: World) -> None:
+    os.environ["HOME"] = str(world.root)
+
+
+def many_files(world: World) -> None:
+    (world.root / "many").mkdir()
+    for i in range(20_000):
+        (world.root / "many" / f"{i}.txt").touch()
+
+
+NOTHING: Callable[[World], Any] = lambda w: None  # noqa: E731
+PLACES: dict[str, tuple[Callable[[World], Any], str, str]] = {
+    "the home folder as data": (home, "evaluate --data ~", "your home & Name its files"),
+    "a folder above it": (home, "evaluate --data /", "your home & Name its files"),
+    "thousands of files": (many_files, "evaluate --data many", "20,000 files & Name its files"),
+    "a pipe as data": (pipe("p.jsonl"), "evaluate --data p.jsonl", "no such file"),
+    "a pipe as a model": (pipe("p.gguf"), "evaluate --model p.gguf", "a file of another kind"),
+    "a pipe to write": (pipe("p.jsonl"), "evaluate --out p.jsonl", "a folder, a device or a pipe"),
+    "a device to write": (NOTHING, "evaluate --out /dev/full", "a folder, a device or a pipe"),
+    "a device to export to": (NOTHING, "export --out /dev/full", "a folder, a device or a pipe"),
+    "a pipe as a matrix": (pipe("p.dat"), "export --out x.gguf --type iq4_nl --imatrix p.dat", "is a device or a pipe"),
+    "a pipe as an adapter": (pipe("p"), "evaluate --adapter p", "no such folder"),
+    "a pipe as YAML": (pipe("p.yml"), "train p.yml", "p.yml: is a device or a pipe"),
+    "no end of YAML": (NOTHING, "train /dev/zero", "/dev/zero: is a device or a pipe"),
+    "no name of a model": (NOTHING, "merge --adapter adapter --model=", "model is empty"),
+    **{
+        f"a pipe as {file}": (pipe(f"model/{file}"), "evaluate", f"{file}: is a device or a pipe")
+        for file in ("config.json", "tokenizer.json", "model.safetensors", "prompt.json")
+    },
+    "a pipe in an adapter": (
+        pipe("adapter/adapter_config.json"),
+        "evaluate --adapter adapter",
+        "adapter_config.json: is a device or a pipe",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_what_is_no_file(world: World, case: str, monkeypatch: pytest.MonkeyPatch):
+    """A folder of everything, devices and pipes are neither read nor replaced."""
+    monkeypatch.setenv("HOME", os.environ["HOME"])
+    change, line, expected = PLACES[case]
+    change(world)
+    name, *words = line.split()
+    usual = {"evaluate": {"--model": "model", "--data": "data.jsonl"}, "export": {"--model": "model"}}.get(name, {})
+    words += [word for pair in usual.items() if pair[0] not in words for word in pair]
+    check(world, COMMANDS[name], words, expected)
+
+
 # ------------------------------------------------------------------------------------------------ surroundings
 
 ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
@@ -827,5 +886,5 @@ def test_all_is_right_without_a_mistake(world: World):
     ):
         ended = run_here(main, *words)
         assert ended.code == 0, ended
-    tables = KEYS, YAML, WORDS, DATA, CHATS, CARDS, MODELS, GGUF, ADAPTERS, ENVIRONMENTS
+    tables = KEYS, YAML, WORDS, DATA, CHATS, CARDS, MODELS, GGUF, ADAPTERS, PLACES, ENVIRONMENTS
     assert sum(map(len, tables)) >= 300

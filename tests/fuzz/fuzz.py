@@ -43,7 +43,7 @@ from nanoqlora.config.errors import HIDDEN, Failed, UserError  # noqa: E402
 SLOW_S, HANG_S, MEMORY = 2, 10, 1 << 30
 ADDRESS_SPACE = 6 << 30  # beyond what the right files need
 KEPT = 3  # inputs of each failure
-TRACED = 4  # one execution of so many looks for new lines
+TRACED = 4, 2000, 25  # one execution of so many looks for new lines, after so many executions one of so many
 
 
 class Hang(BaseException):
@@ -150,7 +150,9 @@ class Worker:
         return None
 
     def execute(self, data: bytes) -> None:
-        is_traced = self.is_changed and self.counts["executions"] % TRACED == 0
+        often, many, seldom = TRACED
+        count = self.counts["executions"]
+        is_traced = self.is_changed and count % (often if count < many else seldom) == 0
         self.counts["executions"] += 1
         if is_traced:
             self.lines.start()

@@ -95,7 +95,7 @@ def other_tensors(w: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
     return [
         *(lambda shape=shape: torch.zeros(shape) for shape in shapes),
         *(lambda kind=kind: w.to(kind) for kind in kinds),
-        *(lambda factor=factor: w * factor for factor in (math.nan, 1e38)),
+        *(lambda factor=factor: (w.float() * factor).to(w.dtype) for factor in (math.nan, 1e38)),
         lambda: w.transpose(0, -1).contiguous() if w.ndim else w,
         lambda: w[:2].contiguous() if w.ndim else w,
     ]
@@ -258,7 +258,7 @@ def make_optimizer(rng: Random) -> bytes:
         w = state[key]
         if rng.random() < 0.3:
             del state[key]
-        changes = [*other_tensors(w), lambda w=w: w[None], lambda w=w: w.repeat(2)]
+        changes = [*other_tensors(w), lambda w=w: w[None], lambda w=w: torch.cat([w.flatten()] * 2)]
         state[rng.choice([key, key, key, "1.step", "0.more", "x", ".", "0", "0.0.step"])] = rng.choice(changes)()
     return named(name, save({key: w.clone() for key, w in state.items()}))
 

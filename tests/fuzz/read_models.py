@@ -379,6 +379,44 @@ def make_pth(rng: Random) -> bytes:
     return out.getvalue()
 
 
+# ------------------------------------------------------------------------------------------------ importance matrices
+
+
+@cache
+def imatrices() -> list[bytes]:
+    """Right ones, in both formats of llama.cpp."""
+    from nanoqlora.gguf.config import model_config
+    from nanoqlora.gguf.imatrix import Imatrix, write_imatrix
+    from nanoqlora.gguf.names import gguf_name, tensor_shapes
+
+    shapes = tensor_shapes(model_config(json_of("hf/config.json"), base()))
+    sums = {gguf_name(name): torch.rand(shape[1]) for name, shape in shapes.items() if len(shape) == 2}
+    right, found = Imatrix(sums, dict.fromkeys(sums, 512), ["texts"], 1, 512), []
+    for older in (False, True):
+        write_imatrix(path := work() / "right.imatrix", right, older)
+        found.append(path.read_bytes())
+    return found
+
+
+def make_imatrix(rng: Random) -> bytes:
+    raw = rng.choice(imatrices())
+    return mutate_bytes(raw, rng, within=rng.choice([64, 600, 2000, None]))
+
+
+def read_imatrix(data: bytes, rng: Random) -> None:
+    """A layer is quantised with what is taken."""
+    from nanoqlora.gguf.config import model_config
+    from nanoqlora.gguf.ggml_blocks import quantize
+    from nanoqlora.gguf.imatrix import read_imatrix
+    from nanoqlora.gguf.names import tensor_shapes
+
+    measured = read_imatrix(path := put(work() / "imatrix", data))
+    measured.note(path)
+    importance = measured.of_model(tensor_shapes(model_config(json_of("hf/config.json"), base())))
+    if rng.random() < 0.2:
+        quantize(torch.ones(1, 64), "IQ4_NL", next(x for x in importance.values() if len(x) == 64))
+
+
 OF_META = ("params.json", "consolidated.00.pth", "tokenizer.model")
 READERS: dict[str, tuple[Make, Callable[[bytes, Random], None]]] = {
     "gguf_bytes": (make_gguf_bytes, read_gguf),
@@ -389,5 +427,6 @@ READERS: dict[str, tuple[Make, Callable[[bytes, Random], None]]] = {
     "config": (make_config, folder_reader("config", "config.json")),
     "generation_config": (make_generation, read_generation),
     "params": (make_params, folder_reader("params", "params.json", "meta", OF_META)),
+    "imatrix": (make_imatrix, read_imatrix),
     "pth": (make_pth, folder_reader("pth", "consolidated.00.pth", "meta", OF_META)),
 }

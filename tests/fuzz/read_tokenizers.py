@@ -5,6 +5,7 @@ import json
 import math
 import struct
 from collections.abc import Callable
+from functools import cache
 from random import Random
 from typing import Any
 
@@ -79,6 +80,7 @@ def make_special_tokens_map(rng: Random) -> bytes:
     return dump(mutate_json(tree, rng), rng)
 
 
+@cache
 def fields_of(data: bytes) -> list[tuple[int, int, Any]]:
     """The fields of a protobuf message: number, kind on the wire, value."""
     found, at = [], 0
@@ -114,16 +116,16 @@ def varint_bytes(value: int) -> bytes:
 
 
 def message_of(fields: list[tuple[int, int, Any]]) -> bytes:
-    out = b""
+    out = bytearray()
     for number, kind, value in fields:
         out += varint_bytes(number << 3 | kind)
         out += varint_bytes(value) if kind == 0 else varint_bytes(len(value)) + value if kind == 2 else value
-    return out
+    return bytes(out)
 
 
 def change_message(data: bytes, rng: Random) -> bytes:
     """A message whose own fields have other values of their kind, or are others."""
-    fields = fields_of(data)
+    fields = list(fields_of(data))
     if not fields:
         return data
     i = rng.randrange(len(fields))
@@ -150,7 +152,7 @@ def make_tokenizer_model(rng: Random) -> bytes:
     raw = bytes_of("sp/tokenizer.model")
     if rng.random() < 0.4:
         return mutate_bytes(raw, rng, within=rng.choice([None, 400]))
-    fields = fields_of(raw)  # pieces, trainer, normalizer
+    fields = list(fields_of(raw))  # pieces, trainer, normalizer
     settings = [i for i, (number, _, _) in enumerate(fields) if number != 1]
     for _ in range(rng.choice([1, 2, 4, 8])):
         i = rng.choice(settings) if rng.random() < 0.3 else rng.randrange(len(fields))
@@ -269,7 +271,7 @@ def make_template(rng: Random) -> bytes:
     return "".join(parts).encode()
 
 
-LEAKS = ("<class '", "<built-in", "<function", "__globals__", "mappingproxy")
+LEAKS = ("<class '", "<built-in function", "<function", "__globals__", "mappingproxy")
 
 
 def read_template(data: bytes, rng: Random) -> None:

@@ -28,4 +28,4 @@ def test_a_wrong_file_is_refused_in_one_line(name: str, capsys: pytest.CaptureFi
 def test_the_corpus_is_small_and_of_known_readers():
     sizes = [(CORPUS / name).stat().st_size for name in INPUTS]
     assert {name.split("/")[0] for name in INPUTS} <= set(READERS)
-    assert max(sizes) <= 8 << 10 and sum(sizes) <= 200 << 10
+    assert max(sizes) <= 8 << 10 and sum(sizes) <= 256 << 10

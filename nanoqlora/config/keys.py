@@ -94,10 +94,8 @@ def as_list(value: Any) -> list[Any] | tuple[Any, ...]:
 
 def as_path(given: str, name: str) -> str:
     """~ is the home folder, as in a shell."""
-    if not given:
-        raise UserError(f"{name} is empty. Give a path, or leave it out.")
-    if max(map(len, given.encode().split(b"/"))) > 255:
-        raise UserError(f"{name}: {given[:60]} ... has a part of more than 255 bytes, so no file has it. Shorten it.")
+    if not given or max(map(len, given.encode().split(b"/"))) > 255:
+        raise UserError(f"{name} is empty or has a part of more than 255 bytes: {given[:60]!r}. No file has that name.")
     return os.path.expanduser(given)
 
 

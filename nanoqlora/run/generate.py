@@ -28,9 +28,8 @@ def answer(
     generator = torch.Generator().manual_seed(seed)
 
     def draw(logits: torch.Tensor) -> torch.Tensor:
-        return torch.multinomial((logits.float() / max(temperature, 1e-6)).softmax(1).cpu(), 1, generator=generator)[
-            :, 0
-        ]
+        probabilities = (logits.float() / max(temperature, 1e-6)).softmax(1).cpu()
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
     prompts, end_ids = encoded(used, [messages])
     new: list[int] = []

@@ -145,8 +145,7 @@ def row_format(dataset: DatasetConfig) -> PromptFormat:
     """What a data set's own keys say of its rows."""
     frame = None if isinstance(dataset.type, str) else Frame(**dataset.type.model_dump())
     names = {field.name for field in fields(PromptFormat)} - {"type", "chat_template"}
-    given = dataset.model_dump(include=names)
-    own: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    own: dict[str, Any] = {name: x for name, x in dataset.model_dump(include=names).items() if x is not None}
     return PromptFormat(**own, type=dataset.type if isinstance(dataset.type, str) else "custom", frame=frame)
 
 

@@ -62,10 +62,8 @@ def kept_layer(weights: GGUFWeights, name: str, device: torch.device) -> BlockLi
     if FORMATS[info.ggml_type].block_size == 1:
         return None
     if device.type == "meta":
-        n_out = info.shape[0]
-        return BlockLinear(
-            torch.empty(n_out, info.num_bytes // n_out, dtype=torch.uint8, device=device), info.ggml_type
-        )
+        rows = info.shape[0], info.num_bytes // info.shape[0]
+        return BlockLinear(torch.empty(rows, dtype=torch.uint8, device=device), info.ggml_type)
     packed = weights.file.raw_hf(name).to(device, copy=True)  # the file may be replaced while the run lasts
     if not torch.isfinite(halves(packed, info.ggml_type)).all():
         raise UserError(f"{weights.where}: tensor {name} holds NaN or infinite scales; training on it would give NaN.")

@@ -35,8 +35,7 @@ def load_tensors(path: Path, mmap: bool = False) -> dict[str, Tensor]:
     """All tensors of a .safetensors, .pth or .bin file. Raises UserError: it is damaged, or holds something else."""
     with reading(path):
         is_pickle = path.suffix != ".safetensors"
-        parts = zipfile.ZipFile(path).infolist() if is_pickle and zipfile.is_zipfile(path) else []
-        if sum(part.file_size for part in parts) > path.stat().st_size:
+        if zipfile.is_zipfile(path) and sum(p.file_size for p in zipfile.ZipFile(path).filelist) > path.stat().st_size:
             raise ValueError("it unpacks to more than it is, and PyTorch compresses nothing")
         state = torch.load(path, "cpu", weights_only=True, mmap=mmap) if is_pickle else load_file(path)
     if not isinstance(state, dict) or not all(isinstance(w, Tensor) and isinstance(k, str) for k, w in state.items()):

@@ -4,6 +4,7 @@
 the blocks, and their ratio. NF4 is measured twice, around the blocks.
 """
 
+import gc
 import sys
 
 import torch
@@ -21,7 +22,7 @@ from nanoqlora.weights.kept_blocks import BlockLinear
 
 
 def random_blocks(config: ModelConfig, file_type: str, dtype: torch.dtype, device: torch.device) -> tuple:
-    """As `bench.random_model`, its linear layers in blocks of random codes and scales of about 1e-4."""
+    """As `bench.random_model`, its linear layers in blocks of random codes."""
     types, shapes = tensor_types(config, file_type), tensor_shapes(config)
 
     def kept(name: str, where: torch.device) -> BlockLinear:
@@ -29,7 +30,8 @@ def random_blocks(config: ModelConfig, file_type: str, dtype: torch.dtype, devic
         packed = torch.randint(256, (n_out, fmt.num_bytes(n_in)), dtype=torch.uint8, device=where)
         if where.type != "meta":
             first, end = fmt.halves
-            scales = torch.full((len(packed), n_in // fmt.block_size, (end - first) // 2), 1e-4, device=where)
+            d = 1e-5 if types[name] == "Q6_K" else 1e-4  # weights of about 0.02
+            scales = torch.full((len(packed), n_in // fmt.block_size, (end - first) // 2), d, device=where)
             packed.view(n_out, -1, fmt.block_bytes)[..., first:end] = scales.half().view(torch.uint8)
         return BlockLinear(packed, types[name])
 
@@ -55,6 +57,7 @@ def main() -> None:
         shown = ("step_ms", "step_ms_min", "tokens_per_second", "base_gib", "predicted_gib", "memory/peak_gib")
         print(name, {key: figures[key] for key in figures if key in shown or key.startswith("active")}, flush=True)
         print(name, figures["breakdown_ms"], flush=True)
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     before, blocks, after = found

@@ -162,18 +162,32 @@ def test_a_run_resumes_bit_for_bit_and_is_the_same_in_parts(run, tmp_path):
     for name, words in {"whole": (), "again": resume}.items():
         ended = run_here(train.main, run, "--output_dir", tmp_path / name, *words)
         assert ended.code == 0, ended.err
-    for name, words in {"parts": ("--fsdp", "full_shard"), "theirs": ("--fsdp_version", 2)}.items():
+    spread = {"copies": ("--fsdp", "replicate"), "parts": ("--fsdp", "full_shard"), "theirs": ("--fsdp_version", 2)}
+    for name, words in spread.items():
         words += ("--gradient_accumulation_steps", 1, "--output_dir", tmp_path / name)
         ranks = on_ranks(2, end_of_run, run, *words)
         assert all(code == 0 for code, _, _ in ranks), ranks[0][2]
     whole, again, *others = (
-        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "again", "parts", "theirs")
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "again", *spread)
     )
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    assert all(torch.equal(others[0][name], others[1][name]) for name in whole)
+    assert all(torch.equal(others[0][name], other[name]) for other in others for name in whole)
     assert max((whole[name] - others[0][name]).abs().max() for name in whole) < 1e-4, "of values that moved by 0.008"
-    losses = [[row["loss"] for row in steps_of(tmp_path / name)] for name in ("whole", "parts", "theirs")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[1] == losses[2]
+    losses = [[row["loss"] for row in steps_of(tmp_path / name)] for name in ("whole", *spread)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[1] == losses[2] == losses[3]
+
+
+@pytest.mark.parametrize("rows", ["packed", pytest.param("recorded", marks=pytest.mark.gpu)])
+def test_a_run_learns_as_over_the_dequantised_weights(run, tmp_path, rows):
+    """On a CPU the same numbers; on a GPU, where the blocks are rebuilt for each matmul and recorded, to bfloat16."""
+    plain = ("--keep_gguf_blocks", "false", "--adapter", "lora", "--load_in_4bit", "false")
+    words = ("--bf16", "auto", "--lora_dropout", 0.0, "--max_steps", 8, "--sample_packing", str(rows == "packed"))
+    losses = []
+    for name, more in {"kept": (), "plain": plain}.items():
+        ended = run_here(train.main, run, "--output_dir", tmp_path / name, *words, *more)
+        assert ended.code == 0, ended.err
+        losses.append([row["loss"] for row in steps_of(tmp_path / name)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6 if DEVICE == "cpu" else 0.02)
 
 
 def test_a_checkpoint_of_the_other_kind_is_refused(run, tmp_path):

@@ -48,8 +48,7 @@ def write_adapter(adapter: str, asked: ExportOptions, config: Config | None) -> 
     out = asked.out or own_folder(adapter) / f"adapter-{file_type}.gguf"
     base = asked.model or (config.base_model if config else None)
     if asked.prove:
-        texts = {"data": asked.data, "max_tokens": asked.max_tokens}
-        export_and_prove_adapter(adapter, base, out, file_type, config, **texts, other_base=asked.other_base)
+        export_and_prove_adapter(adapter, base, out, file_type, config, asked)
     else:
         export_adapter(adapter, base, out, file_type, asked.other_base)
 
@@ -65,7 +64,7 @@ def write_model(asked: ExportOptions, config: Config | None) -> None:
     out = asked.out or run / f"model-{file_type}.gguf"
     imatrix = imatrix_file(asked.imatrix, model, Path(out), config, asked.data) if asked.imatrix else None
     if asked.prove:
-        export_and_prove(model, out, file_type, config, asked.data, asked.max_tokens, imatrix)
+        export_and_prove(model, out, file_type, config, asked, imatrix)
         return
     export_gguf(model, out, file_type, imatrix)
     if asked.data and (config or asked.imatrix != "true"):

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from ..config.errors import UserError, visible
 from ..config.files import read_json, sha256_of, write_text
+from ..config.options import ExportOptions
 from ..config.schema import Config
 from ..data.prompts import PromptFormat
 from ..gguf.config import model_config
@@ -138,40 +139,34 @@ class Proof:
 
 
 def export_and_prove(
-    model: str | Path,
-    out: str | Path,
-    type: str,
-    config: Config | None,
-    data: str | None,
-    max_tokens: int,
-    imatrix: Path | None = None,
+    model: str | Path, out: str | Path, type: str, config: Config | None, asked: ExportOptions, imatrix: Path | None
 ) -> None:
     """Write the file as `export_gguf` does, and prove it; what can be wrong with the run is found before.
 
     Args:
         config: of the run that the user named.
-        data: held-out texts of the user's, else those of the run; `max_tokens` of them.
+        asked: `data`: held-out texts of the user's, else those of the run; `max_tokens` of them.
         imatrix: the file of an importance matrix.
     """
     tok, fmt = words_of(model, config)
-    texts = held_out_texts(config, tok, fmt, data, max_tokens) if max_tokens else None
+    texts = held_out_texts(config, tok, fmt, asked.data, asked.max_tokens) if asked.max_tokens else None
     export_gguf(model, out, type, imatrix)
     measured = read_imatrix(imatrix) if imatrix else None
     prove_file(Proof(Path(out), type.upper(), local_path(model), tok, fmt, config, measured), texts)
 
 
 def export_and_prove_adapter(
-    adapter: str, base: str | None, out: str | Path, type: str, config: Config | None, **asked: Any
+    adapter: str, base: str | None, out: str | Path, type: str, config: Config | None, asked: ExportOptions
 ) -> None:
-    """The same for an adapter's own file, on its base's. asked: `data`, `max_tokens`, `other_base`."""
+    """The same for an adapter's own file, on its base's."""
     base = base or base_of(adapter)
     file = local_path(base)
     if file.suffix != ".gguf":
         raise UserError(f"--prove: {base} is no .gguf file, which llama.cpp needs as the base. Name one with --model.")
     tok, fmt, _ = talking(base, adapter, open_weights(base).config["vocab_size"])
     fmt = fmt or usual_format(tok)
-    texts = held_out_texts(config, tok, fmt, asked["data"], asked["max_tokens"]) if asked["max_tokens"] else None
-    export_adapter(adapter, base, out, type, asked["other_base"])
+    texts = held_out_texts(config, tok, fmt, asked.data, asked.max_tokens) if asked.max_tokens else None
+    export_adapter(adapter, base, out, type, asked.other_base)
     prove_file(Proof(file, type.upper(), file, tok, fmt, config, adapter=(adapter, Path(out))), texts)
 
 

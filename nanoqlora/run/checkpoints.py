@@ -97,7 +97,7 @@ def find_checkpoint(config: Config, samples: Samples, plan: BatchSchedule) -> tu
         f"trained over other weights than base_model {config.base_model} has": state.base_fingerprint not in ("", base),
         f"had optimizer: {optimizer}, whose state ({theirs}) {config.optimizer} cannot load": theirs != ours,
     }
-    for key, value in state.fixed.items():
+    for key, value in ({"keep_gguf_blocks": False} | state.fixed).items():  # which older versions had not
         own = getattr(config, key, None)
         differences[f"had {key}: {value}, this one has {own}"] = value != own
     for difference, is_found in differences.items():

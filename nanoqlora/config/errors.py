@@ -49,8 +49,9 @@ class UserError(ValueError):
 
 def check_regular(path: str | os.PathLike[str]) -> None:
     """Raises UserError for a device or a pipe, which may have no end. Those that a shell makes of <(...) are read."""
-    is_known = any((os.path.isfile(path), os.path.isdir(path), str(path).startswith(("/dev/fd/", "/dev/stdin"))))
-    if os.path.exists(path) and not is_known:
+    if os.path.exists(path) and not (
+        os.path.isfile(path) or os.path.isdir(path) or re.match("/dev/(fd|std)", str(path))
+    ):
         raise UserError(f"{path}: is a device or a pipe, and a file is needed. Name one.")
 
 

@@ -31,7 +31,7 @@ BinaryFile = io.BufferedReader | gzip.GzipFile
 Placed = tuple[str, Row | UserError]  # its place, for messages; and the row, or why it cannot be read
 
 CHUNK_BYTES = 1 << 20
-ARROW_ROWS = 8  # of a chunk: a long value may be stored once and be in every row
+ARROW_ROWS, FEW_ROWS = 512, 16  # of a chunk; and where a long value may be stored once and be in every row
 # What pyarrow raises for a damaged column, or a value that Python cannot have; the row with it is then refused by name.
 UNREADABLE = (ValueError, TypeError, LookupError, OverflowError, NotImplementedError, SystemError)
 # Bytes of a row (an open quote would make the rest of a CSV file one field); of a data set, or 200 times its files.
@@ -271,7 +271,7 @@ def _arrow_chunks(file: DataFile) -> Iterator[Chunk]:
     try:
         with open(file.path, "rb") as opened:
             if file.kind == "parquet":
-                batches = pyarrow.parquet.ParquetFile(opened).iter_batches(batch_size=ARROW_ROWS)
+                batches = pyarrow.parquet.ParquetFile(opened).iter_batches(batch_size=FEW_ROWS)
             elif opened.peek(6)[:6] == b"ARROW1":
                 reader = pyarrow.ipc.open_file(opened)
                 batches = map(reader.get_batch, range(reader.num_record_batches))
@@ -280,13 +280,14 @@ def _arrow_chunks(file: DataFile) -> Iterator[Chunk]:
             first = 1
             for batch in batches:
                 batch.validate(full=file.kind == "arrow")  # else to count or to send its bytes reads behind their end
-                for start in range(0, len(batch), ARROW_ROWS):
-                    part = batch.slice(start, ARROW_ROWS)
+                rows = FEW_ROWS if any(map(pyarrow.types.is_dictionary, batch.schema.types)) else ARROW_ROWS
+                for start in range(0, len(batch), rows):
+                    part = batch.slice(start, rows)
                     yield Chunk(partial(_arrow_rows, file.path, batch.schema.names, first), part, part.nbytes)
                     first += len(part)
     except (pyarrow.ArrowException, ValueError, MemoryError) as error:
-        what = f"not a readable {file.kind.title()} file ({error or 'it needs too much memory'})"
-        raise UserError(f"data {file.path}: {what}. Copy it again.") from error
+        why = error or "out of memory"
+        raise UserError(f"data {file.path}: not a readable {file.kind.title()} file ({why}). Copy it again.") from error
 
 
 def _arrow_rows(path: Path, names: list[str], first: int, batch: Any) -> Iterator[Placed]:

@@ -47,12 +47,10 @@ class UserError(ValueError):
         super().__init__(_shown(message))
 
 
-def check_regular(path: str | os.PathLike[str]) -> None:
+def check_regular(p: str | os.PathLike[str]) -> None:
     """Raises UserError for a device or a pipe, which may have no end. Those that a shell makes of <(...) are read."""
-    if os.path.exists(path) and not (
-        os.path.isfile(path) or os.path.isdir(path) or re.match("/dev/(fd|std)", str(path))
-    ):
-        raise UserError(f"{path}: is a device or a pipe, and a file is needed. Name one.")
+    if os.path.exists(p) and not (os.path.isfile(p) or os.path.isdir(p) or re.match("/dev/(fd|stdin)", str(p))):
+        raise UserError(f"{p}: is a device or a pipe, and a file is needed. Name one.")
 
 
 class Failed(Exception):

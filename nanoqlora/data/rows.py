@@ -280,9 +280,10 @@ def _arrow_chunks(file: DataFile) -> Iterator[Chunk]:
             first = 1
             for batch in batches:
                 batch.validate(full=file.kind == "arrow")  # else to count or to send its bytes reads behind their end
-                rows = FEW_ROWS if any(map(pyarrow.types.is_dictionary, batch.schema.types)) else ARROW_ROWS
+                plain = [f.with_type(f.type.value_type) if hasattr(f.type, "index_type") else f for f in batch.schema]
+                rows = ARROW_ROWS if plain == [*batch.schema] else FEW_ROWS  # of a dictionary a value may be in each
                 for start in range(0, len(batch), rows):
-                    part = batch.slice(start, rows)
+                    part = batch.slice(start, rows).cast(pyarrow.schema(plain))
                     yield Chunk(partial(_arrow_rows, file.path, batch.schema.names, first), part, part.nbytes)
                     first += len(part)
     except (pyarrow.ArrowException, ValueError, MemoryError) as error:

@@ -327,9 +327,8 @@ def with_adapter(proof: Proof, base: GGUFWeights, trained: Merged) -> Merged:
             proof.fail(f"the update of {layer} is not that of {proof.adapter[0]}")
     if len(file.tensors) != 2 * len(updates):
         proof.fail(f"it has {len(file.tensors)} tensors, and the adapter has {2 * len(updates)}")
-    print(
-        f"updates   {len(updates)} layers have those of {proof.adapter[0]}, rounded once to {proof.file_type.lower()}"
-    )
+    kind = proof.file_type.lower()
+    print(f"updates   {len(updates)} layers have those of {proof.adapter[0]}, rounded once to {kind}")
     return Merged(base, updates, False, torch.float32, torch.float32, proof.device)
 
 

@@ -95,7 +95,7 @@ def as_list(value: Any) -> list[Any] | tuple[Any, ...]:
 def as_path(given: str, name: str) -> str:
     """~ is the home folder, as in a shell."""
     if not given or max(map(len, given.encode().split(b"/"))) > 255:
-        raise UserError(f"{name} is empty or has a part of more than 255 bytes: {given[:60]!r}. No file has that name.")
+        raise UserError(f"{name}: {given[:60]} ... is empty or has a part of more than 255 bytes. Shorten it.")
     return os.path.expanduser(given)
 
 

@@ -343,7 +343,7 @@ WORDS: dict[str, str] = {
     "export --model model --out data.jsonl/x.gguf": "is a file, not a folder",
     "export --adapter model --model model": "adapter_model.safetensors: no such file",
     "export --adapter adapter --model model --type q4_k_m": "--type q4_k_m: an adapter is written as f32, f16 or bf16",
-    "export --adapter adapter --model model --prove": "--prove compares a complete model",
+    "export --adapter adapter --model model --prove": "model is no .gguf file, which llama.cpp needs",
     "chat": "--model is missing: Hugging Face folder",
     "chat --model nowhere --prompt x": "nowhere & found nothing there",
     "chat --model data.jsonl --prompt x": "data.jsonl & .gguf file",
@@ -780,7 +780,7 @@ PLACES: dict[str, tuple[Callable[[World], Any], str, str]] = {
     "a pipe as an adapter": (pipe("p"), "evaluate --adapter p", "no such folder"),
     "a pipe as YAML": (pipe("p.yml"), "train p.yml", "p.yml: is a device or a pipe"),
     "no end of YAML": (NOTHING, "train /dev/zero", "/dev/zero: is a device or a pipe"),
-    "no name of a model": (NOTHING, "merge --adapter adapter --model=", "model is empty"),
+    "no name of a model": (NOTHING, "merge --adapter adapter --model=", "model: & is empty"),
     **{
         f"a pipe as {file}": (pipe(f"model/{file}"), "evaluate", f"{file}: is a device or a pipe")
         for file in ("config.json", "tokenizer.json", "model.safetensors", "prompt.json")

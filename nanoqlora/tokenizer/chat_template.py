@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from functools import lru_cache, partial, wraps
 from pathlib import Path
@@ -88,22 +88,20 @@ def _limits(template: str) -> Iterator[None]:
     def watch(*_: Any) -> Any:
         return watch if time.thread_time() < end else stop()
 
-    is_main, before = threading.current_thread() is threading.main_thread(), sys.gettrace()
     end, free = time.thread_time() + SECONDS, resource.getrlimit(resource.RLIMIT_AS)
-    handler = signal.signal(signal.SIGVTALRM, stop) if is_main else None
-    try:
+    is_main = threading.current_thread() is threading.main_thread()
+    with ExitStack() as after:  # each is called, though the signal may come within another one
+        after.callback(resource.setrlimit, resource.RLIMIT_AS, free)
+        after.callback(sys.settrace, sys.gettrace())
+        if is_main:
+            after.callback(signal.signal, signal.SIGVTALRM, signal.signal(signal.SIGVTALRM, stop))
+            after.callback(signal.setitimer, signal.ITIMER_VIRTUAL, 0)
         if STATM.exists():
             used = int(STATM.read_text().split()[0]) * resource.getpagesize()
             known = [limit for limit in free if limit != resource.RLIM_INFINITY]  # of the user's own, such as ulimit -v
             resource.setrlimit(resource.RLIMIT_AS, (min([used + BYTES, *known]), free[1]))
         signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS) if is_main else sys.settrace(watch)
         yield
-    finally:
-        if is_main:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            signal.signal(signal.SIGVTALRM, handler)
-        sys.settrace(before)
-        resource.setrlimit(resource.RLIMIT_AS, free)
 
 
 class _CodeGenerator(compiler.CodeGenerator):

@@ -88,6 +88,21 @@ def test_templates_without_an_end_end(monkeypatch, case, where):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 8 << 20, "KB: a template took more than its share"
 
 
+def test_limits_end_where_the_signal_comes_last(monkeypatch):
+    """It comes when a long operation has ended, which may be within what ends the limits."""
+    before, setitimer = (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)), signal.setitimer
+
+    def late(which: int, seconds: float) -> None:
+        setitimer(which, seconds)
+        if not seconds:
+            raise ValueError("late")
+
+    monkeypatch.setattr(signal, "setitimer", late)
+    with pytest.raises(UserError, match="late"):
+        render("{{ 1 }}", HI, False, {})
+    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)) == before
+
+
 def test_a_template_without_an_end_is_not_asked_again_and_again(world, monkeypatch):
     """A command asks a template many things before it is used."""
     monkeypatch.setattr(chat_template, "SECONDS", 0.2)

@@ -53,6 +53,9 @@ def run_command(main: Callable[[], None]) -> None:
             found = f"{fault.filename or 'stdout or a file'} cannot be written ({fault.strerror})"
             found += f": {free_on_disk(fault.filename)}" if fault.filename else ""
             _leave(1, f"error: {found}. Free some space, then run the command again.")
+        if isinstance(fault, OSError) and fault.errno in (errno.EIO, errno.ESTALE, errno.EROFS, errno.ENOTCONN):
+            advice = "Look at the disk or network that it is on, then run the command again."
+            _leave(1, f"error: {fault.filename or 'a file'}: {fault.strerror}. {advice}")
         if is_out_of_memory(fault):
             asked = ". ".join(str(fault).split(". ")[:2]).strip() or "no memory is left"
             _leave(1, f"error: out of memory: {asked}. Use a smaller model or shorter rows, or end other programs.")

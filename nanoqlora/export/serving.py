@@ -50,6 +50,5 @@ def print_table(folder: Path, proofs: dict[str, Any], latest: dict[str, Any]) ->
         numbers = f"{score.mean_kl:9.5f}  {score.top1_agreement:7.2%}  {score.perplexity:10.3f}"
         print(f"{score.form:32}  {score.num_bytes / 1e6:7.1f} MB  {numbers}  {speed or '':>8}")
     advice = recommend([score._replace(form=GGUF + score.form) for score, _ in files]).removeprefix(GGUF)
-    if advice:
-        print(f"advice: {advice}", flush=True)
+    print(f"advice: {advice}", flush=True)
     return advice

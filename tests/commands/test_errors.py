@@ -3,6 +3,7 @@
 The line names what is wrong: the file, the line of the file, the key. No traceback, whatever the command.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -214,6 +215,19 @@ def test_damaged_data(world, main, case):
     before = snapshot(world.root)
     assert_refused(run_here(main, *commands(world)[main]), *words)
     assert snapshot(world.root) == before
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EROFS])
+@pytest.mark.parametrize("name", [None, "/disk/rows.jsonl"])
+def test_a_disk_that_fails_is_one_line(number, name):
+    """Reading has no name of a file in Python's error, opening has one."""
+
+    def main() -> None:
+        raise OSError(number, os.strerror(number), name)
+
+    ended = run_here(main)
+    assert ended.code == 1 and ended.err.count("\n") == 1
+    assert ended.err.startswith(f"error: {name or 'a file'}: {os.strerror(number)}. Look at the disk"), ended.err
 
 
 @pytest.mark.parametrize("main", [train.main, evaluate.main], ids=["train", "evaluate"])

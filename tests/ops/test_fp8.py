@@ -35,7 +35,10 @@ def assert_rounded(eight: Tensor, scale: Tensor, true: Tensor) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_are_rounded_to_the_nearest_value(module, dtype):
+@pytest.mark.parametrize("chunk", [32, fp8_triton.CHUNK])
+def test_rows_are_rounded_to_the_nearest_value(monkeypatch, module, dtype, chunk):
+    """Also where the kernel reads a row in several chunks, the last one incomplete."""
+    monkeypatch.setattr(fp8_triton, "CHUNK", chunk)
     x = (randn(37, 200) * randn(37, 1, seed=3).exp() ** 3).to(dtype)
     x[4] = 0
     x[5, 7] = 2.0**-130 if dtype == torch.float32 else 0

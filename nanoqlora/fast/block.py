@@ -319,8 +319,10 @@ class FusedBlock(Block):
         self.head_counts = [width // attn.head_dim for width in self.projections[0].widths]
 
     def measure_rows(self) -> None:
-        """Measure DoRA's row scales if the adapter may have changed."""
+        """Measure DoRA's row scales if the adapter may have changed; the first time also the weights' size for fp8."""
         if self.scales_are_old:
+            for projections in self.projections:
+                projections.measure_largest()
             for layer in self.dora:
                 layer.measure_rows(self.input_layernorm.weight.dtype)
             self.scales_are_old = False
@@ -357,6 +359,7 @@ def fuse_blocks(model: Llama, keeps: Sequence[Keep], merge: bool = False, fp8: F
         assert isinstance(block, Block)
         blocks.append(FusedBlock(block, i, keep, merge, host))
         model.model.layers[i] = blocks[i]
+        blocks[i].scales_are_old |= bool(fp8)
         for projections in blocks[i].projections:
             projections.fp8 = fp8
     tokens = TokenNumbers(blocks)
@@ -384,4 +387,4 @@ def adapter_changed(model: Llama) -> None:
     """Have DoRA's row scales measured before the next forward pass: they hold for one step."""
     for block in model.model.layers:
         if isinstance(block, FusedBlock):
-            block.scales_are_old = bool(block.dora)
+            block.scales_are_old |= bool(block.dora)

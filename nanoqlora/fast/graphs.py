@@ -14,20 +14,23 @@ a few (`recorded_width`), each with its own graph. Evaluation has graphs too, of
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..model import Llama
 from ..ops import Segments
+from ..parallel.fsdp import BlockStore
 from ..qlora import lora_layers
 from . import stats
-from .block import ON_HOST, FusedBlock
+from .block import ON_HOST, FusedBlock, not_sharded
 from .projections import gradient_of
 
 
@@ -36,11 +39,11 @@ def can_record(model: Llama) -> bool:
 
     In float32 no kernel takes several documents.
     """
-    blocks, weight = model.model.layers, model.model.norm.weight
+    blocks, weight, store = model.model.layers, model.model.norm.weight, getattr(model, "store", None)
     return (
         weight.is_cuda
         and weight.itemsize == 2
-        and not hasattr(model, "store")  # the blocks are gathered while they run
+        and (store is None or type(store) is BlockStore and store.copies is None)  # gathered between two graphs
         and all(isinstance(b, FusedBlock) and b.keep not in ON_HOST for b in blocks)
     )
 
@@ -128,11 +131,26 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def nothing_gathered(model: Llama) -> Iterator[None]:
+    """Run blocks within on whatever their slots hold: other ranks may record at other times, or not at all."""
+    blocks: list[Any] = [*model.model.layers]
+    before = [block.unshard_weights for block in blocks]
+    for block in blocks:
+        block.unshard_weights = not_sharded
+    try:
+        yield
+    finally:
+        for block, unshard in zip(blocks, before, strict=True):
+            block.unshard_weights = unshard
+
+
 class Recording:
     """The graphs of all blocks and the last norm for B rows of T tokens: forward, and backward unless in evaluation."""
 
     def __init__(self, body: "GraphedBody", buffers: Buffers, segments: Segments) -> None:
         self.model, self.pool, self.stream, self.buffers = body.model, body.pool, body.stream, buffers
+        self.store = body.store
         self.B, self.T = buffers.x.shape[:2]
         self.trains = torch.is_grad_enabled()
         self.segments = RecordedSegments(segments, self.T, buffers.x.device)
@@ -144,30 +162,52 @@ class Recording:
             for parameter in layer.parameters(recurse=False):
                 if parameter.requires_grad:
                     gradient_of(parameter)
-        self.warm_up()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-
-        in_use = torch.cuda.memory_stats()["active_bytes.all.current"]
-        torch.cuda.reset_peak_memory_stats()
-        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with self.capture(self.forward):
-            y = self.run()
-            buffers.y.copy_(y.detach())
-        held = torch.cuda.memory_stats()["active_bytes.all.current"] - in_use
-        if y.requires_grad:
-            with self.capture(self.backward):
-                y.backward(buffers.dy)
-        del y
-        peak = torch.cuda.memory_stats()["active_bytes.all.peak"]
-        stats.count_graph(held=held, peak=peak)
-        torch.cuda.reset_peak_memory_stats()  # the graph's peak is counted; from here on the allocator sees the rest
+        with nothing_gathered(self.model):
+            self.warm_up()
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            in_use = torch.cuda.memory_stats()["active_bytes.all.current"]
+            torch.cuda.reset_peak_memory_stats()
+            self.forward, self.backward = self.record(in_use)
+        torch.cuda.reset_peak_memory_stats()  # the graphs' peak is counted; from here on the allocator sees the rest
         for layer, (seeds, places) in zip(layers, before, strict=True):
             layer.row_seeds, layer.places = seeds, places
 
-    def capture(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
-        """Record what runs within. thread_local: NCCL's watchdog thread calls the GPU in the meantime."""
-        return torch.cuda.graph(graph, self.pool.id, self.stream, capture_error_mode="thread_local")
+    def record(self, in_use: int) -> tuple[list[torch.cuda.CUDAGraph], list[torch.cuda.CUDAGraph]]:
+        """The graphs of all parts, forward and backward, each in the order of the blocks. in_use: bytes before them."""
+        h, dy = self.buffers.x, self.buffers.dy
+        forward: list[torch.cuda.CUDAGraph] = []
+        backward: list[torch.cuda.CUDAGraph] = []
+        ends = []  # input and result of every part
+        for part in self.parts():
+            x = h.detach().requires_grad_(h.requires_grad)
+            with self.capture(forward):
+                h = part(x)
+                if len(forward) == len(self.parts()):
+                    self.buffers.y.copy_(h.detach())
+            ends.append((x, h))
+        held = torch.cuda.memory_stats()["active_bytes.all.current"] - in_use
+        for x, y in reversed(ends if h.requires_grad else ()):
+            if y.requires_grad:
+                with self.capture(backward):
+                    y.backward(dy, inputs=[x] if x.requires_grad else None)
+                dy = dy if x.grad is None else x.grad
+        stats.count_graph(held=held, peak=torch.cuda.memory_stats()["active_bytes.all.peak"])
+        return forward, backward[::-1]
+
+    @contextmanager
+    def capture(self, graphs: list[torch.cuda.CUDAGraph]) -> Iterator[None]:
+        """Record what runs within as one more graph. thread_local: NCCL's watchdog thread calls the GPU meanwhile."""
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1], self.pool.id, self.stream, capture_error_mode="thread_local"):
+            yield
+
+    def parts(self) -> list[Callable[[Tensor], Tensor]]:
+        """What is recorded as one graph: all blocks and the last norm, or each block where it has to be gathered."""
+        layers = [*self.model.model.layers]
+        runs = [layers] if self.store is None else [[block] for block in layers]
+        runs[-1] = [*runs[-1], self.model.model.norm]
+        return [partial(self.run, run) for run in runs]
 
     def warm_up(self) -> None:
         """Run all blocks once, so that kernels are compiled and loaded and shared buffers allocated.
@@ -177,18 +217,26 @@ class Recording:
         self.buffers.dy.zero_()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
-            y = self.run()
+            y = self.run([*self.model.model.layers, self.model.model.norm], self.buffers.x)
             if y.requires_grad:
                 y.backward(self.buffers.dy)
             del y
         torch.cuda.current_stream().wait_stream(self.stream)
 
-    def run(self) -> Tensor:
-        """The last norm's result."""
-        h, rope = self.buffers.x, (self.buffers.cos, self.buffers.sin)
-        for block in self.model.model.layers:
-            h = block(h, rope, self.segments, None)
-        return self.model.model.norm(h)
+    def run(self, modules: Sequence[nn.Module], h: Tensor) -> Tensor:
+        """The result of these blocks, and of the last norm, one after the other."""
+        for module in modules:
+            rope = (self.buffers.cos, self.buffers.sin)
+            h = module(h, rope, self.segments, None) if isinstance(module, FusedBlock) else module(h)
+        return h
+
+    def replay(self, graphs: list[torch.cuda.CUDAGraph], backward: bool = False) -> None:
+        """Launch the graphs of all parts; a block that is sharded is gathered before its own."""
+        first = len(self.forward) - len(graphs)  # blocks below the first update have no backward pass
+        for i, graph in sorted(enumerate(graphs, first), reverse=backward, key=itemgetter(0)):
+            if self.store:
+                self.store.unshard(i)
+            graph.replay()
 
 
 class Replay(torch.autograd.Function):
@@ -197,13 +245,13 @@ class Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, recording: Recording) -> Tensor:
         ctx.recording = recording
-        recording.forward.replay()
+        recording.replay(recording.forward)
         return recording.buffers.y.view_as(recording.buffers.y)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         ctx.recording.buffers.dy.copy_(dy)
-        ctx.recording.backward.replay()
+        ctx.recording.replay(ctx.recording.backward, backward=True)
         return None, None
 
 
@@ -220,6 +268,7 @@ class GraphedBody:
 
     def __init__(self, model: Llama) -> None:
         self.model, self.layers = model, list(lora_layers(model).values())
+        self.store: BlockStore | None = getattr(model, "store", None)
         self.buffers: Buffers | None = None  # for the largest batch so far
         self.recordings: list[Recording] = []
         self.pool: Any = torch.cuda.MemPool()  # its id is typed differently from what graphs take
@@ -227,8 +276,10 @@ class GraphedBody:
 
     def __call__(self, tokens: Tensor, segments: Segments) -> Tensor:
         (count, T), body = tokens.shape, self.model.model
-        for block in body.layers:
+        for i, block in enumerate(body.layers):
             assert isinstance(block, FusedBlock)
+            if block.scales_are_old and self.store:
+                self.store.unshard(i)
             block.measure_rows()  # before any of them is recorded or replayed; it holds for one step
         recording, B = self.find(count, T, segments)
         segments = with_empty_rows(segments, B - count)
@@ -243,15 +294,15 @@ class GraphedBody:
             self.recordings.append(recording)
         recording.segments.set(segments)
         if not recording.trains:
-            recording.forward.replay()
+            recording.replay(recording.forward)
             return buffers.y[:count]
         return Replay.apply(buffers.x.detach().requires_grad_(), recording)[:count]
 
     def __del__(self) -> None:
         """Free the graphs before the pool that they allocate from."""
         for recording in getattr(self, "recordings", ()):
-            recording.forward.reset()
-            recording.backward.reset()
+            for graph in (*recording.forward, *recording.backward):
+                graph.reset()
 
     def find(self, count: int, T: int, segments: Segments) -> tuple[Recording | None, int]:
         """A recording that can run this batch, and its rows; without one, how many rows it should have."""

@@ -158,8 +158,7 @@ class Projections:
     def weight_fp8(self, beside: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
         """[W, beside] or, transposed, [W^T, beside] in e4m3, and the scale of all its values, () float32."""
         rows, columns = (self.n_in, self.n_out) if transposed else (self.n_out, self.n_in)
-        if self.largest is None:  # at most so large is a weight: the scale of its group
-            self.largest = torch.stack([p.nested_absmax.amax() + p.nested_offset.abs() for p in self.layers]).amax()
+        assert self.largest is not None, "measure_largest comes before the forward pass"
         largest = torch.maximum(self.largest, beside.abs().amax().float()) if beside.shape[1] else self.largest
         scale = power_of_two(largest)
         buffer = fp8_buffer(rows, columns + beside.shape[1], device=beside.device)
@@ -168,6 +167,11 @@ class Projections:
             ops.kernels(beside).dequantize_fp8(*four_bits(layer), part, scale)
         buffer[:, columns:] = (beside / scale).to(buffer.dtype)
         return buffer, scale
+
+    def measure_largest(self) -> None:
+        """With fp8 find a bound of all weights, which never change: the largest scale of a group."""
+        if self.fp8 and self.largest is None:
+            self.largest = torch.stack([p.nested_absmax.amax() + p.nested_offset.abs() for p in self.layers]).amax()
 
     def row_scales(self, side: int) -> Tensor | None:
         """DoRA's c of all rows, (n_out + side,) float32, ones for layers without it; None without DoRA."""

@@ -244,6 +244,7 @@ def with_fp8(folder, strength, dropout: float = 0.0, keep: str = "all", fold: bo
     model = build(folder, torch.float32, dropout, **options)
     fuse(model, keep, fold)
     for block in model.model.layers:
+        block.scales_are_old = True
         for group in block.projections:
             group.fp8 = strength
     return model

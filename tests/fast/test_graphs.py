@@ -5,13 +5,15 @@ import gc
 import pytest
 import torch
 from tiny import save_random_llama
-from tiny_qlora import build, fuse
+from tiny_qlora import build, fuse, with_lora
 
-from nanoqlora.fast.block import adapter_changed
+from nanoqlora.fast.block import adapter_changed, fuse_blocks
 from nanoqlora.fast.graphs import GraphedBody, can_record, no_collection, power_of_two, with_empty_rows
 from nanoqlora.ops import Segments
 from nanoqlora.ops.fast import loss as loss_fast
-from nanoqlora.qlora import lora_layers, set_dropout_rows
+from nanoqlora.parallel.fsdp import fill_over_ranks
+from nanoqlora.qlora import ALL_LINEAR, lora_layers, set_dropout_rows
+from nanoqlora.weights.pretrained import open_model
 
 CUDA = torch.cuda.is_available()
 
@@ -42,6 +44,38 @@ def test_replayed_equals_launched(tmp_path, keep, dropout, fold):
         for ours, theirs in zip(*reversed(results), strict=True):
             assert torch.equal(ours, theirs), f"batch {i}"
     assert len(bodies[1].recordings) == 3 and all(layer.lora_A.grad.any() for layer in lora_layers(models[1]).values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keep", ["all", "input"])
+@pytest.mark.parametrize("mode", ["plain", "dropout", "DoRA", "fp8", "second block"])
+def test_blocks_that_are_gathered_have_graphs_of_their_own(tmp_path, mode, keep):
+    """A sharded base: the same bits as launched, though the recording ran on what the slots held."""
+    save_random_llama(tmp_path, num_hidden_layers=5)
+    device, bodies, models = torch.device("cuda"), [], []
+    for records in (True, False):
+        model, fill = open_model(tmp_path, load_in_4bit=True, dtype=torch.bfloat16, device=device)
+        store = fill_over_ranks(model, fill, sharding="full_shard", rank=0, ranks=1, device=device)
+        targets = ("layers.1.self_attn.k_proj", "layers.3.mlp.gate_proj") if mode == "second block" else ALL_LINEAR
+        models.append(with_lora(model, 0.05 if mode == "dropout" else 0.0, targets, mode == "DoRA"))
+        fuse_blocks(model, [keep] * 5, True, mode == "fp8")
+        store.attach(model)
+        assert can_record(model)
+        bodies.append(GraphedBody(model) if records else model.model)
+    for i, lengths in enumerate([((64,), (64,)), ((40, 24), (10, 54)), ((64,), (64,))]):
+        tokens = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(i)).cuda()
+        results = []
+        for model, body in zip(models, bodies, strict=True):
+            set_dropout_rows(model, torch.arange(2, device="cuda") + 7 * i)
+            with torch.no_grad():
+                evaluated = body(tokens, Segments(lengths)).clone()
+            y = body(tokens, Segments(lengths))
+            (y.float() * torch.linspace(-1, 1, y.shape[-1], device="cuda")).sum().backward()
+            grads = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+            results.append([evaluated, y.detach().clone(), *grads])
+        for ours, theirs in zip(*results, strict=True):
+            assert torch.equal(ours, theirs), f"batch {i}"
+    assert all(len(recording.forward) == 5 for recording in bodies[0].recordings)
 
 
 @pytest.mark.gpu

@@ -31,6 +31,10 @@ def build(
     folder, dtype: torch.dtype, dropout: float, targets=ALL_LINEAR, dora: bool = False, load_in_4bit: bool = True
 ) -> nq.Llama:
     model = nq.Llama.from_pretrained(folder, load_in_4bit=load_in_4bit, dtype=dtype, device=DEVICE)
+    return with_lora(model, dropout, targets, dora)
+
+
+def with_lora(model: nq.Llama, dropout: float, targets=ALL_LINEAR, dora: bool = False) -> nq.Llama:
     nq.inject_lora(model, r=8, alpha=4, dropout=dropout, target_modules=targets, use_dora=dora)
     g = torch.Generator().manual_seed(5)
     for layer in lora_layers(model).values():

@@ -12,7 +12,7 @@ from nanoqlora.fast.graphs import GraphedBody, can_record, no_collection, power_
 from nanoqlora.ops import Segments
 from nanoqlora.ops.fast import loss as loss_fast
 from nanoqlora.parallel.fsdp import fill_over_ranks
-from nanoqlora.qlora import ALL_LINEAR, lora_layers, set_dropout_rows
+from nanoqlora.qlora import ALL_LINEAR, lora_layers, set_dropout_rows, start_magnitudes
 from nanoqlora.weights.pretrained import open_model
 
 CUDA = torch.cuda.is_available()
@@ -60,6 +60,9 @@ def test_blocks_that_are_gathered_have_graphs_of_their_own(tmp_path, mode, keep)
         models.append(with_lora(model, 0.05 if mode == "dropout" else 0.0, targets, mode == "DoRA"))
         fuse_blocks(model, [keep] * 5, True, mode == "fp8")
         store.attach(model)
+        for number, block in enumerate(model.model.layers if mode == "DoRA" else ()):  # as `build_model` does
+            store.unshard(number)
+            start_magnitudes(block)
         assert can_record(model)
         bodies.append(GraphedBody(model) if records else model.model)
     for i, lengths in enumerate([((64,), (64,)), ((40, 24), (10, 54)), ((64,), (64,))]):

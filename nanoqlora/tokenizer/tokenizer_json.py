@@ -123,6 +123,8 @@ def _split_rule(path: Path, data: dict[str, Any], fields: Fields, whole_words: b
     steps = _essence(steps_of(path, data, "pre_tokenizer"))
     for name, rule in SPLIT_RULES.items():
         if steps == _essence(rule.steps):
+            if whole_words != rule.whole_words:
+                check_merges(path, fields | {"pre": name})
             if rule.whole_words == whole_words or whole_words and not has_unreached(fields):
                 return name
     found = f"unknown pre_tokenizer {json.dumps(data.get('pre_tokenizer'))[:400]}"

@@ -386,6 +386,19 @@ def test_ranks_follow_the_merges_where_ids_do_not(pre, tmp_path):
     assert [tok.encode(text) for text in TEXTS] == as_text(witness, TEXTS)
 
 
+@pytest.mark.parametrize("whole_words", [False, True])
+@pytest.mark.parametrize("pre", SPLIT_RULES)
+def test_merges_of_letters_that_no_byte_has_are_refused(pre, whole_words, tmp_path):
+    data = json.loads(train_bpe(pre, []).to_str())
+    data["model"] |= {"ignore_merges": whole_words}
+    data["model"]["vocab"] |= {word: len(data["model"]["vocab"]) + i for i, word in enumerate(["\x9b", "\x9b\x9b"])}
+    data["model"]["merges"].append(["\x9b", "\x9b"])
+    with pytest.raises(
+        UserError, match=r"tokenizer.json: (the merge '\\x9b \\x9b' joins or makes|unknown pre_tokenizer)"
+    ):
+        load_tokenizer(write_folder(tmp_path, data))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Llama-3's real list of tokens, as Meta publishes it
 

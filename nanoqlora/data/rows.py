@@ -75,24 +75,32 @@ def chunks_of(files: list[DataFile], part: str = "") -> Iterator[Chunk]:
         part: as of a list, with numbers of rows or percentages: ":1000", "10%:20%", "-500:"; "": all rows.
     """
     is_relative = re.search("[%-]", part)
-    total = sum(len(b.unparsed) for file in files for b in read_chunks(file)) if is_relative else sys.maxsize
+    total = sum(len(chunk.unparsed) for chunk in _bounded(files)) if is_relative else sys.maxsize
 
     def place(text: str) -> int | None:
         number = text.removesuffix("%")
         return (int(number) if number == text else round(int(number) * total / 100)) if text else None
 
     start, stop, _ = slice(*map(place, (part or ":").split(":"))).indices(total)
-    first, left = 0, max(LARGEST, 200 * sum(file.path.stat().st_size for file in files))
-    for chunk in (chunk for file in files for chunk in read_chunks(file)):
-        size, left = len(chunk.unparsed), left - chunk.num_bytes
-        if left < 0:
-            raise UserError(f"data {files[0].path}: unpacks to more than 200 times its size. Unpack it, or some of it.")
+    first = 0
+    for chunk in _bounded(files):
+        size = len(chunk.unparsed)
         wanted = max(0, start - first), min(stop - first, size)
         if wanted[0] < wanted[1]:
             yield replace(chunk, wanted=wanted)
         first += size
         if first >= stop:
             return
+
+
+def _bounded(files: list[DataFile]) -> Iterator[Chunk]:
+    """All chunks of some files, until they unpack to far more than the files are: also rows without any bytes count."""
+    left = max(LARGEST, 200 * sum(file.path.stat().st_size for file in files))
+    for chunk in (chunk for file in files for chunk in read_chunks(file)):
+        left -= chunk.num_bytes + 64 * len(chunk.unparsed)  # 64: a row as Python holds it
+        if left < 0:
+            raise UserError(f"data {files[0].path}: unpacks to more than 200 times its size. Unpack it, or some of it.")
+        yield chunk
 
 
 def read_chunks(file: DataFile) -> Iterator[Chunk]:
@@ -279,6 +287,8 @@ def _arrow_chunks(file: DataFile) -> Iterator[Chunk]:
                 batches = pyarrow.ipc.open_stream(opened)
             first = 1
             for batch in batches:
+                if not batch.schema.names:
+                    raise ValueError("it has no columns")
                 batch.validate(full=file.kind == "arrow")  # else to count or to send its bytes reads behind their end
                 plain = [f.with_type(f.type.value_type) if hasattr(f.type, "index_type") else f for f in batch.schema]
                 rows = ARROW_ROWS if plain == [*batch.schema] else FEW_ROWS  # of a dictionary a value may be in each

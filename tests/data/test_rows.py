@@ -18,7 +18,7 @@ from nanoqlora.config.splits import split_and_part
 from nanoqlora.data import rows as rows_module
 from nanoqlora.data.files import DataFile, find_files
 from nanoqlora.data.prompts import PromptFormat
-from nanoqlora.data.rows import read_chunks, read_rows
+from nanoqlora.data.rows import chunks_of, read_chunks, read_rows
 from nanoqlora.tokenizer.tokenizer import load_tokenizer
 
 ROWS = [
@@ -443,6 +443,20 @@ def test_a_file_does_not_unpack_without_end(tmp_path, monkeypatch, name):
         read(tmp_path / name)
     monkeypatch.undo()
     assert len(read(tmp_path / name)) == 1000
+
+
+@pytest.mark.parametrize("part", ["", ":50%"])
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_rows_without_bytes_do_not_go_on_without_end(tmp_path, monkeypatch, name, part):
+    monkeypatch.setattr(rows_module, "LARGEST", 1000)
+    table = pyarrow.table({"text": pyarrow.nulls(50_000)})
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(table, tmp_path / name)
+    else:
+        with pyarrow.ipc.new_file(tmp_path / name, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(UserError, match=f"{name}: unpacks to more than 200 times its size"):
+        list(chunks_of([DataFile(tmp_path / name, name[2:])], part))
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])

@@ -21,6 +21,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from heapq import heappop, heappush
 from itertools import accumulate
 
@@ -111,11 +112,15 @@ class BatchSchedule(Sequence[Step]):
     def __len__(self) -> int:
         return self.num_steps
 
+    @cached_property
+    def first_steps(self) -> list[int]:
+        """Of each epoch, and after the last one."""
+        return [0, *accumulate(math.ceil(len(rows) / self.rows_per_step) for rows in self.epochs)]
+
     def __getitem__(self, number: int) -> Step:  # type: ignore[override]  # no slices
         number = range(self.num_steps)[number]  # or its IndexError
-        firsts = [0, *accumulate(math.ceil(len(rows) / self.rows_per_step) for rows in self.epochs)]
-        epoch = bisect_right(firsts, number) - 1
-        rows, start = self.epochs[epoch], (number - firsts[epoch]) * self.rows_per_step
+        epoch = bisect_right(self.first_steps, number) - 1
+        rows, start = self.epochs[epoch], (number - self.first_steps[epoch]) * self.rows_per_step
         end = min(start + self.rows_per_step, len(rows))
         return Step([rows[i] for i in range(start, end)], epoch + end / len(rows))
 

@@ -4,6 +4,7 @@ import math
 import random
 import time
 from bisect import bisect_left, insort
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -169,3 +170,16 @@ def test_a_plan_is_a_sequence_with_a_hash():
     assert one[-1] == list(one)[-1] and len(one) == 3
     with pytest.raises(IndexError):
         one[3]
+
+
+def test_steps_of_many_epochs_are_found_without_counting_all_of_them():
+    class Counted(list):
+        walks = 0
+
+        def __iter__(self):
+            self.walks += 1
+            return super().__iter__()
+
+    plan = schedule_batches([5] * 3, **(OPTIONS | {"max_steps": 500, "rows_per_step": 1}))
+    counted = Counted(plan.epochs)
+    assert list(replace(plan, epochs=counted)) == list(plan) and counted.walks == 1

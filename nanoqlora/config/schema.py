@@ -162,6 +162,7 @@ class Config(Keys):
     dataset_prepared_path: PathText = key("folder that keeps tokenised data between runs", "last_run_prepared")
     shuffle_merged_datasets: bool = key("mix the rows of all datasets, anew in every epoch", True)
     seed: int = key("of the data order, the adapter's start and dropout", 42, ge=0, le=4294967295)
+    full_determinism: bool = key("GPU: sums in a fixed order, so that runs are equal bit for bit; slower", False)
 
     learning_rate: float = key("peak, reached after the warm-up", gt=0, le=1, group="training")
     micro_batch_size: int = key("rows per GPU in one forward", 1, ge=1, le=1_000_000)

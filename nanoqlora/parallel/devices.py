@@ -4,6 +4,7 @@ import ctypes
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,6 +43,19 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
         return
+
+
+def add_in_fixed_order() -> None:
+    """Set PyTorch to kernels for GPUs whose sums have a fixed order. Two runs are then equal, bit for bit.
+
+    Only the backward pass of attention has another kernel then: cuDNN's and FlashAttention-2's usual ones add the
+    gradient of q in the order in which parts of it are ready. FlashAttention-2 has one that does not.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings: Any = torch.utils.deterministic  # the type stubs lack what follows
+    settings.fill_uninitialized_memory = False  # which only takes time
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    warnings.filterwarnings("ignore", message=".*deterministic")
 
 
 def describe_threads() -> str:

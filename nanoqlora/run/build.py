@@ -65,6 +65,8 @@ def build_run(
         say: called with each line for the user.
     """
     torch.backends.cuda.matmul.allow_tf32 = config.tf32 is True  # auto: no, for matmuls are in bfloat16 anyway
+    if config.full_determinism and device.type == "cuda":  # on a CPU every sum has a fixed order
+        devices.add_in_fixed_order()
     empty = partial(empty, dtype=devices.compute_dtype(config.bf16, device), device=device)
     built = build_model(config, empty, rank=rank, ranks=ranks, device=device, say=say)
     flat, optimizer = build_optimizer(config, built.model, rank=rank, ranks=ranks)

@@ -49,13 +49,14 @@ def add_in_fixed_order() -> None:
     """Set PyTorch to kernels for GPUs whose sums have a fixed order. Two runs are then equal, bit for bit.
 
     Only the backward pass of attention has another kernel then: cuDNN's and FlashAttention-2's usual ones add the
-    gradient of q in the order in which parts of it are ready. FlashAttention-2 has one that does not.
+    gradient of q in the order in which parts of it are ready. FlashAttention-2 has one that does not, which PyTorch
+    takes if an operation without such a kernel is an error and no warning. None of ours is.
     """
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch refuses cuBLAS without it
+    torch.use_deterministic_algorithms(True)
     settings: Any = torch.utils.deterministic  # the type stubs lack what follows
     settings.fill_uninitialized_memory = False  # which only takes time
     torch.backends.cuda.enable_cudnn_sdp(False)
-    warnings.filterwarnings("ignore", message=".*deterministic")
 
 
 def describe_threads() -> str:

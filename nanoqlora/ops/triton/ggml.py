@@ -107,8 +107,8 @@ def bits_of(bytes_ptr, start, j, inside, PART: tl.constexpr):
     WIDTH: tl.constexpr = PART[1]
     BITS: tl.constexpr = PART[2]
     PIECE: tl.constexpr = WIDTH * 8 // BITS
-    byte = load_byte(bytes_ptr, start + (OFFSET + j // PIECE * WIDTH + j % WIDTH)[None, :], inside)
-    return byte >> (j % PIECE // WIDTH * BITS)[None, :] & ((1 << BITS) - 1)
+    byte = load_byte(bytes_ptr, start + (OFFSET + j // PIECE * WIDTH + j % WIDTH)[None, :, :], inside)
+    return byte >> (j % PIECE // WIDTH * BITS)[None, :, :] & ((1 << BITS) - 1)
 
 
 @triton.jit
@@ -173,25 +173,23 @@ def dequantize_kernel(
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < n_out)[:, None] & (column < N_IN)[None, :]
-    row_start = (row * (N_IN // SIZE * BYTES))[:, None]
-
-    start, j = row_start + (column // SIZE * BYTES)[None, :], column % SIZE
-    code = bits_of(bytes_ptr, start, j, inside, LOW)
-    if HIGH[2] > 0:
-        code |= bits_of(bytes_ptr, start, j, inside, HIGH) << LOW[2]
-    if TYPE == "IQ4_NL" or TYPE == "IQ4_XS":
-        code = tl.gather(tl.load(values_ptr + tl.arange(0, 16)), code.reshape(ROWS * COLUMNS), 0)
-        code = code.reshape(ROWS, COLUMNS)
-    elif TYPE == "Q8_0":
-        code = (code ^ 128) - 128  # a signed byte
 
     group = tl.program_id(0) * (COLUMNS // GROUP) + tl.arange(0, COLUMNS // GROUP)
     has_group = (row < n_out)[:, None] & (group < N_IN // GROUP)[None, :]
-    start, g = row_start + (group // (SIZE // GROUP) * BYTES)[None, :], (group % (SIZE // GROUP))[None, :]
-    scale, minimum = scales_of(bytes_ptr, halves_ptr, start, g, has_group, TYPE)
-    scale = tl.broadcast_to(scale[:, :, None], (ROWS, COLUMNS // GROUP, GROUP)).reshape(ROWS, COLUMNS)
-    minimum = tl.broadcast_to(minimum[:, :, None], (ROWS, COLUMNS // GROUP, GROUP)).reshape(ROWS, COLUMNS)
-    w = scale * (code - MIDDLE).to(tl.float32) - minimum
+    start = (row * (N_IN // SIZE * BYTES))[:, None] + (group // (SIZE // GROUP) * BYTES)[None, :]
+    scale, minimum = scales_of(bytes_ptr, halves_ptr, start, (group % (SIZE // GROUP))[None, :], has_group, TYPE)
+
+    j = (group % (SIZE // GROUP) * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
+    code = bits_of(bytes_ptr, start[:, :, None], j, has_group[:, :, None], LOW)
+    if HIGH[2] > 0:
+        code |= bits_of(bytes_ptr, start[:, :, None], j, has_group[:, :, None], HIGH) << LOW[2]
+    if TYPE == "IQ4_NL" or TYPE == "IQ4_XS":
+        code = tl.gather(tl.load(values_ptr + tl.arange(0, 16)), code.reshape(ROWS * COLUMNS), 0)
+        code = code.reshape(ROWS, COLUMNS // GROUP, GROUP)
+    elif TYPE == "Q8_0":
+        code = (code ^ 128) - 128  # a signed byte
+    w = scale[:, :, None] * (code - MIDDLE).to(tl.float32) - minimum[:, :, None]
+    w = w.reshape(ROWS, COLUMNS)
 
     if row_scale_ptr is not None:
         w *= tl.load(row_scale_ptr + row, mask=row < n_out, other=0.0)[:, None]

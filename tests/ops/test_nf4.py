@@ -35,12 +35,13 @@ def weights(kind: str, dtype: torch.dtype) -> torch.Tensor:
 def test_codes_scales_and_values_equal_bitsandbytes(module, dtype, kind):
     if kind == "wide" and dtype == torch.float16:
         kind = "normal"  # float16 cannot hold the wide values
+    outs = (torch.float32, torch.bfloat16, torch.float16)[: 2 if kind == "wide" else 3]
     w = weights(kind, dtype)
     packed, absmax = module.quantize_nf4(w)
     theirs, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=False)
     assert torch.equal(packed.flatten(), theirs.flatten())
     assert torch.equal(absmax.flatten(), state.absmax)
-    for out in (torch.float32, torch.bfloat16, torch.float16):
+    for out in outs:
         state.dtype = out
         ours, expected = module.dequantize_nf4(packed, absmax, out), bnb.dequantize_4bit(theirs, state)
         assert torch.equal(ours, expected.view_as(ours))

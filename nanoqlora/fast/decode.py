@@ -177,7 +177,7 @@ class Decoder:
 
         def attend(i: int, q: Tensor, kv: Tensor) -> Tensor:
             """The query heads that share a key/value head are like so many queries of one head."""
-            self.cache[i].index_put_((self.rows, self.positions), kv[:, 0])
+            self.write(self.cache[i], kv[:, 0])
             k, v = self.cache[i, :, :size].transpose(1, 2).chunk(2, dim=1)  # (B, KV, S, hd)
             q = q.view(len(q), k.shape[1], -1, q.shape[-1])  # (B, KV, H / KV, hd)
             mask = None if bias is None else bias.expand(-1, *q.shape[1:3], -1)
@@ -186,6 +186,16 @@ class Decoder:
         hidden = self.hidden(self.tokens[:, None], self.angles[:, self.positions, None], attend)
         self.positions += 1
         self.choose(hidden[:, 0])
+
+    def write(self, cache: Tensor, kv: Tensor) -> None:
+        """Keys and values (B, 2 KV, hd) to the rows' places in the cache (B, S, 2 KV, hd).
+
+        No two of them meet, so that `full_determinism`, whose kernel sorts them first, has nothing to order here.
+        """
+        is_ordered = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(False)
+        cache.index_put_((self.rows, self.positions), kv)
+        torch.use_deterministic_algorithms(is_ordered)
 
     def choose(self, hidden: Tensor) -> None:
         """Logits (B, V) and the likeliest tokens (B,) after hidden states (B, D)."""

@@ -60,6 +60,17 @@ def test_greedy_tokens_are_those_of_the_plain_forward_pass(tmp_path, kind, is_de
     assert rows(decoder, PROMPTS) == expected, "a cache that held other rows"
 
 
+def test_answers_in_a_run_with_full_determinism(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    model = model_of("qlora", tmp_path)
+    expected = rows(Decoder(model), PROMPTS)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert rows(Decoder(model), PROMPTS) == expected and torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_every_row_ends_at_its_own_stop_token(tmp_path):
     model = model_of("qlora", tmp_path)
     complete = rows(Decoder(model), PROMPTS)

@@ -170,3 +170,17 @@ class BenchOptions(Keys):
     deploy: PathText | None = key("instead: how fast the results in this output_dir answer", None)
     decode: bool = key("instead: how fast this model with its adapter answers", False)
     json_file: PathText | None = key("write the figures to this file", None, alias="json")
+
+    @model_validator(mode="after")
+    def _every_option_is_used(self) -> Self:
+        given, of_steps = self.model_fields_set, {"packed", "row_lengths", "steps", "peer"}
+        unused = {
+            "deploy": given - {"deploy", "json_file"},
+            "decode": given & of_steps,
+            "row_lengths": given & {"packed"},
+        }
+        for name, others in unused.items():
+            if getattr(self, name) and others:
+                found = ", ".join(f"--{other}" for other in sorted(others))
+                raise UserError(f"command line: --{name} does not use {found}. Leave out one or the other.")
+        return self

@@ -100,6 +100,19 @@ def test_row_lengths_that_are_refused(lengths):
         load_options(BenchOptions, ["--row_lengths", lengths])
 
 
+@pytest.mark.parametrize(
+    ("given", "unused"),
+    [
+        ("--decode true --row_lengths 5,7 --steps 3", "--decode does not use --row_lengths, --steps"),
+        ("--row_lengths 5,7 --packed true", "--row_lengths does not use --packed"),
+        ("--deploy outputs --model llama3-8b", "--deploy does not use --model"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(given, unused):
+    with pytest.raises(UserError, match=unused):
+        load_options(BenchOptions, given.split())
+
+
 def test_lists_at_commas_or_as_json():
     for words in ("q_proj,v_proj", '["q_proj", "v_proj"]'):
         assert load_options(BenchOptions, ["--lora_target_modules", words]).lora_target_modules == ("q_proj", "v_proj")

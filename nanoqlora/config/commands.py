@@ -12,7 +12,7 @@ from collections.abc import Callable
 from traceback import format_exception
 from typing import Any, NoReturn
 
-from .errors import Failed, Stopped, UserError, is_out_of_memory, printable
+from .errors import Failed, Stopped, UserError, asked, is_out_of_memory, printable
 from .files import free_on_disk
 
 DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # the last on disks that hold no file of more than 4 GB
@@ -57,8 +57,9 @@ def run_command(main: Callable[[], None]) -> None:
             advice = "Look at the disk or network that it is on, then run the command again."
             _leave(1, f"error: {fault.filename or 'a file'}: {fault.strerror}. {advice}")
         if is_out_of_memory(fault):
-            asked = ". ".join(str(fault).split(". ")[:2]).strip() or "no memory is left"
-            _leave(1, f"error: out of memory: {asked}. Use a smaller model or shorter rows, or end other programs.")
+            _leave(
+                1, f"error: out of memory: {asked(fault)}. Use a smaller model or shorter rows, or end other programs."
+            )
         if "RANK" in os.environ:
             print(f"error: rank {os.environ['RANK']} failed:", file=sys.stderr)
         fault.add_note(OURS)

@@ -15,8 +15,7 @@ def visible(text: str, but: str = "(?!)") -> str:
     Args:
         but: what stays as it is, as a regular expression.
     """
-    hidden = re.compile(f"({but})|{HIDDEN}")
-    return hidden.sub(lambda found: found[1] or found[0].encode("unicode_escape").decode(), text)
+    return re.sub(f"({but})|{HIDDEN}", lambda found: found[1] or found[0].encode("unicode_escape").decode(), text)
 
 
 KEY = "(?:api_?key|password|secret|auth_token)"
@@ -68,6 +67,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is a failed allocation, of a GPU or of a CPU, where PyTorch and numpy name it in words only."""
     kinds = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return kinds or any(words in str(error) for words in ("can't allocate memory", "Cannot allocate memory"))
+
+
+def asked(error: BaseException) -> str:
+    """PyTorch's own first sentences: what was asked for, and how much there is."""
+    return ". ".join(str(error).split(". ")[:2]).strip() or "no memory is left"
 
 
 class Stopped(Exception):

@@ -12,17 +12,11 @@ from .errors import short
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
 DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 MISTRAL_DEFAULTS = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
-ONLY = {  # keys with a single value that is computed here
-    "attention_bias": False,
-    "mlp_bias": False,
-    "hidden_act": "silu",
-    "sliding_window": None,
-    "partial_rotary_factor": 1.0,
-}
-SIZES = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("vocab_size", "max_position_embeddings"),
-)
+# Keys with a single value that is computed here.
+ONLY = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "sliding_window": None}
+ONLY |= {"partial_rotary_factor": 1.0}
+SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
+SIZES += ["max_position_embeddings"]
 # The kinds of RoPE, each with the numbers that it needs.
 ROPE_NUMBERS = {
     "default": (),
@@ -48,13 +42,9 @@ def llama_numbers(given: dict[str, Any]) -> dict[str, Any]:
     if tied is not None and type(tied) is not bool:
         raise ValueError(f"tie_word_embeddings is {tied!r}, where true or false is expected")
     numbers = _sizes(config)
-    theta, scaling = _rope(config, numbers["max_position_embeddings"])
-    return numbers | {
-        "rms_norm_eps": _positive(config["rms_norm_eps"], "rms_norm_eps"),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "tie_word_embeddings": bool(tied),
-    }
+    numbers |= _rope(config, numbers["max_position_embeddings"])
+    epsilon = _positive(config["rms_norm_eps"], "rms_norm_eps")
+    return numbers | {"rms_norm_eps": epsilon, "tie_word_embeddings": bool(tied)}
 
 
 def _model_type(config: dict[str, Any]) -> str:
@@ -70,26 +60,24 @@ def _model_type(config: dict[str, Any]) -> str:
     return kind
 
 
-def _sizes(config: dict[str, Any]) -> dict[str, int]:
+def _sizes(config: dict[str, Any]) -> dict[str, Any]:
     """The sizes, and head_dim, which transformers derives where it is missing."""
-    sizes = {key: config.get(key) for key in SIZES}
+    sizes: dict[str, Any] = {key: config.get(key) for key in SIZES}
     if sizes["num_key_value_heads"] is None:
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
-    checked: dict[str, int] = {}
     for key, value in sizes.items():
         largest = 2**31 - 1 if key == "max_position_embeddings" else 2**24
         if type(value) is not int or not 0 < value <= largest:
             raise ValueError(f"{key} is {short(value)}, where a Llama needs a whole number from 1 to {largest}")
-        checked[key] = value
-    heads, kv_heads, head_dim = checked["num_attention_heads"], checked["num_key_value_heads"], config.get("head_dim")
-    head_dim = checked["hidden_size"] // heads if head_dim is None else head_dim
+    heads, kv_heads, head_dim = sizes["num_attention_heads"], sizes["num_key_value_heads"], config.get("head_dim")
+    head_dim = sizes["hidden_size"] // heads if head_dim is None else head_dim
     if type(head_dim) is not int or not 0 < head_dim <= 2**16 or heads % kv_heads or head_dim % 2:
         found = f"num_attention_heads is {heads}, num_key_value_heads {kv_heads} and head_dim {short(head_dim)}"
         raise ValueError(f"{found}: the first has to be a multiple of the second, and the third has to be even")
-    return checked | {"head_dim": head_dim}
+    return sizes | {"head_dim": head_dim}
 
 
-def _rope(config: dict[str, Any], positions: int) -> tuple[float, dict[str, Any]]:
+def _rope(config: dict[str, Any], positions: int) -> dict[str, Any]:
     """rope_theta, and rope_scaling with `rope_type` and the numbers of its kind; empty for plain RoPE.
 
     transformers wrote `rope_theta` beside `rope_scaling`, and writes both as `rope_parameters` today. Where both are
@@ -111,7 +99,7 @@ def _rope(config: dict[str, Any], positions: int) -> tuple[float, dict[str, Any]
             thetas["rope_scaling.rope_theta, by default,"] = 10000.0
     theta = _same({name: _positive(value, name) for name, value in thetas.items()} or {"": 10000.0})
     kind = _same(kinds or {"": {"rope_type": "default"}})
-    return theta, {} if kind["rope_type"] == "default" else kind
+    return {"rope_theta": theta, "rope_scaling": {} if kind["rope_type"] == "default" else kind}
 
 
 def _same(found: dict[str, Any]) -> Any:

@@ -36,20 +36,8 @@ from ..config.errors import UserError
 from ..ops.ggml import CHUNK_WEIGHTS, GPU_CHUNK_WEIGHTS, LAYOUTS, from_half, layout, places
 from ..ops.ggml import dequantize as dequantize
 from . import small_blocks as small
-from .bits import divide, pack_bits, pack_nibbles, to_half
-from .k_quants import (
-    TINY,
-    TRIALS,
-    codes_with,
-    first_extreme,
-    first_least,
-    nearest,
-    root,
-    search_lines,
-    search_scales,
-    sum_in_order,
-    usual_weights,
-)
+from .bits import divide, first_extreme, first_least, nearest, pack_bits, pack_nibbles, root, sum_in_order, to_half
+from .k_quants import TINY, TRIALS, codes_with, search_lines, search_scales, usual_weights
 from .threads import in_threads
 
 
@@ -213,9 +201,8 @@ def _quantize_k(x: Tensor, w: Tensor | None, bits: int) -> Tensor:
     codes = codes.clamp_(0, highest).to(torch.uint8).T.contiguous().view(-1, 8, 32)
     tops = [numbers[:, :4] | numbers[:, 4:] >> 4 << 6 for numbers in (scales, minima)]
     head = [d, dmin, *tops, scales[:, 4:] & 15 | minima[:, 4:] << 4]
-    fifth = (
-        [(codes >> 4 << places(codes, *range(8))).sum(dim=1, dtype=torch.uint8)] if bits == 5 else []
-    )  # byte j: element j of 8 groups
+    # Byte j of the fifth bits: element j of 8 groups.
+    fifth = [(codes >> 4 << places(codes, *range(8))).sum(dim=1, dtype=torch.uint8)] if bits == 5 else []
     return torch.cat([*head, *fifth, pack_nibbles(codes.view(-1, 4, 64)).flatten(1)], dim=-1)
 
 

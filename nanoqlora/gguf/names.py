@@ -59,10 +59,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(
-    where: Path,
-    config: ModelConfig,
-    found: Mapping[str, Sequence[int] | None],
-    rename: Callable[[str], str] = str,
+    where: Path, config: ModelConfig, found: Mapping[str, Sequence[int] | None], rename: Callable[[str], str] = str
 ) -> None:
     """Before a weight is read: the tensors have to be those of this Llama.
 

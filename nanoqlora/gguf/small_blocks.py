@@ -9,19 +9,8 @@ import torch
 from torch import Tensor
 
 from ..ops.ggml import VALUES, from_half, places
-from .bits import divide, pack_nibbles, to_half
-from .k_quants import (
-    TINY,
-    TRIALS,
-    codes_with,
-    first_extreme,
-    improved_codes,
-    nearest,
-    round_scales,
-    search_lines,
-    search_scales,
-    sum_in_order,
-)
+from .bits import divide, first_extreme, nearest, pack_nibbles, sum_in_order, to_half
+from .k_quants import TINY, TRIALS, codes_with, improved_codes, round_scales, search_lines, search_scales
 
 
 def round_to_codes(x: Tensor, w: Tensor | None, highest: int) -> tuple[Tensor, Tensor, Tensor]:

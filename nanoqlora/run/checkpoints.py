@@ -100,10 +100,9 @@ def find_checkpoint(config: Config, samples: Samples, plan: BatchSchedule) -> tu
     for key, value in ({"keep_gguf_blocks": False} | state.fixed).items():  # which older versions had not
         own = getattr(config, key, None)
         differences[f"had {key}: {value}, this one has {own}"] = value != own
-    for difference, is_found in differences.items():
-        if is_found:
-            advice = f"Resume with the same configuration, or start a new run with lora_model_dir: {path}"
-            raise UserError(f"{path}: its run {difference}. {advice}.")
+    if found := [difference for difference, is_found in differences.items() if is_found]:
+        advice = f"Resume with the same configuration, or start a new run with lora_model_dir: {path}"
+        raise UserError(f"{path}: its run {found[0]}. {advice}.")
     return path, state
 
 

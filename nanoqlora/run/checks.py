@@ -1,7 +1,6 @@
 """What is found wrong before a run: surroundings, inputs, what the ranks have. One rank finds it, and all stop."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from ..weights.pretrained import open_model
 from .checkpoints import find_checkpoint, load_checkpoint
 from .doubts import doubts
 from .inputs import Data, prepare_data, same_on_all_ranks, tokenizer_of
+from .log import Say
 from .output_dir import is_finished, refuse_other_runs
 from .state import Run
 from .trackers import check_trackers
@@ -28,7 +28,7 @@ from .usable import check_vocabulary
 
 
 @stage("data")
-def check_surroundings(config: Config, rank: int, writes: bool, say: Callable[..., None]) -> None:
+def check_surroundings(config: Config, rank: int, writes: bool, say: Say) -> None:
     """Before anything is read: trackers that cannot be used, a folder that is taken.
 
     Args:

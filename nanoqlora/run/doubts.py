@@ -18,10 +18,8 @@ def doubts(config: Config, data: Data, tokenizer: Tokenizer, model: ModelConfig)
     yield from _positions(data, model)
     yield from _repeated(config, data)
     if count := shared(data.samples, data.held_out):
-        yield (
-            f"{count} of {len(data.held_out)} evaluation samples are in the training data too, token for token: the "
-            f"held-out loss will look better than it is"
-        )
+        found = f"{count} of {len(data.held_out)} evaluation samples are in the training data too, token for token"
+        yield f"{found}: the held-out loss will look better than it is"
     yield from _end(config, data, tokenizer)
     yield from _cadence(config, data)
 
@@ -34,10 +32,8 @@ def _rate(config: Config, data: Data) -> Iterator[str]:
         yield f"the only step has learning rate 0, as the first of {warmup} warm-up steps: nothing will be learnt"
         return
     peak, last = config.learning_rate, config.learning_rate * (n - 1) / warmup
-    yield (
-        f"the warm-up takes {warmup} steps and the run has {n}, so the rate ends at {last:.3g} and never reaches "
-        f"learning_rate {peak:g}"
-    )
+    end = f"the rate ends at {last:.3g} and never reaches learning_rate {peak:g}"
+    yield f"the warm-up takes {warmup} steps and the run has {n}, so {end}"
 
 
 def _positions(data: Data, model: ModelConfig) -> Iterator[str]:
@@ -46,10 +42,8 @@ def _positions(data: Data, model: ModelConfig) -> Iterator[str]:
         limit = int(limit * scaling.get("factor", 1))
     lengths = np.concatenate([data.samples.lengths, data.held_out.lengths])
     if count := int((lengths > limit).sum()):
-        yield (
-            f"{count} of {len(lengths)} samples are longer than the {limit} positions that the model was made for "
-            f"(the longest has {lengths.max()} tokens). A sequence_len of at most {limit} avoids that"
-        )
+        found = f"{count} of {len(lengths)} samples are longer than the {limit} positions that the model was made for"
+        yield f"{found} (the longest has {lengths.max()} tokens). A sequence_len of at most {limit} avoids that"
 
 
 def _repeated(config: Config, data: Data) -> Iterator[str]:

@@ -200,10 +200,8 @@ def _plot_loss(axes: Any, rows: list[dict]) -> None:
 def _mark_epochs(axes: Any, rows: list[dict]) -> None:
     """A thin line after every full epoch but the last, if there are few enough to help."""
     steps, epochs = series(rows, "epoch")
-    ends: dict[int, float] = {}
-    for step, epoch in zip(steps, epochs, strict=True):
-        if epoch >= 1:
-            ends.setdefault(math.floor(epoch + 1e-9), step)
+    from_the_end = zip(steps[::-1], epochs[::-1], strict=True)  # of each epoch the first step stays
+    ends = {math.floor(epoch + 1e-9): step for step, epoch in from_the_end if epoch >= 1}
     for epoch, step in ends.items():
         if len(ends) <= 12 and step < max(steps):
             axes.axvline(step, color="#d0d5db", linewidth=0.9, zorder=0)

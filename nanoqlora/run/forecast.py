@@ -20,14 +20,14 @@ import numpy as np
 import torch
 
 from .. import ops
-from ..config.errors import UserError, is_out_of_memory
+from ..config.errors import UserError, asked, is_out_of_memory
 from ..config.files import check_space
 from ..fast.stats import memory_figures, stage
 from ..model import ModelConfig
 from ..parallel import collectives
 from .optim import set_learning_rate, state_bytes
 from .optimizer_state import gradient_of, sum_and_clip
-from .out_of_memory import asked, dials
+from .out_of_memory import dials
 from .scoring import score_samples
 from .state import Run
 
@@ -101,7 +101,6 @@ def measure(run: Run, num_evals: int, num_saves: int) -> Forecast:
     if run.device.type == "cpu":
         memory = {name: before[name] + HEAP_GROWTH * (gib - before[name]) for name, gib in memory.items()}
     run.optimizer.state.clear()
-    gradient_of(run.flat).zero_()
 
     slope, constant = longest_s / longest.operations, 0.0
     if median.operations < 0.75 * longest.operations:  # far enough apart for a line through both
@@ -109,7 +108,7 @@ def measure(run: Run, num_evals: int, num_saves: int) -> Forecast:
         median_s = once(median)
         slope = max(0.0, longest_s - median_s) / (longest.operations - median.operations)
         constant = max(0.0, median_s - slope * median.operations)
-        gradient_of(run.flat).zero_()
+    gradient_of(run.flat).zero_()
     steps_s = constant * len(costs) + slope * sum(cost.operations for cost in costs) + optimizer_s * len(run.plan)
     state = round(state_bytes(config.optimizer) * run.flat.numel())
     best = config.load_best_model_at_end

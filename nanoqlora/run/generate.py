@@ -12,12 +12,7 @@ ROWS = 16  # conversations that are answered together
 
 
 def answer(
-    used: Usable,
-    messages: Messages,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    seed: int = 0,
-    ends: Iterable[int] = (),
+    used: Usable, messages: Messages, max_new_tokens: int, temperature: float, seed: int, ends: Iterable[int]
 ) -> Iterator[str]:
     """Yield the model's answer to a conversation piece by piece, as text.
 

@@ -12,6 +12,8 @@ from tqdm import tqdm
 from ..config.files import write_text
 from .output_dir import read_log
 
+Say = Callable[..., None]  # prints a line for the user
+
 
 class Metrics:
     """metrics.jsonl: one object a line, each step once, also after a resume. Only rank 0 writes."""

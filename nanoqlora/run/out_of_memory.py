@@ -6,18 +6,13 @@ from pathlib import Path
 
 import torch
 
-from ..config.errors import Failed, is_out_of_memory
+from ..config.errors import Failed, asked, is_out_of_memory
 from ..fast.block import Keep, can_fuse
 from ..fast.memory import step_bytes
 from ..fast.stats import GIB
 from .optim import state_bytes
 from .output_dir import what_is_saved
 from .state import Run
-
-
-def asked(error: BaseException) -> str:
-    """PyTorch's own first sentences: what was asked for, and how much there is."""
-    return ". ".join(str(error).split(". ")[:2]).strip() or "no memory is left"
 
 
 def dials(run: Run) -> str:

@@ -24,7 +24,7 @@ def plan_text(run: Run, tokenizer: Tokenizer, forecast: Forecast, warmup: int) -
     lengths, targets = run.samples.lengths, run.samples.num_targets.sum()
     rows = [row for step in plan for row in step.rows]
     tokens = np.array([lengths[[i for row in step.rows for i in row]].sum() for step in plan])
-    slots = sum(_slots([lengths[row].sum() for row in step.rows], run) for step in plan)
+    slots = len(rows) * config.row_width or tokens.sum()  # padding included
     held_out = int(run.held_out.lengths.sum()) if run.held_out else 0
     warmup = 0 if config.lr_scheduler == "constant" else min(warmup, len(plan))
     lines = [
@@ -46,13 +46,6 @@ def plan_text(run: Run, tokenizer: Tokenizer, forecast: Forecast, warmup: int) -
     for number in range(min(PREVIEWED, len(run.samples))):
         lines += ["", f"sample {number + 1}: {legend}", coloured(run.samples[number], tokenizer)]
     return "\n".join(lines)
-
-
-def _slots(row_tokens: list[int], run: Run) -> int:
-    """Token slots of a step, padding included."""
-    size, width = run.config.micro_batch_size, run.config.row_width
-    parts = [row_tokens[i : i + size] for i in range(0, len(row_tokens), size)]
-    return sum(len(part) * width or sum(part) for part in parts)
 
 
 def histogram(lengths: Sequence[int] | np.ndarray, bins: int = 8, width: int = 40) -> list[str]:

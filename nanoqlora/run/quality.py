@@ -18,7 +18,6 @@ from ..data.batches import Sample
 from ..data.prompts import PromptFormat
 from ..tokenizer.tokenizer import Tokenizer
 
-PLAIN_TEXT = PROGRAMS / "data" / "plain.txt"
 TIMES_AS_FREQUENT = 3
 SHARE_OF_ANSWERS = 0.01
 ANSWERS_READ = 2000
@@ -56,7 +55,7 @@ def supervised_texts(samples: Sequence[Sample], tokenizer: Tokenizer) -> list[st
 
 
 def plain_text() -> str:
-    return PLAIN_TEXT.read_text("utf-8")
+    return (PROGRAMS / "data" / "plain.txt").read_text("utf-8")
 
 
 def plain_samples(tokenizer: Tokenizer, capacity: int) -> list[Sample]:

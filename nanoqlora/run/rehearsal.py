@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -28,13 +27,13 @@ from ..weights.checkpoint import open_weights, write_shards
 from .checkpoints import load_checkpoint, save_checkpoint
 from .figure import plot_metrics
 from .inputs import Data
-from .log import Metrics
+from .log import Metrics, Say
 from .optimizer_state import as_tensors
 from .results import sample_answers, save_trained
 from .state import Run
 
 
-def rehearse(run: Run, data: Data, tokenizer: Tokenizer, say: Callable[..., None]) -> None:
+def rehearse(run: Run, data: Data, tokenizer: Tokenizer, say: Say) -> None:
     """Go through the end of the run. Raises what the run would have ended with."""
     started, beside = time.perf_counter(), Path(f"{Path(run.config.output_dir)}.rehearsal")
 

@@ -6,7 +6,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from itertools import islice
@@ -32,6 +32,7 @@ from .figure import plot_metrics
 from .forecast import Forecast
 from .generate import answers
 from .inputs import Data, data_files, row_format
+from .log import Say
 from .quality import domain_score, domain_words, plain_samples, plain_text, supervised_texts
 from .report import write_report
 from .scoring import loss_over_ranks
@@ -66,7 +67,7 @@ def sample_answers(
     return answers(Usable(run.model, tokenizer, prompt_format), questions(run.config, count), max_new_tokens)
 
 
-def answer_table(run: Run, data: Data, tokenizer: Tokenizer, step: int, note: Callable[[str], None]) -> None:
+def answer_table(run: Run, data: Data, tokenizer: Tokenizer, step: int, note: Say) -> None:
     """Answer `eval_table_size` questions, as an evaluation after `step` steps does: printed, and a line of the log."""
     count, max_new_tokens = run.config.eval_table_size, run.config.eval_max_new_tokens
     if not count:
@@ -83,11 +84,8 @@ def answer_table(run: Run, data: Data, tokenizer: Tokenizer, step: int, note: Ca
 
 def answers_over_steps(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, str]]:
     """What `answer_table` has logged: prompt -> step -> answer."""
-    found: dict[str, dict[int, str]] = {}
-    for row in rows:
-        for line in row.get("eval_table", ()):
-            found.setdefault(line["prompt"], {})[row["step"]] = line["answer"]
-    return found
+    lines = [(line["prompt"], row["step"], line["answer"]) for row in rows for line in row.get("eval_table", ())]
+    return {prompt: {step: answer for asked, step, answer in lines if asked == prompt} for prompt, _, _ in lines}
 
 
 def questions(config: Config, count: int = 3) -> list[Messages]:
@@ -102,13 +100,7 @@ def questions(config: Config, count: int = 3) -> list[Messages]:
 
 
 def save_results(
-    run: Run,
-    data: Data,
-    tokenizer: Tokenizer,
-    after: dict[str, Any],
-    forecast: Forecast,
-    seconds: float,
-    say: Callable[..., None],
+    run: Run, data: Data, tokenizer: Tokenizer, after: dict[str, Any], forecast: Forecast, seconds: float, say: Say
 ) -> None:
     """Write everything that a finished run leaves in output_dir.
 

@@ -16,6 +16,7 @@ from ..model import Llama
 from ..ops import Segments
 from ..parallel import collectives
 
+Body = Callable[[Tensor, Segments], Tensor]  # token ids to hidden states, as `model.model` computes them
 BATCH_TOKENS = 1024  # of a row when the samples are short
 
 
@@ -37,10 +38,7 @@ def packed_rows(samples: Sequence[Sample], capacity: int) -> Rows:
 
 
 def score_rows(
-    model: Llama,
-    samples: Sequence[Sample],
-    rows: Iterable[list[int]],
-    body: Callable[[Tensor, Segments], Tensor] | None = None,
+    model: Llama, samples: Sequence[Sample], rows: Iterable[list[int]], body: Body | None = None
 ) -> dict[int, tuple[float, int]]:
     """The same, by the sample's number, of the samples in these packed rows.
 
@@ -65,12 +63,7 @@ def score_rows(
 @stage("evaluation")
 @torch.no_grad()
 def loss_over_ranks(
-    model: Llama,
-    samples: Sequence[Sample],
-    capacity: int,
-    rank: int,
-    ranks: int,
-    body: Callable[[Tensor, Segments], Tensor] | None = None,
+    model: Llama, samples: Sequence[Sample], capacity: int, rank: int, ranks: int, body: Body | None = None
 ) -> float:
     """Nats per supervised token. Each rank scores its share of the rows, and all get the same figure."""
     rows = packed_rows(samples, capacity)

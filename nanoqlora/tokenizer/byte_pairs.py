@@ -55,18 +55,11 @@ SPLIT_RULES = {name: SplitRule(**rule) for name, rule in _TABLE.items()}
 # Pieces, bytes and merges
 
 
-def _byte_letters() -> list[str]:
-    """The character that spells each byte in vocabulary files: itself if it prints, else one from U+0100 on."""
-    letters, spare = [], 0x100
-    for byte in range(256):
-        prints = 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xFF and byte != 0xAD  # 0xAD is the soft hyphen
-        letters.append(chr(byte if prints else spare))
-        spare += not prints
-    return letters
-
-
-LETTERS = _byte_letters()
-_BYTE_OF = {letter: byte for byte, letter in enumerate(LETTERS)}
+# The character that spells each byte in vocabulary files: itself if it prints, else one from U+0100 on.
+_PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # without 0xAD, the soft hyphen
+_OTHERS = sorted({*range(256)} - {*_PRINTED})
+_BYTE_OF = {chr(byte): byte for byte in _PRINTED} | {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
+LETTERS = sorted(_BYTE_OF, key=_BYTE_OF.__getitem__)
 
 
 def piece_to_bytes(piece: str) -> bytes | None:
@@ -95,8 +88,7 @@ class BytePairs:
         words = list(learnt)
         if rule.whole_words:  # tokens without merges are words too, in the order of the ids if the merges are
             in_order = all(ids[a] < ids[b] for a, b in pairwise(words))
-            pieces = vocabulary.normal_pieces()
-            words += [p for p in pieces if len(p) > 1 and p not in learnt and piece_to_bytes(p)]
+            words += [p for p in vocabulary.normal_pieces() if len(p) > 1 and p not in learnt and piece_to_bytes(p)]
             words = sorted(words, key=ids.__getitem__) if in_order else words
         else:  # tiktoken takes a word that is a token as it is; those that merges never make must not be there
             unreached = _unreached(words)

@@ -160,12 +160,7 @@ def _listed(value: Any) -> Any:
 
 def _keeping_spans(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same filter, whose result has the spans of what it was given."""
-
-    @wraps(function)
-    def filtered(*args: Any, **kwargs: Any) -> Any:
-        return traced.run(function, *map(_listed, args), **kwargs)
-
-    return filtered
+    return wraps(function)(lambda *args, **kwargs: traced.run(function, *map(_listed, args), **kwargs))
 
 
 @lru_cache
@@ -199,9 +194,6 @@ def guard(messages: Messages, tools: Tools = None, roles: Iterable[str] = ()) ->
         roles: names of roles that the configuration gives, beside the usual ones.
     """
     known = {*ROLES, *roles}
-    guarded = []
-    for i, message in enumerate(messages):
-        role = message.get("role")
-        is_known = isinstance(role, str) and role in known
-        guarded.append(traced.trace(message, i) | ({"role": role} if is_known else {}))
+    own = ({"role": m["role"]} if isinstance(m.get("role"), str) and m["role"] in known else {} for m in messages)
+    guarded = [traced.trace(message, i) | role for i, (message, role) in enumerate(zip(messages, own, strict=True))]
     return guarded, traced.trace(tools, -1)

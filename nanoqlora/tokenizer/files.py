@@ -12,6 +12,7 @@ import base64
 import binascii
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,8 @@ def read_folder(folder: Path) -> Fields:
         raise UserError(f"{path}: {found}. Only one of them can begin it: correct the other.")
     if differs or data and said not in (None, first is not None):
         puts, result = "nothing" if first is None else repr(first), "no BOS" if None in (bos, first) else "BOS"
-        note(
-            f"{folder}: add_bos_token is {json.dumps(said)}, bos_token {named}, and tokenizer.json puts {puts} in "
-            f"front of a text: {result} is put there, as tokenizer.json and bos_token decide."
-        )
+        found = f"add_bos_token is {json.dumps(said)}, bos_token {named}, and tokenizer.json puts {puts} in front"
+        note(f"{folder}: {found} of a text: {result} is put there, as tokenizer.json and bos_token decide.")
     fields["add_bos"] = bos is not None and (first is not None if data else said is not False)
     fields["chat_template"] = _chat_template(folder, config)
     return _checked(path, fields)
@@ -107,11 +106,7 @@ def _tokens_in_other_files(folder: Path, config: dict[str, Any]) -> tuple[dict[s
     maps += [config.pop(extra)] if isinstance(config.get(extra), dict) else []
     if extra not in config and older in config:
         config[extra] = config.pop(older)
-
-    def special(where: str, token: Any) -> dict[str, Any]:
-        return tokenizer_json.added_token(where, token, special=True)
-
-    specials = {}
+    special, specials = partial(tokenizer_json.added_token, special=True), {}
     for key in [*NAMED_KEYS, *config]:
         if key in NAMED_KEYS or key.endswith("_token") and isinstance(config[key], str | dict):
             if expect(f"{where}: {key}", config.get(key), str | dict | None) is not None:

@@ -85,25 +85,21 @@ def read_model(data: bytes, path: Path) -> dict[str, Any]:
     if not vocab or len(vocab) < len(model.pieces):
         raise UserError(f"{path}: neither a sentencepiece model nor Llama-3's list of tokens. Copy the file again.")
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    for found, is_found in {
+    differences = {
         "is no BPE model": trainer.model_type != trainer.BPE,
         "has no byte fallback": not trainer.byte_fallback,
         "puts spaces behind words": trainer.treat_whitespace_as_suffix,
         "rewrites characters": normalizer.precompiled_charsmap,
         "removes spaces": normalizer.remove_extra_whitespaces,
         "does not mark spaces": not normalizer.escape_whitespaces,
-    }.items():
-        if is_found:
-            advice = "Use a model with BPE, byte fallback and normalization identity"
-            raise UserError(f"{path}: it {found}, as no Llama's does: llama.cpp would give other ids. {advice}.")
-    ids = {f"{name}_id": getattr(trainer, f"{name}_id") for name in NAMED_TOKENS}
-    return {
-        "vocab": vocab,
-        "scores": [piece.score for piece in model.pieces],
-        "kinds": [piece.type for piece in model.pieces],
-        "space_in_front": normalizer.add_dummy_prefix,
-        **{name: id if 0 <= id < len(vocab) else None for name, id in ids.items()},
     }
+    if found := [difference for difference, is_found in differences.items() if is_found]:
+        advice = "Use a model with BPE, byte fallback and normalization identity"
+        raise UserError(f"{path}: it {found[0]}, as no Llama's does: llama.cpp would give other ids. {advice}.")
+    scores, kinds = [piece.score for piece in model.pieces], [piece.type for piece in model.pieces]
+    ids = {f"{name}_id": getattr(trainer, f"{name}_id") for name in NAMED_TOKENS}
+    fields = {"vocab": vocab, "scores": scores, "kinds": kinds, "space_in_front": normalizer.add_dummy_prefix}
+    return fields | {name: id if 0 <= id < len(vocab) else None for name, id in ids.items()}
 
 
 def write_model(vocabulary: Vocabulary, kinds: list[int], space_in_front: bool) -> bytes:

@@ -12,6 +12,7 @@ Read next: files.py, where vocabularies come from; data/prompts.py, which turns 
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -214,14 +215,11 @@ class Tokenizer(Vocabulary):
             raise UserError(f"the tokenizer has no chat template. {advice}.")
         return render(template, messages, add_generation_prompt, self.named_texts, tools)
 
-    def render_if_possible(
-        self, messages: Messages, add_generation_prompt: bool = False, chat_template: Jinja = None, tools: Tools = None
-    ) -> str | None:
-        """The same; None where the template refuses the messages."""
-        try:
-            return self.render_chat(messages, add_generation_prompt, chat_template, tools)
-        except UserError:
-            return None
+    def render_if_possible(self, *args: Any, **kwargs: Any) -> str | None:
+        """The same, with the same arguments; None where the template refuses the messages."""
+        with suppress(UserError):
+            return self.render_chat(*args, **kwargs)
+        return None
 
     def turn_end_id(self, chat_template: str | None) -> int | None:
         """The special token that a template puts behind an answer, found by letting it write one."""

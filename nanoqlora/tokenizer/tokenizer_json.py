@@ -241,14 +241,8 @@ def _sentencepiece_steps(vocabulary: Vocabulary) -> tuple[dict[str, Any], dict[s
 
 def _bos_first(text: str, id: int) -> dict[str, Any]:
     """The rule that puts BOS in front of a text, and of each text of a pair."""
-
-    def one(name: str, sequence: int) -> list[dict[str, Any]]:
-        bos = {"SpecialToken": {"id": text, "type_id": sequence}}
-        return [bos, {"Sequence": {"id": name, "type_id": sequence}}]
-
-    return {
-        "type": "TemplateProcessing",
-        "single": one("A", 0),
-        "pair": one("A", 0) + one("B", 1),
-        "special_tokens": {text: {"id": text, "ids": [id], "tokens": [text]}},
-    }
+    bos = [{"SpecialToken": {"id": text, "type_id": sequence}} for sequence in (0, 1)]
+    texts = [{"Sequence": {"id": name, "type_id": sequence}} for sequence, name in enumerate("AB")]
+    tokens = {text: {"id": text, "ids": [id], "tokens": [text]}}
+    single, pair = [bos[0], texts[0]], [bos[0], texts[0], bos[1], texts[1]]
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens}

@@ -105,13 +105,11 @@ class Traced(str):
         lines = self._pieces(super().splitlines(keepends=True), 0)
         return lines if keepends else [line[: len(str.splitlines(line)[0])] for line in lines]
 
-    def partition(self, sep: str) -> tuple[str, str, str]:
-        before, found, behind = self._pieces(super().partition(sep), 0)
-        return before, found, behind
+    def partition(self, sep: str) -> Any:
+        return tuple(self._pieces(super().partition(sep), 0))
 
-    def rpartition(self, sep: str) -> tuple[str, str, str]:
-        before, found, behind = self._pieces(super().rpartition(sep), 0)
-        return before, found, behind
+    def rpartition(self, sep: str) -> Any:
+        return tuple(self._pieces(super().rpartition(sep), 0))
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1) -> str:
         if not old:

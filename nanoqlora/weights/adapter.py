@@ -91,17 +91,6 @@ def adapter_hash(folder: str | Path) -> str | None:
     return None
 
 
-def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """adapter_config.json and the tensors of an adapter's folder, or of an adapter by its hub name.
-
-    Raises:
-        UserError: files missing or damaged, or a kind of adapter that is more than LoRA or DoRA.
-    """
-    path = adapter_file(folder)
-    config = read_config(path.with_name("adapter_config.json"))
-    return config, load_tensors(path)
-
-
 def _is_pattern(pattern: str) -> str:
     counts = [int(count[:9]) for count in re.findall(r"[{,] *(\d+)", pattern)]
     try:
@@ -131,14 +120,20 @@ class AdapterConfig(pydantic.BaseModel):
     alpha_pattern: Patterns = None
 
 
-def read_config(where: Path) -> dict[str, Any]:
-    """adapter_config.json, if all that it asks for is built in and of the right type."""
+def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """adapter_config.json and the tensors of an adapter's folder, or of an adapter by its hub name.
+
+    Raises:
+        UserError: files missing or damaged, or a kind of adapter that is more than LoRA or DoRA.
+    """
+    path = adapter_file(folder)
+    where = path.with_name("adapter_config.json")
     config = read_json(where, AdapterConfig)
     for key, value in (config.model_extra or {}).items():
         if value not in (None, False, [], {}) and key not in NOT_COMPUTED and value not in ONLY.get(key, ()):
             what = f"{key} is {short(value)}, which is not built in"
             raise UserError(f"{where}: {what}. LoRA, rsLoRA and DoRA on linear layers of the blocks are read.")
-    return config.model_dump()
+    return config.model_dump(), load_tensors(path)
 
 
 def _of_ends(pattern: str) -> str:
@@ -363,8 +358,8 @@ def load_adapter(model: Llama, folder: str | Path, dropout: float = 0.0) -> None
     for name, update in updates.items():
         if name not in linears:
             raise UserError(f"{path}: has an update of {name}, so this adapter is of another model.")
-        r, is_dora = len(update.lora_A), update.magnitude is not None
-        add_update(model, name, r, update.alpha, dropout, update.use_rslora, is_dora)
+        is_dora = update.magnitude is not None
+        add_update(model, name, len(update.lora_A), update.alpha, dropout, update.use_rslora, is_dora)
     fill_adapter(model, adapter_state(updates), path)
 
 
@@ -393,13 +388,10 @@ def continue_adapter(model: Llama, folder: str | Path, dropout: float, **wanted:
     load_adapter(model, folder, dropout)
     layers = lora_layers(model)
     kinds = [kind for kind in ALL_LINEAR if any(name.endswith(kind) for name in layers)]
-    found: dict[str, list[Any]] = {
-        "lora_r": sorted(set(ranks_of(layers).values())),
-        "lora_alpha": sorted({layer.alpha for layer in layers.values()}),
-        "lora_target_modules": [tuple(kinds)],
-        "peft_use_rslora": [next(iter(layers.values())).use_rslora],
-        "peft_use_dora": [next(iter(layers.values())).magnitude is not None],
-    }
+    first = next(iter(layers.values()))
+    found: dict[str, list[Any]] = {"lora_r": sorted({*ranks_of(layers).values()})}
+    found |= {"lora_alpha": sorted({layer.alpha for layer in layers.values()}), "lora_target_modules": [tuple(kinds)]}
+    found |= {"peft_use_rslora": [first.use_rslora], "peft_use_dora": [first.magnitude is not None]}
     for key, value in wanted.items():
         is_target = key == "lora_target_modules"
         if value and (target_layers(model, value) != [*layers] if is_target else [value] != found[key]):

@@ -128,16 +128,15 @@ def empty_model(
             if block_of(name) != block:
                 continue
             module_name, _, attribute = name.rpartition(".")
-            if block is not None and (layer := kept(name, device)):
-                model.set_submodule(module_name, layer.eval())
-                continue
-            w = load(name, shape)
-            if load_in_4bit and block is not None:
-                layer = QLoRALinear(w)
+            layer = None if block is None else kept(name, device)
+            if load_in_4bit and block is not None and layer is None:
+                layer = QLoRALinear(load(name, shape))
                 layer.quantize()
+            if layer is not None:
                 model.set_submodule(module_name, layer.eval())
             else:
-                setattr(model.get_submodule(module_name), attribute, nn.Parameter(w, requires_grad=False))
+                weight = nn.Parameter(load(name, shape), requires_grad=False)
+                setattr(model.get_submodule(module_name), attribute, weight)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
 

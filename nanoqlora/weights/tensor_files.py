@@ -24,9 +24,7 @@ def reading(path: Path, advice: str = "Download or copy it again") -> Iterator[N
         raise
     except Exception as error:  # of a damaged file, they raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if (
-            isinstance(error, pickle.UnpicklingError) or "weights_only" in reason
-        ):  # PyTorch's text advises to run what is in it
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in reason:  # its text advises to run the file
             reason = "more than tensors is in it, or it is damaged; nothing of it was run"
         raise UserError(f"{path}: not a complete file of tensors ({reason}). {advice}.") from error
 

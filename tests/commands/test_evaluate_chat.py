@@ -188,7 +188,7 @@ def test_nothing_is_lost_at_the_end(model, theirs, count):
     """A random model writes bytes that are no characters yet; what is left of them at the end is shown as well."""
     expected = nq.load_tokenizer(model).decode(greedy(theirs, question_ids(model), count))
     ours = Usable(nq.Llama.from_pretrained(model), nq.load_tokenizer(model), None)
-    assert "".join(answer(ours, QUESTION, max_new_tokens=count)) == expected
+    assert "".join(answer(ours, QUESTION, count, 0.0, 0, ())) == expected
 
 
 def test_characters_are_shown_whole(model):
@@ -199,7 +199,7 @@ def test_characters_are_shown_whole(model):
     assert tok.decode(ids) == text
     used = Usable(ours, tok, None)
     used.__dict__["decoder"] = SimpleNamespace(generate=lambda *_: iter([[id] for id in ids]))
-    assert list(answer(used, QUESTION)) == ["a", "\u20ac", "b"]
+    assert list(answer(used, QUESTION, 256, 0.0, 0, ())) == ["a", "\u20ac", "b"]
 
 
 def test_adapter_with_its_own_prompt_is_talked_to_as_it_was_trained(model, adapter, tmp_path):
@@ -267,7 +267,7 @@ def test_sampling_draws_from_the_tempered_softmax_and_seeds_repeat(model, theirs
             if token == END:
                 break
             expected.append(token)
-        text = "".join(answer(ours, QUESTION, 15, temperature, seed))
+        text = "".join(answer(ours, QUESTION, 15, temperature, seed, ()))
         assert text == ours.tokenizer.decode(expected)
     words = ["--prompt", "Who are you?", "--max_new_tokens", "15", "--temperature", "1"]
     same, again, other = (told(model, *words, "--seed", seed) for seed in (3, 3, 4))

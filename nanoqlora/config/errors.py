@@ -2,7 +2,6 @@
 
 import os
 import re
-from typing import Any
 
 # What a terminal would obey instead of showing: control characters, except tab and line break, and what changes the
 # order or the lines of text.
@@ -78,7 +77,7 @@ class Stopped(Exception):
     """The user asked to stop (Ctrl-C, SIGTERM) and what was done so far is saved."""
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     """A value of a file, in a message."""
     text = "missing" if value is None else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

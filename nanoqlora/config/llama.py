@@ -18,11 +18,8 @@ ONLY |= {"partial_rotary_factor": 1.0}
 SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
 SIZES += ["max_position_embeddings"]
 # The kinds of RoPE, each with the numbers that it needs.
-ROPE_NUMBERS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+ROPE_NUMBERS: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",)}
+ROPE_NUMBERS["llama3"] = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
 
 
 def llama_numbers(given: dict[str, Any]) -> dict[str, Any]:

@@ -142,8 +142,7 @@ def _resolve(file: Map, overrides: Map, where: str, options: Iterable[str] = ())
         if is_broken(config):
             raise UserError(f"{where}: {message}")
     # What was read, and what the other keys got, so that an imported file holds no surprise.
-    set_now = {name: value for name, value in filled.items() if value is not None}
-    values = ", ".join(f"{name} {yaml.safe_dump(value).split()[0]}" for name, value in set_now.items())
+    values = ", ".join(f"{name} {yaml.safe_dump(x).split()[0]}" for name, x in filled.items() if x is not None)
     others = len(keys_of(Config)) - len(used) - len(over) - len(filled)
     summary = [f"{where}: {len(used)} keys used: {', '.join(used)}"]
     summary += [f"command line: {', '.join(over)}"] if over else []

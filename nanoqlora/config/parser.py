@@ -4,7 +4,6 @@
 
 import re
 from collections.abc import Mapping, Set
-from types import NoneType
 from typing import Any
 
 import yaml
@@ -144,7 +143,7 @@ def read_words(
         if ... in own.get(name, ()):
             result.put(name, [*result.get(name, ()), text], at)
             continue
-        is_text = str in kinds and kinds <= {str, NoneType}  # whatever YAML would make of it
+        is_text = str in kinds and kinds <= {str, type(None)}  # whatever YAML would make of it
         value = text if is_text else load_yaml(text, f"{at}: {text!r:.99} is neither YAML nor JSON")
         result.put(name, located(value, "command line", f"--{name}"), at)
     return result

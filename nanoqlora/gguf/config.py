@@ -4,7 +4,6 @@ All numbers of a config.json are there as `llama.*`, except the llama3 kind of R
 divisors, `rope_freqs.weight`. What is not a Llama that we compute is refused.
 """
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,7 @@ def _llama3_scaling(gguf: GGUFFile, config: dict[str, Any]) -> dict[str, Any] | 
     on_line = (divisors > 1) & (divisors < factor)
     if has_shape and on_line.sum() >= 2:
         height = (1 / divisors[on_line] - 1 / factor) / (1 - 1 / factor)
-        slope, start = np.polyfit(frequencies[on_line] / (2 * math.pi), height, deg=1)
+        slope, start = np.polyfit(frequencies[on_line] / (2 * np.pi), height, deg=1)
         if start < -1e-6:  # the line is (context * frequency / 2 pi - 1) / (high - 1)
             candidates.append((round(float(1 - 1 / start), 4), round(float(slope * -1 / start))))
     for high, context in candidates:

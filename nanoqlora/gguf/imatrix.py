@@ -13,7 +13,6 @@ Measured by `export/importance.py`; used by `ggml_blocks.quantize`.
 """
 
 import math
-import os
 import struct
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -109,7 +108,7 @@ def _read_gguf(path: Path) -> Imatrix:
 
 
 def _read_older(file: BinaryIO, path: Path) -> Imatrix:
-    size = file.seek(0, os.SEEK_END)
+    size = path.stat().st_size
     file.seek(0)
 
     def take(num_bytes: int, least: int = 0) -> bytes:

@@ -119,26 +119,21 @@ def _mark(text: bytes) -> str:
 
 def write_modelfiles(gguf: Path, text: str, is_model: bool) -> None:
     """Write the Modelfile of a file, and of a model `Modelfile` too, and print what became of those that were there."""
-    own, last = own_name(gguf), gguf.with_name("Modelfile")
+    own, last, before = own_name(gguf), gguf.with_name("Modelfile"), None
     write_text(own, _mark(text.encode()) + text)
-    if not is_model:
-        print_create(own)
-    elif not is_ours(last, text):
+    shown = own
+    if is_model and not is_ours(last, text):
         print(f"{last}: is not one that export_gguf.py wrote, or was changed since, so it stays as it is.")
-        print_create(own)
-    else:
+    elif is_model:
         before = re.search("^FROM (.*)$", last.read_text("utf-8") if last.exists() else "", re.M)
         write_text(last, _mark(text.encode()) + text)
-        print_create(last)
-        if before and before[0] not in text.splitlines():
-            theirs = own_name(gguf.with_name(Path(before[1].strip('"')).name))
-            print(f"{last}: was that of {before[1]}" + (f", which still has {theirs}" if theirs.exists() else ""))
+        shown = last
+    print(f"{shown}: {shlex.join(['ollama', 'create', 'NAME', '-f', str(shown)])}")
+    if before and before[0] not in text.splitlines():
+        theirs = own_name(gguf.with_name(Path(before[1].strip('"')).name))
+        print(f"{last}: was that of {before[1]}" + (f", which still has {theirs}" if theirs.exists() else ""))
 
 
 def write_template(path: Path, jinja: str) -> None:
     """Write a chat template, with our mark."""
     write_text(path, f"{{{_mark(jinja.encode()).strip()} #}}\n{jinja}")
-
-
-def print_create(path: Path) -> None:
-    print(f"{path}: {shlex.join(['ollama', 'create', 'NAME', '-f', str(path)])}")

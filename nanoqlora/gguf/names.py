@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 
 from torch import Tensor
@@ -21,7 +20,7 @@ from ..model import ModelConfig
 
 # names.json: "tensors" has Hugging Face's name -> [of a GGUF file, of Meta's folder], in the order of the model;
 # "numbers" has [field of config.json, its key as `llama.*`, its type there], and "config" the fields in their order.
-TABLES = json.loads(files(__package__).joinpath("names.json").read_text("utf-8"))
+TABLES = json.loads(Path(__file__).with_name("names.json").read_text("utf-8"))
 NAMES: dict[str, list[str]] = TABLES["tensors"]
 ROPE_DIVISORS = "rope_freqs.weight"  # not a weight: it stands for config.json's llama3 rope_scaling
 
@@ -70,9 +69,9 @@ def check_tensors(
     Raises:
         UserError: a tensor is missing, left over, or has another shape.
     """
-    num_layers = min(config.num_hidden_layers, len(found))  # a damaged count would keep us busy for hours
-    shapes = tensor_shapes(replace(config, num_hidden_layers=num_layers))
-    expected = {rename(name): shape for name, shape in shapes.items()}
+    # A damaged count of layers would keep us busy for hours.
+    at_most = replace(config, num_hidden_layers=min(config.num_hidden_layers, len(found)))
+    expected = {rename(name): shape for name, shape in tensor_shapes(at_most).items()}
     if missing := [name for name in expected if name not in found]:
         what = f"describes a Llama of {config.num_hidden_layers} layers, and tensor {missing[0]} of it is missing"
         raise UserError(f"{where}: {what}, {len(missing)} in all. Get a complete copy.")

@@ -54,8 +54,6 @@ class GGUFFile:
     def raw_hf(self, hf_name: str) -> Tensor:
         """As `raw`, by the Hugging Face name, with the rows in Hugging Face's order."""
         name = gguf_name(hf_name)
-        if name not in self.tensors:
-            raise UserError(f"{self.path}: has no tensor {name}, which is {hf_name} of the model. Get a complete file.")
         raw = self.raw(name)
         num_heads = self.number("llama.attention.head_count", int)
         heads = heads_to_permute(name, num_heads, self.number("llama.attention.head_count_kv", int, num_heads))

@@ -229,10 +229,9 @@ def _plot_rate(axes: Any, rows: list[dict]) -> None:
 
 def _plot_memory(axes: Any, rows: list[dict]) -> None:
     """Each figure that was logged, from zero, with its largest value in the legend."""
-    logged = {key: series(rows, key) for key in MEMORY_LINES}
+    logged = {key: found for key in MEMORY_LINES if (found := series(rows, key))[1]}
     for key, (steps, gib) in logged.items():
-        if gib:
-            label, style = MEMORY_LINES[key]
-            line(axes, steps, gib, label=f"{label} {max(gib):.2f} GiB", **style)
-    axes.set_ylim(0, 1.15 * max(max(gib, default=0) for _, gib in logged.values()) or 1)
+        label, style = MEMORY_LINES[key]
+        line(axes, steps, gib, label=f"{label} {max(gib):.2f} GiB", **style)
+    axes.set_ylim(0, 1.15 * max(max(gib) for _, gib in logged.values()) or 1)
     axes.legend(loc="lower right", frameon=False, fontsize=10, labelcolor=INK, handlelength=1.4)

@@ -91,7 +91,7 @@ def measure(run: Run, num_evals: int, num_saves: int) -> Forecast:
         once(longest)  # compiles kernels, fills the allocator
         optimizer_s = _trial_step(run)
         longest_s = once(longest)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         what = f"the longest micro-batch, in step {longest.step + 1}, does not fit {run.device}"

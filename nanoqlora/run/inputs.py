@@ -110,7 +110,10 @@ def prompt_format_of(config: Config, dataset: DatasetConfig, tokenizer: Tokenize
     part, name = template_in_force(config, dataset)
     jinja = None
     if name == "jinja":
-        jinja = _template_text(part.chat_template_jinja or "")
+        jinja = part.chat_template_jinja or ""
+        if "{" not in jinja and "\n" not in jinja.strip():
+            advice = "One line without braces is taken for a path. Correct it, or write the template's text"
+            jinja = read_text(Path(jinja.strip()).expanduser(), advice, "chat_template_jinja: ")
     elif name != "tokenizer_default":
         spare = name.removeprefix("tokenizer_default_fallback_")  # for a tokenizer without a template of its own
         if spare not in CHAT_TEMPLATES:
@@ -131,14 +134,6 @@ def prompt_format_of(config: Config, dataset: DatasetConfig, tokenizer: Tokenize
         start = f"{{% if not messages or messages[0]['role'] != 'system' %}}{start}{{% endif %}}"
         prompt_format = replace(prompt_format, chat_template=f"{start}{prompt_format.chat_template}")
     return prompt_format
-
-
-def _template_text(given: str) -> str:
-    """The text of a template that is given as such, in braces or lines, or as the path of a file."""
-    if "{" in given or "\n" in given.strip():
-        return given
-    advice = "It is one line without braces, so it is taken for a path. Correct it, or write the template's text"
-    return read_text(Path(given.strip()).expanduser(), advice, "chat_template_jinja: ")
 
 
 def row_format(dataset: DatasetConfig) -> PromptFormat:

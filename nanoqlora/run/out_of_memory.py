@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from ..config.errors import Failed, asked, is_out_of_memory
 from ..fast.block import Keep, can_fuse
 from ..fast.memory import step_bytes
@@ -39,7 +37,7 @@ def explained(run: Run) -> Iterator[None]:
     """Turn a failed allocation within into one line: the step, what was asked, the settings, the last checkpoint."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         what = f"step {run.step}: {run.device} is out of memory: {asked(error)}. {dials(run)}"

@@ -1,6 +1,5 @@
 """The loss of samples under a model: in one process, and over the ranks of a run."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -69,7 +68,7 @@ def loss_over_ranks(
     rows = packed_rows(samples, capacity)
     mine = [rows[i] for i in range(rank, len(rows), ranks)]
     scores = score_rows(model, samples, mine, body)
-    if len(mine) < math.ceil(len(rows) / ranks):  # blocks that are spread travel for all ranks or none
+    if len(mine) < len(range(0, len(rows), ranks)):  # sharded blocks are gathered by all ranks or none
         score_rows(model, samples, [rows[0]])
     sums = torch.tensor([*scores.values()] or [(0.0, 0)], dtype=torch.float64, device=model.model.norm.weight.device)
     nll, tokens = collectives.sum_over_ranks(sums.sum(0)).tolist()

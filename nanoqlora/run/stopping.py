@@ -6,7 +6,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from ..config.errors import Stopped
@@ -18,21 +17,21 @@ from .state import Run
 def told_to_stop(rank: int) -> Iterator[list[bool]]:
     """A list that Ctrl-C and SIGTERM fill. In a thread, which gets no signals, it stays empty."""
     stop: list[bool] = []
+
+    def stop_after_step(number: int, frame: object) -> None:
+        """The run ends after the step under way, with a checkpoint. Once more ends it at once."""
+        stop.append(True)
+        signal.signal(number, signal.default_int_handler)
+        if rank == 0:  # not by print, which may be what was interrupted
+            os.write(2, b"\nstopping after this step, with a checkpoint; once more ends at once\n")
+
     signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, partial(stop_after_step, stop, rank)) for number in signals}
+    before = {number: signal.signal(number, stop_after_step) for number in signals}
     try:
         yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def stop_after_step(stop: list[bool], rank: int, number: int, frame: object) -> None:
-    """Handle Ctrl-C or SIGTERM: the run ends after the step under way, with a checkpoint. Once more ends it at once."""
-    stop.append(True)
-    signal.signal(number, signal.default_int_handler)
-    if rank == 0:  # not by print, which may be what was interrupted
-        os.write(2, b"\nstopping after this step, with a checkpoint; once more ends at once\n")
 
 
 def end_early(run: Run, step: int) -> None:

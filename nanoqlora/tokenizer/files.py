@@ -9,7 +9,6 @@ would change ids and is not supported is refused. Readers give the fields of a `
 """
 
 import base64
-import binascii
 import json
 import re
 from functools import partial
@@ -213,7 +212,7 @@ def _from_ranks(path: Path, data: bytes) -> Fields:
     try:
         lines = [line.split() for line in data.splitlines()]
         tokens = {int(rank): base64.b64decode(token, validate=True) for token, rank in lines}
-    except (ValueError, binascii.Error) as error:
+    except ValueError as error:
         raise UserError(f"{path}: a line is not a token in base64 and a number ({error}). Copy it again.") from error
     if sorted(tokens) != list(range(LLAMA3_RANKS)) or len(set(tokens.values())) != LLAMA3_RANKS:
         found = f"{len(set(tokens.values()))} different tokens, and Llama-3 has {LLAMA3_RANKS}"

@@ -11,8 +11,7 @@ halves of surrogate pairs, which no text holds (`trace`), and nobody sees the se
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, KeysView, Sequence, ValuesView
-from collections.abc import ItemsView as Items
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Sequence, ValuesView
 from types import MethodType
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -189,7 +188,7 @@ def is_own(function: Any) -> bool:
 _HALF = re.compile(r"[\ud800-\udfff]")
 _END = "\ud800"
 _MARK = re.compile(r"\ud800|[\ud801-\udbff][\udc00-\udfff]")
-_COLLECTIONS = (list, tuple, set, frozenset, KeysView, ValuesView, Items)
+_COLLECTIONS = (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)
 
 
 def run(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

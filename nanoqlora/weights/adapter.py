@@ -27,9 +27,8 @@ from typing import Annotated, Any, NamedTuple
 import pydantic
 import regex
 import torch
-import torch.nn as nn
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config.errors import UserError, short, visible
 from ..config.files import read_json, sha256_of, whole_file, write_text

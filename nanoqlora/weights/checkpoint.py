@@ -9,7 +9,6 @@ Every error names its file. Files are written atomically. Read next: `pretrained
 
 import hashlib
 import json
-import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -303,7 +302,7 @@ def write_tensors(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that values stand where their processor wants them
     with open(path, "wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
+        out.write(len(text).to_bytes(8, "little") + text)
         for name, (shape, dtype) in tensors.items():
             w = load(name).cpu()
             assert (tuple(w.shape), w.dtype) == (tuple(shape), dtype), name

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import model as plain
 from ..config.errors import UserError

@@ -57,9 +57,8 @@ def run_command(main: Callable[[], None]) -> None:
             advice = "Look at the disk or network that it is on, then run the command again."
             _leave(1, f"error: {fault.filename or 'a file'}: {fault.strerror}. {advice}")
         if is_out_of_memory(fault):
-            _leave(
-                1, f"error: out of memory: {asked(fault)}. Use a smaller model or shorter rows, or end other programs."
-            )
+            advice = "Use a smaller model or shorter rows, or end other programs."
+            _leave(1, f"error: out of memory: {asked(fault)}. {advice}")
         if "RANK" in os.environ:
             print(f"error: rank {os.environ['RANK']} failed:", file=sys.stderr)
         fault.add_note(OURS)

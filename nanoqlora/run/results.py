@@ -84,8 +84,11 @@ def answer_table(run: Run, data: Data, tokenizer: Tokenizer, step: int, note: Sa
 
 def answers_over_steps(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, str]]:
     """What `answer_table` has logged: prompt -> step -> answer."""
-    lines = [(line["prompt"], row["step"], line["answer"]) for row in rows for line in row.get("eval_table", ())]
-    return {prompt: {step: answer for asked, step, answer in lines if asked == prompt} for prompt, _, _ in lines}
+    found: dict[str, dict[int, str]] = {}
+    for row in rows:
+        for line in row.get("eval_table", ()):
+            found.setdefault(line["prompt"], {})[row["step"]] = line["answer"]
+    return found
 
 
 def questions(config: Config, count: int = 3) -> list[Messages]:

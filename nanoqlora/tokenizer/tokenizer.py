@@ -215,10 +215,12 @@ class Tokenizer(Vocabulary):
             raise UserError(f"the tokenizer has no chat template. {advice}.")
         return render(template, messages, add_generation_prompt, self.named_texts, tools)
 
-    def render_if_possible(self, *args: Any, **kwargs: Any) -> str | None:
-        """The same, with the same arguments; None where the template refuses the messages."""
+    def render_if_possible(
+        self, messages: Messages, add_generation_prompt: bool = False, chat_template: Jinja = None, tools: Tools = None
+    ) -> str | None:
+        """The same; None where the template refuses the messages."""
         with suppress(UserError):
-            return self.render_chat(*args, **kwargs)
+            return self.render_chat(messages, add_generation_prompt, chat_template, tools)
         return None
 
     def turn_end_id(self, chat_template: str | None) -> int | None:

@@ -23,19 +23,12 @@ RAISED = {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}  # attn_v, ffn_dow
 
 def tensor_types(config: ModelConfig, file_type: str, has_importance: bool = False) -> dict[str, str]:
     """The type of each tensor of a model, by Hugging Face's names."""
-    shared = config.num_attention_heads // config.num_key_value_heads
-    model = file_type, config.tie_word_embeddings, config.num_hidden_layers, shared, has_importance
-    return {name: tensor_type(gguf_name(name), shape, *model) for name, shape in tensor_shapes(config).items()}
+    how = file_type, config, has_importance
+    return {name: tensor_type(gguf_name(name), shape, *how) for name, shape in tensor_shapes(config).items()}
 
 
 def tensor_type(
-    name: str,
-    shape: tuple[int, ...],
-    file_type: str,
-    is_tied: bool,
-    num_blocks: int,
-    shared: int,
-    has_importance: bool = False,
+    name: str, shape: tuple[int, ...], file_type: str, config: ModelConfig, has_importance: bool = False
 ) -> str:
     """The type of one tensor, a key of `ggml_blocks.FORMATS`.
 
@@ -43,9 +36,7 @@ def tensor_type(
         name: GGUF's, `blk.3.ffn_up.weight`.
         shape: in PyTorch's order.
         file_type: a key of `FILE_TYPES`.
-        is_tied: the file has no output.weight; its embedding is the head as well.
-        num_blocks: of the model.
-        shared: so many query heads share a key/value head.
+        config: of the model. If it is tied, the file has no output.weight; its embedding is the head as well.
         has_importance: the file is made with an importance matrix.
     """
     if len(shape) == 1:
@@ -54,7 +45,8 @@ def tensor_type(
     if base in ("F32", "F16", "BF16"):
         return base
     block, _, part = name.removeprefix("blk.").partition(".")
-    if name == "output.weight" or (is_tied and name == "token_embd.weight"):
+    num_blocks, shared = config.num_hidden_layers, config.num_attention_heads // config.num_key_value_heads
+    if name == "output.weight" or (config.tie_word_embeddings and name == "token_embd.weight"):
         ggml_type = "Q8_0" if base == "Q8_0" else "Q6_K"  # every token's score comes out of this matrix
     elif part in ("attn_v.weight", "ffn_down.weight", "attn_output.weight"):
         ggml_type = _sensitive_type(part, int(block), file_type, num_blocks, shared, has_importance) or base

@@ -209,7 +209,7 @@ def test_weights_of_every_type(file_type: str, models: dict, tmp_path: Path):
     stored = {}
     for name, info in gguf.tensors.items():
         w = state[hf_name(name)]
-        assert info.ggml_type == tensor_type(name, info.shape, file_type, True, 2, 2)
+        assert info.ggml_type == tensor_type(name, info.shape, file_type, ModelConfig.from_hf(hf_config(gguf)))
         stored[hf_name(name)] = gguf.load_hf(hf_name(name))
         assert torch.equal(stored[hf_name(name)], dequantize(quantize(w, info.ggml_type), info.ggml_type, w.shape))
     rounded = transformers.LlamaForCausalLM(models["linear"].config).eval()

@@ -6,11 +6,13 @@ from typing import get_args
 import pytest
 import torch
 from llama_quantize import LIBRARIES, quantize_file
+from tiny import tiny_config
 
 from nanoqlora.config.options import Types
 from nanoqlora.export import gguf_model
 from nanoqlora.gguf.file_types import FILE_TYPES, tensor_type
 from nanoqlora.gguf.reader import read_gguf
+from nanoqlora.model import ModelConfig
 
 LETTERS = {**{"Q4_0": "a", "Q5_0": "c", "Q5_1": "d"}, **{"Q8_0": "8", "Q4_K": "4", "Q5_K": "5", "Q6_K": "6"}}
 
@@ -47,12 +49,17 @@ MIXES = {
 }
 
 
+def shape_of(blocks: int, is_tied: bool, kv_heads: int = 2) -> ModelConfig:
+    sizes = {"num_hidden_layers": blocks, "num_attention_heads": 8, "num_key_value_heads": kv_heads}
+    return tiny_config(tie_word_embeddings=is_tied, **sizes)
+
+
 @pytest.mark.parametrize("model", MIXES)
 def test_mixes_are_those_of_llama_cpp(model: tuple):
     D, FF, L, is_gqa, is_tied = model
 
     def letter(name: str, n_in: int, file_type: str) -> str:
-        return LETTERS[tensor_type(name, (64, n_in), file_type, is_tied, L, 8 if is_gqa else 1)]
+        return LETTERS[tensor_type(name, (64, n_in), file_type, shape_of(L, is_tied, 1 if is_gqa else 8))]
 
     for file_type, (others, attn_v, ffn_down) in MIXES[model].items():
         names = ["token_embd.weight" if is_tied else "output.weight", "token_embd.weight", "blk.1.attn_q.weight"]
@@ -63,10 +70,10 @@ def test_mixes_are_those_of_llama_cpp(model: tuple):
 
 def test_what_is_never_quantized():
     for file_type in FILE_TYPES:
-        assert tensor_type("blk.0.ffn_norm.weight", (4096,), file_type, False, 32, 4) == "F32"
+        assert tensor_type("blk.0.ffn_norm.weight", (4096,), file_type, shape_of(32, False)) == "F32"
         expected = {"F32": "F32", "BF16": "BF16"}.get(file_type, "F16")  # rows that no block divides
-        assert tensor_type("blk.0.ffn_up.weight", (64, 24), file_type, False, 32, 4) == expected
-        assert tensor_type("token_embd.weight", (64, 24), file_type, True, 32, 4) == expected
+        assert tensor_type("blk.0.ffn_up.weight", (64, 24), file_type, shape_of(32, False)) == expected
+        assert tensor_type("token_embd.weight", (64, 24), file_type, shape_of(32, True)) == expected
 
 
 @pytest.mark.skipif(not LIBRARIES.exists(), reason="llama.cpp's tool is not installed: helpers/llama_quantize.py")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from llama_tools import needs, run
 from small_gguf import write_random
+from tiny import tiny_config
 
 from nanoqlora.config.errors import UserError
 from nanoqlora.data.batches import Sample, collate
@@ -75,7 +76,7 @@ def test_mixes_are_those_of_llama_quantize(
     for file_type in FILE_TYPES:
         option = ["--imatrix", file] if has_importance else []
         printed = run("llama-quantize", *option, "--dry-run", source, file_type)
-        model = file_type, is_tied, blocks, heads // kv_heads, has_importance
+        model = file_type, tiny_config(tie_word_embeddings=is_tied, **sizes), has_importance
         found = re.findall(r"\] +(\S+) +- .* MiB -> .*\((\w+)\)$", printed, re.M)
         assert len(found) >= 7 * blocks + (1 if is_tied else 2) or file_type == "F32"
         for name, ggml_type in found:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import transformers
 
+from nanoqlora.model import ModelConfig
+
 CONFIG = {
     "vocab_size": 300,
     "hidden_size": 128,
@@ -19,6 +21,10 @@ CONFIG = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
+
+
+def tiny_config(**changes: Any) -> ModelConfig:
+    return ModelConfig(**(CONFIG | changes))
 
 
 def save_random_llama(folder: Path, seed: int = 0, **changes: Any) -> transformers.LlamaForCausalLM:

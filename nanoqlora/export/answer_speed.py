@@ -36,15 +36,15 @@ def speed_of(decoder: Decoder, prompt_tokens: int, new_tokens: int) -> dict[str,
     return {"prefill": max(prefill[1:]), "decode": max(decode[1:])}
 
 
-def speed_in_llama_cpp(file: Path, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
-    """The same from llama.cpp, by its own clock and with its own defaults.
+def speed_in_llama_cpp(file: Path, prompt_tokens: int, new_tokens: int, **settings: str) -> dict[str, float]:
+    """The same from llama.cpp, by its own clock and with its own defaults; `settings` as of `llama_cpp.Server`.
 
     Raises:
         NotAsked, Refused: as `llama_cpp.Server`.
     """
     ids = torch.randint(len(read_gguf(file).metadata["tokenizer.ggml.tokens"]), (prompt_tokens,)).tolist()
     size, found = prompt_tokens + new_tokens + 1, []
-    with Server(file, n_ctx=size, exact=False, threads=torch.get_num_threads()) as llama:
+    with Server(file, n_ctx=size, exact=False, threads=torch.get_num_threads(), **settings) as llama:
         for count in (2, new_tokens + 1, new_tokens + 1):
             found.append(llama.complete(ids, count, ignore_eos=True, cache_prompt=False)["timings"])
     names = {"prefill": "prompt_per_second", "decode": "predicted_per_second"}

@@ -167,7 +167,10 @@ def export_adapter(
     alpha, tensors = adapter_tensors(updates, config, file_type, adapter)
     metadata = general_metadata("adapter", name_of(adapter), file_type)
     metadata |= {"adapter.type": ("string", "lora"), "adapter.lora.alpha": ("f32", alpha)}
-    files = [f"FROM {file_value(base_file(base, out))}", f"ADAPTER {file_value(f'./{out.name}')}"]
+    base_gguf = base_file(base, out)
+    beside = os.path.relpath(base_gguf, out.parent)
+    from_base = beside if beside.startswith("../") else f"./{beside}"
+    files = [f"FROM {file_value(from_base)}", f"ADAPTER {file_value(f'./{out.name}')}"]
     recipe = Recipe(files, stops=stop_texts(fmt, tok, end_ids(generation)), parameters=ollama_parameters(generation))
     base_tok, template = load_tokenizer(base), template_of(out)
     served = prompt_format(local_path(base), base_tok).jinja(base_tok) or ""
@@ -176,11 +179,12 @@ def export_adapter(
         raise UserError(f"{template}: is not one that export_gguf.py wrote, or was changed. Rename it, or use --out.")
     write_file(out, metadata, tensors, *adapter_recipe(recipe, fmt, tok, served, is_trained))
     template.unlink(missing_ok=True)
+    command = ["llama-server", "-m", str(base_gguf), "--lora", str(out), "--jinja"]
     if not is_trained:
         written = tokenizer_metadata(tok, fmt, config.vocab_size, local_path(base), end_ids(generation))
         write_template(template, written["tokenizer.chat_template"][1])
-        option = shlex.join(["--chat-template-file", str(template)])
-        print(f"{template}: the chat template of the training, which is not the base's: llama-server needs {option}")
+        command += ["--chat-template-file", str(template)]
+    print(f"Ollama from 0.34.1 on is said to refuse adapters. Then merge it, or use {shlex.join(command)}")
 
 
 def base_of(adapter: str | Path) -> str:
@@ -196,16 +200,15 @@ def base_of(adapter: str | Path) -> str:
     raise UserError(f"{where}: names {base!r} as the base model, which is not proven. Give the base with --model.")
 
 
-def base_file(base: str | Path, out: Path) -> str:
-    """The path of the base's .gguf file for the Modelfile; if it does not exist yet, the command that writes it."""
+def base_file(base: str | Path, out: Path) -> Path:
+    """The base's .gguf file; if it does not exist yet, the command that writes it is printed."""
     if Path(base).suffix == ".gguf":
-        relative = os.path.relpath(base, out.parent)
-        return relative if relative.startswith(("./", "../")) else f"./{relative}"
+        return Path(base)
     path = out.parent / "base-bf16.gguf"
     if not path.exists():
         command = script_command("export_gguf.py", "--model", base, "--type", "bf16", "--out", path)
         print(f"The base is needed too: {command}")
-    return f"./{path.name}"
+    return path
 
 
 def template_of(adapter: Path) -> Path:

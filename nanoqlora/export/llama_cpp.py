@@ -46,7 +46,7 @@ class Server:
         n_ctx: tokens of the longest text.
         exact: float32 keys and values and no faster kernels that round differently; else llama.cpp's own defaults.
         hidden: `hidden_states` are wanted.
-        lora, template: the .gguf file of an adapter, with which it computes, and the text of a chat template.
+        lora: the .gguf file of an adapter, with which it computes; beside it the chat template, if it has its own.
         threads: they wait for each other in busy loops, so one too many is slower than one alone, by far.
     Raises:
         NotAsked, Refused: see above.
@@ -152,7 +152,8 @@ def serve(file: str, n_ctx: int = 512, exact: bool = True, hidden: bool = False,
         settings |= {"n_ctx": n_ctx, "n_parallel": 1, "n_gpu_layers": 0, "port": 0}
         if "lora" in more:
             params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(more["lora"], 1.0)]
-            params.chat_template = more["template"]
+            template = Path(more["lora"]).with_suffix(".jinja")
+            params.chat_template = template.read_text("utf-8") if template.exists() else ""
         if exact:
             settings |= {"cache_type_k": f32, "cache_type_v": f32, "no_extra_bufts": True}
             settings["flash_attn_type"] = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

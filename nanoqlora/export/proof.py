@@ -71,7 +71,7 @@ from .certificate import (
 )
 from .conversations import as_sent, conversations
 from .forms import Merged, Rounded, bytes_on_disk, trained_form
-from .gguf_model import base_of, export_adapter, export_gguf, prompt_format, template_of, usual_format
+from .gguf_model import base_of, export_adapter, export_gguf, prompt_format, usual_format
 from .llama_cpp import NotAsked, Refused, Server
 from .serving import print_table, tokens_per_second
 from .tokenizer_metadata import ASKED, end_of_answer, tokenizer_metadata, without_bos
@@ -105,6 +105,7 @@ class Proof:
         merge = self.model / "merge.json"
         self.record = read_json(merge) if merge.exists() else {}
         self.proven = self.adapter[1] if self.adapter else self.file
+        self.lora: dict[str, Any] = {"lora": str(self.proven)} if self.adapter else {}  # setting of llama.cpp's server
         self.name = f"{self.proven.name} on {self.file.name}" if self.adapter else self.file.name
         self.record_path = merge if self.record else self.proven.with_suffix(".proof.json")
         self.is_on_original = self.record.get("base") == "original"
@@ -217,10 +218,11 @@ def prove_file(proof: Proof, texts: tuple[str, Texts] | None) -> None:
     line = proof.verdict()
     proof.facts |= {"wrong": proof.wrong, "not_asked": proof.not_asked, "verdict": line}
     earlier = proof.record.get("gguf")
-    gguf = (earlier if isinstance(earlier, dict) else {}) | {proof.file.name: proof.facts}
-    if proof.trained and proof.record and "forms" in proof.facts and not proof.wrong:
-        proof.facts |= {"imatrix": proof.imatrix is not None, "tokens_per_second": tokens_per_second(proof.file)}
-        proof.facts["advice"] = print_table(proof.file.parent, gguf, proof.facts)
+    gguf = (earlier if isinstance(earlier, dict) else {}) | {proof.proven.name: proof.facts}
+    if proof.trained and "forms" in proof.facts and not (proof.wrong or proof.is_on_other):
+        speed = tokens_per_second(proof.file, **proof.lora)
+        proof.facts |= {"imatrix": proof.imatrix is not None, "tokens_per_second": speed}
+        proof.facts["advice"] = print_table(proof.proven.parent, gguf, proof.facts)
     record = proof.record | {"gguf": gguf} if proof.record else proof.facts
     write_text(proof.record_path, json.dumps(record, indent=2) + "\n")
     print(f"{proof.record_path}: has the proof of {proof.name}\n{line}", flush=True)
@@ -389,8 +391,8 @@ def ask_llama_cpp(
     ]
     longest, before = max((len(ids) for ids, _ in documents), default=0), len(proof.wrong)
     try:
-        settings = with_lora(proof.adapter[1]) if proof.adapter else {}
-        with Server(proof.file, n_ctx=longest + 8, hidden=True, threads=torch.get_num_threads(), **settings) as llama:
+        settings = proof.lora | {"n_ctx": longest + 8, "hidden": True, "threads": torch.get_num_threads()}
+        with Server(proof.file, **settings) as llama:
             compare_words(proof, llama.tokenize, "llama.cpp")
             count = compare_prompts(proof, llama)
             states = [torch.tensor(llama.hidden_states(ids))[places] for ids, places in documents]
@@ -412,12 +414,6 @@ def ask_llama_cpp(
     if not kl <= MAX_KL:
         proof.fail(f"llama.cpp computes other answers from it than we do, {kl:.3g} nats a token away")
     return theirs
-
-
-def with_lora(file: Path) -> dict[str, str]:
-    """The settings of a server that computes with an adapter, and the chat template where it has its own."""
-    template = template_of(file)
-    return {"lora": str(file), "template": template.read_text("utf-8") if template.exists() else ""}
 
 
 def compare_prompts(proof: Proof, llama: Server) -> int:

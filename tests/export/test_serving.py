@@ -9,6 +9,8 @@ import pytest
 from small_runs import merged, run_here
 
 import export_gguf
+from nanoqlora.export.certificate import Score
+from nanoqlora.export.serving import advise
 
 
 @pytest.fixture
@@ -54,3 +56,22 @@ def test_all_files_of_a_run_are_in_one_table(run: Path, model: Path, tmp_path: P
     with (tmp_path / "out" / "model-f32.gguf").open("ab") as file:
         file.write(b"\0")
     assert "model-f32.gguf" not in table(export(run, model, "--type", "q5_0"))
+
+
+NEAR, FAR = 0.001, 0.5
+BOTH, SMALL, LARGE = "base + adapter-f32.gguf", "model-q4_k_m.gguf", "model-q8_0.gguf"
+ADVICE = {  # sizes and distances of files -> those that are named, in this order
+    "two files are nearest": ({BOTH: (3, 0), SMALL: (2, FAR), LARGE: (4, NEAR)}, [BOTH, LARGE]),
+    "and no single one is near": ({BOTH: (3, 0), SMALL: (2, FAR)}, [BOTH, SMALL]),
+    "and there is no single one": ({BOTH: (3, 0)}, [BOTH, "merge it"]),
+    "a single one is smaller": ({BOTH: (3, 0), SMALL: (2, NEAR), LARGE: (4, 0)}, [SMALL]),
+    "an adapter meets other weights": ({BOTH: (3, FAR), LARGE: (4, NEAR)}, [LARGE]),
+}
+
+
+@pytest.mark.parametrize("case", ADVICE)
+def test_advice_names_two_files_and_what_is_left_without_adapters(case: str):
+    files, named = ADVICE[case]
+    said = advise([Score(name, kl, 1.0, 1.0, size) for name, (size, kl) in files.items()])
+    assert [name for name in (BOTH, SMALL, LARGE, "merge it") if name in said] == named, said
+    assert ("For Ollama" in said) == (named[0] == BOTH) and "GGUF" not in said

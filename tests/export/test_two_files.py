@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -143,7 +144,9 @@ def test_the_template_beside_it_is_never_the_user_s(run: Path, tmp_path: Path):
     words = (run, "--adapter", run.parent / "out", "--out", tmp_path / "a.gguf")
     ended = run_here(export_gguf.main, *words)
     template = tmp_path / "a.jinja"
-    assert f"llama-server needs --chat-template-file {template}" in ended.out
+    (line,) = [line for line in ended.out.splitlines() if line.startswith("Ollama from 0.34.1 on is said to refuse")]
+    both = f"-m {run.parent / 'base.gguf'} --lora {tmp_path / 'a.gguf'}"
+    assert line.endswith(f" llama-server {both} --jinja --chat-template-file {template}")
     assert template.read_text().startswith("{# Written by export_gguf.py") and "### Response:" in template.read_text()
     assert run_here(export_gguf.main, *words).code == 0
     template.write_text("mine")
@@ -164,3 +167,32 @@ def test_the_certificate_of_a_merge_has_both_files(run: Path):
     assert both["num_bytes"] < q8_0["num_bytes"], "the base is Q4_K_M"
     assert "GGUF base + adapter: the smallest" in record["recommendation"]
     assert f"export_gguf.py --adapter {run.parent / 'out'} --model {run.parent / 'base.gguf'}" in ended.out
+
+
+def test_both_files_are_in_the_table_of_the_run(run: Path, tmp_path: Path, llama_cpp: ModuleType):
+    """With what was merged, whichever was exported last, as long as they are the files that were scored."""
+    out = shutil.copytree(run.parent / "out", tmp_path / "out", ignore=shutil.ignore_patterns("merged"))
+    assert run_here(merge.main, run, "--output_dir", out, "--max_tokens", 0).code == 0
+
+    def export(*words: object) -> dict[str, list[str]]:
+        ended = run_here(export_gguf.main, run, "--output_dir", out, "--prove", *words)
+        assert ended.code == 0, ended.out + ended.err
+        lines = ended.out.split("which to serve")[1].split("advice: ")
+        assert lines[1].startswith("base + adapter-f32.gguf: ") and " For Ollama, " in lines[1]
+        return {row[:32].strip(): row[32:].split() for row in lines[0].splitlines()[2:]}
+
+    alone = export("--adapter", out)
+    assert list(alone) == ["adapter on base", "base + adapter-f32.gguf"]
+    assert export("--type", "q8_0").keys() == {*alone, "merged", "model-q8_0.gguf"}
+    (tmp_path / "out" / "other.proof.json").write_text("{}")
+    table = export("--adapter", out)
+    assert table.keys() == {*alone, "merged", "model-q8_0.gguf"}
+    size = sum(file.stat().st_size for file in (run.parent / "base.gguf", out / "adapter-f32.gguf"))
+    megabytes, _, kl, top_1, perplexity, speed = table["base + adapter-f32.gguf"]
+    assert (megabytes, kl, top_1) == (f"{size / 1e6:.1f}", "0.00000", "100.00%") and float(speed) > 0
+    assert perplexity == table["adapter on base"][4], "exactly what was trained"
+    assert float(table["model-q8_0.gguf"][2]) > 0
+
+    with (out / "model-q8_0.gguf").open("ab") as file:
+        file.write(b"\0")
+    assert "model-q8_0.gguf" not in export("--adapter", out)

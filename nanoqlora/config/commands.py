@@ -13,9 +13,8 @@ from traceback import format_exception
 from typing import Any, NoReturn
 
 from .errors import Failed, Stopped, UserError, asked, is_out_of_memory, printable
-from .files import free_on_disk
+from .files import DISK_FULL, free_on_disk
 
-DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # the last on disks that hold no file of more than 4 GB
 OURS = "This is a fault of nanoqlora, not of your input: please report it, with these lines and the command."
 
 asks_ranks: list[Callable[[], bool]] = []  # of several ranks: whether this one is the first to tell why the run ends

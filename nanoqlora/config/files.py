@@ -22,6 +22,7 @@ from .errors import UserError, check_regular
 UMASK = os.umask(0o077)  # which can be read only by setting it
 os.umask(UMASK)
 
+DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # the last on disks that hold no file of more than 4 GB
 SIGNS_OF_DISK = "I/O error", "inline_container", "PytorchStreamWriter", "iostream"  # in errors of libraries
 
 
@@ -53,9 +54,9 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         for file in new.iterdir():
             _flush(file)
         new.chmod(0o777 & ~UMASK)
-        if not path.exists() or not exchange(new, path):  # the old one is deleted under its temporary name
+        if not os.path.lexists(path) or not exchange(new, path):  # the old one is deleted under its temporary name
             old = path.with_name(f".{path.name}.old.tmp")
-            if path.exists():
+            if os.path.lexists(path):
                 os.replace(path, old)  # after a kill here `sweep` gives it its name back
             os.replace(new, path)
             _delete(old)
@@ -237,7 +238,7 @@ def free_on_disk(path: str | Path) -> str:
 
 def _nearest(path: str | Path) -> Path:
     """The path, or the nearest of its parents that exists."""
-    return next(parent for parent in (Path(path).absolute(), *Path(path).absolute().parents) if parent.exists())
+    return next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if os.path.exists(p))
 
 
 def _size(num_bytes: int) -> str:
@@ -245,20 +246,34 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2f} MB"
 
 
-def check_writable(folder: str | Path, key: str) -> None:
-    """Raises UserError if a folder, which need not exist yet, cannot be made or written to; `key` says whose it is."""
+def check_writable(folder: str | Path, key: str, name: str = "x") -> None:
+    """Make a folder's missing parents and the temporary name of a file in it, elsewhere on its disk, and delete them.
+
+    Args:
+        folder: need not exist yet. key: of the user, for the message. name: of the file that will be written there.
+    Raises:
+        UserError: something of this cannot be made; OSError: for want of space.
+    """
     there = _nearest(folder)
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        what = "may not be written to" if there.is_dir() else "is a file, not a folder"
-        raise UserError(f"{key} {folder}: {there} {what}, so nothing could be saved there. Name another {key}.")
+    parts = [part for part in Path(folder).absolute().relative_to(there).parts if part != ".."]
+    try:
+        if not there.is_dir() or parts and os.path.islink(there / parts[0]):
+            raise OSError(errno.ENOTDIR, "is a link to nothing" if there.is_dir() else "is a file, not a folder")
+        with temporary_folder(there / "probe") as probe, temporary_folder(probe.joinpath(*parts, name)):
+            pass
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        why = f"{there}: {error.strerror}, so nothing could be saved there. Name another {key}"
+        raise UserError(f"{key} {folder}: {why}.") from error
 
 
 def check_file(path: str | Path, key: str) -> None:
     """The same for a file that will be written: before the work, whose result would have no place."""
-    if Path(path).exists() and not Path(path).is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{key} {path}: is a folder, a device or a pipe. Give {key} the name of a file.")
+    check_writable(Path(path).parent, key, Path(path).name)
     check_free(path, key)
-    check_writable(Path(path).parent, key)
 
 
 def check_free(path: str | Path, key: str) -> None:

@@ -172,9 +172,9 @@ def prepare_samples(files: list[DataFile], encoding: Encoding, folder: Path) -> 
     before = _stamps(files)
     hashes = {str(file.path): sha256_of(file.path) for file in files}
     prepared = folder / _key(encoding, files, hashes)
-    sweep(folder, r"[0-9a-f]{32}")
     if (reading := _kept(prepared, hashes)) is None:
         check_writable(folder, "dataset_prepared_path")
+        sweep(folder, r"[0-9a-f]{32}")
         if prepared.exists():
             print(f"dataset_prepared_path: {prepared} is damaged, so the data is tokenised again", file=sys.stderr)
         with whole_folder(prepared) as temporary:

@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..config.errors import UserError
-from ..config.files import whole_file
+from ..config.files import check_file, whole_file
 from ..config.schema import Config
 from ..gguf.imatrix import Imatrix, read_imatrix, write_imatrix
 from ..gguf.names import gguf_name
@@ -46,6 +46,8 @@ def imatrix_file(given: str, model: str, out: Path, config: Config | None, data:
     path = Path(given)
     if given == "true":
         path = out.with_name(MEASURED)
+        for file in (out, path):
+            check_file(file, "--out")
         name, texts = texts_to_measure(model, config, data)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         imatrix = measure(open_weights(model), texts, device, name)

@@ -91,7 +91,6 @@ def write_merge(asked: MergeOptions, config: Config | None = None) -> dict[str, 
     record |= {"adapter_sha256": adapter_hash(adapter), "base_fingerprint": fingerprint(weights)}
     record |= {"trained_on": trained.base, "dtype": str(dtype).removeprefix("torch.")}
     settings = model_settings(weights, dtype, tokenizer, fmt)
-    check_writable(out.parent, "--out")
     check_space(out, merged.num_bytes)
     texts = held_out_texts(config, tokenizer, fmt, asked.data, asked.max_tokens) if asked.max_tokens else None
     if not texts:
@@ -129,6 +128,7 @@ def places(asked: MergeOptions, config: Config | None) -> tuple[str, str, Path]:
 
 def check_out(out: Path) -> None:
     """Only an earlier merge is replaced, and only if nothing else lies in its folder."""
+    check_writable(out.parent, "--out", out.name)
     found = [path.name for path in out.iterdir()] if out.is_dir() else []
     if out.is_file() or out.is_mount() or (found and "merge.json" not in found):
         what = "is a disk, which is never replaced" if out.is_mount() else "exists and is no earlier merge"

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from ..config.errors import UserError, visible
-from ..config.files import read_json, sha256_of, write_text
+from ..config.files import check_writable, read_json, sha256_of, write_text
 from ..config.options import ExportOptions
 from ..config.schema import Config
 from ..data.prompts import PromptFormat
@@ -149,6 +149,8 @@ def export_and_prove(
         asked: `data`: held-out texts of the user's, else those of the run; `max_tokens` of them.
         imatrix: the file of an importance matrix.
     """
+    if (local_path(model) / "merge.json").exists():  # which gets the record
+        check_writable(model, "--model")
     tok, fmt = words_of(model, config)
     texts = held_out_texts(config, tok, fmt, asked.data, asked.max_tokens) if asked.max_tokens else None
     export_gguf(model, out, type, imatrix)

@@ -41,6 +41,8 @@ def check_surroundings(config: Config, rank: int, writes: bool, say: Say) -> Non
         check_trackers(config.plain(), rank)
         if rank == 0:  # which writes
             check_writable(config.output_dir, "output_dir")
+            if not writes:  # but beside it, to rehearse
+                check_writable(Path(config.output_dir).parent, "output_dir")
             try:
                 refuse_other_runs(config)
             except UserError as error:

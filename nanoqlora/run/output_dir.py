@@ -16,9 +16,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..config.commands import DISK_FULL
 from ..config.errors import Failed, UserError
-from ..config.files import free_on_disk, held, remove, sweep
+from ..config.files import DISK_FULL, free_on_disk, held, remove, sweep
 from ..config.keys import keys_of
 from ..config.schema import Config
 from ..gguf.file_types import FILE_TYPES
@@ -137,6 +136,8 @@ def _check(config: Config) -> None:
     if own.is_file() and own.read_text("utf-8", "replace").count("\n") < len(keys_of(Config)) / 2:  # not a resolved one
         what = "holds a train.yml that no run has written, and this run would replace it by its own"
         raise UserError(f"output_dir {folder}: {what}. Move the file, or name another output_dir.")
+    if taken := [name for name in FILES if (folder / name).is_dir()]:
+        raise UserError(f"output_dir {folder}: {taken[0]} is a folder there, and a run writes this file. Name another.")
     files = files_of_run(folder)
     log_alone = {path.name for path in files} <= {LOG}  # killed before its first checkpoint: nothing can resume it
     if not files or _goes_on(config) or (config.auto_resume_from_checkpoints and log_alone):

@@ -6,6 +6,7 @@ every file and folder is as it was. The words that the line has to hold are the 
 
 # ruff: noqa: E501  # tables: a case is a line
 
+import errno
 import gzip
 import json
 import os
@@ -833,20 +834,68 @@ def test_ranks_and_devices(world: World, case: str, monkeypatch: pytest.MonkeyPa
     assert {name for name in snapshot(world.root)} - {*before} <= {"train.yml"}
 
 
-@pytest.mark.parametrize("command", ["train", "merge", "export", "evaluate"])
-def test_a_folder_that_may_not_be_written_to(world: World, command: str, monkeypatch: pytest.MonkeyPatch):
-    """Root may write everywhere, so what the system would answer another user is set here."""
-    there = world.root / "there"
-    there.mkdir()
-    real = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != there and real(path, mode))
-    words = {
-        "train": [world.run(), "--output_dir", there / "out"],
-        "merge": [*BOTH.split(), "--out", there / "merged"],
-        "export": ["--model", "model", "--out", there / "a.gguf"],
-        "evaluate": ["--model", "model", "--data", "data.jsonl", "--out", there / "nll.jsonl"],
-    }
-    check(world, COMMANDS[command], words[command], f"{there} & may not be written to & Name another")
+WRITERS = {  # every command, and every folder that it writes to: HERE. Merges and proofs do without prepared data.
+    "a run": "train train.yml --output_dir HERE",
+    "a run's checks": "train train.yml --plan --output_dir HERE",
+    "a rehearsal": "train train.yml --rehearse --output_dir HERE",
+    "prepared data": "train train.yml --dataset_prepared_path HERE",
+    "prepared data of a plan": "train train.yml --plan --dataset_prepared_path HERE",
+    "prepared data of a matrix": "export train.yml --model model --imatrix --type iq4_nl --out x.gguf --dataset_prepared_path HERE",
+    "a merge": f"merge {BOTH} --out HERE/merged",
+    "a merge of a run": f"merge train.yml {BOTH} --out HERE/merged",
+    "a model's file": "export --model model --out HERE/a.gguf",
+    "an adapter's file": f"export {BOTH} --out HERE/a.gguf",
+    "a proof": "export --model model --out HERE/a.gguf --prove",
+    "a matrix": "export --model model --out HERE/a.gguf --imatrix --data data.jsonl --type iq4_nl",
+    "losses": "evaluate --model model --data data.jsonl --out HERE/nll.jsonl",
+    "a picture": "compare here there --out HERE/a.png",
+    "figures": "bench --model model --json HERE/a.json",
+}
+NO_FOLDERS: dict[str, tuple[str, str]] = {  # what is there, and what the line says of it
+    "of the kernel": ("/proc", "/proc: No such file or directory"),
+    "below it": ("/proc/self/x", "/proc/self: No such file or directory"),
+    "read-only": ("read-only", "read-only: Read-only file system"),
+    "below that": ("read-only/a/b", "read-only: Read-only file system"),
+    "not this user's": ("refused/a", "refused: Permission denied"),
+    "a file": ("data.jsonl", "data.jsonl: is a file, not a folder"),
+    "below a file": ("data.jsonl/a", "data.jsonl: is a file, not a folder"),
+    "a device": ("/dev/null", "/dev/null: is a file, not a folder"),
+    "a long name": ("x" * 300, "more than 255 bytes. Shorten it."),
+    "a long path": ("x/" * 3000 + "x", "more than 3500 bytes"),
+    "a link to nothing": ("nothing", "is a link to nothing"),
+    "below a link to nothing": ("nothing/a/b", "is a link to nothing"),
+    "a link to itself": ("loop", "is a link to nothing"),
+    "below a link to itself": ("loop/a", "is a link to nothing"),
+}
+
+
+@pytest.mark.parametrize("where", NO_FOLDERS)
+def test_folders_that_cannot_be_written_to(world: World, where: str, monkeypatch: pytest.MonkeyPatch):
+    """Whatever the reason, it is found before any work, and nothing is written elsewhere.
+
+    Root may write everywhere, so what the system would answer another user is set here, at the call itself.
+    """
+    folder, expected = NO_FOLDERS[where]
+    real, refuse = os.mkdir, {"read-only": errno.EROFS, "refused": errno.EACCES}
+
+    def mkdir(path: str, *mode: int) -> None:
+        for name, number in refuse.items():
+            if Path(path).is_relative_to(world.root / name):
+                raise OSError(number, os.strerror(number), path)
+        real(path, *mode)
+
+    for name in refuse:
+        (world.root / name).mkdir()
+    (world.root / "nothing").symlink_to("absent/folder")
+    (world.root / "loop").symlink_to("loop")
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    world.keys["val_set_size"] = 1
+    world.run()
+    for line in WRITERS.values():
+        name, *words = line.split()
+        key = next(before for before, word in zip(words, words[1:], strict=False) if "HERE" in word).strip("-")
+        words = [word.replace("HERE", folder) for word in words]
+        check(world, COMMANDS[name], words, f"{key} & {expected}" + " & Name another" * ("bytes" not in expected))
 
 
 @pytest.mark.parametrize("command", ["merge", "export"])

@@ -43,15 +43,15 @@ def start() -> tuple[int, int, torch.device]:
 def _join(rank: int, ranks: int, device: torch.device) -> None:
     """Meet the other ranks at torchrun's store, and set up the process group and the heartbeat."""
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun runs the store, not rank 0
-    tcp = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=rank == 0 and not by_agent,
-        wait_for_workers=False,
-    )
-    # After a restart the store still has the addresses of dead processes, so each attempt has a prefix of its own.
-    store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
-    meet(store, rank, ranks, MEETING_LIMIT)
+    host, port, is_master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank == 0 and not by_agent
+    try:
+        tcp = dist.TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=MEETING_LIMIT)
+        # After a restart the store still has the addresses of dead processes, so each attempt has a prefix of its own.
+        store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
+        meet(store, rank, ranks, MEETING_LIMIT)
+    except RuntimeError as error:
+        what = f"rank {rank} does not reach torchrun at {host}:{port} ({(str(error).splitlines() or [''])[0][:200]})"
+        raise Failed(f"{what}. Was it killed? Start it again.") from error
     asks_ranks[:] = [lambda: _first_to_report(store)]
     options: Any = None
     if device.type == "cuda":

@@ -1,10 +1,13 @@
 """Kill small trainings, merges, exports and rehearsals, start them again, and compare with what was never killed.
 
-    python tests/faults/kills.py [train] [merge] [export] [rehearse] [ranks] [--minutes 2] [--seed 0] [--folder DIR]
+    python tests/faults/kills.py [PART ...] [--minutes 2] [--seed 0] [--folder DIR]
+
+The parts are train, merge, export, rehearse, ranks and, only if it is named, torchrun.
 
 A process is killed with SIGKILL after a random time, before its n-th change of a file, or while it writes a line of the
 log. Then everything in place has to be complete, and the same command has to end bit for bit as if nothing had
-happened, with nothing left over. Children are forked from a process that has imported everything: a second each.
+happened, with nothing left over. Children are forked from a process that has imported everything: a second each. For
+`torchrun`, launcher and ranks are started as a user does: ten seconds each.
 """
 
 import argparse
@@ -13,12 +16,13 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from worlds import VARIANTS, Book, World, cut_log, difference, facts, wait
+from worlds import ROOT, VARIANTS, Book, World, cut_log, difference, facts, wait
 
 # isort: split
 import torch
@@ -28,7 +32,9 @@ from safetensors.torch import load_file
 import export_gguf
 import merge
 import train
-from nanoqlora.config.commands import run_command
+from nanoqlora.config.commands import OURS, run_command
+from nanoqlora.parallel.distributed import MEETING_LIMIT
+from nanoqlora.run.output_dir import read_log
 
 COMPLETE = {"adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "trainer_state.json"}
 
@@ -243,8 +249,6 @@ def rehearsals(world: World, rng: random.Random, end: float) -> Book:
 
 def be_rank(words: list[str], deaths: dict[int, int]) -> None:
     """What torchrun's agent runs: train.py as a rank; one of them dies before its n-th change of a file."""
-    import sys
-
     sys.argv = words
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
@@ -275,13 +279,12 @@ def on_two_ranks(world: World, rng: random.Random, end: float) -> Book:
     """torchrun with two ranks: one is killed, or the agent with both."""
     book = Book("torchrun, two ranks")
     known: dict[str, tuple[dict[str, Any], float]] = {}
-    names = ["plain", "dropout and evaluations", "best", "patience", "packed"]
 
     def start(yml: Path, deaths: dict[int, int]) -> int:
         return world.fork(lambda: torchrun([yml], deaths))
 
     while time.time() < end:
-        name = rng.choice(names)
+        name = rng.choice(RANKS_VARIANTS)
         keys = VARIANTS[name] | {"micro_batch_size": 2}
         if name not in known:
             began = time.perf_counter()
@@ -327,6 +330,118 @@ def on_two_ranks(world: World, rng: random.Random, end: float) -> Book:
     return book
 
 
+RANKS_VARIANTS = ["plain", "dropout and evaluations", "best", "patience", "packed"]
+VICTIMS = {"rank 0": (0,), "rank 1": (1,), "both ranks": (0, 1), "the launcher": (2,), "all three": (2, 0, 1)}
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there and has not ended, unnoticed by the one that started it."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """The processes that a torchrun has started, by rank."""
+    found = {}
+    try:
+        for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+            words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            found |= {int(word[5:]): int(pid) for word in words if word.startswith(b"RANK=")}
+    except OSError:  # one has just ended
+        pass
+    return found
+
+
+class Torchrun:
+    """`torchrun --nproc_per_node=2 --max-restarts=0 train.py`, as its own process and two more."""
+
+    def __init__(self, world: World, yml: Path) -> None:
+        self.world, self.ranks = world, dict[int, int]()
+        options = ["--standalone", "--nproc_per_node=2", "--max-restarts=0", "--monitor-interval=0.1"]
+        words = [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "train.py"), str(yml)]
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        self.pid = world.fork(lambda: os.execve(sys.executable, words, environment))
+
+    def wait_for(self, condition: Callable[[], object], limit: float) -> bool:
+        """Look at the ranks and wait until `condition`, the launcher's end or the limit; whether it came to be."""
+        end = time.monotonic() + limit
+        while alive(self.pid) and time.monotonic() < end:
+            self.ranks |= ranks_of(self.pid)
+            if condition():
+                return True
+            time.sleep(0.01)
+        return False
+
+    def end(self, limit: float = MEETING_LIMIT.total_seconds() + 60) -> int | None:
+        """The launcher's exit code; the ranks that it has left are killed after `limit` s: None."""
+        code, until = wait(self.pid), time.monotonic() + limit
+        while left := [pid for pid in self.ranks.values() if alive(pid)]:
+            if time.monotonic() > until:
+                for pid in left:
+                    os.kill(pid, signal.SIGKILL)
+                return None
+            time.sleep(0.05)
+        return code
+
+
+def under_torchrun(world: World, rng: random.Random, end: float) -> Book:
+    """The program that users start: a rank, both, the launcher, or all are killed at a random moment."""
+    book = Book("torchrun, processes of their own")
+    known: dict[str, tuple[dict[str, Any], float]] = {}
+    while time.time() < end:
+        name = rng.choice(RANKS_VARIANTS)
+        keys = VARIANTS[name] | {"micro_batch_size": 2, "num_epochs": 5}
+        if name not in known:
+            began, run = time.monotonic(), Torchrun(world, world.new_run(**keys))
+            run.wait_for(world.out.exists, 300)
+            first = time.monotonic() - began
+            code = run.end()
+            assert code == 0, world.log.read_text()[-2000:]
+            known[name] = facts(world.out), first
+            print(f"{name}: {first:.1f} s, {time.monotonic() - began:.1f} s in all", flush=True)
+        right, first = known[name]
+        yml, story = world.new_run(**keys), [name]
+        if book.counts["runs"] % 5 == 0:
+            print(book, flush=True)
+        book.counts["runs"] += 1
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            log, who, early = world.out / "metrics.jsonl", rng.choice(list(VICTIMS)), rng.random() < 0.12
+            before, total = len(read_log(log)), len(right["metrics.jsonl"])
+            run, line = Torchrun(world, yml), rng.randint(min(before + 1, total), total)
+            if early:  # also while it starts
+                run.wait_for(lambda: len(run.ranks) == 2, 60)  # noqa: B023
+            else:
+                run.wait_for(lambda: len(run.ranks) == 2 and len(read_log(log)) >= line, 300)  # noqa: B023
+            delay = rng.random() * (first if early else 0.2)
+            run.wait_for(lambda: False, delay)
+            story.append(f"{who} {delay:.2f} s after {'the start' if early else f'line {line} of {total}'}")
+            for victim in VICTIMS[who]:
+                try:
+                    os.kill(run.pid if victim == 2 else run.ranks[victim], signal.SIGKILL)
+                    book.counts[f"kills of {who}"] += victim == VICTIMS[who][0]
+                except (ProcessLookupError, KeyError):
+                    book.counts["too late"] += 1
+            waits = early and victim == 2 and book.counts["ranks look for their launcher"] > 0  # for minutes
+            code = run.end(20) if waits else run.end()
+            book.counts["ranks look for their launcher"] += early and victim == 2
+            if code is None and not waits:
+                book.fault(f"a rank does not end: {world.log.read_text()[-600:]}", " > ".join(story))
+            if OURS in (told := world.log.read_text("utf-8", "replace")):
+                book.fault(f"a traceback: {told.split(OURS)[0][-500:]}", " > ".join(story))
+            if code == 0:
+                break
+            if wrong := incomplete(world.out):
+                book.fault(wrong, " > ".join(story))
+        code = Torchrun(world, yml).end()
+        if code:
+            book.fault(f"cannot be resumed: exit {code}: {world.log.read_text()[-600:]}", " > ".join(story))
+        elif wrong := difference(right, facts(world.out)):
+            book.fault(wrong, " > ".join(story))
+    return book
+
+
 PARTS: dict[str, Callable[[World, random.Random, float], Book]] = {
     "train": trainings,
     "merge": lambda *args: writers(*args, "merge"),
@@ -334,12 +449,20 @@ PARTS: dict[str, Callable[[World, random.Random, float], Book]] = {
     "rehearse": rehearsals,
     "ranks": on_two_ranks,
 }
+LONGER: dict[str, Callable[[World, random.Random, float], Book]] = {"torchrun": under_torchrun}
 
 
-def run_parts(parts: dict[str, Callable[..., Book]], description: str | None) -> None:
-    """The command line of a program of this folder; exit 1 if anything failed."""
+def run_parts(
+    parts: dict[str, Callable[..., Book]], description: str | None, longer: dict[str, Callable[..., Book]] | None = None
+) -> None:
+    """The command line of a program of this folder; exit 1 if anything failed.
+
+    Args:
+        longer: parts that are run only when they are asked for.
+    """
+    every = parts | (longer or {})
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=", ".join(parts))
+    parser.add_argument("parts", nargs="*", help=", ".join(every))
     parser.add_argument("--minutes", type=float, default=2, help="of each part")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="where the small runs go; default: a new one")
@@ -348,11 +471,11 @@ def run_parts(parts: dict[str, Callable[..., Book]], description: str | None) ->
     for part in asked.parts or parts:
         world = World(f"{asked.folder}/{part}" if asked.folder else None)
         rng = random.Random(f"{part} {asked.seed}")
-        books.append(parts[part](world, rng, time.time() + 60 * asked.minutes))
+        books.append(every[part](world, rng, time.time() + 60 * asked.minutes))
         print(books[-1], flush=True)
         shutil.rmtree(world.folder)
     raise SystemExit(any(book.faults for book in books))
 
 
 if __name__ == "__main__":
-    run_parts(PARTS, __doc__)
+    run_parts(PARTS, __doc__, LONGER)

@@ -12,6 +12,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import sys
 import zlib
@@ -24,6 +25,7 @@ from typing import Any
 
 from ..config.errors import UserError
 from ..config.files import unique_keys
+from ..config.limits import bounded_memory
 from .files import DataFile
 
 Row = dict[str, Any]
@@ -272,21 +274,23 @@ def _csv_rows(header: list[str], lines: list[tuple[str, list[str]]]) -> Iterator
 
 
 def _arrow_chunks(file: DataFile) -> Iterator[Chunk]:
-    import pyarrow  # here, because most runs read none
-    import pyarrow.ipc
-    import pyarrow.parquet
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # Arrow's own takes a GiB ahead; each thread a part
+    import pyarrow.parquet  # here, because most runs read none
 
+    options = pyarrow.ipc.IpcReadOptions(use_threads=False)
+    within = bounded_memory(16 * file.path.stat().st_size)  # a file of a few KB may say that it has pages of GB
     try:
         with open(file.path, "rb") as opened:
             if file.kind == "parquet":
-                batches = pyarrow.parquet.ParquetFile(opened).iter_batches(batch_size=FEW_ROWS)
+                parquet = pyarrow.parquet.ParquetFile(opened, pre_buffer=False)
+                batches = parquet.iter_batches(FEW_ROWS, use_threads=False)
             elif opened.peek(6)[:6] == b"ARROW1":
-                reader = pyarrow.ipc.open_file(opened)
+                reader = pyarrow.ipc.open_file(opened, options=options)
                 batches = map(reader.get_batch, range(reader.num_record_batches))
             else:
-                batches = pyarrow.ipc.open_stream(opened)
+                batches = pyarrow.ipc.open_stream(opened, options=options)
             first = 1
-            for batch in batches:
+            for batch in iter(within(partial(next, iter(batches), None)), None):
                 if not batch.schema.names:
                     raise ValueError("it has no columns")
                 batch.validate(full=file.kind == "arrow")  # else to count or to send its bytes reads behind their end

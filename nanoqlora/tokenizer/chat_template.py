@@ -6,37 +6,32 @@ Which part of its text came from which message is known in the end (traced.py): 
 special token, and data/masks.py asks where the answers are.
 """
 
+import contextlib
 import json
-import os
-import resource
 import signal
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from functools import lru_cache, partial, wraps
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import compiler, ext, filters, runtime, sandbox
 
 from ..config.errors import UserError
+from ..config.limits import bounded_memory
 from . import traced
 
 Messages = list[dict[str, Any]]
 Jinja = str | None  # a chat template; None: the tokenizer's own
 Tools = list[Any] | None  # descriptions of functions that the assistant may call
 
-# For one conversation: of a processor, of memory, of a whole number, of its text beyond 10 times what it is given.
-SECONDS, BYTES, BITS, CHARACTERS = 5, 1 << 30, 10_000, 1 << 18
+# For one conversation: of a processor, of a whole number, of its text beyond 10 times what it is given.
+SECONDS, BITS, CHARACTERS = 5, 10_000, 1 << 18
 _stopped = Counter[str]()  # templates that took too long, and those that wrote too much twice as often
-_one = threading.RLock()  # one at a time, as the limit of memory is of the process; a forked one has its own
-os.register_at_fork(after_in_child=lambda: globals().update(_one=threading.RLock()))
-STATM = Path("/proc/self/statm")  # begins with the pages of this process
 
 
 class _GenerationTag(ext.Extension):
@@ -59,7 +54,7 @@ def render(
         tools: descriptions of the functions that the assistant may call.
     """
     try:
-        with _one, _limits(template):
+        with bounded_memory(), _limits(template):
             program = _compile(template, any(map(traced.spans_of, messages[0])) if messages else False)
             given = [{key: item for key, item in message.items() if item is not None} for message in messages]
             more: dict[str, Any] = {"tools": tools, "documents": None} | named_tokens
@@ -74,11 +69,13 @@ def render(
         raise UserError(f"the chat template stopped with {what}. {advice}.") from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def _limits(template: str) -> Iterator[None]:
-    """Bound the time and the memory of what runs inside. The main thread gets a signal, others look at each line."""
+    """Bound the time of what runs inside. The main thread gets a signal, others look at each line."""
 
-    def stop(*_: Any) -> NoReturn:
+    def stop(_: int = 0, frame: Any = None) -> None:
+        if frame and frame.f_code.co_filename == contextlib.__file__:  # the template has ended, the limits have not
+            return
         _stopped[template] += 1
         raise jinja2.TemplateRuntimeError(f"it ran for more than {SECONDS} s")
 
@@ -88,18 +85,13 @@ def _limits(template: str) -> Iterator[None]:
     def watch(*_: Any) -> Any:
         return watch if time.thread_time() < end else stop()
 
-    end, free = time.thread_time() + SECONDS, resource.getrlimit(resource.RLIMIT_AS)
+    end = time.thread_time() + SECONDS
     is_main = threading.current_thread() is threading.main_thread()
-    with ExitStack() as after:  # each is called, though the signal may come within another one
-        after.callback(resource.setrlimit, resource.RLIMIT_AS, free)
+    with contextlib.ExitStack() as after:  # each is called, though the signal may come within another one
         after.callback(sys.settrace, sys.gettrace())
         if is_main:
             after.callback(signal.signal, signal.SIGVTALRM, signal.signal(signal.SIGVTALRM, stop))
             after.callback(signal.setitimer, signal.ITIMER_VIRTUAL, 0)
-        if STATM.exists():
-            used = int(STATM.read_text().split()[0]) * resource.getpagesize()
-            known = [limit for limit in free if limit != resource.RLIM_INFINITY]  # of the user's own, such as ulimit -v
-            resource.setrlimit(resource.RLIMIT_AS, (min([used + BYTES, *known]), free[1]))
         signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS) if is_main else sys.settrace(watch)
         yield
 

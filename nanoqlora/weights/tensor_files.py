@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config.errors import UserError
+from ..config.limits import bounded_memory
 
 
 @contextmanager
@@ -20,7 +21,7 @@ def reading(path: Path, advice: str = "Download or copy it again") -> Iterator[N
     try:
         with warnings.catch_warnings(action="ignore"):  # of PyTorch's, in several lines, about other files than tensors
             yield
-    except (MemoryError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of a damaged file, they raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -31,7 +32,7 @@ def reading(path: Path, advice: str = "Download or copy it again") -> Iterator[N
 
 def load_tensors(path: Path, mmap: bool = False) -> dict[str, Tensor]:
     """All tensors of a .safetensors, .pth or .bin file. Raises UserError: it is damaged, or holds something else."""
-    with reading(path):
+    with reading(path), bounded_memory(2 * path.stat().st_size):
         is_pickle = path.suffix != ".safetensors"
         if zipfile.is_zipfile(path) and sum(p.file_size for p in zipfile.ZipFile(path).filelist) > path.stat().st_size:
             raise ValueError("it unpacks to more than it is, and PyTorch compresses nothing")

@@ -2,21 +2,30 @@
 
 # ruff: noqa: E501  # tables: a case is a line
 
+import contextlib
 import json
+import random
 import re
 import resource
 import signal
 import stat
+import struct
 import sys
 import threading
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pyarrow.ipc
+import pyarrow.parquet
 import pytest
+import torch
+from memory import read_each
 from paths import ROOT
 from peft_witness import save_random_adapter
+from processes import context
 from small_runs import CHATML, Ended, alpaca_rows, run_here, save_tiny_model, snapshot, write_rows, write_run
 
 import export_gguf
@@ -101,6 +110,32 @@ def test_limits_end_where_the_signal_comes_last(monkeypatch):
     with pytest.raises(UserError, match="late"):
         render("{{ 1 }}", HI, False, {})
     assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)) == before
+
+
+def test_limits_end_wherever_the_signal_comes(monkeypatch):
+    """At a thousand moments of a short template, and of what begins and ends its limits: all is as before."""
+    kinds, setitimer, moments = (resource.RLIMIT_AS, signal.SIGVTALRM), signal.setitimer, random.Random(0)
+    before, alarm = (resource.getrlimit(kinds[0]), signal.getsignal(kinds[1])), signal.getsignal(signal.SIGALRM)
+
+    def soon(_: int, seconds: float) -> None:  # by a clock that is finer than that of a processor's time
+        setitimer(signal.ITIMER_REAL, seconds and moments.uniform(1e-6, 250e-6))
+
+    def ring(*given: Any) -> None:
+        if callable(handler := signal.getsignal(signal.SIGVTALRM)):
+            handler(*given)
+
+    signal.signal(signal.SIGALRM, ring)
+    monkeypatch.setattr(signal, "setitimer", soon)
+    try:
+        for _ in range(3000):
+            with contextlib.suppress(UserError):
+                render("{{ 1 }}", HI, False, {})
+            setitimer(signal.ITIMER_REAL, 0)
+            chat_template._stopped.clear()
+            assert (resource.getrlimit(kinds[0]), signal.getsignal(kinds[1])) == before
+    finally:
+        setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, alarm)
 
 
 def test_a_template_without_an_end_is_not_asked_again_and_again(world, monkeypatch):
@@ -353,6 +388,65 @@ def test_report_is_text(world, tmp_path):
     pictures = re.findall(r"(?<!\\)\[[^\]]*\]\([^)]*\)", outside)
     assert "evil.example" in report and pictures == ["[Loss, gradient norm, learning rate and memory](Fine-Tuning.png)"]
     assert "<img" not in outside and not RAW.search(report)
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+SHARE, MUCH = 32 << 20, 200 << 20  # bytes that a file gets here, and those that wrong ones ask for
+
+
+def parquet(path: Path, column: Any, **options: Any) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path, compression="zstd", **options)
+    return path
+
+
+def arrow(path: Path, column: Any, codec: str | None = None) -> Path:
+    table, options = pyarrow.table({"text": column}), pyarrow.ipc.IpcWriteOptions(compression=codec)
+    with pyarrow.ipc.new_file(path, table.schema, options=options) as writer:
+        writer.write_table(table)
+    return path
+
+
+def pickled(path: Path, text: bytes) -> Path:
+    """What torch.load takes for a file of tensors, with another pickle in it."""
+    torch.save({"w": torch.zeros(4)}, path)
+    with zipfile.ZipFile(path) as file:
+        parts = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w") as file:
+        for name, part in parts.items():
+            file.writestr(name, text if name.endswith("data.pkl") else part)
+    return path
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux counts memory so that it can be bounded")
+def test_small_files_take_little_memory(tmp_path):
+    """Whatever they say of their size; and right ones that compress well are read."""
+    value, rows = ["a" * MUCH], ["b" * 2**20] * (MUCH >> 20)
+    integer = b"J" + struct.pack("<i", MUCH)
+    wrong = [
+        parquet(tmp_path / "a value.parquet", value, use_dictionary=False),
+        parquet(tmp_path / "a page.parquet", rows, use_dictionary=False, data_page_size=2**30),
+        parquet(tmp_path / "a list.parquet", pyarrow.array([[0] * (MUCH // 8)])),
+        arrow(tmp_path / "zstd.arrow", value, "zstd"),
+        arrow(tmp_path / "lz4.arrow", value, "lz4"),
+        pickled(tmp_path / "bytes.pth", b"\x80\x02c__builtin__\nbytearray\n" + integer + b"\x85R."),
+        pickled(tmp_path / "bytes.bin", b"\x80\x02c__builtin__\nbytearray\n" + integer + b"\x85R."),
+        pickled(tmp_path / "storage.pth", b"\x80\x02ctorch.storage\nUntypedStorage\n" + integer + b"\x85R."),
+    ]
+    texts = [f"A row, {i % 7}, of many." * 10 for i in range(20_000)]
+    right = [parquet(tmp_path / "right.parquet", texts), arrow(tmp_path / "right.arrow", texts, "zstd")]
+    torch.save({"w": torch.zeros(10**6)}, tmp_path / "right.pth")
+    right.append(tmp_path / "right.pth")
+    assert all(path.stat().st_size < 2**20 for path in wrong)
+    receiver, sender = context().Pipe(duplex=False)
+    process = context().Process(target=read_each, args=(right, wrong, SHARE, sender))
+    process.start()
+    sender.close()
+    said, grown = receiver.recv()
+    process.join()
+    assert said[: len(right)] == [""] * len(right)
+    for path, why, size in zip(wrong, said[len(right) :], grown, strict=True):
+        assert path.name in why and size < 2 * SHARE, (path.name, why, size >> 20)
 
 
 # ------------------------------------------------------------------------------------------------ secrets and places

@@ -46,7 +46,7 @@ def end_with_closed_pipe(words: list[str], which: str) -> tuple[int, str]:
     reader, writer = os.pipe()
     os.close(reader)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {which: writer}
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=ENVIRONMENT, text=True, timeout=120, **streams)
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=ENVIRONMENT, text=True, timeout=300, **streams)
     os.close(writer)
     return done.returncode, done.stderr or done.stdout or ""
 
@@ -81,7 +81,7 @@ for words, *arguments in json.loads(sys.argv[1]):
 print("torch" in sys.modules)
 """
     words = [sys.executable, "-c", code, json.dumps(cases)]
-    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     codes = [line for line in done.stdout.splitlines() if line.startswith("code ")]
     assert codes == ["code 0"] * len(COMMANDS) + ["code 2"] * (len(cases) - len(COMMANDS)), done.stderr
     assert done.stdout.splitlines()[-1] == "False" and done.stderr.count("error: ") == done.stderr.count("\n")
@@ -103,7 +103,7 @@ def test_a_run_goes_on_when_nobody_reads_what_it_prints(run_file, tmp_path, whic
 def test_a_run_goes_on_without_stdout_and_stderr(run_file, tmp_path, closed):
     command = shlex.join([sys.executable, "train.py", str(run_file), "--output_dir", str(tmp_path / "out")])
     done = subprocess.run(
-        f"{command} {closed}", shell=True, cwd=ROOT, env=ENVIRONMENT, capture_output=True, timeout=120
+        f"{command} {closed}", shell=True, cwd=ROOT, env=ENVIRONMENT, capture_output=True, timeout=300
     )
     assert done.returncode == 0 and b"Traceback" not in done.stderr and len(steps_of(tmp_path / "out")) == 2, done
 
@@ -123,7 +123,7 @@ def test_a_run_goes_on_when_its_terminal_is_closed(run_file, tmp_path):
     master, terminal = os.openpty()
     os.close(master)
     words = [sys.executable, "train.py", str(run_file), "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run(words, stdout=terminal, stderr=terminal, cwd=ROOT, env=ENVIRONMENT, timeout=120)
+    done = subprocess.run(words, stdout=terminal, stderr=terminal, cwd=ROOT, env=ENVIRONMENT, timeout=300)
     os.close(terminal)
     assert done.returncode == 0 and len(steps_of(tmp_path / "out")) == 2
 

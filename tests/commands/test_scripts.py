@@ -18,7 +18,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `pip install .` puts into site-packages, without the dependencies."""
     folder = tmp_path_factory.mktemp("site")
     build = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*build, "--disable-pip-version-check", "--target", folder, ROOT], check=True, timeout=120)
+    subprocess.run([*build, "--disable-pip-version-check", "--target", folder, ROOT], check=True, timeout=300)
     return folder
 
 
@@ -27,7 +27,7 @@ def run_installed(site: Path, folder: Path, *words: object) -> Ended:
     (folder / "train.py").write_text("raise SystemExit('this is the train.py of the user')")
     command = [sys.executable, "-X", "importtime", site / "bin" / "nanoqlora", *map(str, words)]
     environment = ENVIRONMENT | {"PYTHONPATH": str(site)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     imports, lines = [], []
     for line in done.stderr.splitlines(keepends=True):
         (imports if line.startswith("import time:") else lines).append(line)

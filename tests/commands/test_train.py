@@ -354,7 +354,7 @@ def interrupted(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple
     """The same run in a process that gets SIGINT, as from Ctrl-C, after a few steps."""
     folder = tmp_path_factory.mktemp("interrupted")
     path = write_run(folder / "train.yml", world.model, world.data, test_datasets=world.tests, **LONG)
-    log, give_up = folder / "out" / "metrics.jsonl", time.monotonic() + 60
+    log, give_up = folder / "out" / "metrics.jsonl", time.monotonic() + 240
     process = start_process("train.py", path, out=folder / "stdout", err=folder / "stderr")
     while not (log.exists() and log.read_text().count("\n") > 5) and process.is_alive():
         assert time.monotonic() < give_up

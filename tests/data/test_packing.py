@@ -78,9 +78,9 @@ def test_a_million_chats_fill_their_rows_in_seconds():
     would fill 82 %.
     """
     lengths = np.random.default_rng(0).lognormal(math.log(300), 0.9, 1_000_000).astype(int).clip(8, 2048)
-    started = time.perf_counter()
+    started = time.process_time()
     whole = schedule_batches(lengths, **(OPTIONS | {"rows_per_step": 16, "capacity": 2048, "packing": True}))
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
     (rows,) = whole.epochs
     assert lengths.sum() >= 0.999 * 2048 * len(rows)
     filled = np.add.reduceat(lengths[rows.samples], rows.starts[:-1])

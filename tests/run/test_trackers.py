@@ -73,7 +73,7 @@ def test_wandb_offline_keeps_every_value(tmp_path, monkeypatch):
     sys.modules["wandb"].finish()
     seen, settings = [], {}
     path = next(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
-    deadline, records = time.monotonic() + 30, []
+    deadline, records = time.monotonic() + 240, []
     while not (records and records[-1].HasField("exit")):  # its writer is a process of its own, which may lag behind
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -221,10 +221,10 @@ def test_patterns_of_others_end(tmp_path, pattern):
     adapter = saved(tmp_path)
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": {pattern: 8}}))
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(UserError, match=f"adapter_config.json: alpha_pattern.*{PATTERNS[pattern]}"):
         read_updates(adapter)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_all_patterns_together_end(tmp_path, monkeypatch):

@@ -504,7 +504,7 @@ def test_a_place_that_cannot_be_written_to_is_found_before_anything_is_loaded(wo
     path = write_run(tmp_path / "train.yml", world.model, world.data)
     monkeypatch.setattr(train, "build_run", None)
     ended = run_here(train.main, path, "--output_dir", path / "out")
-    assert ended.code == 2 and f"{path} is a file, not a folder" in ended.err and ended.err.count("\n") == 1
+    assert ended.code == 2 and f"{path}: is a file, not a folder" in ended.err and ended.err.count("\n") == 1
     ended = run_here(train.main, path, "--output_dir", "/proc/new/out")
     assert ended.code == 2 and "/proc: No such file or directory" in ended.err
 

@@ -144,10 +144,9 @@ def score_forms(forms: list[Form], texts: Texts, device: torch.device) -> list[S
         if not torch.isfinite(states[0]).all():
             raise UserError(f"{form.name}: what it computes is NaN or infinite, so its weights are damaged.")
         kl, equal, loss = compare(trained, states, targets)
-        score = Score(form.name, max(0.0, kl), equal, math.exp(loss), form.num_bytes)
-        size = f"{score.num_bytes / 1e6:.1f} MB"
-        print(f"{score.form:26}  {kl:9.5f}  {equal:7.2%}  {score.perplexity:10.3f}  {size:>10}", flush=True)
-        scores.append(score)
+        scores.append(Score(form.name, max(0.0, kl), equal, math.exp(loss), form.num_bytes))
+        numbers = f"{kl:9.5f}  {equal:7.2%}  {math.exp(loss):10.3f}  {form.num_bytes / 1e6:7.1f} MB"
+        print(f"{form.name:26}  {numbers}", flush=True)
     return scores
 
 
@@ -159,10 +158,9 @@ def recommend(scores: list[Score], limit: float = ENOUGH) -> str:
     if nf4 and original:
         gain = 1 - original.perplexity / nf4.perplexity
         if gain > GAIN:
-            words.append(
-                f"--base original: its perplexity is {gain:.1%} lower on the held-out texts. It is not the model that "
-                f"was evaluated in training, from which it is {original.mean_kl:.3g} nats a token away."
-            )
+            gains = f"its perplexity is {gain:.1%} lower on the held-out texts"
+            far = f"from which it is {original.mean_kl:.3g} nats a token away"
+            words.append(f"--base original: {gains}. It is not the model that was evaluated in training, {far}.")
         else:
             change = f"{'gain only' if gain > 0 else 'lose'} {abs(gain):.1%} of perplexity"
             trained = f"it is what was trained ({nf4.mean_kl:.2g} nats a token away)"

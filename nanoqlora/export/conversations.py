@@ -16,7 +16,7 @@ from .tokenizer_metadata import ASKED
 
 Chat = tuple[str, Messages, list[Any] | None]  # its name, its messages, its tools
 CHATS: list[Chat] = [
-    (chat["name"], chat["messages"], ASKED["tools"] * chat["with_tools"] or None) for chat in ASKED["conversations"]
+    (c["name"], c["messages"], ASKED["tools"] * c["with_tools"] or None) for c in ASKED["conversations"]
 ]
 NUM_ROWS = 8  # of the run's data, whose conversations are asked
 
@@ -49,16 +49,14 @@ def _why_not(tok: Tokenizer, fmt: PromptFormat, messages: Messages, tools: list[
     return None
 
 
-def chats_of_run(
-    tok: Tokenizer, run_format: PromptFormat, config: Config | None, not_asked: list[str]
-) -> Iterator[Chat]:
+def chats_of_run(tok: Tokenizer, used: PromptFormat, config: Config | None, not_asked: list[str]) -> Iterator[Chat]:
     """The first conversations of the run's held-out data, or of what it trained on, up to their last answer."""
-    if config is None or run_format.type != "chat_template":
+    if config is None or used.type != "chat_template":
         return
     dataset = (config.test_datasets or config.datasets)[0]
     try:
         fmt = prompt_format_of(config, dataset, tok)
-        if fmt.jinja(tok) != run_format.jinja(tok):
+        if fmt.jinja(tok) != used.jinja(tok):
             raise UserError("it has a chat template of its own")
         for where, row in islice(read_rows(data_files(dataset)), NUM_ROWS):
             yield where, *fmt.last_question(row)

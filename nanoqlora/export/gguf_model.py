@@ -129,10 +129,7 @@ def model_tensors(
         return quantize_checked(w, ggml_type, f"{model}: tensor {name}", importance.get(name))
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tensors = [
-        NewTensor(gguf_name(name), shapes[name], ggml_type, partial(produce, name, ggml_type))
-        for name, ggml_type in types.items()
-    ]
+    tensors = [NewTensor(gguf_name(n), shapes[n], kind, partial(produce, n, kind)) for n, kind in types.items()]
     if config.rope_scaling.get("rope_type") == "llama3":
         divisors = quantize(rope_divisors(config), "F32")
         tensors.append(NewTensor(ROPE_DIVISORS, (config.head_dim // 2,), "F32", lambda: divisors))
@@ -172,7 +169,7 @@ def export_adapter(
     from_base = beside if beside.startswith("../") else f"./{beside}"
     files = [f"FROM {file_value(from_base)}", f"ADAPTER {file_value(f'./{out.name}')}"]
     recipe = Recipe(files, stops=stop_texts(fmt, tok, end_ids(generation)), parameters=ollama_parameters(generation))
-    base_tok, template = load_tokenizer(base), template_of(out)
+    base_tok, template = load_tokenizer(base), out.with_suffix(".jinja")
     served = prompt_format(local_path(base), base_tok).jinja(base_tok) or ""
     is_trained = served.endswith(fmt.jinja(tok) or jinja_of_text(fmt, tok))
     if not is_ours(template):
@@ -211,11 +208,6 @@ def base_file(base: str | Path, out: Path) -> Path:
     return path
 
 
-def template_of(adapter: Path) -> Path:
-    """Beside the .gguf file of an adapter, the chat template of its training, where the base's file has another."""
-    return adapter.with_suffix(".jinja")
-
-
 def adapter_recipe(
     recipe: Recipe, fmt: PromptFormat, tok: Tokenizer, served: str, is_trained: bool
 ) -> tuple[Recipe | None, list[str]]:
@@ -228,9 +220,8 @@ def adapter_recipe(
         return None, [f"No Modelfile, as Ollama would write other prompts than training did; merge it: {problem}"]
     recipe, notes = recipe._replace(template=template, system=system, stops=recipe.stops or stops), []
     if jinja_wins(served) and not is_trained:
-        why = "Ollama 0.30 and newer run the chat template of the base's file instead of TEMPLATE"
-        advice = "Start its server with OLLAMA_GO_TEMPLATE=1, or merge the adapter"
-        notes.append(f"{why}, because it mentions tools or thinking. {advice}.")
+        why = "instead of TEMPLATE, because it mentions tools or thinking. Start its server with OLLAMA_GO_TEMPLATE=1"
+        notes.append(f"Ollama 0.30 and newer run the chat template of the base's file {why}, or merge the adapter.")
     return recipe, notes
 
 

@@ -27,12 +27,8 @@ from .proof import words_of
 MEASURED = "imatrix.gguf"
 NUM_TOKENS = 4096  # to measure on: with 16,384 a file of the demo is no nearer
 CHUNK = 512  # tokens that are called a chunk in the file, llama-imatrix's default
-SAME_INPUT = {  # one layer, and all that read what it reads
-    "self_attn.q_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "self_attn.o_proj": ("self_attn.o_proj",),
-    "mlp.gate_proj": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.down_proj": ("mlp.down_proj",),
-}
+SAME_INPUT = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]]  # read the same
+SAME_INPUT += [["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
 
 
 def imatrix_file(given: str, model: str, out: Path, config: Config | None, data: str | None) -> Path:
@@ -87,12 +83,11 @@ def measure(weights: Tensors, texts: Texts, device: torch.device, name: str) -> 
         sums.update({name: sums[name] + squares if name in sums else squares for name in names})
 
     def watch(number: int, block: nn.Module) -> None:
-        for first, same in SAME_INPUT.items():
+        for same in SAME_INPUT:
             names = [gguf_name(f"model.layers.{number}.{layer}.weight") for layer in same]
-            block.get_submodule(first).register_forward_pre_hook(partial(add, names))
+            block.get_submodule(same[0]).register_forward_pre_hook(partial(add, names))
 
     hidden_states(weights, texts, device, watch)
     num_tokens = sum(row.tokens.numel() for row in texts.rows)  # each text has a row of its own: no padding
-    counts = dict.fromkeys(sums, num_tokens)
     found = {name: total.float().cpu() for name, total in sums.items()}
-    return Imatrix(found, counts, [name], max(num_tokens // CHUNK, 1), CHUNK)
+    return Imatrix(found, dict.fromkeys(sums, num_tokens), [name], max(num_tokens // CHUNK, 1), CHUNK)

@@ -218,12 +218,11 @@ def prove_file(proof: Proof, texts: tuple[str, Texts] | None) -> None:
     except UserError as error:  # the file, or a weight that it is compared with, is damaged
         proof.fail(str(error).rstrip("."))
     line = proof.verdict()
-    proof.facts |= {"wrong": proof.wrong, "not_asked": proof.not_asked, "verdict": line}
+    proof.facts |= {"wrong": proof.wrong, "not_asked": proof.not_asked, "verdict": line, "imatrix": bool(proof.imatrix)}
     earlier = proof.record.get("gguf")
     gguf = (earlier if isinstance(earlier, dict) else {}) | {proof.proven.name: proof.facts}
     if proof.trained and "forms" in proof.facts and not (proof.wrong or proof.is_on_other):
-        speed = tokens_per_second(proof.file, **proof.lora)
-        proof.facts |= {"imatrix": proof.imatrix is not None, "tokens_per_second": speed}
+        proof.facts["tokens_per_second"] = tokens_per_second(proof.file, **proof.lora)
         proof.facts["advice"] = print_table(proof.proven.parent, gguf, proof.facts)
     record = proof.record | {"gguf": gguf} if proof.record else proof.facts
     write_text(proof.record_path, json.dumps(record, indent=2) + "\n")

@@ -21,15 +21,13 @@ INSTEAD |= {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "IQ4_XS": "IQ4_NL"}
 RAISED = {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}  # attn_v, ffn_down and attn_output of most blocks
 
 
-def tensor_types(config: ModelConfig, file_type: str, has_importance: bool = False) -> dict[str, str]:
+def tensor_types(config: ModelConfig, file_type: str, weighed: bool = False) -> dict[str, str]:
     """The type of each tensor of a model, by Hugging Face's names."""
-    how = file_type, config, has_importance
+    how = file_type, config, weighed
     return {name: tensor_type(gguf_name(name), shape, *how) for name, shape in tensor_shapes(config).items()}
 
 
-def tensor_type(
-    name: str, shape: tuple[int, ...], file_type: str, config: ModelConfig, has_importance: bool = False
-) -> str:
+def tensor_type(name: str, shape: tuple[int, ...], file_type: str, config: ModelConfig, weighed: bool = False) -> str:
     """The type of one tensor, a key of `ggml_blocks.FORMATS`.
 
     Args:
@@ -37,7 +35,7 @@ def tensor_type(
         shape: in PyTorch's order.
         file_type: a key of `FILE_TYPES`.
         config: of the model. If it is tied, the file has no output.weight; its embedding is the head as well.
-        has_importance: the file is made with an importance matrix.
+        weighed: the file is made with an importance matrix.
     """
     if len(shape) == 1:
         return "F32"  # norms, RoPE divisors: llama.cpp aborts on any other type
@@ -49,7 +47,7 @@ def tensor_type(
     if name == "output.weight" or (config.tie_word_embeddings and name == "token_embd.weight"):
         ggml_type = "Q8_0" if base == "Q8_0" else "Q6_K"  # every token's score comes out of this matrix
     elif part in ("attn_v.weight", "ffn_down.weight", "attn_output.weight"):
-        ggml_type = _sensitive_type(part, int(block), file_type, num_blocks, shared, has_importance) or base
+        ggml_type = _sensitive_type(part, int(block), file_type, num_blocks, shared, weighed) or base
         if part == "attn_v.weight" and ggml_type in ("Q3_K", "Q4_K") and num_blocks == 80 and shared > 1:
             ggml_type = "Q5_K"  # Llama 70B: 8 heads read the same attn_v, which is small
     if shape[-1] % FORMATS[ggml_type].block_size:
@@ -57,9 +55,7 @@ def tensor_type(
     return "F16" if shape[-1] % FORMATS[ggml_type].block_size else ggml_type
 
 
-def _sensitive_type(
-    part: str, block: int, file_type: str, num_blocks: int, shared: int, has_importance: bool
-) -> str | None:
+def _sensitive_type(part: str, block: int, file_type: str, num_blocks: int, shared: int, weighed: bool) -> str | None:
     """More bits than most tensors of the file have, or None."""
     eighth, is_value = num_blocks // 8, part == "attn_v.weight"
     if file_type in RAISED:
@@ -75,7 +71,7 @@ def _sensitive_type(
     if file_type == "Q4_K_S":
         return "Q5_K" if block < (4 if is_value else eighth) else None
     if file_type in ("IQ4_NL", "IQ4_XS"):
-        return "Q5_K" if (shared >= 4 if is_value else block < eighth and not has_importance) else None
-    if file_type in ("Q4_0", "Q5_0") and has_importance and not is_value and block < eighth:
+        return "Q5_K" if (shared >= 4 if is_value else block < eighth and not weighed) else None
+    if file_type in ("Q4_0", "Q5_0") and weighed and not is_value and block < eighth:
         return f"{file_type[:2]}_1"
     return None

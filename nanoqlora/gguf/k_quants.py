@@ -119,9 +119,7 @@ def search_scales(x: Tensor, w: Tensor, middle: int) -> tuple[Tensor, Tensor]:
     best_inverse, sum_xq, sum_qq = fit(np.float32(middle))
     scale = torch.where(sum_qq == 0, 0, sum_xq / sum_qq)
     best = scale * sum_xq
-    for trial in range(-9, 10):
-        if trial == 0:
-            continue
+    for trial in (*range(-9, 0), *range(1, 10)):
         inverse, sum_xq, sum_qq = fit(np.float32(middle) + np.float32(0.1) * np.float32(trial))
         is_better = (sum_qq > 0) & (sum_xq * sum_xq > best * sum_qq)
         scale = torch.where(is_better, sum_xq / sum_qq, scale)

@@ -196,3 +196,13 @@ def test_both_files_are_in_the_table_of_the_run(run: Path, tmp_path: Path, llama
     with (out / "model-q8_0.gguf").open("ab") as file:
         file.write(b"\0")
     assert "model-q8_0.gguf" not in export("--adapter", out)
+
+
+def test_on_another_base_nothing_is_advised(run: Path, tmp_path: Path):
+    """What `--other_base` computes is no form of the trained model, so its distance from that is not known."""
+    other = save_in_blocks(tmp_path / "other.gguf", "q8_0", 4)
+    words = ("--other_base", "true", "--data", run.parent / "3.jsonl", "--out", tmp_path / "a.gguf", "--prove")
+    ended = run_here(export_gguf.main, "--adapter", run.parent / "out", "--model", other, *words)
+    assert ended.code == 0, ended.out + ended.err
+    assert "which to serve" not in ended.out and "advice" not in ended.out
+    assert "computes on weights that it was not trained on" in ended.out.splitlines()[-1]

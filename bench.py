@@ -304,7 +304,7 @@ def prepare(args: BenchOptions, metrics: Metrics, rank: int, ranks: int, device:
         empty,
         samples=samples,
         held_out=samples.take(np.arange(0)),
-        plan=BatchSchedule([rows], rows_per_step, num_steps),
+        plan=BatchSchedule(lambda epoch: rows, len(rows), rows_per_step, num_steps),
         metrics=metrics,
         rank=rank,
         ranks=ranks,

@@ -17,13 +17,11 @@ import hashlib
 import math
 import random
 from array import array
-from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from heapq import heappop, heappush
-from itertools import accumulate
 
 import numpy as np
 
@@ -103,33 +101,36 @@ class Step:
 
 @dataclass(frozen=True)
 class BatchSchedule(Sequence[Step]):
-    """All steps of a run, in the order in which they are taken."""
+    """All steps of a run, in the order in which they are taken. The rows of an epoch are made when it begins."""
 
-    epochs: list[Rows]  # the rows of each epoch, in order
+    rows_of: Callable[[int], Rows]  # of an epoch, counted from 0, in order
+    rows_per_epoch: int
     rows_per_step: int
     num_steps: int
 
     def __len__(self) -> int:
         return self.num_steps
 
-    @cached_property
-    def first_steps(self) -> list[int]:
-        """Of each epoch, and after the last one."""
-        return [0, *accumulate(math.ceil(len(rows) / self.rows_per_step) for rows in self.epochs)]
-
     def __getitem__(self, number: int) -> Step:  # type: ignore[override]  # no slices
         number = range(self.num_steps)[number]  # or its IndexError
-        epoch = bisect_right(self.first_steps, number) - 1
-        rows, start = self.epochs[epoch], (number - self.first_steps[epoch]) * self.rows_per_step
-        end = min(start + self.rows_per_step, len(rows))
-        return Step([rows[i] for i in range(start, end)], epoch + end / len(rows))
+        epoch, step = divmod(number, math.ceil(self.rows_per_epoch / self.rows_per_step))
+        rows, start = self.rows_of(epoch), step * self.rows_per_step
+        return Step(
+            [rows[i] for i in range(start, min(start + self.rows_per_step, len(rows)))], self.epoch_after(number)
+        )
 
+    def epoch_after(self, number: int) -> float:
+        """The share of the data that is passed after this step, counted from 0."""
+        epoch, step = divmod(number, math.ceil(self.rows_per_epoch / self.rows_per_step))
+        return epoch + min((step + 1) * self.rows_per_step, self.rows_per_epoch) / self.rows_per_epoch
+
+    @cached_property
     def fingerprint(self) -> str:
-        """A hash of all of it."""
-        digest = hashlib.sha256(f"{self.rows_per_step} {self.num_steps}".encode())
-        for rows in self.epochs:
-            digest.update(rows.samples.data)
-            digest.update(rows.starts.data)
+        """A hash of the numbers and of the first and the last epoch."""
+        digest = hashlib.sha256(f"{self.rows_per_epoch} {self.rows_per_step} {self.num_steps}".encode())
+        for epoch in (0, math.ceil(self.epoch_after(self.num_steps - 1)) - 1):
+            digest.update(self.rows_of(epoch).samples.data)
+            digest.update(self.rows_of(epoch).starts.data)
         return digest.hexdigest()
 
 
@@ -152,16 +153,13 @@ def schedule_batches(
         num_epochs: may end within an epoch. max_steps: ends earlier, or, when larger, goes on with more epochs.
         shuffle: differently in every epoch; else samples come as they stand in the data.
     """
-    lengths = np.asarray(lengths)
-    epochs: list[Rows] = []
-    num_steps = 0
-    while len(epochs) < num_epochs if max_steps is None else num_steps < max_steps:
-        rows = _rows_of_epoch(lengths, rows_per_step, capacity, packing, seed, len(epochs), shuffle)
-        share = 1.0 if max_steps is not None else min(1.0, num_epochs - len(epochs))
-        # As transformers counts, but for its rounding: 1.1 - 1 is above 0.1.
-        num_steps += math.ceil(math.ceil(len(rows) / rows_per_step) * share - 1e-9)
-        epochs.append(rows)
-    return BatchSchedule(epochs, rows_per_step, min(num_steps, max_steps or num_steps))
+    order = (np.asarray(lengths), rows_per_step, capacity, packing, seed)
+    rows_of = lru_cache(maxsize=2)(lambda epoch: _rows_of_epoch(*order, epoch, shuffle))
+    num_rows = len(rows_of(0))  # and of every epoch: how many rows are packed does not depend on the order
+    in_epoch, (complete, part) = math.ceil(num_rows / rows_per_step), divmod(num_epochs, 1)
+    # As transformers counts, but for its rounding: 1.1 - 1 is above 0.1.
+    num_steps = max_steps or int(complete) * in_epoch + math.ceil(in_epoch * part - 1e-9)
+    return BatchSchedule(rows_of, num_rows, rows_per_step, num_steps)
 
 
 def _rows_of_epoch(

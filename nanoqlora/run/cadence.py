@@ -41,5 +41,5 @@ def due(step: int, plan: BatchSchedule, per_epoch: int | None, every: float | No
     if every:
         return step % (max(1, round(every * len(plan))) if every < 1 else int(every)) == 0
     times = 1 if per_epoch is None else per_epoch
-    before = plan[step - 2].epoch if step > 1 else 0.0
-    return int(plan[step - 1].epoch * times + 1e-9) > int(before * times + 1e-9)
+    before = plan.epoch_after(step - 2) if step > 1 else 0.0
+    return int(plan.epoch_after(step - 1) * times + 1e-9) > int(before * times + 1e-9)

@@ -28,7 +28,7 @@ def plan_text(run: Run, tokenizer: Tokenizer, forecast: Forecast, warmup: int) -
     held_out = int(run.held_out.lengths.sum()) if run.held_out else 0
     warmup = 0 if config.lr_scheduler == "constant" else min(warmup, len(plan))
     lines = [
-        f"steps      {len(plan)} in {plan[-1].epoch:.4g} epochs, {warmup} of them warm-up; a step has "
+        f"steps      {len(plan)} in {plan.epoch_after(len(plan) - 1):.4g} epochs, {warmup} of them warm-up; a step has "
         f"{config.micro_batch_size} x {config.gradient_accumulation_steps} x {run.ranks} rows (micro-batch, "
         f"accumulation, ranks) and {tokens.mean():.0f} tokens ({tokens.min()} to {tokens.max()})",
         f"tokens     {tokens.sum():,} in {len(rows):,} rows, which are {tokens.sum() / slots:.1%} full; "

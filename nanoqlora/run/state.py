@@ -124,4 +124,4 @@ def row_seeds(seed: int, step: int, first: int, count: int) -> Tensor:
 
 def plan_fingerprint(samples: Samples, plan: BatchSchedule) -> str:
     """A hash of everything that decides which tokens stand in which step."""
-    return hashlib.sha256((samples.fingerprint + plan.fingerprint()).encode()).hexdigest()
+    return hashlib.sha256((samples.fingerprint + plan.fingerprint).encode()).hexdigest()

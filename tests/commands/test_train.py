@@ -45,7 +45,7 @@ import nanoqlora as nq
 import train
 from nanoqlora.config.load import load_config, make_config
 from nanoqlora.data.batches import Sample, collate
-from nanoqlora.data.packing import Step
+from nanoqlora.data.packing import schedule_batches
 from nanoqlora.data.prompts import PromptFormat
 from nanoqlora.ops import linear_cross_entropy
 from nanoqlora.qlora import flatten_trainable, inject_lora, lora_layers
@@ -331,7 +331,7 @@ def test_short_gradients_are_not_clipped_and_zero_means_never():
 )
 def test_when_something_is_due(options, expected):
     """Three epochs of five steps."""
-    plan = [Step([], epoch + i / 5) for epoch in range(3) for i in range(1, 6)]
+    plan = schedule_batches([3] * 5, rows_per_step=1, capacity=3, packing=False, num_epochs=3, max_steps=None, seed=0)
     assert [step for step in range(1, 16) if due(step, plan, *options)] == expected
 
 

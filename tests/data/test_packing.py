@@ -4,12 +4,12 @@ import math
 import random
 import time
 from bisect import bisect_left, insort
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from nanoqlora.data import packing as packing_module
 from nanoqlora.data.packing import POOL, BatchSchedule, Step, pack, schedule_batches
 
 # ------------------------------------------------------------------------------------------------ packing
@@ -81,7 +81,7 @@ def test_a_million_chats_fill_their_rows_in_seconds():
     started = time.process_time()
     whole = schedule_batches(lengths, **(OPTIONS | {"rows_per_step": 16, "capacity": 2048, "packing": True}))
     assert time.process_time() - started < 10
-    (rows,) = whole.epochs
+    rows = whole.rows_of(0)
     assert lengths.sum() >= 0.999 * 2048 * len(rows)
     filled = np.add.reduceat(lengths[rows.samples], rows.starts[:-1])
     assert filled.max() <= 2048 and (np.bincount(rows.samples) == 1).all()
@@ -158,7 +158,7 @@ def test_unshuffled_rows_keep_to_the_order_of_the_data():
     """Packed rows too, as far as whole rows can; packed all at once, they would go from long samples to short ones."""
     lengths = np.random.default_rng(0).integers(8, 400, 5_000)
     changes = {"rows_per_step": 2, "capacity": 1024, "packing": True, "shuffle": False}
-    (rows,) = schedule_batches(lengths, **(OPTIONS | changes)).epochs
+    rows = schedule_batches(lengths, **(OPTIONS | changes)).rows_of(0)
     assert sorted(rows.samples) == list(range(5_000)) and lengths.sum() > 0.98 * 1024 * len(rows)
     firsts = [min(row) for row in rows]
     assert firsts == sorted(firsts) and max(max(row) - min(row) for row in rows) < 2 * POOL * 2 * 1024 / 200
@@ -166,20 +166,20 @@ def test_unshuffled_rows_keep_to_the_order_of_the_data():
 
 def test_a_plan_is_a_sequence_with_a_hash():
     one, same, other = (schedule_batches([5] * 10, **(OPTIONS | {"seed": seed})) for seed in (1, 1, 2))
-    assert isinstance(one, BatchSchedule) and one.fingerprint() == same.fingerprint() != other.fingerprint()
+    assert isinstance(one, BatchSchedule) and one.fingerprint == same.fingerprint != other.fingerprint
     assert one[-1] == list(one)[-1] and len(one) == 3
     with pytest.raises(IndexError):
         one[3]
 
 
-def test_steps_of_many_epochs_are_found_without_counting_all_of_them():
-    class Counted(list):
-        walks = 0
-
-        def __iter__(self):
-            self.walks += 1
-            return super().__iter__()
-
-    plan = schedule_batches([5] * 3, **(OPTIONS | {"max_steps": 500, "rows_per_step": 1}))
-    counted = Counted(plan.epochs)
-    assert list(replace(plan, epochs=counted)) == list(plan) and counted.walks == 1
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_rows_of_an_epoch_are_made_when_it_begins(monkeypatch, packing):
+    """A run of very many epochs starts at once, and holds few of them. Every epoch has as many rows."""
+    made, really = [], packing_module._rows_of_epoch
+    monkeypatch.setattr(packing_module, "_rows_of_epoch", lambda *args: made.append(args[5]) or really(*args))
+    whole = schedule_batches(
+        [7, 3, 9, 4, 11, 2], **(OPTIONS | {"max_steps": 10**8, "packing": packing, "capacity": 12})
+    )
+    assert len(whole) == 10**8 and made == [0]
+    assert whole[9].rows and whole.fingerprint and len(set(made)) == 3
+    assert {len(whole.rows_of(epoch)) for epoch in range(50)} == {whole.rows_per_epoch}

@@ -252,7 +252,7 @@ def check_writable(folder: str | Path, key: str, name: str = "x") -> None:
     Args:
         folder: need not exist yet. key: of the user, for the message. name: of the file that will be written there.
     Raises:
-        UserError: something of this cannot be made; OSError: for want of space.
+        UserError: something of this cannot be made, or a process that lives is writing the file; OSError: a full disk.
     """
     there = _nearest(folder)
     parts = [part for part in Path(folder).absolute().relative_to(there).parts if part != ".."]
@@ -264,8 +264,9 @@ def check_writable(folder: str | Path, key: str, name: str = "x") -> None:
     except OSError as error:
         if error.errno in DISK_FULL:
             raise
-        why = f"{there}: {error.strerror}, so nothing could be saved there. Name another {key}"
-        raise UserError(f"{key} {folder}: {why}.") from error
+        raise UserError(f"{key} {folder}: {there}: {error.strerror}. Name another {key} to save to.") from error
+    if writer := sweep(Path(folder), re.escape(name)):
+        raise UserError(f"{key} {folder}: {writer} is writing {name} now. Wait for its end, or give another {key}.")
 
 
 def check_file(path: str | Path, key: str) -> None:
@@ -273,13 +274,6 @@ def check_file(path: str | Path, key: str) -> None:
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{key} {path}: is a folder, a device or a pipe. Give {key} the name of a file.")
     check_writable(Path(path).parent, key, Path(path).name)
-    check_free(path, key)
-
-
-def check_free(path: str | Path, key: str) -> None:
-    """Raises UserError if a process that lives is writing `path`; what a killed one has left of it is deleted."""
-    if writer := sweep(Path(path).parent, re.escape(Path(path).name)):
-        raise UserError(f"{key} {path}: {writer} is writing it now. Wait for its end, or give {key} another name.")
 
 
 def sha256_of(path: Path) -> str:

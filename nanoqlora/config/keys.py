@@ -95,8 +95,7 @@ def as_list(value: Any) -> list[Any] | tuple[Any, ...]:
 def as_path(given: str, name: str) -> str:
     """~ is the home folder, as in a shell."""
     if not given or len(given.encode()) > 3500 or max(map(len, given.encode().split(b"/"))) > 255:
-        found = "is empty, or has more than 3500 bytes or a part of more than 255 bytes"
-        raise UserError(f"{name}: {given[:60]} ... {found}. Shorten it.")
+        raise UserError(f"{name}: {given[:60]} ... is empty, has more than 255 bytes in a part, or 3500. Shorten it.")
     return os.path.expanduser(given)
 
 

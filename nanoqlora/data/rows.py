@@ -38,6 +38,7 @@ ARROW_ROWS, FEW_ROWS = 512, 16  # of a chunk; and where a long value may be stor
 UNREADABLE = (ValueError, TypeError, LookupError, OverflowError, NotImplementedError, SystemError)
 # Bytes of a row (an open quote would make the rest of a CSV file one field); of a data set, or 200 times its files.
 LONGEST, LARGEST = 1 << 26, 1 << 28
+A_ROW = 64  # bytes of a row as Python holds it, beside its text
 
 
 # ------------------------------------------------------------------------------------------------ chunks
@@ -99,7 +100,7 @@ def _bounded(files: list[DataFile]) -> Iterator[Chunk]:
     """All chunks of some files, until they unpack to far more than the files are: also rows without any bytes count."""
     left = max(LARGEST, 200 * sum(file.path.stat().st_size for file in files))
     for chunk in (chunk for file in files for chunk in read_chunks(file)):
-        left -= chunk.num_bytes + 64 * len(chunk.unparsed)  # 64: a row as Python holds it
+        left -= chunk.num_bytes + A_ROW * len(chunk.unparsed)
         if left < 0:
             raise UserError(f"data {files[0].path}: unpacks to more than 200 times its size. Unpack it, or some of it.")
         yield chunk
@@ -118,10 +119,9 @@ def read_chunks(file: DataFile) -> Iterator[Chunk]:
                 yield from _csv_chunks(path, opened)
             else:
                 is_list = file.kind == "json" and start.startswith(b"[")
-                lines = ((number, line) for number, line in _lines(path, opened) if not line.isspace())
-                texts = _list_values(path, opened) if is_list else lines
+                texts = ((None if text[1].isspace() else text, len(text[1])) for text in _lines(path, opened))
                 parse = partial(_rows_of_texts, path, file.kind)
-                yield from _in_chunks(parse, ((text, len(text[1])) for text in texts))
+                yield from _in_chunks(parse, _list_values(path, opened) if is_list else texts)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"data {path}: cannot be read ({error}). Check the file, or copy it again.") from error
 
@@ -135,12 +135,12 @@ def _lines(path: Path, opened: BinaryFile) -> Iterator[tuple[int, bytes]]:
 
 
 def _in_chunks(parse: Callable[[Any], Iterable[Placed]], items: Iterable[tuple[Any, int]]) -> Iterator[Chunk]:
-    """Unparsed rows, each with its number of bytes, in chunks."""
+    """Unparsed rows, and None for blank lines, each with its number of bytes, in chunks."""
     unparsed: list[Any] = []
     size = 0
     for item, length in items:
-        unparsed.append(item)
-        size += length
+        size += length if item else length + A_ROW
+        unparsed += [item] if item else []
         if size >= CHUNK_BYTES:
             yield Chunk(parse, unparsed, size)
             unparsed, size = [], 0
@@ -210,8 +210,8 @@ def _cut_at_own_marks(opened: BinaryFile) -> Iterator[tuple[bytes, bytes]]:
     yield text, b""
 
 
-def _list_values(path: Path, opened: BinaryFile) -> Iterator[tuple[int, bytes, int]]:
-    """The values of a JSON list, not parsed, each with the line that it begins in, and its number."""
+def _list_values(path: Path, opened: BinaryFile) -> Iterator[tuple[tuple[int, bytes, int], int]]:
+    """The values of a JSON list, not parsed, each with the line that it begins in, its number, and its bytes in all."""
     pieces = _cut_at_own_marks(opened)
     line, number, is_ended = 1 + next(pieces)[0].count(b"\n"), 0, False
     for piece, mark in pieces:
@@ -224,7 +224,7 @@ def _list_values(path: Path, opened: BinaryFile) -> Iterator[tuple[int, bytes, i
             raise UserError(f"{path}, line {line}: not valid JSON (expected ']'). Correct that line.")
         if mark == b"," or mark and (value or number):
             number += 1
-            yield line, value, number
+            yield (line, value, number), len(piece)
         line += value.count(b"\n")
         is_ended = mark == b"]"
 
@@ -238,12 +238,12 @@ def _csv_chunks(path: Path, opened: BinaryFile) -> Iterator[Chunk]:
     The first column may be without a name, as pandas writes the numbers of rows.
     """
     lines = _csv_lines(path, opened)
-    where, header = next(lines, ("", []))
+    where, header = next((line for line in islice(lines, 1000) if line[1]), ("", []))
     if len(set(header)) < len(header) or "" in header[1:] or header == [""]:
         raise UserError(f"{where}: the header is {', '.join(header)}. Give every column a name of its own.")
     if len(header) == 1 and re.search(r"[;\t|]", header[0]):
         raise UserError(f"{where}: the header is one column, {header[0]!r}. Separate the columns with commas.")
-    yield from _in_chunks(partial(_csv_rows, header), ((line, sum(map(len, line[1]))) for line in lines))
+    yield from _in_chunks(partial(_csv_rows, header), ((line[1] and line, sum(map(len, line[1]))) for line in lines))
 
 
 def _csv_lines(path: Path, opened: BinaryFile) -> Iterator[tuple[str, list[str]]]:
@@ -252,8 +252,7 @@ def _csv_lines(path: Path, opened: BinaryFile) -> Iterator[tuple[str, list[str]]
     while True:
         where = f"{path}, line {reader.line_num + 1}"
         try:
-            if fields := next(reader):  # else a blank line
-                yield where, fields
+            yield where, next(reader)  # nothing for a blank line
         except StopIteration:
             return
         except csv.Error as error:

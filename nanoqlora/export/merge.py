@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..config.errors import UserError, visible
-from ..config.files import check_free, check_space, check_writable, whole_folder, write_text
+from ..config.files import check_space, check_writable, whole_folder, write_text
 from ..config.keys import build
 from ..config.options import MergeOptions
 from ..config.parser import Map
@@ -135,7 +135,6 @@ def check_out(out: Path) -> None:
         raise UserError(f"{out}: {what}, so nothing is written over it. Name another --out.")
     if others := ", ".join(sorted(visible(name) for name in found if not re.fullmatch(OURS, name))[:3]):
         raise UserError(f"{out}: an earlier merge, and beside it {others}. Move them, or name another --out.")
-    check_free(out, "--out")
 
 
 def check_unscored(asked: MergeOptions) -> None:

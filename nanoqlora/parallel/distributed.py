@@ -45,7 +45,9 @@ def _join(rank: int, ranks: int, device: torch.device) -> None:
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun runs the store, not rank 0
     host, port, is_master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank == 0 and not by_agent
     try:
-        tcp = dist.TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=MEETING_LIMIT)
+        limit = MEETING_LIMIT / (5 if by_agent else 1)  # torchrun's is there before its ranks; it is tried twice
+        tcp = dist.TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=limit)
+        tcp.set_timeout(MEETING_LIMIT)
         # After a restart the store still has the addresses of dead processes, so each attempt has a prefix of its own.
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
         meet(store, rank, ranks, MEETING_LIMIT)

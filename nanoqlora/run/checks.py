@@ -40,9 +40,9 @@ def check_surroundings(config: Config, rank: int, writes: bool, say: Say) -> Non
     with collectives.together():
         check_trackers(config.plain(), rank)
         if rank == 0:  # which writes
-            check_writable(config.output_dir, "output_dir")
-            if not writes:  # but beside it, to rehearse
-                check_writable(Path(config.output_dir).parent, "output_dir")
+            out = Path(config.output_dir)
+            for folder in (out,) if writes else (out, out.parent):  # a rehearsal writes beside it
+                check_writable(folder, "output_dir")
             try:
                 refuse_other_runs(config)
             except UserError as error:

@@ -63,11 +63,6 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
     return {path: item for found in below for path, item in found.items()} or ({name: value} if name else {})
 
 
-def figures_of(rows: list[dict[str, Any]]) -> dict[str, str]:
-    values = ((name, take, spec, figure.series(rows, key)[1]) for name, (key, take, spec) in FIGURES.items())
-    return {name: format(take(found), spec) for name, take, spec, found in values if found}
-
-
 def table(runs: dict[str, Run]) -> str:
     """A column for each run: the settings that differ, then what came out; "-" where a run does not have it."""
     known = [settings for settings, _ in runs.values() if settings]
@@ -76,7 +71,8 @@ def table(runs: dict[str, Run]) -> str:
     columns = []
     for settings, rows in runs.values():
         texts = {name: shorten(visible(str(settings.get(name, "-"))), 60) for name in differ}
-        columns.append(texts | figures_of(rows))
+        values = ((name, take, spec, figure.series(rows, key)[1]) for name, (key, take, spec) in FIGURES.items())
+        columns.append(texts | {name: format(take(found), spec) for name, take, spec, found in values if found})
     lines = [[name, *(column.get(name, "-") for column in columns)] for name in dict.fromkeys(chain(*columns))]
     lines = [["", *runs], *lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -62,10 +62,7 @@ def make_trackers(config: dict[str, Any], start: int = 0) -> list[Tracker]:
         with wandb_errors(config):
             run = wandb.init(**own, resume="allow", config=config)
 
-        def wandb_log(row: dict[str, Any]) -> None:
-            run.log(named(row), step=row["step"])
-
-        trackers.append(wandb_log)
+        trackers.append(lambda row: run.log(named(row), step=row["step"]))
     if config["use_tensorboard"]:
         from torch.utils.tensorboard import SummaryWriter
 

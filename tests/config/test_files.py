@@ -9,7 +9,7 @@ from faults import FORK, Fault, take, under, write_folder
 from small_runs import snapshot
 
 from nanoqlora.config.errors import UserError
-from nanoqlora.config.files import check_free, remove, sweep, temporary_folder, whole_file, whole_folder, write_text
+from nanoqlora.config.files import check_writable, remove, sweep, temporary_folder, whole_file, whole_folder, write_text
 
 OLD, NEW = {"weights": b"old", "config": b"old"}, {"weights": b"new", "config": b"new"}
 
@@ -79,14 +79,14 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path: Path):
     theirs = Path(receiver.recv())
     try:
         assert sweep(tmp_path, "model") == f"process {process.pid}"
-        with pytest.raises(UserError, match=f"process {process.pid} is writing it now"):
-            check_free(path, "--out")
+        with pytest.raises(UserError, match=f"process {process.pid} is writing"):
+            check_writable(path.parent, "--out", path.name)
         write_folder(path, "new")  # as two runs that prepare the same data do
         assert snapshot(path) == NEW and (theirs / "weights").read_text() == "half"
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-    check_free(path, "--out")
+    check_writable(path.parent, "--out", path.name)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 

@@ -445,6 +445,32 @@ def test_a_file_does_not_unpack_without_end(tmp_path, monkeypatch, name):
     assert len(read(tmp_path / name)) == 1000
 
 
+MANY = 300  # of what follows, where 200 times the size of the file is allowed
+NO_ROWS = {
+    "blank.jsonl.gz": b"\n" * MANY * 1000,
+    "spaces.jsonl.gz": (b" " * 9999 + b"\n") * MANY * 10,
+    "blank.csv.gz": b"a\n" + b"\n" * MANY * 1000,
+    "no header.csv.gz": b"\n" * MANY * 1000,
+    "blank.txt.gz": b"\r\n" * MANY * 1000,
+    "braces.jsonl.gz": b"{}\n" * MANY * 1000,
+    "list.json.gz": b"[1" + (b"," + b" " * 9999 + b"1") * MANY * 10 + b"]",
+}
+
+
+@pytest.mark.parametrize("name", NO_ROWS)
+def test_what_is_no_row_does_not_go_on_without_end(tmp_path, monkeypatch, name):
+    """A gzip file of 2 MB may have a billion blank lines; the same text, as it is, is the user's own length of time."""
+    monkeypatch.setattr(rows_module, "LARGEST", 1000)
+    (tmp_path / name).write_bytes(gzip.compress(NO_ROWS[name]))
+    with pytest.raises(UserError, match=f"{name}: unpacks to more than 200 times its size"):
+        for _ in chunks_of(find_files(tmp_path / name)):
+            pass
+    plain = tmp_path / name.removesuffix(".gz")
+    plain.write_bytes(NO_ROWS[name])
+    for _ in chunks_of(find_files(plain)):
+        pass
+
+
 @pytest.mark.parametrize("part", ["", ":50%"])
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 def test_rows_without_bytes_do_not_go_on_without_end(tmp_path, monkeypatch, name, part):

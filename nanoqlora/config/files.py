@@ -214,6 +214,11 @@ def expect(where: object, value: Any, kind: Any, is_json: bool = False) -> Any:
         raise UserError(f"{where}{what}. Correct it, or copy the file again.") from error
 
 
+def real(path: str | Path) -> Path:
+    """The path without links. One that leads to itself stays, for which `Path.resolve` has an error of its own."""
+    return Path(os.path.realpath(path))
+
+
 def check_space(path: str | Path, num_bytes: int, advice: str = "write elsewhere with --out") -> None:
     """Refuse to begin what does not fit the disk.
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.errors import UserError
+from ..config.files import real
 from ..config.parser import load_yaml
 from ..weights.hub import hub_files, is_hub_name
 
@@ -120,8 +121,8 @@ def _in_folder(want: Wanted, folder: Path, inside: Path) -> list[Path]:
     listed = _listed_on_card(want, folder)
     found = _matching(want, folder, listed) if listed else _by_name(folder, want.kind, want.split)
     for path in found:
-        if not path.resolve().is_relative_to(inside.resolve()):
-            raise UserError(f"{want.where}: {path} leads out of the folder, to {path.resolve()}. Name that file.")
+        if not real(path).is_relative_to(real(inside)):
+            raise UserError(f"{want.where}: {path} leads out of the folder, to {real(path)}. Name that file.")
     return found
 
 
@@ -136,7 +137,7 @@ def _matching(want: Wanted, folder: Path, patterns: Sequence[str]) -> list[Path]
 def _bounded(found: Iterable[Any], folder: Path, takes_all: bool = False) -> list[Any]:
     """All of what is found, where it is of a data set and not of everything that a user has."""
     paths, home = list(islice(found, MOST_FILES)), Path(os.environ.get("HOME", "/root"))
-    if len(paths) == MOST_FILES or takes_all and home.resolve().is_relative_to(folder.resolve()):
+    if len(paths) == MOST_FILES or takes_all and real(home).is_relative_to(real(folder)):
         raise UserError(f"data {folder}: is your home, or has {MOST_FILES:,} files, so is no data set. Name its files.")
     return paths
 

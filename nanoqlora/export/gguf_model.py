@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..config.errors import UserError
-from ..config.files import check_file, check_space, read_json, whole_file
+from ..config.files import check_file, check_space, read_json, real, whole_file
 from ..config.keys import build
 from ..config.options import ExportOptions
 from ..config.parser import Map
@@ -306,7 +306,7 @@ def is_like_ours(path: Path, metadata: Metadata) -> bool:
 
 def name_of(model: str | Path) -> str:
     """The name of a model: its folder, or that of the run which it was merged in."""
-    path = Path(model) if is_hub_name(model) else Path(model).resolve()
+    path = Path(model) if is_hub_name(model) else real(model)
     name = path.stem if path.suffix == ".gguf" else path.parent.name if path.name == "merged" else path.name
     return name.encode("utf-8", "replace").decode()
 

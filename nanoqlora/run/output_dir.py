@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.errors import Failed, UserError
-from ..config.files import DISK_FULL, free_on_disk, held, remove, sweep
+from ..config.files import DISK_FULL, free_on_disk, held, real, remove, sweep
 from ..config.keys import keys_of
 from ..config.schema import Config
 from ..gguf.file_types import FILE_TYPES
@@ -121,7 +121,7 @@ def refuse_other_runs(config: Config) -> None:
     if not folder.is_dir():
         return
     for key in ("base_model", "lora_model_dir"):
-        if getattr(config, key) and Path(getattr(config, key)).resolve() == folder.resolve():
+        if getattr(config, key) and real(getattr(config, key)) == real(folder):
             raise UserError(f"output_dir {folder}: is {key} too, and this run would replace its files. Name another.")
     with lock(folder):
         if config.auto_resume_from_checkpoints:
@@ -143,9 +143,9 @@ def _check(config: Config) -> None:
     if not files or _goes_on(config) or (config.auto_resume_from_checkpoints and log_alone):
         return
     if config.overwrite_output_dir:
-        removed = {path.resolve() for path in (*files, *files_made_from_it(folder))}
+        removed = {real(path) for path in (*files, *files_made_from_it(folder))}
         for path in inputs_of(config):
-            if removed & {path.resolve(), *path.resolve().parents}:
+            if removed & {real(path), *real(path).parents}:
                 raise UserError(f"overwrite_output_dir would remove {path}, which this run reads. Name another folder.")
         return
     resume = "go on with it by --auto_resume_from_checkpoints true or --resume_from_checkpoint "
@@ -158,7 +158,7 @@ def _check(config: Config) -> None:
 def _goes_on(config: Config) -> bool:
     """Whether the run resumes from a checkpoint in its own folder."""
     path = checkpoint_to_resume(config)
-    return path is not None and path.resolve().parent == Path(config.output_dir).resolve()
+    return path is not None and real(path).parent == real(config.output_dir)
 
 
 def inputs_of(config: Config) -> list[Path]:

@@ -31,7 +31,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..config.errors import UserError, short, visible
-from ..config.files import read_json, sha256_of, whole_file, write_text
+from ..config.files import read_json, real, sha256_of, whole_file, write_text
 from ..config.scripts import script_command
 from ..model import Llama
 from ..qlora import ALL_LINEAR, QLoRALinear, add_update, block_linears, lora_layers, target_layers
@@ -199,7 +199,7 @@ def check_base(folder: str | Path, base: str | Path, weights: Weights, other_bas
     name = read_json(path.with_name("adapter_config.json")).get("base_model_name_or_path")
     name = visible(name) if name and isinstance(name, str) else None
     if trained_on is None:
-        if name is None or Path(name).resolve() == Path(base).resolve() or Path(name).name == hub_or_last_name(base):
+        if name is None or real(name) == real(base) or Path(name).name == hub_or_last_name(base):
             return None
         return f"note: {folder} names {name} as its base; used on {base}. Whether they are the same is not known."
     if trained_on == fingerprint(weights):

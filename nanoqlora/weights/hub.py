@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config.errors import UserError, check_regular
+from ..config.files import real
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -54,12 +55,12 @@ def _check_links(folder: Path, of_adapter: bool) -> None:
     The hub's cache is made of links to its own blobs. In the folder of a model, weights may lie elsewhere, and other
     files under the same name.
     """
-    home = folder.resolve()
+    home = real(folder)
     for file in folder.iterdir():
         check_regular(file)
         if not file.is_symlink():
             continue
-        target = file.resolve()
+        target = real(file)
         is_inside = target.is_relative_to(home) or target.parent == home.parent.parent / "blobs"
         is_shared = not of_adapter and (target.name == file.name or file.suffix in WEIGHTS and target.suffix in WEIGHTS)
         if not is_inside and not is_shared and target.is_file():

@@ -806,6 +806,23 @@ def test_what_is_no_file(world: World, case: str, monkeypatch: pytest.MonkeyPatc
     check(world, COMMANDS[name], words, expected)
 
 
+@pytest.mark.parametrize("folder", ["model", "adapter"])
+def test_links_that_lead_to_themselves(world: World, folder: str):
+    """In the place of each file that may be in a downloaded folder: a line, or nothing where it is not needed."""
+    names = {"tokenizer.model", "chat_template.jinja", "prompt.json", "train.yml", "generation_config.json"}
+    for name in sorted(names | {path.name for path in (world.root / folder).iterdir()}):
+        path, kept = world.root / folder / name, world.root / "kept"
+        if is_there := path.exists():
+            path.rename(kept)
+        path.symlink_to(name)
+        ended = run_here(evaluate.main, "--model", "model", "--adapter", "adapter", "--data", "data.jsonl")
+        lines = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+        assert (ended.code, len(lines)) in ((0, 0), (2, 1)), (name, ended)
+        path.unlink()
+        if is_there:
+            kept.rename(path)
+
+
 # ------------------------------------------------------------------------------------------------ surroundings
 
 ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {

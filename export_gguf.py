@@ -9,6 +9,7 @@ How the file is made is in nanoqlora/export/gguf_model.py, and how `--prove` com
 it with what was trained in proof.py. From Python: `nanoqlora.export_gguf`.
 """
 
+import shlex
 from pathlib import Path
 
 from nanoqlora.config.load import answer_early, load_command
@@ -59,7 +60,7 @@ def write_model(asked: ExportOptions, config: Config | None) -> None:
     model, file_type = asked.model or str(run / "merged"), asked.type or "q8_0"
     check_merged(model, run if config else None)
     if not asked.model and not Path(model).exists() or not local_path(model).exists():  # ours is no hub name
-        first = script_command("merge.py")
+        first = f"{script_command('merge.py')} {shlex.quote(asked.file)}" if config else script_command("merge.py")
         raise UserError(f"{model}: no such folder, so there is no model to export. Run {first} first, or use --model.")
     out = asked.out or run / f"model-{file_type}.gguf"
     imatrix = imatrix_file(asked.imatrix, model, Path(out), config, asked.data) if asked.imatrix else None

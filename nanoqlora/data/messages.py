@@ -283,6 +283,8 @@ def _like(names: Iterable[str], part: str) -> str | None:
 
 def show(value: Any) -> str:
     """A value in a message: its type and its beginning."""
+    if isinstance(value, Exception):  # of a cell that Python cannot have
+        return f"unreadable ({value})"
     return "missing" if value is None else f"{type(value).__name__} {json.dumps(value, default=str)[:60]}"
 
 

@@ -229,7 +229,8 @@ def _key(encoding: Encoding, files: list[DataFile], hashes: dict[str, str]) -> s
         str(date.today()) if "strftime_now" in (template or "") else "",  # the template may write the date
     ]
     versions = "".join(map(version, ("tiktoken", "sentencepiece", "jinja2")))
-    return hashlib.sha256("\n".join([*facts, ""]).encode() + FORMAT + versions.encode()).hexdigest()[:32]
+    known = "\n".join([*facts, ""]).encode(errors="surrogateescape")  # the name of a file may be no UTF-8
+    return hashlib.sha256(known + FORMAT + versions.encode()).hexdigest()[:32]
 
 
 def _name(files: list[DataFile]) -> str:
@@ -262,7 +263,7 @@ def _read(files: list[DataFile], encoding: Encoding, write: Callable[[np.ndarray
     if not len(samples):
         num_long, num_empty = len(counts.too_long), len(counts.unsupervised)
         why = f"{num_long} too long for sequence_len {encoding.sequence_len}, {num_empty} without a supervised token"
-        why = why if counts.rows else f"the {'part' if encoding.part else 'file'} is empty"
+        why = why if counts.rows else f"the {'part' if encoding.part else 'file'} has no rows"
         advice = f"sequence_len: {counts.longest} would keep all" if num_long else "Check the file and its type"
         raise UserError(f"data {_name(files)}: no usable row ({why}). {advice}.")
     return counts, samples

@@ -114,6 +114,6 @@ class RowFormat:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Self:
+    def from_json(cls, text: str | bytes, where: object = "prompt.json") -> Self:
         """The format that a prompt.json describes."""
-        return expect("prompt.json", text, cls, is_json=True)
+        return expect(str(where), text, cls, is_json=True)

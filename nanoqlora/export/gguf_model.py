@@ -321,7 +321,7 @@ def own_folder(path: str | Path) -> Path:
 def prompt_format(model: Path, tok: Tokenizer) -> PromptFormat:
     """How the model was trained to be prompted; without prompt.json, as its tokenizer has it."""
     path = model / "prompt.json"
-    return PromptFormat.from_json(path.read_bytes()) if path.is_file() else usual_format(tok)
+    return PromptFormat.from_json(path.read_bytes(), path) if path.is_file() else usual_format(tok)
 
 
 def usual_format(tok: Tokenizer) -> PromptFormat:

@@ -99,6 +99,8 @@ def state_problem(optimizer: Optimizer, saved: dict[str, Tensor]) -> str:
     for name in sorted(found.keys() | wanted.keys()) if found else ():
         if found.get(name) != wanted.get(name):
             return f"{name} is {found.get(name)} where {wanted.get(name)} is needed"
+        if saved[name].is_floating_point() and not saved[name].isfinite().all():
+            return f"{name} has values that are no numbers, or infinite"
     return ""
 
 

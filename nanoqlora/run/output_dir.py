@@ -74,8 +74,9 @@ def files_made_from_it(folder: Path) -> list[Path]:
     """What merge.py, export_gguf.py and TensorBoard have added: of a run whose adapter is removed they say nothing."""
     merged = [folder / "merged"] if (folder / "merged" / "merge.json").is_file() else []
     events = [folder / "tensorboard"] if [*folder.glob("tensorboard/events.out.tfevents.*")] else []
-    modelfiles = [path for path in sorted(folder.glob("Modelfile*")) if path.is_file() and is_ours(path)]
-    return [*merged, *events, *(folder / name for name in MADE_FROM_IT if (folder / name).is_file()), *modelfiles]
+    texts = sorted((*folder.glob("Modelfile*"), *folder.glob("adapter-*.jinja")))
+    ours = [path for path in texts if path.is_file() and is_ours(path)]
+    return [*merged, *events, *(folder / name for name in MADE_FROM_IT if (folder / name).is_file()), *ours]
 
 
 def is_finished(folder: Path) -> bool:

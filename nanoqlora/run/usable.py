@@ -83,7 +83,7 @@ def talking(
         if unused:
             note = f"{adapter}: {unused[0]} is not used without tokenizer_config.json; the tokenizer of {base} is"
             note += "." if saved else ", with the chat template of the adapter."
-    prompt_format = PromptFormat.from_json(saved.read_bytes()) if saved and saved.is_file() else None
+    prompt_format = PromptFormat.from_json(saved.read_bytes(), saved) if saved and saved.is_file() else None
     return tokenizer, prompt_format, note
 
 

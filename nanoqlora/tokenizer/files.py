@@ -96,7 +96,8 @@ def _tokens_in_other_files(folder: Path, config: dict[str, Any]) -> tuple[dict[s
         config[extra] = config.pop(older)
     maps = [config.pop(extra)] if isinstance(config.get(extra), dict) else []
     named = read_json(path) if path.is_file() else {}
-    for key, value in named.items() if "added_tokens_decoder" not in config else ():
+    places = dict.fromkeys(named if "added_tokens_decoder" not in config else (), path)  # of what is taken from there
+    for key, value in ((key, named[key]) for key in places):
         if key in (extra, older):
             expect(f"{path}: {key}", value, list[str | dict] | dict[str, str | dict] | None)
         if key == extra and isinstance(value, list) and isinstance(config.get(extra), list):
@@ -108,8 +109,9 @@ def _tokens_in_other_files(folder: Path, config: dict[str, Any]) -> tuple[dict[s
     special, specials = partial(tokenizer_json.added_token, special=True), {}
     for key in [*NAMED_KEYS, *config]:
         if key in NAMED_KEYS or key.endswith("_token") and isinstance(config[key], str | dict):
-            if expect(f"{where}: {key}", config.get(key), str | dict | None) is not None:
-                specials[key] = special(f"{where}: {key}", config[key])
+            place = f"{places.get(key, where)}: {key}"
+            if expect(place, config.get(key), str | dict | None) is not None:
+                specials[key] = special(place, config[key])
                 config[key] = specials[key]["content"]
     for tokens in maps:
         specials |= {key: special(f"{where}: {extra}", token) for key, token in tokens.items()}

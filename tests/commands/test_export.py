@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from modelfiles import parse, read_modelfile
 from names_of_gguf import hf_name
 from paths import ROOT
 from safetensors.torch import load_file, save_file
+from small_runs import write_run
 from tiny import save_random_llama
 
 import export_gguf
@@ -533,6 +535,12 @@ def test_command_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     metadata = read_gguf(tmp_path / "run" / "model-f16.gguf").metadata
     assert metadata["general.file_type"] == 1 and metadata["general.name"] == "run"
     assert "run/model-f16.gguf" in out and "run/Modelfile" in out
+
+
+def test_a_run_that_is_not_merged_names_the_command_for_its_own_file(tmp_path, monkeypatch, capsys):
+    file = write_run(tmp_path / "my run.yml", tmp_path / "model", tmp_path / "a.jsonl")
+    assert run(monkeypatch, str(file)) == 2
+    assert f"merge.py {shlex.quote(str(file))} first" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -417,8 +417,8 @@ DATA: dict[str, tuple[str, bytes, str]] = {
     "100,000 brackets": ("a.jsonl", ROW + b"[" * 100_000, "line 2 & JSON"),
     "Latin-1": ("a.jsonl", b'{"instruction": "M\xfcller", "output": "y"}\n', "line 1 & UTF-8"),
     "UTF-16": ("a.jsonl", ROW.decode().encode("utf-16"), "a.jsonl & UTF-8"),
-    "nothing": ("a.jsonl", b"", "a.jsonl: no usable row (the file is empty)"),
-    "blank lines": ("a.jsonl", b"\n\n  \n", "no usable row (the file is empty)"),
+    "nothing": ("a.jsonl", b"", "a.jsonl: no usable row (the file has no rows)"),
+    "blank lines": ("a.jsonl", b"\n\n  \n", "no usable row (the file has no rows)"),
     "not JSON but CSV": ("a.json", b"instruction,output\nx,y\n", "a.json & JSON"),
     "a text": ("a.json", b'"hello"', "a.json & str"),
     "a broken list": ("a.json", b'[{"instruction": "x", "output": "y"},]', "a.json"),
@@ -427,7 +427,7 @@ DATA: dict[str, tuple[str, bytes, str]] = {
         b'{"instruction": {"0": "x"}, "output": {"0": "y"}}',
         "instruction & must be a text",
     ),
-    "a header alone": ("a.csv", b"instruction,output\n", "no usable row (the file is empty)"),
+    "a header alone": ("a.csv", b"instruction,output\n", "no usable row (the file has no rows)"),
     "a cell too many": ("a.csv", b"instruction,output\nx,y,z\n", "a.csv, line 2"),
     "a quote left open": ("a.csv", b'instruction,output\n"x,y\n', "a.csv"),
     "semicolons": ("a.csv", b"instruction;output\nx;y\n", "a.csv, line 1: the header is one column & with commas"),
@@ -630,7 +630,11 @@ MODELS: dict[str, tuple[Callable[[World], Any], str]] = {
     ),
     "an end token of numbers": (
         lambda w: w.json("model/tokenizer_config.json", eos_token=5),
-        "eos_token: str is 5",
+        "tokenizer_config.json: eos_token: str is 5",
+    ),
+    "an end token of numbers, in the other file": (
+        text("model/special_tokens_map.json", '{"eos_token": 5}'),
+        "special_tokens_map.json: eos_token: str is 5",
     ),
 }
 
@@ -740,6 +744,7 @@ ADAPTERS: dict[str, tuple[Callable[[World], Any], str]] = {
     ),
     "a format in bytes": (text("adapter/prompt.json", b"\xff\xfe{"), "prompt.json"),
     "a format of nobody's": (text("adapter/prompt.json", '{"type": "haiku"}'), "haiku"),
+    "a format of a list": (text("adapter/prompt.json", "[]"), "adapter/prompt.json is []"),
 }
 
 

@@ -429,6 +429,13 @@ def test_prepared_data_is_kept_and_is_the_same(data, monkeypatch):
     assert not list(data.parent.glob("kept/.*"))
 
 
+def test_data_whose_name_is_not_utf8(tmp_path):
+    with open(os.fsencode(tmp_path / "a") + b"\xff.jsonl", "w") as file:
+        file.write('{"text": "one"}\n' * 2)
+    first, again = prepared(tmp_path / "*.jsonl"), prepared(tmp_path / "*.jsonl")
+    assert len(ids(first)) == 2 and ids(first) == ids(again) and len([*(tmp_path / "kept").iterdir()]) == 1
+
+
 CHANGES = {
     "data": lambda path: path.write_text(path.read_text().replace("one", "eno")),  # as long as before
     "format": lambda path: {"prompt_format": replace(COMPLETION, field="more")},

@@ -26,7 +26,7 @@ from small_runs import (
 
 import train
 from nanoqlora.config.errors import UserError
-from nanoqlora.gguf.modelfile import write_modelfiles
+from nanoqlora.gguf.modelfile import write_modelfiles, write_template
 from nanoqlora.run import checks, results, trackers
 from nanoqlora.run.optim import make_optimizer
 from nanoqlora.run.optimizer_state import PartOptimizer, state_problem
@@ -59,6 +59,7 @@ def world(first: Path, tmp_path: Path) -> Path:
     (out / "checkpoint-best").mkdir()
     (out / "Modelfile").write_text("FROM mine\n")
     write_modelfiles(out / "model-q8_0.gguf", "FROM ./model-q8_0.gguf\n", is_model=True)
+    write_template(out / "adapter-f32.jinja", "{{ messages }}")
     return out
 
 
@@ -320,6 +321,7 @@ def spoilt_states(state: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.T
         "a number": state | {name: torch.tensor(3)},
         "more": state | {"0.more": torch.zeros(3)},
         "step": state | {"0.step": torch.zeros(3)},
+        "no number": state | {key: x * float("nan") for key, x in state.items() if x.is_floating_point() and x.dim()},
         "two parameters": state | {f"1.{key[2:]}": x for key, x in state.items()},
         "other keys": {key[2:]: x for key, x in state.items()},
     }

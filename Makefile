@@ -32,7 +32,7 @@ demo: setup ## train a real 135M model to talk like a pirate, merge it, export i
 	@printf '  before training, base           '; $(PY) -m nanoqlora.evaluate --model $(MODEL) --data data/pirate-heldout.jsonl
 	@printf '  trained: adapter on 4-bit base  '; $(PY) -m nanoqlora.evaluate --model $(MODEL) --load_in_4bit true --adapter $(RUN) --data data/pirate-heldout.jsonl
 	@printf '  merged                          '; $(PY) -m nanoqlora.evaluate --model $(RUN)/merged --data data/pirate-heldout.jsonl
-	@printf '  GGUF q8_0                       '; $(PY) -m nanoqlora.evaluate --model $(RUN)/model-q8_0.gguf --adapter '' --data data/pirate-heldout.jsonl
+	@printf '  GGUF q8_0                       '; $(PY) -m nanoqlora.evaluate --model $(RUN)/model-q8_0.gguf --data data/pirate-heldout.jsonl
 	@echo; echo "Question: $(QUESTION)"
 	@echo "-- before, our own model code:"; $(PY) -m nanoqlora.chat --model $(MODEL) --temperature 0 --max_new_tokens 80 --prompt "$(QUESTION)"
 	@echo "-- after, our own model code:"; $(PY) -m nanoqlora.chat --model $(MODEL) --load_in_4bit true --adapter $(RUN) --temperature 0 --max_new_tokens 80 --prompt "$(QUESTION)"

@@ -22,7 +22,7 @@ from small_runs import run_here, save_tiny_model, write_rows
 import nanoqlora as nq
 from nanoqlora.config import options, scripts
 from nanoqlora.config.keys import keys_of
-from nanoqlora.config.load import make_config
+from nanoqlora.config.load import load_options, make_config
 from nanoqlora.config.schema import Config
 from tour import recompute
 
@@ -176,6 +176,18 @@ def check_command(words: list[str]) -> None:
 def test_commands_are_understood(page):
     for words in commands_of(page):
         check_command(words)
+
+
+def test_commands_of_make_demo_take_their_words():
+    """Each value too, by the reader of the options; the demo's later commands run in no other test."""
+    lines = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    found = [shlex.split(line) for line in re.findall(r"bin/python ((?:-m nanoqlora|\w+\.py).*)", lines)]
+    readers = {"evaluate": options.EvaluateOptions, "chat": options.ChatOptions, "llama_cpp": options.AskOptions}
+    assert len(found) == 10
+    for words in found:
+        check_command(["python", *words])
+        if words[0] == "-m":
+            load_options(readers[words[1].split(".")[-1]], words[2:])
 
 
 # ------------------------------------------------------------------------------------------------ code blocks

@@ -234,7 +234,7 @@ def test_a_disk_that_fails_is_one_line(number, name):
 def test_empty_data(world, main):
     world.data.write_text("\n\n")
     before = snapshot(world.root)
-    assert_refused(run_here(main, *commands(world)[main]), "data.jsonl", "no usable row", "is empty")
+    assert_refused(run_here(main, *commands(world)[main]), "data.jsonl", "no usable row", "has no rows")
     assert snapshot(world.root) == before
 
 
@@ -357,7 +357,7 @@ def test_the_merge_that_a_run_lacks_is_no_hub_name(world, monkeypatch):
     """Where there is no output_dir either, as in another folder than the run's, out/merged looks like owner/name."""
     monkeypatch.chdir(world.root / "model")
     ended = run_here(export_gguf.main, world.run, "--output_dir", "runs")
-    assert_refused(ended, "runs/merged: no such folder", "/merge.py first")
+    assert_refused(ended, "runs/merged: no such folder", f"/merge.py {world.run} first")
 
 
 @pytest.mark.parametrize("kind", ["under a file", "a folder"])
